@@ -1,0 +1,62 @@
+"""perfkit makes a PyTorch or JAX model faster with one call, and proves it.
+
+    import perfkit
+
+    result = perfkit.optimize(model, recipe="auto", example_inputs=(x,))
+    result.model      # in place of the original
+    result.report     # measured before and after
+
+Importing perfkit loads neither torch nor jax: every public name is loaded at first use.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "optimize": "perfkit._optimize",
+    "plan": "perfkit._optimize",
+    "Result": "perfkit._optimize",
+    "Plan": "perfkit._optimize",
+    "doctor": "perfkit._doctor",
+    "Chain": "perfkit._recipe",
+    "Recipe": "perfkit._recipe",
+    "Stage": "perfkit._recipe",
+    "Inputs": "perfkit._workload",
+    "Workload": "perfkit._workload",
+    "Comparison": "perfkit._report",
+    "Effect": "perfkit._report",
+    "Quantity": "perfkit._report",
+    "Report": "perfkit._report",
+    "Skipped": "perfkit._report",
+    "Verdict": "perfkit._report",
+    "ChainError": "perfkit._errors",
+    "FidelityError": "perfkit._errors",
+    "InvalidInputError": "perfkit._errors",
+    "MissingDependencyError": "perfkit._errors",
+    "NoEffectError": "perfkit._errors",
+    "PerfkitError": "perfkit._errors",
+    "PerfkitWarning": "perfkit._errors",
+    "SlowerError": "perfkit._errors",
+    "UnknownRecipeError": "perfkit._errors",
+    "UnsupportedError": "perfkit._errors",
+}
+_PACKAGES = ("kernels", "measure", "recipes", "reference")
+
+__all__ = ["__version__", *_PACKAGES, *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(import_module(_PUBLIC[name]), name)
+    elif name in _PACKAGES:
+        value = import_module(f"perfkit.{name}")
+    else:
+        raise AttributeError(f"module 'perfkit' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

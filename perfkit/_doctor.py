@@ -1,0 +1,92 @@
+"""`doctor`: what this machine can do."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from perfkit import _recipe, backends
+from perfkit._report import Environment
+from perfkit.measure.environment import compilers, environment
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether a recipe can run here.
+
+    Args:
+        reason: why it cannot; or, where it can, why it can hardly pay. Empty where nothing speaks against it.
+    """
+
+    recipe: str
+    framework: str
+    ready: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `doctor` found.
+
+    Args:
+        compilers: name and version; None where it was not found.
+        devices: the device that each framework would use, or why it cannot be used.
+    """
+
+    environment: Environment
+    compilers: dict[str, str | None]
+    devices: dict[str, str]
+    recipes: tuple[Readiness, ...]
+
+    def __rich__(self):
+        from perfkit.reporting import diagnosis
+
+        return diagnosis.render(self)
+
+    def __str__(self) -> str:
+        from perfkit.reporting import diagnosis
+
+        return diagnosis.plain(self)
+
+
+def doctor() -> Diagnosis:
+    """What this machine can do: CPU instructions, GPUs, compilers, library versions, and which recipes are ready here.
+
+    Imports the frameworks that are installed, to ask them for their devices.
+
+    Example:
+        >>> print(perfkit.doctor())
+    """
+    devices, recipes = {}, []
+    for framework in backends.FRAMEWORKS:
+        absent = next((name for name in backends.REQUIRED[framework] if find_spec(name) is None), None)
+        if absent:
+            devices[framework] = f"{absent} is not installed: pip install 'perfkit[{framework}]'"
+            device = None
+        else:
+            device = devices[framework] = _device(framework)
+        recipes += [_readiness(name, framework, device, devices[framework]) for name in _recipe.names()]
+    return Diagnosis(environment(), compilers(), devices, tuple(recipes))
+
+
+def _device(framework: str) -> str:
+    module = importlib.import_module(framework)
+    if framework == "torch":
+        accelerator = module.accelerator.current_accelerator()
+        return accelerator.type if accelerator and module.accelerator.is_available() else "cpu"
+    return module.default_backend()
+
+
+def _readiness(name: str, framework: str, device: str | None, where: str) -> Readiness:
+    try:
+        recipe = _recipe.recipe_class(name)()
+    except Exception as error:
+        return Readiness(name, framework, False, f"cannot be imported: {type(error).__name__}: {error}")
+    if device is None:
+        return Readiness(name, framework, False, where)
+    if not _recipe.supports(recipe, framework):
+        return Readiness(name, framework, False, f"it is not there for {framework}")
+    if reason := _recipe.ask(recipe, "unavailable", framework, device):
+        return Readiness(name, framework, False, reason)
+    return Readiness(name, framework, True, _recipe.ask(recipe, "unprofitable", framework, device) or "")

@@ -1,0 +1,61 @@
+"""One side of the report: what a variant of the model costs."""
+
+from __future__ import annotations
+
+from perfkit._report import Comparison, Latency, Measurement, Quantity, Verdict
+from perfkit._variant import Variant, no_inputs
+from perfkit.measure import memory
+
+
+def measurement(name: str, variant: Variant, latency: Latency | None) -> Measurement:
+    """Put together what was timed and what is measured apart from timing: memory and size."""
+    work, backend = variant.work, variant.work.backend
+    model_bytes, parameters = backend.size(work)
+    peak = high_water = no_inputs("B")
+    if variant.measurable:
+        with variant.finished.keeping_state():
+            peak = backend.tensor_peak(work, variant.call)
+            high_water = memory.process_high_water(variant.call)
+    return Measurement(
+        name=name,
+        latency=latency,
+        throughput=_throughput(variant, latency),
+        first_call_s=variant.first_call_s,
+        compile_s=_compile_seconds(variant, latency),
+        tensor_peak_bytes=peak,
+        process_high_water_bytes=high_water,
+        model_bytes=model_bytes,
+        parameters=parameters,
+    )
+
+
+def payback(optimizing_s: float, before: Measurement, after: Measurement, speedup: Comparison | None) -> Quantity:
+    """After how many calls the cost of optimizing is earned back."""
+    if speedup is None:
+        return no_inputs("calls")
+    if speedup.verdict != Verdict.FASTER:
+        return Quantity.missing("calls", f"nothing is earned back: {speedup.verdict}")
+    saved_s = (before.latency.median_ms - after.latency.median_ms) / 1e3
+    if saved_s <= 0:
+        return Quantity.missing("calls", "the medians of single calls do not differ")
+    return Quantity(float(round(optimizing_s / saved_s)), "calls", method="cost of optimizing / time saved per call")
+
+
+def _throughput(variant: Variant, latency: Latency | None) -> Quantity:
+    if latency is None:
+        return no_inputs("items/s")
+    batch = variant.work.backend.batch_size(variant.work.inputs)
+    if batch is None:
+        return Quantity.missing("items/s", "the inputs have no batch dimension")
+    return Quantity(batch / latency.median_ms * 1e3, "items/s", method=f"{batch} items per median call")
+
+
+def _compile_seconds(variant: Variant, latency: Latency | None) -> Quantity:
+    if latency is None:
+        return no_inputs("s")
+    if variant.log.seconds is not None:
+        return Quantity(variant.log.seconds, "s", method="the framework's own compile events during the first call")
+    if variant.log.graphs == 0:
+        return Quantity(0.0, "s", method="nothing was compiled")
+    seconds = max(variant.first_call_s.value - latency.median_ms / 1e3, 0.0)
+    return Quantity(seconds, "s", method="first call minus a median call")

@@ -1,0 +1,106 @@
+"""The pipeline: apply a chain to copies, prove the result, decide. Each stage takes the last one's value."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from perfkit import _proof
+from perfkit._errors import FidelityError, NoEffectError, PerfkitWarning, SlowerError
+from perfkit._proof import Settings
+from perfkit._recipe import Chain
+from perfkit._report import Candidate, Effect, Report, Verdict
+from perfkit._variant import Applied, Variant, apply, observed, ready
+from perfkit._workload import Workload
+from perfkit.backends import Finished
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `optimize` returns; calling it calls the model.
+
+    Args:
+        model: takes the place of the original: a true `nn.Module`, flax module, or function of the same signature.
+        report: what was measured and decided.
+        train_step: in training, `train_step((inputs, targets)) -> loss`; else None.
+    """
+
+    model: Any
+    report: Report
+    finished: Finished
+
+    @property
+    def train_step(self) -> Callable[[Any], Any] | None:
+        return self.finished.train_step
+
+    @property
+    def params(self) -> Any:
+        """The parameters that `model` takes as its first argument (JAX functions and linen); None elsewhere."""
+        return self.finished.params() if self.finished.params else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.finished.call(*args, **kwargs)
+
+
+def run(chain: Chain, work: Workload, settings: Settings) -> Result:
+    """Apply, check, measure and report one chain on a workload that holds a copy of the caller's model."""
+    settings.progress("running the original")
+    original = ready(work, "nothing")
+    settings.progress(f"applying {chain}")
+    applied = apply(chain, work)
+    result = ready(applied.works[-1] if applied.works else work.backend.copy(work), str(chain))
+    applied = observed(applied, result.log)
+    if settings.strict:
+        _require_effects(applied)
+    return concluded(original, result, applied, settings)
+
+
+def concluded(original: Variant, result: Variant, applied: Applied, settings: Settings) -> Result:
+    """Prove one result against the original, and hand it out or refuse it.
+
+    Raises:
+        FidelityError: outputs or losses are too far off, or the caller's metric dropped too much.
+        SlowerError: slower, and `on_slower="raise"`.
+    """
+    report = _proof.prove(original, result, applied, settings)
+    if report.fidelity and not report.fidelity.ok:
+        raise FidelityError(
+            f"{report.recipe} on {report.model}: {report.fidelity.reason}. The report is this error's `.report`; "
+            "a larger `tolerance=` accepts it",
+            report,
+        )
+    if report.metric and not report.metric.ok:
+        raise FidelityError(
+            f"{report.recipe} on {report.model}: evaluate() fell from {report.metric.before:g} to "
+            f"{report.metric.after:g}, which is more than max_drop={report.metric.max_drop:g}",
+            report,
+        )
+    if report.speedup and report.speedup.verdict == Verdict.SLOWER:
+        message = f"{report.recipe} makes {report.model} slower here: {report.speedup}"
+        if settings.on_slower == "raise":
+            raise SlowerError(message, report)
+        if settings.on_slower == "revert":
+            report = replace(report, outcome="original returned", explanation=f"{message}; so the original is returned")
+            return Result(original.finished.model, report, original.finished)
+        warnings.warn(message, PerfkitWarning, stacklevel=4)
+    return Result(result.finished.model, report, result.finished)
+
+
+def unchanged(original: Variant, candidates: tuple[Candidate, ...], explanation: str, settings: Settings) -> Result:
+    """The original as the result, where nothing that was tried is better."""
+    report = _proof.identity(original, settings)
+    report = replace(report, outcome="original returned", explanation=explanation, candidates=candidates)
+    return Result(original.finished.model, report, original.finished)
+
+
+def _require_effects(applied: Applied) -> None:
+    idle = [step for step in applied.steps if step.effect.status == "NO_EFFECT"]
+    if idle:
+        told = [f"{step.recipe} ({'; '.join(_reasons(step.effect)) or 'no reason known'})" for step in idle]
+        raise NoEffectError(f"strict=True, and these touched nothing: {'; '.join(told)}")
+
+
+def _reasons(effect: Effect) -> list[str]:
+    return [*effect.notes, *(f"{item.name}: {item.reason}" for item in effect.skipped)]

@@ -1,0 +1,209 @@
+"""The proof: are the numbers close enough, what does each side cost, which step gave what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import perfkit
+from perfkit._errors import UnsupportedError
+from perfkit._measurement import measurement, payback
+from perfkit._recipe import Chain
+from perfkit._report import Comparison, Fidelity, LossCurves, Metric, Report, Step, Verdict
+from perfkit._variant import Applied, Variant, compared, first_line, ready
+from perfkit._workload import Workload
+from perfkit.measure import fidelity
+from perfkit.measure.environment import environment
+
+TRAINING_STEPS = 50
+LOSS_TOLERANCE = 0.05
+"""Mean distance of two loss curves, as a share of the range that the original's covers."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the caller of `optimize` decided beside model and recipe."""
+
+    budget_s: float
+    tolerance: float | None = None
+    evaluate: Callable[[Any], float] | None = None
+    max_drop: float = 0.0
+    strict: bool = False
+    on_slower: str = "warn"
+    progress: Callable[[str], Any] = str  # a function that does nothing with the message
+
+
+def prove(original: Variant, result: Variant, applied: Applied, settings: Settings) -> Report:
+    """Compare the outputs, then time original and result interleaved, and report both."""
+    work, chain = original.work, applied.chain
+    if not original.measurable:
+        return _assembled(
+            original,
+            result,
+            applied,
+            not_measured="no example_inputs were given to run the model on",
+            steps=applied.steps,
+        )
+    settings.progress("comparing the outputs")
+    close, curves = check_numbers(original, result, chain, settings)
+    settings.progress(f"timing {chain} against the original")
+    share = 0.5 if len(chain) > 1 else 0.75
+    with work.backend.watching_compiles() as log:
+        *latencies, speedup = compared(original, result, ("original", str(chain)), settings.budget_s * share)
+        notes = _recompiled(log().graphs)
+    return _assembled(
+        original,
+        result,
+        applied,
+        latencies=latencies,
+        speedup=speedup,
+        fidelity=close,
+        losses=curves,
+        metric=_evaluated(original, result, settings),
+        steps=_attributed(original, applied, speedup, settings),
+        against_compiled=_against_compiled(original, result, str(chain), settings),
+        notes=notes,
+    )
+
+
+def identity(original: Variant, settings: Settings) -> Report:
+    """The report on the original as its own result: equal by identity, so nothing stands behind its ratio of 1."""
+    settings.progress("measuring the original")
+    latency, _, against_itself = compared(original, original, ("original", "original"), settings.budget_s)
+    speedup = replace(against_itself, ratio=1.0, low=1.0, high=1.0, verdict=Verdict.SAME)
+    report = _assembled(original, original, Applied(Chain(()), (), ()), latencies=(latency, latency), speedup=speedup)
+    return replace(
+        report, after=report.before, recipe="auto", fidelity=check_numbers(original, original, Chain(()), settings)[0]
+    )
+
+
+def check_numbers(
+    original: Variant, result: Variant, chain: Chain, settings: Settings
+) -> tuple[Fidelity, LossCurves | None]:
+    """Inference: the outputs, against a float64 run of the original. Training: the loss curves."""
+    tolerance = settings.tolerance
+    if original.work.trains:
+        return _check_losses(original, result, LOSS_TOLERANCE if tolerance is None else tolerance)
+    backend, work = original.work.backend, original.work
+    plain, new = backend.outputs(work, original.finished), backend.outputs(result.work, result.finished)
+    try:
+        reference, name = backend.float64_outputs(work), "a float64 run of the original"
+    except Exception as error:  # whatever a model may raise in a precision it was not written for
+        reference, name = plain, f"the original itself, since it does not run in float64 ({first_line(error)})"
+    tolerance = chain.tolerance if tolerance is None else tolerance
+    return fidelity.compare_outputs(new, plain, reference, tolerance=tolerance, reference_name=name), None
+
+
+def _check_losses(original: Variant, result: Variant, tolerance: float) -> tuple[Fidelity, LossCurves]:
+    backend, work = original.work.backend, original.work
+    before = backend.losses(work, original.finished, TRAINING_STEPS, work.seed)
+    after = backend.losses(result.work, result.finished, TRAINING_STEPS, work.seed)
+    other = backend.losses(work, original.finished, 1, work.seed + 1)
+    noise = None
+    if other[0] != before[0]:  # the model draws random numbers: how far apart are two seeds of the original?
+        other = backend.losses(work, original.finished, TRAINING_STEPS, work.seed + 1)
+        noise = fidelity.compare_losses(before, other, tolerance=tolerance).relative_error
+    return fidelity.compare_losses(before, after, tolerance=tolerance, seed_noise=noise), LossCurves(before, after)
+
+
+def _evaluated(original: Variant, result: Variant, settings: Settings) -> Metric | None:
+    if settings.evaluate is None:
+        return None
+    settings.progress("evaluating")
+    values = []
+    for variant in (original, result):
+        with variant.finished.keeping_state():
+            model = variant.finished.call if variant.finished.params else variant.finished.model
+            values.append(float(settings.evaluate(model)))
+    before, after = values
+    return Metric(before, after, settings.max_drop, ok=before - after <= settings.max_drop)
+
+
+def _attributed(original: Variant, applied: Applied, last: Comparison, settings: Settings) -> tuple[Step, ...]:
+    """Each step with the speed-up of the chain up to it: the intermediate ones timed briefly, the last one known."""
+    steps = list(applied.steps)
+    share = settings.budget_s / 4 / max(len(steps) - 1, 1)
+    for index in range(len(steps) - 1):
+        name = "+".join(step.recipe for step in steps[: index + 1])
+        settings.progress(f"timing {name} for the waterfall")
+        try:
+            variant = ready(applied.works[index], name)
+        except UnsupportedError as error:
+            effect = steps[index].effect
+            note = f"without the next recipe it does not run, so its share was not measured: {first_line(error)}"
+            steps[index] = replace(steps[index], effect=replace(effect, notes=(*effect.notes, note)))
+            continue
+        speedup = compared(original, variant, ("original", name), share)[2]
+        steps[index] = replace(steps[index], speedup=speedup)
+    if steps:
+        steps[-1] = replace(steps[-1], speedup=last)
+    return tuple(steps)
+
+
+def _against_compiled(original: Variant, result: Variant, name: str, settings: Settings) -> Comparison | None:
+    baseline = original.work.backend.compiled_baseline(original.work)
+    if baseline is None:
+        return None
+    settings.progress("timing against the framework's plain compiler")
+    compiled = ready(baseline, "the framework's plain compiler")
+    return compared(compiled, result, ("compiled original", name), settings.budget_s / 4)[2]
+
+
+def _recompiled(programs: int) -> tuple[str, ...]:
+    if programs == 0:
+        return ()
+    return (f"{programs} program(s) were compiled while the clock ran, though the inputs' shapes never changed",)
+
+
+def _assembled(
+    original: Variant,
+    result: Variant,
+    applied: Applied,
+    *,
+    latencies=(None, None),
+    speedup=None,
+    fidelity=None,
+    **found,
+) -> Report:
+    work, chain = original.work, str(applied.chain)
+    before, after = (
+        measurement(name, variant, latency)
+        for name, variant, latency in zip(("original", chain), (original, result), latencies, strict=True)
+    )
+    optimizing_s = sum(step.apply_s for step in applied.steps) + (result.first_call_s.value or 0.0)
+    return Report(
+        model=work.backend.model_name(work),
+        framework=work.framework,
+        mode=work.mode,
+        device=work.device,
+        recipe=chain,
+        inputs=work.backend.describe(work.inputs),
+        outcome="optimized",
+        explanation=_explained(chain, work, speedup),
+        environment=environment(),
+        before=before,
+        after=after,
+        speedup=speedup,
+        fidelity=fidelity,
+        steps=found.pop("steps", ()),
+        optimizing_s=optimizing_s,
+        payback_calls=payback(optimizing_s, before, after, speedup),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        perfkit_version=perfkit.__version__,
+        **found,
+    )
+
+
+def _explained(recipe: str, work: Workload, speedup: Comparison | None) -> str:
+    model = work.backend.model_name(work)
+    if speedup is None:
+        return f"{recipe} was applied to {model}; nothing was measured"
+    interval = f"{speedup.confidence:.0%} interval {speedup.low:.2f} to {speedup.high:.2f}"
+    return {
+        Verdict.FASTER: f"{recipe} makes {model} {speedup.ratio:.2f}× faster ({interval})",
+        Verdict.SLOWER: f"{recipe} makes {model} slower: {speedup.ratio:.2f}× ({interval})",
+        Verdict.NOISY: f"this machine is too noisy to tell what {recipe} does to {model}'s speed ({interval})",
+        Verdict.SAME: f"{recipe} changes {model}'s speed by no more than the interval shows ({interval})",
+    }[speedup.verdict]

@@ -1,0 +1,281 @@
+"""Recipes: documented steps whose fields are their options, found by file name and composed into chains.
+
+A recipe is one file in `recipes/`; its file name is its name. The file holds one frozen dataclass, `RECIPE`, that may
+define
+
+    torch(work) -> (Workload, Effect)    what it does to a PyTorch model; without it, PyTorch is not supported
+    jax(work) -> (Workload, Effect)      the same for JAX
+    refusal(work) -> str | None          why it cannot work on this model; None where it can
+    unavailable(framework, device)       why it cannot run on this machine; None where it can
+    unprofitable(framework, device)      why it can hardly pay on this machine; None where it may
+    observed(effect, log)                the Effect, completed from what was compiled on the first call
+    variants(work) -> tuple[Recipe]      the option settings that recipe="auto" should try
+
+and nothing about other recipes: `stage` orders a chain, and two recipes that `provide` the same thing exclude each
+other. A recipe may change the model it is given: the pipeline hands it a copy.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import enum
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from perfkit._errors import ChainError, InvalidInputError, UnknownRecipeError, UnsupportedError, nearest
+
+if TYPE_CHECKING:
+    from perfkit._workload import Workload
+
+PACKAGE = "perfkit.recipes"
+
+
+class Stage(enum.IntEnum):
+    """The order of a chain."""
+
+    STRUCTURE = 1
+    PRECISION = 2
+    KERNELS = 3
+    MEMORY = 4
+    COMPILE = 5
+    PARALLEL = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Base of every recipe; its fields are its options.
+
+    Class attributes:
+        stage: where in a chain it stands.
+        provides: what at most one recipe of a chain may provide, e.g. "precision"; None for no such claim.
+        tolerance: relative error of the outputs that it may add, unitless.
+    """
+
+    stage: ClassVar[Stage]
+    provides: ClassVar[str | None] = None
+    tolerance: ClassVar[float] = 0.0
+
+    @property
+    def name(self) -> str:
+        """The file's name for a recipe in `recipes/`; elsewhere the class's name in snake case."""
+        package, _, module = type(self).__module__.rpartition(".")
+        if package == PACKAGE:
+            return module
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def __str__(self) -> str:
+        options = [
+            f"{item.name}={getattr(self, item.name)!r}"
+            for item in dataclasses.fields(self)
+            if getattr(self, item.name) != item.default
+        ]
+        return f"{self.name}({', '.join(options)})" if options else self.name
+
+    def __or__(self, other: Any) -> Chain:
+        return chain_of([self, other])
+
+    def __ror__(self, other: Any) -> Chain:
+        return chain_of([other, self])
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Recipes in the order in which they are applied."""
+
+    recipes: tuple[Recipe, ...]
+
+    def __post_init__(self):
+        _check_exclusive(self.recipes)
+        object.__setattr__(self, "recipes", tuple(sorted(self.recipes, key=lambda recipe: recipe.stage)))
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.recipes)) or "nothing"
+
+    def __iter__(self):
+        return iter(self.recipes)
+
+    def __len__(self) -> int:
+        return len(self.recipes)
+
+    def __or__(self, other: Any) -> Chain:
+        return chain_of([*self, other])
+
+    def __ror__(self, other: Any) -> Chain:
+        return chain_of([other, *self])
+
+    @property
+    def tolerance(self) -> float:
+        """The relative error that the steps together may add."""
+        return sum(recipe.tolerance for recipe in self.recipes)
+
+
+def chain_of(spec: str | Recipe | Chain | Iterable) -> Chain:
+    """Read what a caller may pass as `recipe=`.
+
+    Args:
+        spec: `"channels_last+bf16+compile(mode='max-autotune')"` (`|` works as `+` does), a recipe, a chain, or an
+            iterable of those.
+
+    Raises:
+        UnknownRecipeError: no such recipe or option; names the nearest.
+        ChainError: the recipes exclude each other.
+        InvalidInputError: not a recipe at all.
+    """
+    return Chain(tuple(_flat(spec)))
+
+
+def names() -> tuple[str, ...]:
+    """The names of all recipes, from the files in `recipes/`: nothing is imported but the empty package."""
+    folder = Path(importlib.import_module(PACKAGE).__file__).parent
+    return tuple(sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")))
+
+
+@cache
+def recipe_class(name: str) -> type[Recipe]:
+    """The recipe of that name, imported at first use.
+
+    Raises:
+        UnknownRecipeError: there is no such file.
+    """
+    if name not in names():
+        raise UnknownRecipeError(f"no recipe is called {name!r}; {nearest(name, [*names(), 'auto'])}")
+    return importlib.import_module(f"{PACKAGE}.{name}").RECIPE
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """What is known of a recipe without a model.
+
+    Args:
+        summary: the first line of its documentation, or why its file cannot be imported.
+        options: its options and their defaults.
+    """
+
+    name: str
+    summary: str
+    stage: str
+    frameworks: tuple[str, ...]
+    options: dict[str, Any]
+
+
+def catalog() -> tuple[RecipeInfo, ...]:
+    """Every recipe there is, by name. A file that cannot be imported is listed with the reason and hurts no other."""
+    return tuple(map(_info, names()))
+
+
+def _info(name: str) -> RecipeInfo:
+    try:
+        kind = recipe_class(name)
+    except Exception as error:
+        return RecipeInfo(name, f"cannot be imported: {type(error).__name__}: {error}", "", (), {})
+    options = {item.name: item.default for item in dataclasses.fields(kind)}
+    frameworks = tuple(framework for framework in ("torch", "jax") if supports(kind, framework))
+    return RecipeInfo(name, inspect.getdoc(kind).splitlines()[0], kind.stage.name, frameworks, options)
+
+
+def supports(recipe: Recipe | type[Recipe], framework: str) -> bool:
+    return hasattr(recipe, framework)
+
+
+def ask(recipe: Recipe, question: str, *args: Any) -> Any:
+    """The answer of one of a recipe's optional methods; None where it has no such method."""
+    method = getattr(recipe, question, None)
+    return method(*args) if method else None
+
+
+def refusal(recipe: Recipe, work: Workload) -> str | None:
+    """Why `recipe` cannot be applied to `work`; None where it can."""
+    if not supports(recipe, work.framework):
+        return f"it is not there for {work.framework}"
+    return ask(recipe, "unavailable", work.framework, work.device) or ask(recipe, "refusal", work)
+
+
+def check(chain: Chain, work: Workload) -> None:
+    """Ask every step before anything runs, and raise all refusals together.
+
+    Raises:
+        UnsupportedError: one line a refusal.
+    """
+    refusals = {str(recipe): reason for recipe in chain if (reason := refusal(recipe, work))}
+    if refusals:
+        raise UnsupportedError("\n".join(f"recipe {recipe!r} is refused: {why}" for recipe, why in refusals.items()))
+
+
+def _check_exclusive(recipes: tuple[Recipe, ...]) -> None:
+    seen: dict[str, Recipe] = {}
+    for recipe in recipes:
+        for claim in filter(None, (recipe.name, recipe.provides)):
+            other = seen.setdefault(claim, recipe)
+            if other is recipe:
+                continue
+            clash = (
+                "stands twice in the chain" if other.name == recipe.name else f"and {other.name!r} both set the {claim}"
+            )
+            raise ChainError(f"recipe {recipe.name!r} {clash}: keep one of {str(other)!r}, {str(recipe)!r}")
+
+
+def _flat(spec: Any) -> Iterable[Recipe]:
+    if isinstance(spec, Recipe):
+        yield spec
+    elif isinstance(spec, str):
+        yield from _parsed(spec)
+    elif isinstance(spec, type) and issubclass(spec, Recipe):
+        yield spec()
+    elif isinstance(spec, Iterable):
+        for item in spec:
+            yield from _flat(item)
+    else:
+        raise InvalidInputError(
+            f"recipe={spec!r} is a {type(spec).__name__}: "
+            "pass a name such as 'bf16+compile', a recipe, or a list of them"
+        )
+
+
+def _parsed(text: str) -> Iterable[Recipe]:
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise InvalidInputError(_unreadable(text)) from error
+    yield from _from_ast(tree, text)
+
+
+def _from_ast(node: ast.expr, text: str) -> Iterable[Recipe]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.BitOr)):
+        yield from _from_ast(node.left, text)
+        yield from _from_ast(node.right, text)
+    elif isinstance(node, ast.Name):
+        yield _made(node.id, {})
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        try:
+            options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+        except ValueError as error:
+            raise InvalidInputError(_unreadable(text)) from error
+        yield _made(node.func.id, options)
+    else:
+        raise InvalidInputError(_unreadable(text))
+
+
+def _made(name: str, options: dict[str, Any]) -> Recipe:
+    if name == "auto":
+        raise ChainError("recipe 'auto' stands alone: it finds the chain itself")
+    kind = recipe_class(name)
+    known = [item.name for item in dataclasses.fields(kind)]
+    for option in options:
+        if option not in known:
+            hint = nearest(option, known) if known else "it has no options"
+            raise UnknownRecipeError(f"recipe {name!r} has no option {option!r}; {hint}")
+    return kind(**options)
+
+
+def _unreadable(text: str) -> str:
+    return (
+        f"recipe={text!r} cannot be read: write names joined by '+', with options as keywords, "
+        "such as \"channels_last+bf16+compile(mode='max-autotune')\""
+    )

@@ -1,0 +1,344 @@
+"""What was measured, as plain data: no framework, no behaviour beyond showing itself.
+
+Units stand in the field names. A number that could not be measured is a `Quantity` without a value and with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number with its unit, or the reason why there is none.
+
+    Args:
+        value: the number; None where it could not be measured.
+        unit: "B", "s", "ms", "calls", "ratio", "dB", …
+        unavailable: why there is no value; None where there is one.
+        method: how it was measured, in a few words.
+    """
+
+    value: float | None
+    unit: str
+    unavailable: str | None = None
+    method: str | None = None
+
+    def __post_init__(self):
+        assert (self.value is None) == (self.unavailable is not None), "a value or a reason, never both or neither"
+
+    @classmethod
+    def missing(cls, unit: str, reason: str) -> Quantity:
+        return cls(None, unit, unavailable=reason)
+
+
+class Verdict(enum.StrEnum):
+    FASTER = "faster"
+    SLOWER = "slower"
+    SAME = "no significant change"
+    NOISY = "too noisy"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two variants timed interleaved in one run.
+
+    Args:
+        ratio: time of `baseline` / time of `variant`, so 2.0 means twice as fast: the median over pairs.
+        low, high: confidence interval of the ratio.
+        confidence: coverage of the interval, e.g. 0.99.
+        verdict: what the interval allows to say.
+        pairs: number of interleaved pairs behind it.
+        noise: half-width of the same interval for the baseline against itself, as a relative number.
+    """
+
+    baseline: str
+    variant: str
+    ratio: float
+    low: float
+    high: float
+    confidence: float
+    verdict: Verdict
+    pairs: int
+    noise: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f}× [{self.low:.2f}, {self.high:.2f}] {self.verdict}"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of single synchronized calls, in the order they were taken (at most a few thousand are kept)."""
+
+    samples_ms: tuple[float, ...]
+    median_ms: float
+    p90_ms: Quantity
+    p95_ms: Quantity
+    p99_ms: Quantity
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One variant of the model, measured.
+
+    Args:
+        latency: None where nothing was timed.
+        throughput: items per second: batch size / median latency.
+        first_call_s: the first call in this process, compilation and lazy set-up included.
+        compile_s: what of it was compilation.
+        tensor_peak_bytes: high-water mark of tensor memory during one call, as the framework accounts for it.
+        process_high_water_bytes: how far the process' resident memory rose during one call.
+        model_bytes: parameters and buffers, tied ones once.
+        parameters: number of parameters, tied ones once.
+    """
+
+    name: str
+    latency: Latency | None
+    throughput: Quantity
+    first_call_s: Quantity
+    compile_s: Quantity
+    tensor_peak_bytes: Quantity
+    process_high_water_bytes: Quantity
+    model_bytes: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How close the result's numbers are to the original's.
+
+    `ok` is `relative_error <= factor * original_error + tolerance`, and everything finite that the original has finite.
+
+    Args:
+        relative_error: ‖result − reference‖ / ‖reference‖, the worst output. For training: the loss curves' distance.
+        original_error: the same for the original as it stands.
+        reference: what both were compared with.
+        sqnr_db: signal-to-quantization-noise ratio of the result.
+        top1_agreement: share of rows with the same largest entry, where outputs look like logits.
+        reason: why it is not ok; empty where it is.
+    """
+
+    ok: bool
+    relative_error: float
+    original_error: float
+    factor: float
+    tolerance: float
+    reference: str
+    max_abs_error: float
+    sqnr_db: Quantity
+    top1_agreement: Quantity
+    reason: str = ""
+
+    @property
+    def limit(self) -> float:
+        """The largest relative error that would pass."""
+        return self.factor * self.original_error + self.tolerance
+
+
+@dataclass(frozen=True)
+class LossCurves:
+    """Training losses, step by step, of the original and of the result from the same start on the same batch."""
+
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A part of the model that a recipe left alone, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a recipe did to the model.
+
+    Args:
+        touched: names of the modules or operations it changed, as the framework names them.
+        skipped: those it left alone, with the reason.
+        notes: what else the caller should know.
+        simulated: True where the speed of real low-precision or sparse kernels is not had.
+    """
+
+    touched: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
+    simulated: bool = False
+
+    @property
+    def status(self) -> str:
+        return "applied" if self.touched else "NO_EFFECT"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One recipe of the chain, as applied.
+
+    Args:
+        recipe: the recipe as it would be written: "bf16" or "compile(mode='max-autotune')".
+        speedup: the original against the model after this step; None where it was not measured.
+    """
+
+    recipe: str
+    stage: str
+    effect: Effect
+    apply_s: float
+    speedup: Comparison | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One chain that recipe="auto" considered, and what became of it.
+
+    Args:
+        outcome: "won", "lost", "refused", "failed" or "not tried".
+        reason: why it did not win; empty for the winner.
+    """
+
+    recipe: str
+    outcome: str
+    reason: str = ""
+    speedup: Comparison | None = None
+    fidelity: Fidelity | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The caller's own `evaluate(model)` before and after; `ok` is `before - after <= max_drop`."""
+
+    before: float
+    after: float
+    max_drop: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine and the libraries; `fingerprint` is equal only where timings may be compared."""
+
+    fingerprint: str
+    cpu: str
+    cores: int
+    instruction_sets: tuple[str, ...]
+    memory_bytes: Quantity
+    accelerators: tuple[str, ...]
+    os: str
+    python: str
+    libraries: dict[str, str]
+    threads: dict[str, int]
+    settings: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The proof: everything `optimize` measured and decided.
+
+    Args:
+        outcome: "optimized" or "original returned".
+        explanation: one sentence a person can act on.
+        speedup: original against result; None where nothing was measured, and then `not_measured` says why.
+        against_compiled: the framework's plain compiler against result (JAX: `jax.jit` of the original);
+            None where it was not measured.
+        payback_calls: after how many calls the cost of optimizing is earned back.
+        optimizing_s: seconds spent applying recipes and compiling, measurements not included.
+    """
+
+    model: str
+    framework: str
+    mode: str
+    device: str
+    recipe: str
+    inputs: str
+    outcome: str
+    explanation: str
+    environment: Environment
+    before: Measurement
+    after: Measurement
+    speedup: Comparison | None
+    fidelity: Fidelity | None
+    steps: tuple[Step, ...]
+    optimizing_s: float
+    payback_calls: Quantity
+    against_compiled: Comparison | None = None
+    losses: LossCurves | None = None
+    metric: Metric | None = None
+    candidates: tuple[Candidate, ...] = ()
+    notes: tuple[str, ...] = ()
+    not_measured: str = ""
+    created: str = ""
+    perfkit_version: str = ""
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready data; numbers that are not finite become None (`fidelity.reason` tells)."""
+        return _plain(self)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The report as canonical JSON (sorted keys); written to `path` if one is given."""
+        import json
+
+        return _written(json.dumps(self.to_dict(), sort_keys=True, indent=2, allow_nan=False) + "\n", path)
+
+    def to_markdown(self, path: str | Path | None = None) -> str:
+        """The report as Markdown, short enough for a pull request."""
+        from perfkit.reporting import markdown
+
+        return _written(markdown.render(self), path)
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """The report as one self-contained HTML page: no network is needed to view it."""
+        from perfkit.reporting import html
+
+        return _written(html.render(self), path)
+
+    def __rich__(self):
+        from perfkit.reporting import terminal
+
+        return terminal.render(self)
+
+    def __str__(self) -> str:
+        from perfkit.reporting import terminal
+
+        return terminal.plain(self)
+
+    def _repr_html_(self) -> str:
+        from perfkit.reporting import html
+
+        return html.embedded(self)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, enum.Enum):
+        return value.value
+    return value
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    """Write `text` to `path` whole or not at all, and return it."""
+    if path is not None:
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return text

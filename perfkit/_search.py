@@ -1,0 +1,138 @@
+"""recipe="auto": try the sensible chains, keep the fastest that is faster and close enough, else the original."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import replace
+
+from perfkit import _recipe
+from perfkit._errors import InvalidInputError, PerfkitError
+from perfkit._pipeline import Result, concluded, unchanged
+from perfkit._proof import Settings, check_numbers
+from perfkit._recipe import Chain, Recipe, Stage
+from perfkit._report import Candidate, Comparison, Verdict
+from perfkit._variant import Applied, Variant, apply, compared, first_line, observed, ready
+from perfkit._workload import Workload
+
+QUICK_BUDGET_S = 1.0
+FINAL_SHARE = 0.2
+SIMPLER_WITHIN = 0.98
+"""A shorter chain is kept if it reaches this share of the best ratio: the difference is not worth a recipe."""
+
+
+def search(work: Workload, settings: Settings) -> Result:
+    """Try chains within the budget, re-time the best one afresh, and return it only if it still wins.
+
+    The ratio that a candidate was chosen by is biased upwards (the luckiest of many), so it is never the one reported.
+
+    Raises:
+        InvalidInputError: there are no example inputs to try anything on.
+    """
+    if work.inputs is None:
+        raise InvalidInputError("recipe='auto' measures what it tries: pass example_inputs")
+    began = time.perf_counter()
+    chains, log = sensible(work)
+    settings.progress("running the original")
+    original = ready(work, "nothing")
+    best: list[tuple[Candidate, Applied, Variant]] = []
+    for number, chain in enumerate(chains, 1):
+        if time.perf_counter() - began > settings.budget_s * (1 - FINAL_SHARE):
+            log.append(Candidate(str(chain), "not tried", f"the budget of {settings.budget_s:g} s was used up"))
+            continue
+        settings.progress(f"trying {chain} ({number} of {len(chains)})")
+        candidate, applied, variant = _tried(original, chain, settings)
+        log.append(candidate)
+        if not candidate.reason:
+            best = _ranked([*best, (candidate, applied, variant)])[:2]
+    final = replace(settings, budget_s=max(settings.budget_s * FINAL_SHARE, 2.0), on_slower="revert")
+    for candidate, applied, variant in best:
+        result = concluded(original, variant, applied, final)
+        if result.report.speedup.verdict == Verdict.FASTER:
+            return replace(result, report=replace(result.report, candidates=_told(log, candidate, result)))
+        log = [_lost_afresh(item, result) if item is candidate else item for item in log]
+    explanation = f"none of {len(chains)} chains is faster than the original, so the original is returned"
+    return unchanged(original, tuple(log), explanation, final)
+
+
+def sensible(work: Workload) -> tuple[list[Chain], list[Candidate]]:
+    """The chains worth trying on this model and machine, most promising first, and why other recipes are not.
+
+    One setting at most of each kind (precision, layout, compiler, …), in every combination.
+    """
+    kinds: dict[str, list[Recipe | None]] = {}
+    left_out = []
+    for name in _recipe.names():
+        recipe = _recipe.recipe_class(name)()
+        if reason := _recipe.refusal(recipe, work):
+            left_out.append(Candidate(name, "refused", reason))
+        elif (reason := _recipe.ask(recipe, "unprofitable", work.framework, work.device)) or (
+            reason := _idle(recipe, work)
+        ):
+            left_out.append(Candidate(name, "not tried", reason))
+        else:
+            variants = _recipe.ask(recipe, "variants", work) or (recipe,)
+            kinds.setdefault(recipe.provides or name, [None]).extend(variants)
+    chains = [Chain(tuple(filter(None, choice))) for choice in itertools.product(*kinds.values())]
+    return sorted(filter(len, chains), key=_promise), left_out
+
+
+def _promise(chain: Chain) -> tuple:
+    compiled = any(recipe.stage == Stage.COMPILE for recipe in chain)
+    return not compiled, -len(chain), str(chain)
+
+
+def _idle(recipe: Recipe, work: Workload) -> str:
+    step = apply(Chain((recipe,)), work).steps[0]
+    return "" if step.effect.touched else "; ".join(step.effect.notes) or "it touches nothing in this model"
+
+
+def _tried(original: Variant, chain: Chain, settings: Settings) -> tuple[Candidate, Applied | None, Variant | None]:
+    began = time.perf_counter()
+
+    def candidate(outcome: str, reason: str, speedup: Comparison | None = None, close=None) -> Candidate:
+        return Candidate(str(chain), outcome, reason, speedup, close, time.perf_counter() - began)
+
+    try:
+        applied = apply(chain, original.work)
+        variant = ready(applied.works[-1], str(chain))
+        applied = observed(applied, variant.log)
+        idle = [step.recipe for step in applied.steps if step.effect.status == "NO_EFFECT"]
+        if idle:
+            return candidate("lost", f"{' and '.join(idle)} had no effect"), None, None
+        close, _ = check_numbers(original, variant, chain, settings)
+        if not close.ok:
+            return candidate("lost", close.reason, close=close), None, None
+        speedup = compared(original, variant, ("original", str(chain)), QUICK_BUDGET_S)[2]
+    except PerfkitError as error:
+        return candidate("failed", first_line(error)), None, None
+    if speedup.verdict != Verdict.FASTER:
+        return candidate("lost", f"it is not faster: {speedup.verdict}", speedup, close), None, None
+    return candidate("lost", "", speedup, close), applied, variant
+
+
+def _ranked(entries: list) -> list:
+    """Fastest first, but a shorter chain before a longer one that is hardly faster."""
+    entries = sorted(entries, key=lambda entry: -entry[0].speedup.ratio)
+    near = [e for e in entries if e[0].speedup.ratio >= SIMPLER_WITHIN * entries[0][0].speedup.ratio]
+    simplest = min(near, key=lambda entry: len(entry[1].chain))
+    return [simplest, *(entry for entry in entries if entry is not simplest)]
+
+
+def _told(log: list[Candidate], winner: Candidate, result: Result) -> tuple[Candidate, ...]:
+    report = result.report
+
+    def told(item: Candidate) -> Candidate:
+        if item is winner:
+            return replace(item, outcome="won", speedup=report.speedup, fidelity=report.fidelity)
+        if item.speedup and item.outcome == "lost" and not item.reason:
+            faster = item.speedup.ratio > report.speedup.ratio
+            why = "no faster than the winner beyond what one more recipe is worth" if faster else "the winner is faster"
+            return replace(item, reason=why)
+        return item
+
+    return tuple(map(told, log))
+
+
+def _lost_afresh(item: Candidate, result: Result) -> Candidate:
+    return replace(item, speedup=result.report.speedup, reason="timed afresh, it was not faster any more")

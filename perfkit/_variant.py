@@ -1,0 +1,126 @@
+"""A workload with a chain applied to it, in usable form and called once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from perfkit import _recipe
+from perfkit._errors import InvalidInputError, UnsupportedError
+from perfkit._recipe import Chain
+from perfkit._report import Comparison, Latency, Quantity, Step
+from perfkit._workload import Workload
+from perfkit.backends import CompileLog, Finished
+from perfkit.measure import timing
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A workload in usable form, called once."""
+
+    work: Workload
+    finished: Finished
+    call: Callable[[], Any] | None
+    first_call_s: Quantity
+    log: CompileLog
+
+    @property
+    def measurable(self) -> bool:
+        return self.call is not None
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A chain applied: the workload after each step, the last one being the result."""
+
+    chain: Chain
+    works: tuple[Workload, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(step.apply_s for step in self.steps)
+
+
+def apply(chain: Chain, work: Workload) -> Applied:
+    """Apply each step to a copy of the last one's result.
+
+    Raises:
+        UnsupportedError: a step cannot be applied, or touched nothing under a recipe that must.
+    """
+    works, steps = [], []
+    for recipe in chain:
+        start = time.perf_counter()
+        try:
+            work, effect = getattr(recipe, work.framework)(work.backend.copy(work))
+        except (InvalidInputError, UnsupportedError):
+            raise
+        except Exception as error:
+            raise UnsupportedError(
+                f"recipe {str(recipe)!r} failed on {work.backend.model_name(work)}: {type(error).__name__}: {error}"
+            ) from error
+        works.append(work)
+        steps.append(Step(str(recipe), recipe.stage.name, effect, time.perf_counter() - start))
+    return Applied(chain, tuple(works), tuple(steps))
+
+
+def ready(work: Workload, name: str) -> Variant:
+    """Bring a workload into usable form and make its first call.
+
+    Raises:
+        UnsupportedError: it does not run.
+    """
+    backend = work.backend
+    try:
+        finished = backend.finish(work)
+        if work.inputs is None:
+            return Variant(work, finished, None, no_inputs("s"), CompileLog())
+        call = backend.caller(work, finished)
+        with backend.watching_compiles() as log, finished.keeping_state():
+            backend.seed(work.seed)
+            seconds, _ = timing.first_call(call)
+            return Variant(work, finished, call, Quantity(seconds, "s"), log())
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"{name} was applied to {backend.model_name(work)}, but the result does not run: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def observed(applied: Applied, log: CompileLog) -> Applied:
+    """The steps' effects, completed from what was compiled on the first call."""
+
+    def complete(recipe, step):
+        effect = _recipe.ask(recipe, "observed", step.effect, log)
+        return step if effect is None else replace(step, effect=effect)
+
+    if not applied.works or applied.works[-1].inputs is None:
+        return applied
+    return replace(applied, steps=tuple(map(complete, applied.chain, applied.steps)))
+
+
+def compared(
+    baseline: Variant, variant: Variant, names: tuple[str, str], budget_s: float
+) -> tuple[Latency, Latency, Comparison]:
+    """Time two variants interleaved, and leave both in the state they are in."""
+    with baseline.finished.keeping_state(), variant.finished.keeping_state():
+        return timing.paired(
+            baseline.call,
+            variant.call,
+            baseline=names[0],
+            variant_name=names[1],
+            budget_s=budget_s,
+            seed=baseline.work.seed,
+        )
+
+
+def no_inputs(unit: str) -> Quantity:
+    return Quantity.missing(unit, "no example_inputs were given")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

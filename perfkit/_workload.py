@@ -1,0 +1,101 @@
+"""Workload: what is optimized, validated once, passed from step to step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from perfkit._errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from perfkit.backends import Backend
+
+MODES = ("inference", "training")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One call's arguments: `model(*args, **kwargs)`."""
+
+    args: tuple = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training step needs beside the model.
+
+    Args:
+        loss: `loss(outputs, targets)`, a scalar.
+        targets: what the outputs for the example inputs should be.
+        optimizer: torch: an optimizer over the model's parameters; JAX: an optax transformation.
+        loss_scaling: scale the loss dynamically, so that float16 gradients do not underflow.
+        around: contexts within which every step runs, backward included.
+    """
+
+    loss: Callable[[Any, Any], Any]
+    targets: Any
+    optimizer: Any
+    loss_scaling: bool = False
+    around: tuple[Callable[[], AbstractContextManager], ...] = ()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and how it is called.
+
+    Args:
+        backend: the adapter of the model's framework.
+        model: torch: the `nn.Module`; JAX: a `JaxModel`.
+        inputs: example arguments; None where the caller gave none.
+        mode: "inference" or "training".
+        device: "cpu", "cuda", "tpu", …
+        training: loss, targets and optimizer; None for inference.
+        seed: what every run on these inputs is seeded with.
+    """
+
+    backend: Backend
+    model: Any
+    inputs: Inputs | None
+    mode: str
+    device: str
+    training: Training | None = None
+    seed: int = 0
+
+    def replace(self, **changes: Any) -> Self:
+        """The next workload: this one with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def framework(self) -> str:
+        return self.backend.name
+
+    @property
+    def trains(self) -> bool:
+        return self.mode == "training"
+
+
+def check_mode(mode: str, loss: Any, targets: Any, optimizer: Any, example_inputs: Any) -> None:
+    """Refuse a mode that is unknown, or whose companions are missing or too many.
+
+    Raises:
+        InvalidInputError: with what is missing.
+    """
+    if mode not in MODES:
+        raise InvalidInputError(f"mode={mode!r} is not known: use {' or '.join(map(repr, MODES))}")
+    companions = {"loss": loss, "targets": targets, "optimizer": optimizer}
+    given = [name for name, value in companions.items() if value is not None]
+    if mode == "inference" and given:
+        raise InvalidInputError(
+            f"{', '.join(given)} given with mode='inference': they belong to training; "
+            f"pass mode='training' or leave {'it' if len(given) == 1 else 'them'} out"
+        )
+    if mode == "training":
+        needed = [name for name, value in companions.items() if value is None]
+        if example_inputs is None:
+            needed.append("example_inputs")
+        if needed:
+            raise InvalidInputError(f"mode='training' also needs {', '.join(needed)}")

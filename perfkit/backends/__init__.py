@@ -1,0 +1,252 @@
+"""One adapter per framework behind the few verbs in which they differ.
+
+The framework is chosen from the object's type, and only its adapter is imported: an object of a framework cannot exist
+before that framework is loaded. The adapters are the only core modules that import torch or jax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from perfkit._errors import InvalidInputError, missing, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from perfkit._report import Quantity
+    from perfkit._workload import Inputs, Training, Workload
+
+FRAMEWORKS = {"torch": "perfkit.backends.torch_backend", "jax": "perfkit.backends.jax_backend"}
+REQUIRED = {"torch": ("torch",), "jax": ("jax", "flax", "optax")}
+
+
+@dataclass(frozen=True)
+class CompileLog:
+    """What a framework's compiler did during one first call.
+
+    Args:
+        graphs: number of graphs (torch) or programs (JAX) compiled.
+        breaks: why the compiler gave up on a part, one line each.
+        seconds: time spent compiling; None where the framework does not tell.
+        cached: compilations answered from a persistent cache.
+    """
+
+    graphs: int = 0
+    breaks: tuple[str, ...] = ()
+    seconds: float | None = None
+    cached: int = 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A workload in the form the caller uses it.
+
+    Args:
+        model: a true `nn.Module`, flax module or function: takes the place of the original.
+        call: `call(*inputs)`: the model on its own parameters.
+        keeping_state: a context within which the model may be called and trained; after it, its state is as before.
+        train_step: `train_step((inputs, targets)) -> loss`; None for inference.
+        params: tells the parameters that `model` takes as first argument; None where it holds its own.
+    """
+
+    model: Any
+    call: Callable[..., Any]
+    keeping_state: Callable[[], AbstractContextManager[None]]
+    train_step: Callable[[Any], Any] | None = None
+    params: Callable[[], Any] | None = None
+
+
+class Backend(ABC):
+    """What perfkit needs of a framework."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def bind(self, model: Any, params: Any, example_inputs: Any, **settings: Any) -> Workload:
+        """Validate what the caller passed and make the workload of it; raises InvalidInputError."""
+
+    @abstractmethod
+    def preserved(self) -> AbstractContextManager[None]:
+        """Within it anything may happen to random state and global settings; after it they are as before."""
+
+    @abstractmethod
+    def copy(self, work: Workload) -> Workload:
+        """The same workload on a model (and optimizer) of its own."""
+
+    @abstractmethod
+    def finish(self, work: Workload) -> Finished:
+        """The workload's model in the form the caller uses it."""
+
+    @abstractmethod
+    def synchronize(self, outputs: Any) -> None:
+        """Wait until `outputs` are there."""
+
+    @abstractmethod
+    def without_gradients(self) -> AbstractContextManager[None]:
+        """The context in which inference is timed, the original's and the result's alike."""
+
+    @abstractmethod
+    def seed(self, seed: int) -> None:
+        """Seed the framework's global random state, where it has one."""
+
+    @abstractmethod
+    def float64_outputs(self, work: Workload) -> list[np.ndarray]:
+        """The outputs of a copy of the model, and of the inputs, in float64; raises whatever stands in the way."""
+
+    @abstractmethod
+    def numpy(self, leaf: Any) -> np.ndarray:
+        """A tensor or array as a numpy array, low precision as float32."""
+
+    @abstractmethod
+    def size(self, work: Workload) -> tuple[int, int]:
+        """Bytes of parameters and buffers, and number of parameters; tied ones once."""
+
+    @abstractmethod
+    def tensor_peak(self, work: Workload, call: Callable[[], Any]) -> Quantity:
+        """High-water mark of tensor memory during one call, above what was held before it."""
+
+    @abstractmethod
+    def watching_compiles(self) -> AbstractContextManager[Callable[[], CompileLog]]:
+        """Within it, what the compiler does is recorded; the function tells it so far."""
+
+    @abstractmethod
+    def compiled_baseline(self, work: Workload) -> Workload | None:
+        """The workload under the framework's plain compiler, where that costs next to nothing; None elsewhere."""
+
+    @abstractmethod
+    def model_name(self, work: Workload) -> str:
+        """What the caller calls the model."""
+
+    @abstractmethod
+    def leaves(self, tree: Any) -> Iterator[Any]:
+        """The tensors or arrays in nested inputs or outputs."""
+
+    def caller(self, work: Workload, finished: Finished) -> Callable[[], Any]:
+        """One synchronized call on the example inputs, as the caller would make it: forward, or a training step."""
+        synchronize, call, args, kwargs = self.synchronize, finished.call, work.inputs.args, work.inputs.kwargs
+
+        def infer():
+            with self.without_gradients():
+                outputs = call(*args, **kwargs)
+                synchronize(outputs)
+            return outputs
+
+        def train():
+            loss = finished.train_step((work.inputs, work.training.targets))
+            synchronize(loss)
+            return loss
+
+        return train if work.trains else infer
+
+    def outputs(self, work: Workload, finished: Finished) -> list[np.ndarray]:
+        """The outputs on the example inputs, flattened."""
+        self.seed(work.seed)
+        with finished.keeping_state(), self.without_gradients():
+            outputs = finished.call(*work.inputs.args, **work.inputs.kwargs)
+            return [self.numpy(leaf) for leaf in self.leaves(outputs)]
+
+    def losses(self, work: Workload, finished: Finished, steps: int, seed: int) -> tuple[float, ...]:
+        """The losses of `steps` on the example batch, from the state as it is and back to it."""
+        self.seed(seed)
+        with finished.keeping_state():
+            batch = work.inputs, work.training.targets
+            return tuple(float(finished.train_step(batch)) for _ in range(steps))
+
+    def batch_size(self, inputs: Inputs | None) -> int | None:
+        """Length of the first dimension of the first input; None where there is none."""
+        shapes = [leaf.shape for leaf in self.leaves((inputs.args, inputs.kwargs))] if inputs else []
+        return next((int(shape[0]) for shape in shapes if len(shape)), None)
+
+    def describe(self, inputs: Inputs | None) -> str:
+        """Shapes and dtypes: "float32[64, 1, 28, 28]"."""
+        if inputs is None:
+            return "none given"
+        leaves = self.leaves((inputs.args, inputs.kwargs))
+        return ", ".join(f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" for leaf in leaves)
+
+
+def backend(name: str) -> Backend:
+    """The adapter of that framework, imported at first use.
+
+    Raises:
+        InvalidInputError: no such framework.
+        MissingDependencyError: the framework is not installed.
+    """
+    if name not in FRAMEWORKS:
+        raise InvalidInputError(f"framework {name!r} is not known; {nearest(name, FRAMEWORKS)}")
+    for package in REQUIRED[name]:
+        if find_spec(package) is None:
+            raise missing(package, f"framework {name!r}", extra=name)
+    return importlib.import_module(FRAMEWORKS[name]).BACKEND
+
+
+def of(model: Any, example_inputs: Any = None) -> Backend:
+    """The adapter of the framework that `model` belongs to, or for a plain function its inputs.
+
+    Raises:
+        InvalidInputError: it belongs to none.
+    """
+    if isinstance(model, type):
+        raise InvalidInputError(f"model is the class {model.__qualname__}: pass an instance of it")
+    for kind in type(model).__mro__:
+        if (name := _framework(kind)) and kind.__name__ == "Module":
+            return backend(name)
+    if not callable(model):
+        raise InvalidInputError(
+            f"model is a {type(model).__module__}.{type(model).__qualname__}: expected a torch.nn.Module, "
+            "a flax nnx.Module, a flax linen Module with params=variables, or a JAX function with params=its parameters"
+        )
+    frameworks = {_framework(type(model)), *(_framework(type(leaf)) for leaf in _leaves(example_inputs))} - {None}
+    if "torch" in frameworks:
+        raise InvalidInputError(
+            f"model is a {type(model).__name__} and torch is among its inputs: pass the torch.nn.Module itself, "
+            "or put the function into a torch.nn.Module's forward"
+        )
+    return backend("jax")
+
+
+def _framework(kind: type) -> str | None:
+    return {"torch": "torch", "jax": "jax", "jaxlib": "jax", "flax": "jax"}.get(kind.__module__.partition(".")[0])
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _leaves(item)
+    else:
+        yield tree
+
+
+def does_not_run(name: str, inputs: str, error: Exception) -> str:
+    """The message for example inputs that do not fit the model."""
+    return (
+        f"{name} does not run on example_inputs ({inputs}): {type(error).__name__}: {error}. "
+        "A tuple is passed as positional arguments, a dict as keyword arguments where its keys are the model's "
+        "parameters, anything else as the only argument"
+    )
+
+
+def check_loss(training: Training, outputs: Any, shape_of: Callable[[Any], tuple | None]) -> None:
+    """Refuse a loss that raises on these outputs, or is no scalar.
+
+    Raises:
+        InvalidInputError: with what the loss raised or returned.
+    """
+    try:
+        loss = training.loss(outputs, training.targets)
+    except Exception as error:
+        raise InvalidInputError(f"loss(outputs, targets) raised {type(error).__name__}: {error}") from error
+    shape = shape_of(loss)
+    if shape is None or len(shape):
+        found = f"a {type(loss).__name__}" if shape is None else f"shape {list(shape)}"
+        raise InvalidInputError(
+            f"loss(outputs, targets) returned {found}: expected a scalar, such as a mean over the batch"
+        )

@@ -1,0 +1,109 @@
+"""Ahead-of-time compilation in JAX, with a persistent cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from perfkit.backends import CompileLog
+
+_STAGES = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
+_HIT = "/jax/compilation_cache/cache_hits"
+_SETTINGS = {
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+class Program:
+    """A function compiled ahead of time on its first call; other shapes go through `jax.jit`.
+
+    Args:
+        function: what is compiled; positional arguments only.
+        donate: positions of arguments whose memory the outputs may take over.
+    """
+
+    def __init__(self, function: Callable, donate: tuple[int, ...] = ()):
+        self.jitted = jax.jit(function, donate_argnums=donate)
+        self.compiled: jax.stages.Compiled | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.compiled is None:
+            if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
+                return self.jitted(*args)
+            with persistent_cache():
+                self.compiled = self.jitted.lower(*args).compile()
+        try:
+            return self.compiled(*args)
+        except (
+            TypeError,
+            ValueError,
+        ):  # other shapes, dtypes or devices, or a trace: jit takes them all, or says why not
+            return self.jitted(*args)
+
+
+@contextmanager
+def persistent_cache() -> Iterator[None]:
+    """Within it, compiled programs are kept on disk for the next process; a cache of the caller's is used as it is."""
+    folder = cache_folder()
+    if jax.config.jax_compilation_cache_dir or folder is None:
+        yield
+        return
+    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", *_SETTINGS)}
+    try:
+        for name, value in {"jax_compilation_cache_dir": str(folder), **_SETTINGS}.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # jax looks at the setting once and remembers
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def cache_folder() -> Path | None:
+    """Where compiled programs are kept, one folder per machine and versions; None where it cannot be written.
+
+    `PERFKIT_CACHE` sets it, else it lies in the user's cache folder.
+    """
+    from perfkit.measure.environment import environment
+
+    root = os.environ.get("PERFKIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "perfkit"
+    folder = Path(root) / "jax" / environment().fingerprint
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+@contextmanager
+def watching() -> Iterator[Callable[[], CompileLog]]:
+    """Within it, JAX's compilations are recorded; the function tells them so far."""
+    seconds, counts = [], {"graphs": 0, "cached": 0}
+
+    def on_duration(event: str, duration: float, **_: Any) -> None:
+        if event in _STAGES:
+            seconds.append(duration)
+            counts["graphs"] += event == _STAGES[-1]
+
+    def on_event(event: str, **_: Any) -> None:
+        counts["cached"] += event == _HIT
+
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    jax.monitoring.register_event_listener(on_event)
+    try:
+        yield lambda: CompileLog(**counts, seconds=sum(seconds))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on_duration)
+        jax.monitoring.unregister_event_listener(on_event)

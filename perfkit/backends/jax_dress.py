@@ -1,0 +1,212 @@
+"""Giving a transformed function back in the form of the original: an nnx module, or a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import jax
+from flax import nnx
+
+from perfkit.backends import Finished
+from perfkit.backends.jax_compile import Program
+from perfkit.backends.jax_model import JaxModel, NnxModel, nnx_function
+
+
+def finished(model: JaxModel) -> Finished:
+    """An inference model as its caller uses it."""
+    if isinstance(model, NnxModel):
+        module = dressed(model)
+        return Finished(module, module, lambda: _keeping_variables(module))
+    run = as_called(model)
+    params = _packed(model)
+    if params is None:
+        return Finished(run, run, nullcontext)
+    return Finished(run, lambda *args, **kwargs: run(params, *args, **kwargs), nullcontext, params=lambda: params)
+
+
+def as_called(model: JaxModel) -> Callable:
+    """A function or linen module as its caller calls it: `f(params, *inputs)`."""
+    if not model.untouched:
+        return DressedFunction(model)
+    return model.original.apply if hasattr(model.original, "apply") else model.original
+
+
+class DressedFunction:
+    """A transformed function with the signature of the original: `function(params, *inputs)`.
+
+    For a flax linen module it stands for `module.apply`, and has that name too.
+    """
+
+    def __init__(self, model: JaxModel):
+        self.model = model
+        self.apply = self
+        self.__name__ = model.name
+        function = model.function()
+
+        def run(packed, args, kwargs):
+            params, rest = _unpacked(model, packed)
+            return function(params, rest, *args, **kwargs)[0]
+
+        self._run = Program(run) if model.ahead else run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.model.params is None:
+            return self._run(None, args, kwargs)
+        return self._run(args[0], args[1:], kwargs)
+
+    def __repr__(self) -> str:
+        return f"<{self.model.name}, optimized by perfkit>"
+
+
+def _packed(model: JaxModel) -> Any:
+    """Parameters and other state as the caller passes them: linen's variables, or a function's params."""
+    return {"params": model.params, **model.rest} if model.rest or hasattr(model.original, "apply") else model.params
+
+
+def _unpacked(model: JaxModel, packed: Any) -> tuple[Any, Any]:
+    if not hasattr(model.original, "apply"):
+        return packed, model.rest
+    rest = dict(packed)
+    return rest.pop("params", {}), rest
+
+
+def dressed(model: NnxModel) -> nnx.Module:
+    """An nnx module of the original's class, or a subclass of it where it does something else, with this state."""
+    module = model.module()
+    if model.untouched:
+        return module
+    runner = _Ahead(model) if model.ahead else _Eager(model)
+
+    def __call__(self, *args, **kwargs):
+        return runner(self, args, kwargs)
+
+    base = type(module)
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    module.__class__ = type(base.__name__, (base,), {**names, "__call__": __call__})
+    return module
+
+
+class _Eager:
+    """Runs the transformed function operation by operation."""
+
+    def __init__(self, model: NnxModel):
+        self.model = model
+
+    def __call__(self, module: nnx.Module, args: tuple, kwargs: dict) -> Any:
+        graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+        function = self.model.transformed(nnx_function(self.model.original, graphdef))
+        outputs, new_rest = function(params, rest, *args, **kwargs)
+        nnx.update(module, new_rest)
+        return outputs
+
+
+class _Ahead:
+    """Runs the transformed function as one compiled program on the module's values as they are at each call.
+
+    Splitting an nnx module takes longer than running a small model, so only its variables are gathered on each call;
+    where the module's structure or settings are no longer those that were compiled, it is split and compiled anew.
+    """
+
+    def __init__(self, model: NnxModel):
+        self.model = model
+        self.structure: list | None = None
+
+    def __call__(self, module: nnx.Module, args: tuple, kwargs: dict) -> Any:
+        variables, structure = gather(module)
+        if structure != self.structure:
+            self._build(module, variables)
+            self.structure = structure
+        outputs, changed = self.program([variable.get_raw_value() for variable in variables], args, kwargs)
+        for index, value in changed.items():
+            variables[index].set_raw_value(value)
+        return outputs
+
+    def _build(self, module: nnx.Module, variables: list[nnx.Variable]) -> None:
+        graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+        function = self.model.transformed(nnx_function(self.model.original, graphdef))
+        index_of = {id(variable): index for index, variable in enumerate(variables)}
+        states = [_indices(state, module, index_of) for state in (params, rest)]
+
+        def run(values, args, kwargs):
+            params, rest = (jax.tree.unflatten(tree, [values[i] for i in order]) for order, tree in states)
+            outputs, new_rest = function(params, rest, *args, **kwargs)
+            order = states[1][0]
+            changed = {i: new for i, new in zip(order, jax.tree.leaves(new_rest), strict=True) if new is not values[i]}
+            return outputs, changed
+
+        self.program = Program(run)
+
+
+def gather(module: nnx.Module) -> tuple[list[nnx.Variable], list]:
+    """A module's variables, each once, and everything else about it that a compiled program depends on."""
+    variables: list[nnx.Variable] = []
+    structure: list = []
+    seen: dict[int, int] = {}
+    _gather(module, variables, structure, seen)
+    return variables, structure
+
+
+def _gather(node: Any, variables: list, structure: list, seen: dict[int, int]) -> None:
+    place = seen.get(id(node))
+    if place is not None:
+        structure.append(place)
+        return
+    if isinstance(node, nnx.Variable):
+        seen[id(node)] = len(seen)
+        variables.append(node)
+        structure.append(type(node))
+    elif isinstance(node, (nnx.Module, nnx.Pytree)):
+        seen[id(node)] = len(seen)
+        structure.append(type(node))
+        for name, value in vars(node).items():
+            if not name.startswith("_pytree__"):
+                structure.append(name)
+                _gather(value, variables, structure, seen)
+    elif isinstance(node, dict):
+        for name, value in node.items():
+            structure.append(name)
+            _gather(value, variables, structure, seen)
+    elif isinstance(node, (list, tuple)):
+        structure.append(len(node))
+        for value in node:
+            _gather(value, variables, structure, seen)
+    else:
+        structure.append(node if isinstance(node, (bool, int, float, str, type(None))) else id(node))
+
+
+def _indices(state: nnx.State, module: nnx.Module, index_of: dict[int, int]) -> tuple[list[int], Any]:
+    """For each leaf of `state`, which of the gathered variables it is; and the tree to put them back into."""
+    order = []
+    for path, _ in nnx.to_flat_state(state):
+        node = module
+        for key in path:
+            node = node[key] if isinstance(key, int) or not hasattr(node, str(key)) else getattr(node, key)
+        order.append(index_of[id(node)])
+    return order, jax.tree.structure(state)
+
+
+@contextmanager
+def _keeping_variables(module: nnx.Module) -> Iterator[None]:
+    variables = gather(module)[0]
+    before = [variable.get_raw_value() for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            variable.set_raw_value(value)
+
+
+def writer(module: nnx.Module) -> Callable[[Any, Any], None]:
+    """A function that writes parameters and other state into the module's variables."""
+    variables = gather(module)[0]
+    index_of = {id(variable): index for index, variable in enumerate(variables)}
+    orders = [_indices(state, module, index_of)[0] for state in nnx.split(module, nnx.Param, ...)[1:]]
+
+    def write(params: Any, rest: Any) -> None:
+        for order, state in zip(orders, (params, rest), strict=True):
+            for index, value in zip(order, jax.tree.leaves(state), strict=True):
+                variables[index].set_raw_value(value)
+
+    return write

@@ -1,0 +1,156 @@
+"""A JAX model as a pure function of its parameters and of its other state, whatever it was written in."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+from flax import linen, nnx
+
+Function = Callable[..., tuple[Any, Any]]
+"""`function(params, rest, *args, **kwargs) -> (outputs, new rest)`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JaxModel(ABC):
+    """What the recipes transform.
+
+    Args:
+        original: the caller's module or function; never called with anything but copies of its state.
+        params: pytree of what is trained.
+        rest: pytree of the other state: running statistics, random keys and counters.
+        transforms: applied to the base function, first one innermost.
+        ahead: compile the transformed function ahead of time.
+    """
+
+    original: Any
+    params: Any
+    rest: Any = ()
+    transforms: tuple[Callable[[Function], Function], ...] = ()
+    ahead: bool = False
+
+    def then(self, wrap: Callable[[Function], Function]) -> Self:
+        """The model with its function wrapped once more."""
+        return dataclasses.replace(self, transforms=(*self.transforms, wrap))
+
+    def compiled_ahead(self) -> Self:
+        return dataclasses.replace(self, ahead=True)
+
+    def with_state(self, params: Any, rest: Any) -> Self:
+        return dataclasses.replace(self, params=params, rest=rest)
+
+    @property
+    def untouched(self) -> bool:
+        return not self.transforms and not self.ahead
+
+    def function(self) -> Function:
+        """The base function with every transform applied."""
+        return self.transformed(self.base())
+
+    def transformed(self, function: Function) -> Function:
+        for wrap in self.transforms:
+            function = wrap(function)
+        return function
+
+    @abstractmethod
+    def base(self) -> Function:
+        """The original as a pure function."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the caller calls it."""
+
+    @property
+    @abstractmethod
+    def signature_of(self) -> tuple[Callable, int]:
+        """The callable whose parameters the inputs are, and how many leading ones are not inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NnxModel(JaxModel):
+    """A flax nnx module: `original` is the class, `graphdef` its structure."""
+
+    graphdef: Any
+
+    @classmethod
+    def of(cls, module: nnx.Module) -> Self:
+        graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+        return cls(original=type(module), params=params, rest=rest, graphdef=graphdef)
+
+    def base(self) -> Function:
+        return nnx_function(self.original, self.graphdef)
+
+    def module(self) -> nnx.Module:
+        """A module of its own with this state."""
+        return nnx.merge(self.graphdef, self.params, self.rest, copy=True)
+
+    @property
+    def name(self) -> str:
+        return self.original.__name__
+
+    @property
+    def signature_of(self) -> tuple[Callable, int]:
+        return self.original.__call__, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinenModel(JaxModel):
+    """A flax linen module: `params` is the collection of that name, `rest` the other collections."""
+
+    trains: bool = False
+
+    def base(self) -> Function:
+        def function(params, rest, *args, **kwargs):
+            variables = {"params": params, **rest}
+            if not (self.trains and rest):
+                return self.original.apply(variables, *args, **kwargs), rest
+            return self.original.apply(variables, *args, mutable=list(rest), **kwargs)
+
+        return function
+
+    @property
+    def name(self) -> str:
+        return type(self.original).__name__
+
+    @property
+    def signature_of(self) -> tuple[Callable, int]:
+        return type(self.original).__call__, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionModel(JaxModel):
+    """A plain function: of a parameter pytree and its inputs, or where `params` is None of its inputs alone."""
+
+    def base(self) -> Function:
+        def function(params, rest, *args, **kwargs):
+            leading = () if params is None else (params,)
+            return self.original(*leading, *args, **kwargs), rest
+
+        return function
+
+    @property
+    def name(self) -> str:
+        return getattr(self.original, "__name__", type(self.original).__name__)
+
+    @property
+    def signature_of(self) -> tuple[Callable, int]:
+        return self.original, int(self.params is not None)
+
+
+def nnx_function(kind: type[nnx.Module], graphdef: Any) -> Function:
+    """A call of an nnx module as a pure function; `kind` is the class whose `__call__` it is."""
+
+    def function(params, rest, *args, **kwargs):
+        module = nnx.merge(graphdef, params, rest, copy=True)  # variables of this trace, so that it may write to them
+        outputs = kind.__call__(module, *args, **kwargs)
+        return outputs, nnx.split(module, nnx.Param, ...)[2]
+
+    return function
+
+
+def is_linen(model: Any) -> bool:
+    return isinstance(model, linen.Module)

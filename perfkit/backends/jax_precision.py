@@ -1,0 +1,52 @@
+"""Low precision in JAX models: autocast of the function, or weights cast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from perfkit._report import Effect
+from perfkit._workload import Workload
+
+
+def cast(tree: Any, dtype: Any, only: tuple = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)) -> Any:
+    """`tree` with its floating-point arrays (of the dtypes in `only`) in `dtype`."""
+
+    def one(leaf: Any) -> Any:
+        wanted = hasattr(leaf, "dtype") and any(leaf.dtype == kind for kind in only)
+        return jnp.asarray(leaf).astype(dtype) if wanted else leaf
+
+    return jax.tree.map(one, tree)
+
+
+def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
+    """Parameters, other state and inputs in `dtype`, outputs in float32.
+
+    In training the optimizer keeps float32 parameters and each step casts copies of them; running statistics stay
+    float32, since small updates to them would be lost.
+    """
+    model = work.model
+
+    def wrap(function):
+        def low(params, rest, *args, **kwargs):
+            outputs, new_rest = function(cast(params, dtype), rest, *cast(args, dtype), **cast(kwargs, dtype))
+            return cast(outputs, jnp.float32, only=(dtype,)), _like(new_rest, rest)
+
+        return low
+
+    touched = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    model = model.then(wrap)
+    if not work.trains:
+        model = model.with_state(cast(model.params, dtype), cast(model.rest, dtype))
+    return work.replace(model=model), Effect(tuple(touched))
+
+
+def _like(new: Any, old: Any) -> Any:
+    """`new` in the dtypes of `old`: state must not change its type from call to call."""
+    return jax.tree.map(lambda n, o: n.astype(o.dtype) if getattr(n, "dtype", None) != o.dtype else n, new, old)

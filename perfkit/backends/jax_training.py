@@ -1,0 +1,99 @@
+"""One training step of a JAX workload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from perfkit.backends.jax_compile import Program
+
+if TYPE_CHECKING:
+    from perfkit._workload import Inputs, Workload
+
+FIRST_SCALE, GROWTH_INTERVAL = 2.0**15, 2000
+
+
+class Trainer:
+    """`forward → loss → gradients → optimizer update` as one jitted function, on state of its own.
+
+    A compiled workload is compiled ahead of time, and the step's outputs take over its inputs' memory (donation).
+
+    Args:
+        work: a training workload.
+    """
+
+    def __init__(self, work: Workload):
+        model, training = work.model, work.training
+        self.state = _owned((model.params, model.rest, training.optimizer.init(model.params), _first_scale()))
+        self.function = _step(model.function(), training.loss, training.optimizer, training.loss_scaling)
+        self.program = Program(self.function, donate=(0,)) if model.ahead else jax.jit(self.function)
+
+    @property
+    def params(self) -> Any:
+        return self.state[0]
+
+    @property
+    def rest(self) -> Any:
+        return self.state[1]
+
+    def step(self, inputs: Inputs, targets: Any) -> jax.Array:
+        """Train on one batch; returns the loss before the step, a float32 scalar."""
+        self.state, loss = self.program(self.state, inputs.args, dict(inputs.kwargs), targets)
+        return loss
+
+    @contextmanager
+    def keeping_state(self) -> Iterator[None]:
+        """Within it the model may be trained; after it, its state is as before."""
+        before = _owned(self.state)
+        try:
+            yield
+        finally:
+            self.state = before
+
+
+def _step(function, loss_of, optimizer, scaling: bool):
+    def step(state, args, kwargs, targets):
+        params, rest, moments, (scale, clean_steps) = state
+
+        def scaled_loss(params):
+            outputs, new_rest = function(params, rest, *args, **kwargs)
+            loss = loss_of(outputs, targets)
+            return loss * scale.astype(loss.dtype), (loss, new_rest)
+
+        gradients, (loss, new_rest) = jax.grad(scaled_loss, has_aux=True)(params)
+        if not scaling:
+            updates, moments = optimizer.update(gradients, moments, params)
+            return (optax.apply_updates(params, updates), new_rest, moments, (scale, clean_steps)), loss
+        gradients = jax.tree.map(lambda gradient: gradient / scale.astype(gradient.dtype), gradients)
+        finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]))
+        updates, new_moments = optimizer.update(gradients, moments, params)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(params, updates), new_moments),
+            (params, moments),
+        )
+        return (kept[0], new_rest, kept[1], _next_scale(scale, clean_steps, finite)), loss
+
+    return step
+
+
+def _first_scale() -> tuple[jax.Array, jax.Array]:
+    return jnp.float32(FIRST_SCALE), jnp.int32(0)
+
+
+def _next_scale(scale, clean_steps, finite):
+    """Halve after an overflow, double after GROWTH_INTERVAL steps without one."""
+    clean_steps = jnp.where(finite, clean_steps + 1, 0)
+    grow = clean_steps >= GROWTH_INTERVAL
+    scale = jnp.where(finite, jnp.where(grow, scale * 2, scale), jnp.maximum(scale / 2, 1))
+    return scale, jnp.where(grow, 0, clean_steps)
+
+
+def _owned(tree: Any) -> Any:
+    """Copies of the arrays, so that donating them takes nothing from anyone else."""
+    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, tree)

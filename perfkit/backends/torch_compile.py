@@ -1,0 +1,81 @@
+"""torch.compile on a copied module."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+
+from perfkit._report import Effect, Skipped
+from perfkit._workload import Workload
+from perfkit.backends.torch_surgery import around_call, compile_in_place, derive
+
+
+def missing_compiler(device: str) -> str | None:
+    """What torch.compile needs on this machine and does not find; None where nothing is missing."""
+    if device == "cpu":
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))):
+            return "torch.compile on CPU needs a C++ compiler, and there is none: install g++ or set CXX"
+    elif device == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "torch.compile on CUDA needs triton, which is not installed: pip install 'perfkit[triton]'"
+    return None
+
+
+def compiled(work: Workload, mode: str, freezing: bool, **settings: Any) -> tuple[Workload, Effect]:
+    """Compile on the first call; for inference without gradients and with the weights frozen into the program."""
+    options = dict(torch._inductor.list_mode_options(mode))
+    freezing = freezing and not work.trains
+    if freezing:
+        options["freezing"] = True
+    compile_in_place(work.model, options=options, **settings)
+    if freezing:
+        _compile_anew_with_new_weights(work.model)
+    if not work.trains:
+        around_call(work.model, torch.no_grad)
+    return work, Effect((work.backend.model_name(work),), tuple(_left_eager(work.model)))
+
+
+def _left_eager(model: nn.Module) -> list[Skipped]:
+    if getattr(torch._dynamo.config, "allow_rnn", False):
+        return []
+    return [
+        Skipped(name or type(module).__name__, f"torch.compile does not trace nn.{module._get_name()}: it runs eagerly")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.RNNBase)
+    ]
+
+
+def _compile_anew_with_new_weights(model: nn.Module) -> None:
+    """Frozen weights must not go stale: writing to them, `load_state_dict` and `.to` make the next call compile again.
+
+    Writes through `parameter.data` leave no trace in torch and are the one way that is not seen.
+    """
+    base = type(model)
+    _watch(model)
+
+    def __call__(self, *args, **kwargs):
+        if sum([parameter._version for parameter in self._perfkit_frozen]) != self._perfkit_written:
+            _watch(self)
+            torch.compiler.reset()
+        return base.__call__(self, *args, **kwargs)
+
+    def replacing(method: str):
+        def replaced(self, *args, **kwargs):
+            result = getattr(base, method)(self, *args, **kwargs)
+            self._perfkit_written = -1
+            return result
+
+        return replaced
+
+    derive(model, __call__=__call__, load_state_dict=replacing("load_state_dict"), _apply=replacing("_apply"))
+
+
+def _watch(model: nn.Module) -> None:
+    model._perfkit_frozen = tuple(model.parameters())
+    model._perfkit_written = sum([parameter._version for parameter in model._perfkit_frozen])

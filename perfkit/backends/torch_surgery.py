@@ -1,0 +1,151 @@
+"""Changing a copied module without changing what it is: its class is replaced by a subclass of itself.
+
+`isinstance`, `state_dict` keys, attributes and `copy.deepcopy` stay as they were; only `forward` (what torch.compile
+traces) or `__call__` (what stands outside of it) does more than before. FSDP2 does the same to the modules it shards.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from perfkit._errors import InvalidInputError
+
+COMPILED_WITH = "_perfkit_compiled_with"
+_numbers = itertools.count()
+
+
+def derive(module: nn.Module, **members: Any) -> type[nn.Module]:
+    """Give `module` a subclass of its class with these members; returns the class it had.
+
+    torch.compile keeps its programs by code object and goes back to eager after eight of them, so each method gets a
+    code object of its own name (equal ones are one to Python): else the ninth model that went through the same recipe
+    would silently not be compiled.
+    """
+    base = type(module)
+    for name, member in members.items():
+        if isinstance(member, types.FunctionType):
+            member.__code__ = member.__code__.replace(co_name=f"{name}_{next(_numbers)}")
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    module.__class__ = type(base.__name__, (base,), names | members)
+    return base
+
+
+def around_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
+    """`forward(module, *args, **kwargs)` becomes `wrap(forward)`, inside of what torch.compile traces.
+
+    Functions of the module, not bound methods: after a graph break torch.compile looks a bound method up by its name
+    again, and would find the wrapper in place of what it wraps.
+    """
+    derive(module, forward=wrap(type(module).forward))
+
+
+def around_call(module: nn.Module, context: Callable[[], AbstractContextManager]) -> None:
+    """Every call of `module` runs within `context()`, outside of what torch.compile traces."""
+    base = type(module)
+
+    def __call__(self, *args, **kwargs):
+        with context():
+            return base.__call__(self, *args, **kwargs)
+
+    derive(module, __call__=__call__)
+
+
+def compile_in_place(module: nn.Module, **options: Any) -> None:
+    """`module.compile(**options)` on a `forward` of its own, remembered on the class for `copied` to do it again."""
+    base = type(module)
+
+    def forward(self, *args, **kwargs):
+        return base.forward(self, *args, **kwargs)
+
+    derive(module, forward=forward, **{COMPILED_WITH: options})
+    module.compile(**options)
+
+
+def copied(*things: Any) -> Any:
+    """Deep copies that share what the originals share: a module, or a module and its optimizer.
+
+    Raises:
+        InvalidInputError: the module cannot be copied.
+    """
+    modules = [module for thing in things if isinstance(thing, nn.Module) for module in thing.modules()]
+    try:
+        copies = copy.deepcopy(things, _non_leaf_copies(modules))
+    except Exception as error:
+        raise InvalidInputError(
+            f"the model cannot be copied ({type(error).__name__}: {error}), and perfkit never changes the caller's: "
+            "give it a __deepcopy__, or take out what cannot be copied (locks, files, compiled code)"
+        ) from error
+    for thing in copies:
+        if options := getattr(type(thing), COMPILED_WITH, None):
+            thing.compile(**options)
+    return copies if len(copies) > 1 else copies[0]
+
+
+def settle_forward(module: nn.Module) -> None:
+    """Move a `forward` that was assigned to an instance, and would hide the class's, into a class of its own.
+
+    Raises:
+        InvalidInputError: it is a function that may go on using the original's weights after a copy.
+    """
+    for name, part in module.named_modules():
+        assigned = vars(part).get("forward")
+        if assigned is None:
+            continue
+        if getattr(assigned, "__self__", None) is not part:
+            raise InvalidInputError(
+                f"forward of {name or type(module).__name__} was assigned to the instance and is no method of it: "
+                "a copy would go on using the original's weights. Define forward in a subclass instead"
+            )
+        del part.forward
+        derive(part, forward=assigned.__func__)
+
+
+def _non_leaf_copies(modules: list[nn.Module]) -> dict[int, Any]:
+    """deepcopy refuses tensors that have a history, such as cached or reparametrized weights: copy those beforehand."""
+    tensors = (value for module in modules for value in vars(module).values() if isinstance(value, torch.Tensor))
+    return {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
+    """`tree` with `function` applied to each tensor: through tuples, lists, dicts, dataclasses and packed sequences."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, PackedSequence):
+        return tree._replace(data=function(tree.data))
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        fields = {item.name: getattr(tree, item.name) for item in dataclasses.fields(tree) if item.init}
+        return dataclasses.replace(tree, **{name: map_tensors(function, value) for name, value in fields.items()})
+    if isinstance(tree, Mapping):
+        return type(tree)({key: map_tensors(function, value) for key, value in tree.items()})
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(function, value) for value in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(function, value) for value in tree)
+    return tree
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors in `tree`, in order."""
+    found: list[torch.Tensor] = []
+    map_tensors(lambda tensor: found.append(tensor) or tensor, tree)
+    return iter(found)
+
+
+def cast(tree: Any, dtype: torch.dtype, only: tuple[torch.dtype, ...] | None = None) -> Any:
+    """`tree` with its floating-point tensors (those of the dtypes in `only`) in `dtype`."""
+
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        wanted = tensor.is_floating_point() if only is None else tensor.dtype in only
+        return tensor.to(dtype) if wanted else tensor
+
+    return map_tensors(one, tree)

@@ -1,0 +1,60 @@
+"""How far a call drives up the memory of the process."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from perfkit._report import Quantity
+
+
+def process_high_water(call: Callable[[], Any], repeats: int = 3, proc: str | Path = "/proc/self") -> Quantity:
+    """Bytes by which the resident memory of the process rises during one call: the median of `repeats` calls.
+
+    Everything counts: tensors, the libraries' scratch and caches, Python's objects. Memory that the allocators hold
+    from earlier calls is handed back first where the C library can (glibc); what they keep does not count as a rise.
+
+    Args:
+        call: one whole, synchronized call; warmed up, or lazy set-up counts.
+        proc: the process' folder under /proc.
+
+    Source: proc(5), /proc/pid/clear_refs: writing 5 resets the peak resident set size (VmHWM).
+    """
+    clear_refs, status = Path(proc, "clear_refs"), Path(proc, "status")
+    rises: list[int] = []
+    for _ in range(repeats):
+        gc.collect()
+        trimmed = _trim()
+        try:
+            clear_refs.write_text("5")
+            before = _resident_bytes(status, "VmRSS")
+        except (OSError, ValueError) as error:
+            return Quantity.missing("B", f"the peak of resident memory cannot be reset here, Linux lets it: {error}")
+        call()
+        rises.append(max(_resident_bytes(status, "VmHWM") - before, 0))
+    freed = "after malloc_trim" if trimmed else "without malloc_trim, which this C library lacks"
+    return Quantity(
+        float(statistics.median(rises)),
+        "B",
+        method=f"VmHWM after the call - VmRSS before it, {freed}; median of {repeats}",
+    )
+
+
+def _resident_bytes(status: Path, field: str) -> int:
+    for line in status.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024  # the kernel writes "kB" and means KiB
+    raise ValueError(f"{status} has no line {field}")
+
+
+def _trim() -> bool:
+    """Hand freed memory back to the system; False where the C library is not glibc."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return False
+    return True

@@ -1,0 +1,300 @@
+"""Timing plain callables: first call, warm-up, and two variants interleaved in one run.
+
+A callable makes one whole call: it returns when the result is there (synchronized), not when the work is queued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from perfkit._errors import PerfkitWarning
+from perfkit._report import Comparison, Latency, Quantity, Verdict
+from perfkit.measure import statistics
+from perfkit.measure._scheduler import Interruptions, waited_s
+
+Call = Callable[[], Any]
+
+CONFIDENCE = 0.99
+BLOCK_S = 0.002
+"""A block lasts at least this long: shorter ones drown in timer ticks."""
+
+CALIBRATION_CALLS = 3
+CALIBRATION_S = 0.1
+
+SETTLED = 0.01
+"""Sampling ends before the budget does once the half-width of the ratio's interval is below this."""
+
+SETTLED_PAIRS = 20
+"""Not before so many pairs: a few that agree by luck would end it early, and on a lucky estimate."""
+
+OVERRUN = 4.0
+PATIENCE_S = 20.0
+"""Up to `max(OVERRUN * budget_s, PATIENCE_S)` is spent to reach the pairs without which nothing can be said."""
+
+CONTENDED = 0.25
+"""Threads that wait for a processor for longer than this share of the time measure the scheduler, not the model."""
+
+WARM_WINDOW = 5
+WARM_SPREAD = 1.05
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two variants, timed in alternating blocks.
+
+    Args:
+        original_ms, variant_ms: (pairs,), the median call of each block in ms, in the order taken; pair i is
+            `original_ms[i]` with `variant_ms[i]`.
+        original_samples_ms, variant_samples_ms: every timed call in ms, in the order taken.
+        contaminated: how many of the blocks the operating system or the hypervisor interrupted. They are kept.
+        waited: seconds that this process' threads, together, waited for a processor, per second.
+        seconds: what all of it took.
+        shortfall: why there are too few pairs; empty where there are enough.
+    """
+
+    original_ms: tuple[float, ...]
+    variant_ms: tuple[float, ...]
+    original_samples_ms: tuple[float, ...]
+    variant_samples_ms: tuple[float, ...]
+    contaminated: Quantity
+    waited: Quantity
+    seconds: float
+    shortfall: str = ""
+
+
+def first_call(call: Call) -> tuple[float, Any]:
+    """Make the first call, compilation and lazy set-up included; return its seconds and its result."""
+    start = time.perf_counter_ns()
+    result = call()
+    return (time.perf_counter_ns() - start) / 1e9, result
+
+
+def warm_up(call: Call, *, budget_s: float) -> int:
+    """Call until the rolling median is stable or `budget_s` seconds are spent, at least twice; return how often.
+
+    Stable: the medians of the last three windows of five calls lie within 5 % of each other.
+    """
+    times: list[int] = []
+    clock = time.perf_counter_ns
+    end = clock() + int(budget_s * 1e9)
+    while True:
+        start = clock()
+        call()
+        now = clock()
+        times.append(now - start)
+        if len(times) >= 2 and now >= end:
+            break
+        if len(times) >= 3 * WARM_WINDOW:
+            recent = np.median(np.reshape(times[-3 * WARM_WINDOW :], (3, WARM_WINDOW)), axis=1)
+            if recent.max() <= WARM_SPREAD * recent.min():
+                break
+    return len(times)
+
+
+def paired(
+    original: Call, variant: Call, *, baseline: str, variant_name: str, budget_s: float, seed: int = 0
+) -> tuple[Latency, Latency, Comparison]:
+    """Warm up both, time them interleaved, and return the latency of each and their comparison.
+
+    "No significant change" becomes "too noisy" where the threads waited for a processor for more than `CONTENDED` of
+    the time: a call then takes as many of the scheduler's time slices on one side as on the other, whatever it does.
+
+    Args:
+        original, variant: one whole, synchronized call each. They may be the same object.
+        baseline, variant_name: their names in the report.
+        budget_s: seconds for all of it; see `interleave` for when less or more is used.
+
+    Warns:
+        PerfkitWarning: calls so slow that the budget and its overrun bought too few pairs for a verdict.
+    """
+    for call in (original, variant):
+        warm_up(call, budget_s=budget_s / 10)
+    times = interleave(original, variant, budget_s=budget_s * 0.8, seed=seed)
+    if times.shortfall:
+        warnings.warn(times.shortfall, PerfkitWarning, stacklevel=2)
+    comparison = statistics.compare(
+        times.original_ms,
+        times.variant_ms,
+        baseline=baseline,
+        variant=variant_name,
+        confidence=CONFIDENCE,
+        seed=seed,
+    )
+    if comparison.verdict == Verdict.SAME and (times.waited.value or 0.0) > CONTENDED:
+        comparison = dataclasses.replace(comparison, verdict=Verdict.NOISY)
+    return statistics.latency(times.original_samples_ms), statistics.latency(times.variant_samples_ms), comparison
+
+
+def interleave(original: Call, variant: Call, *, budget_s: float, seed: int = 0, block_s: float = BLOCK_S) -> Paired:
+    """Time two variants in alternating blocks, so that drift and bursts of the machine hit both alike.
+
+    Four blocks make a quadruple, ABBA or BAAB, the two kinds equally often in random order. A block is as many calls as
+    last `block_s` seconds; each call is timed on its own and the block counts as its median call. Sampling ends when
+    the interval of the ratio is narrower than ±1 % and p90 is supported, or when `budget_s` seconds are spent, but
+    not before there are enough pairs for a verdict, unless those would cost more than `max(4 * budget_s, 20 s)`.
+
+    Garbage is collected between quadruples and never inside a block.
+
+    Args:
+        original, variant: one whole, synchronized call each, warmed up. What they raise ends the sampling.
+        seed: of the order.
+    """
+    began, waited_before = time.perf_counter(), waited_s()
+    calls = _calls_per_block(original, variant, block_s)
+    sides = (original, variant)
+    medians: tuple[list[float], list[float]] = ([], [])
+    samples: tuple[list[int], list[int]] = ([], [])
+    contaminated = 0
+    needed = statistics.pairs_needed(CONFIDENCE)
+    enough_samples = statistics.samples_needed(90)
+    next_look = max(SETTLED_PAIRS, needed)
+    patience = max(OVERRUN * budget_s, PATIENCE_S)
+
+    with _quiet_gc(), Interruptions() as interruptions:
+        for order in _orders(seed):
+            for side in order:
+                before = interruptions.count()
+                times = _block(sides[side], calls)
+                contaminated += interruptions.count() != before
+                samples[side].extend(times)
+                medians[side].append(float(np.median(times)))
+            gc.collect()
+            elapsed = time.perf_counter() - began
+            pairs = len(medians[0])
+            if elapsed >= budget_s and (pairs >= needed or elapsed >= patience):
+                break
+            if pairs >= next_look:
+                # Looking after every quadruple would find a lucky moment to stop; every fifth more pairs is enough.
+                next_look = math.ceil(1.2 * pairs)
+                if len(samples[0]) >= enough_samples and _settled(medians):
+                    break
+        method = interruptions.method
+
+    return Paired(
+        original_ms=_milliseconds(medians[0]),
+        variant_ms=_milliseconds(medians[1]),
+        original_samples_ms=_milliseconds(samples[0]),
+        variant_samples_ms=_milliseconds(samples[1]),
+        contaminated=_contaminated(contaminated, method),
+        waited=_waited(waited_before, elapsed),
+        seconds=time.perf_counter() - began,
+        shortfall=_shortfall(pairs, needed, elapsed),
+    )
+
+
+def _block(call: Call, calls: int) -> list[int]:
+    """Nanoseconds of each of `calls` calls.
+
+    One more goes before them untimed: it finds the caches as the other side left them, which costs small models 5 to
+    10 % of a call. A block of a single long call goes without, as what is lost there is small against the call.
+    """
+    if calls > 1:
+        call()
+    return _timed(call, calls)
+
+
+def _timed(call: Call, calls: int) -> list[int]:
+    """Nanoseconds of each of `calls` calls. The loop holds nothing that is not needed: models can take 50 µs."""
+    clock = time.perf_counter_ns
+    times = [0] * calls
+    for i in range(calls):
+        start = clock()
+        call()
+        times[i] = clock() - start
+    return times
+
+
+def _calls_per_block(original: Call, variant: Call, block_s: float) -> int:
+    """How many calls make a block: the same number for both sides, or position within the block would favour one.
+
+    So many that the faster side's block lasts `block_s` seconds, unless the slower side's would last ten times that.
+    """
+    quick, slow = sorted(max(_quickest(call), 1) / 1e9 for call in (original, variant))
+    return max(1, min(math.ceil(block_s / quick), int(10 * block_s / slow)))
+
+
+def _quickest(call: Call) -> int:
+    """Nanoseconds of the quickest of a few calls: the others may have been interrupted."""
+    times: list[int] = []
+    while len(times) < CALIBRATION_CALLS and sum(times) < CALIBRATION_S * 1e9:
+        times += _timed(call, 1)
+    return min(times)
+
+
+def _orders(seed: int) -> Iterator[tuple[int, int, int, int]]:
+    """Quadruples of sides (0 original, 1 variant): as many ABBA as BAAB, which of two comes first drawn at random."""
+    draw = random.Random(seed)
+    while True:
+        both = [(0, 1, 1, 0), (1, 0, 0, 1)]
+        draw.shuffle(both)
+        yield from both
+
+
+def _settled(medians: tuple[list[float], list[float]]) -> bool:
+    """Whether the interval is narrow already. The exact one: it costs microseconds where the bootstrap costs more."""
+    ratios = np.log(np.maximum(medians[0], 1)) - np.log(np.maximum(medians[1], 1))
+    low, high = statistics.order_statistic_interval(ratios, CONFIDENCE)
+    return (high - low) / 2 < SETTLED and statistics.autocorrelation(ratios) <= statistics.AUTOCORRELATED
+
+
+def _milliseconds(nanoseconds: list[int] | list[float]) -> tuple[float, ...]:
+    # A call below the timer's resolution reads 0, which has no logarithm.
+    return tuple(max(value, 1) / 1e6 for value in nanoseconds)
+
+
+def _contaminated(blocks: int, method: str) -> Quantity:
+    if not method:
+        return Quantity.missing("blocks", "this platform counts neither context switches nor stolen time")
+    return Quantity(float(blocks), "blocks", method=method)
+
+
+def _waited(before: float | None, seconds: float) -> Quantity:
+    after = waited_s()
+    if before is None or after is None:
+        return Quantity.missing(
+            "ratio", "/proc/self/task/*/schedstat is not there: it needs Linux with scheduler statistics"
+        )
+    # Threads that ended meanwhile took their waiting with them.
+    return Quantity(max(after - before, 0.0) / seconds, "ratio", method="run-queue time of all threads (schedstat)")
+
+
+def _shortfall(pairs: int, needed: int, seconds: float) -> str:
+    if pairs >= needed:
+        return ""
+    return (
+        f"{pairs} pairs of calls took {seconds:.0f} s, and a verdict needs {needed}: "
+        f"give a budget_s of {math.ceil(seconds / pairs * needed)}, or a smaller example batch"
+    )
+
+
+@contextlib.contextmanager
+def _quiet_gc() -> Iterator[None]:
+    """Collect once, then keep the collector out of the measurement; give it back as it was, also on a raise.
+
+    Freezing makes the collections between quadruples cheap: they visit only what was allocated since.
+    """
+    enabled = gc.isenabled()
+    # What the caller froze could not be told from what is frozen here, and would be thawed with it.
+    freeze = gc.get_freeze_count() == 0
+    try:
+        gc.collect()
+        gc.disable()
+        if freeze:
+            gc.freeze()
+        yield
+    finally:
+        if freeze:
+            gc.unfreeze()
+        if enabled:
+            gc.enable()

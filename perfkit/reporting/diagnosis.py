@@ -1,0 +1,46 @@
+"""What `doctor` found, in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+
+from perfkit.reporting._facts import environment_rows
+from perfkit.reporting.terminal import cell, line, table, to_text
+
+if TYPE_CHECKING:
+    from perfkit._doctor import Diagnosis, Readiness
+
+
+def render(diagnosis: Diagnosis) -> RenderableType:
+    """The diagnosis as something rich can print."""
+    return Group(*_parts(diagnosis))
+
+
+def plain(diagnosis: Diagnosis, width: int = 100) -> str:
+    """The diagnosis as text without colour."""
+    return to_text(render(diagnosis), width)
+
+
+def _parts(diagnosis: Diagnosis) -> Iterator[RenderableType]:
+    machine = table("machine", ("", "prose"))
+    for name, value in environment_rows(diagnosis.environment):
+        machine.add_row(cell(name), cell(value))
+    for name, version in diagnosis.compilers.items():
+        machine.add_row(cell(name), cell(version or "not found"))
+    for name, device in diagnosis.devices.items():
+        machine.add_row(cell(f"{name} uses"), cell(device))
+    yield machine
+    yield line("")
+    recipes = table("recipe", ("framework", "left"), ("", "left"), ("why", "prose"))
+    for item in diagnosis.recipes:
+        recipes.add_row(cell(item.recipe), cell(item.framework), _state(item), cell(item.reason))
+    yield recipes
+
+
+def _state(item: Readiness) -> RenderableType:
+    if not item.ready:
+        return cell("no", "red")
+    return cell("ready, hardly pays", "yellow") if item.reason else cell("ready", "green")

@@ -1,0 +1,259 @@
+"""A report in the terminal: a short proof, read from the top."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement as Extent
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from perfkit._report import Report
+from perfkit.reporting import _facts
+from perfkit.reporting._format import clean, counted, shorten
+
+STYLES = {"good": "bold green", "bad": "bold red", "neutral": "bold yellow"}
+BAR_CELLS = 16
+# What a reader can take in before the page takes over.
+MOST_REASONS, MOST_CANDIDATES = 3, 20
+MOST_REASON_LENGTH, MOST_NAME_LENGTH = 110, 48
+NARROWEST_SUMMARY = 96
+
+
+def render(report: Report) -> RenderableType:
+    """The report as something rich can print at any width."""
+    return _Proof(report)
+
+
+def plain(report: Report, width: int = 100) -> str:
+    """The report as text without colour."""
+    return _plain(render(report), width)
+
+
+def summary_table(rows: Sequence[tuple[str, Report]]) -> RenderableType:
+    """One line for each (label, report); on a narrow screen two, with the intervals below their ratios."""
+    return _Summary(tuple(rows))
+
+
+def _plain(renderable: RenderableType, width: int) -> str:
+    # Everything that rich would find out about the terminal is said here, so that the text is the same everywhere.
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        color_system=None,
+        force_terminal=False,
+        force_jupyter=False,
+        legacy_windows=False,
+    )
+    console.print(renderable)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+@dataclass(frozen=True)
+class _Proof:
+    report: Report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from _header(self.report)
+        yield from _quantities(self.report)
+        if self.report.steps:
+            yield from _steps(self.report, bars=options.max_width >= 90)
+        yield from _statements(self.report)
+        if self.report.candidates:
+            yield from _candidates(self.report)
+        yield from _notes(self.report)
+
+
+def _header(report: Report) -> Iterator[RenderableType]:
+    what = " · ".join((shorten(clean(report.model), 2 * MOST_NAME_LENGTH), *map(clean, _facts.identity(report))))
+    yield _line(what, "bold")
+    yield _line(f"recipe {report.recipe}" + (f" · inputs {report.inputs}" if report.inputs else ""), "dim")
+    yield Text()
+    head = _facts.headline(report)
+    unmeasured = report.speedup is None and head.evidence
+    yield _line(f"{head.text}: {head.evidence}" if unmeasured else head.text, STYLES[head.tone])
+    if head.evidence and not unmeasured:
+        yield _line(head.evidence, "dim")
+    if head.explanation:
+        yield _line(head.explanation)
+    for alarm in _facts.alarms(report):
+        yield _line(f"! {alarm}", "bold red")
+    yield Text()
+
+
+def _quantities(report: Report) -> Iterator[RenderableType]:
+    table = _table("", ("before", "right"), ("after", "right"), ("change", "right"))
+    table.columns[2].style = "bold"
+    for row in _facts.rows(report):
+        table.add_row(*(_cell(value) for value in (row.label, row.before, row.after, row.change)))
+    yield table
+    for reason in _facts.missing(report):
+        yield _indented(f"unavailable: {reason}")
+    yield Text()
+
+
+def _steps(report: Report, *, bars: bool) -> Iterator[RenderableType]:
+    columns = [("touched", "right"), ("skipped", "right"), ("speedup so far", "left"), ("", "left")]
+    table = _table("step", *columns, *([("", "left")] if bars else []))
+    ratios = [step.speedup.ratio for step in report.steps if _facts.measured(step.speedup)]
+    most = max([1.0, *ratios])
+    if ratios:
+        table.add_row(*map(_cell, ("original", "", "", "1.00×", "")), *([_bar(1, most)] if bars else []))
+    details = []
+    for step in report.steps:
+        facts = _facts.step_facts(step)
+        name = _cell(shorten(clean(facts.recipe), MOST_NAME_LENGTH))
+        if facts.status != "applied":
+            name.append(f"  {facts.status}", "bold yellow")
+        drawn = _bar(step.speedup.ratio, most) if _facts.measured(step.speedup) else Text()
+        cells = (str(facts.touched), str(facts.skipped), facts.speedup, facts.verdict)
+        table.add_row(name, *map(_cell, cells), *([drawn] if bars else []))
+        details += _step_details(facts)
+    yield table
+    yield from details
+    yield Text()
+
+
+def _step_details(facts: _facts.StepFacts) -> Iterator[RenderableType]:
+    name = shorten(clean(facts.recipe), MOST_NAME_LENGTH)
+    if facts.reasons:
+        told = [shorten(clean(reason), MOST_REASON_LENGTH) for reason in facts.reasons[:MOST_REASONS]]
+        if (rest := len(facts.reasons) - MOST_REASONS) > 0:
+            told.append(counted(rest, "more reason"))
+        yield _indented(f"{name} skipped {'; '.join(told)}")
+    for note in facts.notes:
+        yield _indented(f"{name}: {note}")
+
+
+def _statements(report: Report) -> Iterator[RenderableType]:
+    """What else is known, one fact a line."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    result = report.fidelity
+    status = "" if result is None else "ok: " if result.ok else "FAILED: "
+    table.add_row(
+        "fidelity", _line(status + _facts.fidelity(result), "" if result is None or result.ok else "bold red")
+    )
+    if result is not None:
+        table.add_row("", _line(_facts.fidelity_extras(result)))
+    if report.losses is not None:
+        table.add_row("loss", _line(_facts.losses(report)))
+    if report.metric is not None:
+        table.add_row("metric", _line(("ok: " if report.metric.ok else "FAILED: ") + _facts.metric(report)))
+    if report.speedup is not None or report.against_compiled is not None:
+        table.add_row("compiler", _line(_facts.compiled(report)))
+    table.add_row("payback", _line(_facts.payback(report)))
+    yield table
+
+
+def _candidates(report: Report) -> Iterator[RenderableType]:
+    table = _table(
+        "candidate", ("outcome", "left"), ("speedup", "left"), ("fidelity", "left"), ("why it lost", "prose")
+    )
+    candidates = _facts.candidate_facts(report)
+    for facts in candidates[:MOST_CANDIDATES]:
+        cells = (facts.outcome, facts.speedup, facts.fidelity, shorten(clean(facts.reason), MOST_REASON_LENGTH))
+        style = "bold" if facts.won else ""
+        name = shorten(clean(facts.recipe), MOST_NAME_LENGTH)
+        table.add_row(*(_cell(value, style) for value in (name, *cells)))
+    yield Text()
+    yield table
+    if (rest := len(candidates) - MOST_CANDIDATES) > 0:
+        yield _indented(f"{counted(rest, 'more candidate')} in the HTML and JSON reports")
+
+
+def _notes(report: Report) -> Iterator[RenderableType]:
+    yield Text()
+    for note in report.notes:
+        yield _line(f"note: {note}")
+    yield _line(f"measured on {_facts.environment_line(report.environment)}", "dim")
+
+
+@dataclass(frozen=True)
+class _Summary:
+    rows: tuple[tuple[str, Report], ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        facts = [_facts.summary(label, report) for label, report in self.rows]
+        one_line = _summary_table(facts, " ")
+        natural = Extent.get(console, options.update(width=10_000), one_line).maximum
+        if natural <= options.max_width:
+            yield one_line
+        elif options.max_width >= NARROWEST_SUMMARY:
+            yield _summary_table(facts, "\n")
+        else:
+            for item in facts:
+                yield from _summary_lines(item)
+
+
+def _summary_table(facts: Iterable[_facts.SummaryFacts], join: str) -> Table:
+    columns = (("recipe found", "prose"), ("speedup", "left"), ("vs compiler", "left"), ("tensor peak", "left"))
+    table = _table("model", *columns, ("error", "left"), ("tried and lost", "prose"))
+    for item in facts:
+        table.add_row(
+            _cell(shorten(clean(item.label), MOST_NAME_LENGTH), "bold"),
+            _cell(shorten(clean(item.recipe), MOST_NAME_LENGTH)),
+            _cell(_joined(join, *item.speedup), STYLES[item.headline.tone]),
+            _cell(_joined(join, *item.compiled)),
+            _cell(_joined(f" →{join}", *item.peak)),
+            _cell(
+                _joined(join, item.error, "" if item.fidelity_ok else "FAILED"), "" if item.fidelity_ok else "bold red"
+            ),
+            _cell(shorten(clean(item.lost), MOST_NAME_LENGTH)),
+        )
+    return table
+
+
+def _summary_lines(item: _facts.SummaryFacts) -> Iterator[RenderableType]:
+    """The same as the table's row, for a screen too narrow for a table."""
+    label = _line(shorten(clean(item.label), MOST_NAME_LENGTH), "bold")
+    yield Text("  ").join((label, _line(item.headline.text, STYLES[item.headline.tone])))
+    recipe, lost = (shorten(clean(text), MOST_REASON_LENGTH) for text in (item.recipe, item.lost))
+    yield _indented(f"recipe {recipe}")
+    yield _indented(f"tried and lost {lost}")
+    yield _indented(f"vs compiler {_joined(' ', *item.compiled)}")
+    error = item.error if item.fidelity_ok else f"{item.error} FAILED"
+    yield _indented(f"tensor peak {item.peak[0]} → {item.peak[1]}; relative error {error}")
+
+
+def _joined(join: str, *parts: str) -> str:
+    return join.join(part for part in parts if part)
+
+
+def _table(first: str, *columns: tuple[str, str]) -> Table:
+    """A table whose first column and columns of "prose" wrap; a number with its interval never does."""
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True, header_style="dim", show_edge=False
+    )
+    # Names fold: a recipe cut short cannot be typed again.
+    table.add_column(first, overflow="fold")
+    for name, kind in columns:
+        prose = kind == "prose"
+        table.add_column(name, justify="left" if prose else kind, overflow="fold", no_wrap=not prose)
+    return table
+
+
+def _line(text: str, style: str = "") -> Text:
+    """A line of the report: never rich markup, never a control sequence, whatever the model is called."""
+    return Text(clean(text), style)
+
+
+def _cell(text: str, style: str = "") -> Text:
+    """A table's cell; a line break is ours, so each line is cleaned by itself."""
+    return Text("\n".join(clean(line) for line in text.split("\n")), style)
+
+
+def _indented(text: str) -> Padding:
+    return Padding(_line(text, "dim"), (0, 0, 0, 2))
+
+
+def _bar(ratio: float, most: float) -> Text:
+    """A bar from zero, in eighths of a cell; the colour adds nothing to its length."""
+    eighths = max(1, round(8 * BAR_CELLS * ratio / most))
+    return Text("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip(), "cyan")

@@ -1,0 +1,18 @@
+"""One recipe is one file; its file name is its name. `perfkit.recipes()` lists them."""
+
+import sys
+import types
+
+if __name__ != "perfkit.recipes":
+    raise ImportError(f"import perfkit.recipes, not {__name__!r}: the repository root is on sys.path")
+
+
+class _Recipes(types.ModuleType):
+    def __call__(self):
+        """Every recipe there is: name, one line, stage, frameworks, options."""
+        from perfkit._recipe import catalog
+
+        return catalog()
+
+
+sys.modules[__name__].__class__ = _Recipes
