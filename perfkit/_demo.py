@@ -40,10 +40,8 @@ def run(page: Path, budget_s: float) -> None:
     for name, batch_size in MODELS.items():
         for framework, model in _trained(name, frameworks).items():
             label = f"{name}, {framework}, batch {batch_size}"
-            with cli.status() as progress:
-                report = _optimized(
-                    name, framework, model, batch_size, budget_s, lambda told: progress(f"{label}: {told}")
-                )
+            with cli.status(label) as progress:
+                report = _optimized(name, framework, model, batch_size, budget_s, progress)
             rows.append((label, report))
             cli.out.print(f"{label}: {report.explanation}", highlight=False)
     cli.out.print()

@@ -14,7 +14,7 @@ def measurement(name: str, variant: Variant, latency: Latency | None) -> Measure
     peak = high_water = no_inputs("B")
     if variant.measurable:
         with variant.finished.keeping_state():
-            peak = backend.tensor_peak(work, variant.call)
+            peak = backend.tensor_peak(work, variant.finished)
             high_water = memory.process_high_water(variant.call)
     return Measurement(
         name=name,

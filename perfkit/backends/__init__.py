@@ -53,6 +53,7 @@ class Finished:
         keeping_state: a context within which the model may be called and trained; after it, its state is as before.
         train_step: `train_step((inputs, targets)) -> loss`; None for inference.
         params: tells the parameters that `model` takes as first argument; None where it holds its own.
+        program: tells the compiled program behind it once it was called (JAX); None where there is none.
     """
 
     model: Any
@@ -60,6 +61,7 @@ class Finished:
     keeping_state: Callable[[], AbstractContextManager[None]]
     train_step: Callable[[Any], Any] | None = None
     params: Callable[[], Any] | None = None
+    program: Callable[[], Any] | None = None
 
 
 class Backend(ABC):
@@ -108,7 +110,7 @@ class Backend(ABC):
         """Bytes of parameters and buffers, and number of parameters; tied ones once."""
 
     @abstractmethod
-    def tensor_peak(self, work: Workload, call: Callable[[], Any]) -> Quantity:
+    def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
         """High-water mark of tensor memory during one call, above what was held before it."""
 
     @abstractmethod

@@ -61,13 +61,13 @@ def autocast(fn: Callable, dtype: Any) -> Callable:
     of what they are gradients of. float16 needs loss scaling besides, which is not done here.
 
     The function is traced anew on every call, because it may close over something that has changed since, and a cached
-    jaxpr would go on using the old value. Call it under `jax.jit`, which traces once, as usual. Inner `jax.jit` functions
-    are compiled once either way.
+    jaxpr would go on using the old value. Call it under `jax.jit`, which traces once, as usual. Inner `jax.jit`
+    functions are compiled once either way.
 
     Args:
-        fn: any function of arrays that JAX can trace. Arguments that are not arrays (flags, strings, Python numbers) are
-            passed through as they are. Like under `jax.jit`, it must not change what it closes over: a flax nnx module
-            with state goes in as an argument, by `nnx.split` and `nnx.merge`.
+        fn: any function of arrays that JAX can trace. Arguments that are not arrays (flags, strings, Python numbers)
+            are passed through as they are. Like under `jax.jit`, it must not change what it closes over: a flax nnx
+            module with state goes in as an argument, by `nnx.split` and `nnx.merge`.
         dtype: "bfloat16" or "float16", or the dtype object of either.
 
     Returns:

@@ -23,176 +23,53 @@ from jax import lax
 
 FLOAT32 = np.dtype("float32")
 
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 
-_ARITHMETIC = frozenset(
-    [
-        "abs",
-        "add",
-        "add_any",
-        "ceil",
-        "clamp",
-        "div",
-        "floor",
-        "max",
-        "min",
-        "mul",
-        "neg",
-        "rem",
-        "round",
-        "select_n",
-        "sign",
-    ]
-)
-_COMPARISON = frozenset(
-    ["argmax", "argmin", "eq", "eq_to", "ge", "gt", "is_finite", "le", "le_to", "lt", "lt_to", "ne"]
-)
-_ORDER = frozenset(["cummax", "cummin", "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"])
+def _names(*lines: str) -> frozenset[str]:
+    return frozenset(" ".join(lines).split())
+
+
+PRODUCTS = _names("dot_general conv_general_dilated")
+
+_ARITHMETIC = _names("abs add add_any ceil clamp div floor max min mul neg rem round select_n sign")
+_COMPARISON = _names("argmax argmin eq eq_to ge gt is_finite le le_to lt lt_to ne")
+_ORDER = _names("cummax cummin reduce_max reduce_min reduce_window_max reduce_window_min")
 # Moves numbers and never computes one, so a weight that only passes through these can be cast once, before a loop.
-MOVEMENT = frozenset(
-    [
-        "broadcast_in_dim",
-        "concatenate",
-        "copy",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "gather",
-        "name",
-        "pad",
-        "reshape",
-        "rev",
-        "sharding_constraint",
-        "slice",
-        "split",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    ]
+MOVEMENT = _names(
+    "broadcast_in_dim concatenate copy dynamic_slice dynamic_update_slice gather name pad reshape reshard rev",
+    "sharding_constraint slice split squeeze stop_gradient transpose",
 )
 NEUTRAL = _ARITHMETIC | _COMPARISON | _ORDER | MOVEMENT
 
 # Neutral as well, but each operand has a result of its own, so operands need not agree with one another.
-SEPARATE = frozenset(
-    [
-        "all_gather",
-        "all_gather_invariant",
-        "all_to_all",
-        "device_put",
-        "optimization_barrier",
-        "pbroadcast",
-        "pmax",
-        "pmin",
-        "ppermute",
-        "pvary",
-        "sort",
-        "top_k",
-    ]
+SEPARATE = _names(
+    "all_gather all_gather_invariant all_to_all device_put optimization_barrier pbroadcast pmax pmin ppermute pvary",
+    "sort top_k",
 )
 
-# torch.autocast keeps in float32: exp, log, pow, rsqrt, sums, products, cumulative sums, norms, losses and the hyperbolic
-# and inverse functions. This list has those and four kinds more, each for a reason:
-#   logistic, tanh  a forget gate of 0.998 has only 0.996 and 1.0 to choose from in bfloat16, and an LSTM multiplies it in
-#                   at every step. (cuDNN, which torch calls, also keeps the gates in float32.)
-#   sub             softmax and variance subtract first; rounding the difference again is felt after exp and square.
-#   square, integer_pow, sqrt   a gradient of 1e-4 squared is 0 in float16: Adam would divide by zero.
-#   erf, sin, cos, ...          XLA computes these in float32 anyway; going back to the low dtype would only lose digits.
-_TRANSCENDENTAL = frozenset(
-    [
-        "acos",
-        "acosh",
-        "asin",
-        "asinh",
-        "atan",
-        "atan2",
-        "atanh",
-        "bessel_i0e",
-        "bessel_i1e",
-        "cbrt",
-        "cos",
-        "cosh",
-        "digamma",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "igamma",
-        "igamma_grad_a",
-        "igammac",
-        "integer_pow",
-        "lgamma",
-        "log",
-        "log1p",
-        "log2",
-        "logistic",
-        "nextafter",
-        "one_minus_square",
-        "polygamma",
-        "polynomial",
-        "pow",
-        "random_gamma",
-        "regularized_incomplete_beta",
-        "rsqrt",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "tan",
-        "tanh",
-        "zeta",
-    ]
+# torch.autocast keeps in float32: exp, log, pow, rsqrt, sums, products, cumulative sums, norms, losses, hyperbolic
+# and inverse functions. So does this list, and four kinds more, each for a reason:
+#   logistic, tanh             a forget gate of 0.998 has only 0.996 and 1.0 to choose from in bfloat16, and an LSTM
+#                              multiplies by it at every step
+#   sub                        softmax and variance subtract first; an error there is felt after exp and square
+#   square, integer_pow, sqrt  a gradient of 1e-4 squared is 0 in float16, and Adam divides by its root
+#   erf, sin, cos, ...         XLA computes them in float32 anyway; rounding the result would only lose digits
+_TRANSCENDENTAL = _names(
+    "acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma erf erf_inv erfc exp exp2",
+    "expm1 igamma igamma_grad_a igammac integer_pow lgamma log log1p log2 logistic nextafter one_minus_square",
+    "polygamma polynomial pow random_gamma regularized_incomplete_beta rsqrt sin sinh sqrt square tan tanh zeta",
 )
-_SUMS = frozenset(
-    [
-        "cumlogsumexp",
-        "cumprod",
-        "cumsum",
-        "psum",
-        "psum_invariant",
-        "reduce_prod",
-        "reduce_scatter",
-        "reduce_sum",
-        "reduce_window_sum",
-        "scatter-add",
-        "scatter-mul",
-        "scatter-sub",
-        "select_and_gather_add",
-        "select_and_scatter_add",
-        "sub",
-    ]
+_SUMS = _names(
+    "cumlogsumexp cumprod cumsum psum psum_invariant reduce_prod reduce_scatter reduce_sum reduce_window_sum",
+    "scatter-add scatter-mul scatter-sub select_and_gather_add select_and_scatter_add sub",
 )
-_LINEAR_ALGEBRA = frozenset(
-    [
-        "cholesky",
-        "eig",
-        "eigh",
-        "fft",
-        "hessenberg",
-        "householder_product",
-        "lu",
-        "qr",
-        "schur",
-        "svd",
-        "triangular_solve",
-        "tridiagonal",
-        "tridiagonal_solve",
-    ]
+_LINEAR_ALGEBRA = _names(
+    "cholesky eig eigh fft hessenberg householder_product lu qr schur svd triangular_solve tridiagonal",
+    "tridiagonal_solve",
 )
-# The last ones read or write bits, or carry a function traced for float32.
-_EXACT = frozenset(
-    [
-        "bitcast_convert_type",
-        "complex",
-        "reduce",
-        "reduce_precision",
-        "reduce_window",
-        "rng_uniform",
-        "scatter",
-        "scatter-max",
-        "scatter-min",
-        "select_and_scatter",
-    ]
+# These read or write bits, or carry a function that was traced for float32.
+_EXACT = _names(
+    "bitcast_convert_type complex reduce reduce_precision reduce_window rng_uniform scatter scatter-max scatter-min",
+    "select_and_scatter",
 )
 SENSITIVE = _TRANSCENDENTAL | _SUMS | _LINEAR_ALGEBRA | _EXACT
 
@@ -328,7 +205,7 @@ def _use_feeds_product(eqn: Any, position: int, low: np.dtype, uses: dict[Any, l
 
 
 def _inside(eqn: Any, position: int) -> list[tuple[Any, int]]:
-    """Where an operand of a control equation arrives inside it, unless it changes dtype or meets a derivative rule there."""
+    """Where an operand of a control equation arrives inside it; nowhere, if its dtype there is not ours to choose."""
     name, params = eqn.primitive.name, eqn.params
     if name.startswith("custom_"):
         return []

@@ -18,7 +18,7 @@ from perfkit._errors import InvalidInputError
 from perfkit._report import Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, Finished, check_loss, does_not_run
-from perfkit.backends.jax_compile import watching
+from perfkit.backends.jax_compile import persistent_cache, watching
 from perfkit.backends.jax_dress import as_called, dressed, finished, writer
 from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
 from perfkit.backends.jax_precision import cast
@@ -93,18 +93,18 @@ class JaxBackend(Backend):
         total = sum(leaf.size * leaf.dtype.itemsize for leaf in (parameters | others).values())
         return total, sum(leaf.size for leaf in parameters.values())
 
-    def tensor_peak(self, work: Workload, call: Callable[[], Any]) -> Quantity:
-        model, inputs = work.model, work.inputs
-        if work.trains:
-            program = jax.jit(Trainer(work).function)
-            lowered = program.lower(Trainer(work).state, inputs.args, dict(inputs.kwargs), work.training.targets)
+    def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
+        if finished.program:
+            compiled, form = finished.program(), "the program"
         else:
-            lowered = jax.jit(model.function()).lower(model.params, model.rest, *inputs.args, **inputs.kwargs)
-        analysis = lowered.compile().memory_analysis()
+            inputs, state = work.inputs, (work.model.params, work.model.rest)
+            with persistent_cache():
+                compiled = jax.jit(work.model.function()).lower(*state, *inputs.args, **inputs.kwargs).compile()
+            form = "its jitted form (op by op it may need more)"
+        analysis = compiled.memory_analysis()
         if analysis is None:
             return Quantity.missing("B", f"XLA gives no memory analysis on {work.device!r}")
         peak = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        form = "the program" if model.ahead or work.trains else "its jitted form (op by op it may need more)"
         return Quantity(peak, "B", method=f"XLA memory analysis of {form}: temporaries and outputs, not libraries' own")
 
     def watching_compiles(self):
@@ -204,7 +204,7 @@ def _device(model: JaxModel, inputs: Inputs | None) -> str:
 def _finished_training(work: Workload) -> Finished:
     trainer, held = Trainer(work), work.model
     if isinstance(held, NnxModel):
-        module = dressed(held)
+        module, _ = dressed(held)
         write = writer(module)
         call, model, params = module, module, None
     else:
@@ -230,7 +230,7 @@ def _finished_training(work: Workload) -> Finished:
             yield
         write(trainer.params, trainer.rest)
 
-    return Finished(model, call, keeping_state, train_step, params)
+    return Finished(model, call, keeping_state, train_step, params, lambda: trainer.program.compiled)
 
 
 def _nowhere(params: Any, rest: Any) -> None:

@@ -17,13 +17,19 @@ from perfkit.backends.jax_model import JaxModel, NnxModel, nnx_function
 def finished(model: JaxModel) -> Finished:
     """An inference model as its caller uses it."""
     if isinstance(model, NnxModel):
-        module = dressed(model)
-        return Finished(module, module, lambda: _keeping_variables(module))
+        module, runner = dressed(model)
+        program = (lambda: runner.program.compiled) if model.ahead else None
+        return Finished(module, module, lambda: _keeping_variables(module), program=program)
     run = as_called(model)
     params = _packed(model)
+    program = (lambda: run.program.compiled) if model.ahead else None
     if params is None:
-        return Finished(run, run, nullcontext)
-    return Finished(run, lambda *args, **kwargs: run(params, *args, **kwargs), nullcontext, params=lambda: params)
+        return Finished(run, run, nullcontext, program=program)
+
+    def call(*args, **kwargs):
+        return run(params, *args, **kwargs)
+
+    return Finished(run, call, nullcontext, params=lambda: params, program=program)
 
 
 def as_called(model: JaxModel) -> Callable:
@@ -49,12 +55,12 @@ class DressedFunction:
             params, rest = _unpacked(model, packed)
             return function(params, rest, *args, **kwargs)[0]
 
-        self._run = Program(run) if model.ahead else run
+        self.program = Program(run) if model.ahead else run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.model.params is None:
-            return self._run(None, args, kwargs)
-        return self._run(args[0], args[1:], kwargs)
+            return self.program(None, args, kwargs)
+        return self.program(args[0], args[1:], kwargs)
 
     def __repr__(self) -> str:
         return f"<{self.model.name}, optimized by perfkit>"
@@ -72,11 +78,11 @@ def _unpacked(model: JaxModel, packed: Any) -> tuple[Any, Any]:
     return rest.pop("params", {}), rest
 
 
-def dressed(model: NnxModel) -> nnx.Module:
-    """An nnx module of the original's class, or a subclass of it where it does something else, with this state."""
+def dressed(model: NnxModel) -> tuple[nnx.Module, Callable | None]:
+    """An nnx module of the original's class with this state; where it does something else, a subclass and its runner."""
     module = model.module()
     if model.untouched:
-        return module
+        return module, None
     runner = _Ahead(model) if model.ahead else _Eager(model)
 
     def __call__(self, *args, **kwargs):
@@ -85,7 +91,7 @@ def dressed(model: NnxModel) -> nnx.Module:
     base = type(module)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     module.__class__ = type(base.__name__, (base,), {**names, "__call__": __call__})
-    return module
+    return module, runner
 
 
 class _Eager:

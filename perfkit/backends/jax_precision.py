@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from perfkit._report import Effect
+from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
+from perfkit.backends import jax_autocast
 
 
 def cast(tree: Any, dtype: Any, only: tuple = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)) -> Any:
@@ -19,6 +20,20 @@ def cast(tree: Any, dtype: Any, only: tuple = (jnp.float32, jnp.float64, jnp.bfl
         return jnp.asarray(leaf).astype(dtype) if wanted else leaf
 
     return jax.tree.map(one, tree)
+
+
+def autocast(work: Workload, dtype: str) -> tuple[Workload, Effect]:
+    """The model's function with its matrix products and convolutions in `dtype`, accumulated in float32."""
+    model, inputs = work.model, work.inputs
+    low = work.replace(model=model.then(lambda function: jax_autocast.autocast(function, dtype)))
+    if inputs is None:
+        return low, Effect((model.name,), notes=("without example_inputs it is not known what this touches",))
+    counts = jax_autocast.autocast_counts(
+        model.function(), dtype, model.params, model.rest, *inputs.args, **inputs.kwargs
+    )
+    touched = tuple(f"{count} × {primitive}" for primitive, count in counts.low.items())
+    kept = (*counts.skipped, *counts.kept)
+    return low, Effect(touched, tuple(Skipped(f"{item.count} × {item.primitive}", item.reason) for item in kept))
 
 
 def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:

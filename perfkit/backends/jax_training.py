@@ -19,9 +19,10 @@ FIRST_SCALE, GROWTH_INTERVAL = 2.0**15, 2000
 
 
 class Trainer:
-    """`forward → loss → gradients → optimizer update` as one jitted function, on state of its own.
+    """`forward → loss → gradients → optimizer update` as one compiled function, on state of its own.
 
-    A compiled workload is compiled ahead of time, and the step's outputs take over its inputs' memory (donation).
+    Nobody trains op by op in JAX, so the original's step is one program too. Under the recipe `compile` its outputs take
+    over its inputs' memory besides (donation).
 
     Args:
         work: a training workload.
@@ -30,8 +31,8 @@ class Trainer:
     def __init__(self, work: Workload):
         model, training = work.model, work.training
         self.state = _owned((model.params, model.rest, training.optimizer.init(model.params), _first_scale()))
-        self.function = _step(model.function(), training.loss, training.optimizer, training.loss_scaling)
-        self.program = Program(self.function, donate=(0,)) if model.ahead else jax.jit(self.function)
+        step = _step(model.function(), training.loss, training.optimizer, training.loss_scaling)
+        self.program = Program(step, donate=(0,) if model.ahead else ())
 
     @property
     def params(self) -> Any:

@@ -18,6 +18,7 @@ from perfkit._errors import InvalidInputError
 from perfkit._report import Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, CompileLog, Finished, check_loss, does_not_run
+from perfkit.backends.torch_stderr import without_lines
 from perfkit.backends.torch_surgery import COMPILED_WITH, cast, copied, settle_forward, tensors_in
 from perfkit.backends.torch_training import Trainer
 
@@ -108,7 +109,8 @@ class TorchBackend(Backend):
         }
         return sum(storages.values()), sum(tensor.numel() for tensor in parameters.values())
 
-    def tensor_peak(self, work: Workload, call: Callable[[], Any]) -> Quantity:
+    def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
+        call = self.caller(work, finished)
         return _cuda_peak(call) if work.device == "cuda" else _profiled_peak(call, work.device)
 
     @contextmanager
@@ -221,7 +223,8 @@ def _cuda_peak(call: Callable[[], Any]) -> Quantity:
 def _profiled_peak(call: Callable[[], Any], device: str) -> Quantity:
     if device != "cpu":
         return Quantity.missing("B", f"no tensor memory accounting for device {device!r}")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with without_lines("USDT:"), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         kept = call()  # noqa: F841 - the outputs count until the profile ends
     try:
         events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())

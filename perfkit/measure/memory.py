@@ -17,6 +17,7 @@ def process_high_water(call: Callable[[], Any], repeats: int = 3, proc: str | Pa
 
     Everything counts: tensors, the libraries' scratch and caches, Python's objects. Memory that the allocators hold
     from earlier calls is handed back first where the C library can (glibc); what they keep does not count as a rise.
+    The kernel counts resident pages per processor and sums them now and then, so figures below 1 MB say little.
 
     Args:
         call: one whole, synchronized call; warmed up, or lazy set-up counts.
@@ -31,9 +32,9 @@ def process_high_water(call: Callable[[], Any], repeats: int = 3, proc: str | Pa
         trimmed = _trim()
         try:
             clear_refs.write_text("5")
-            before = _resident_bytes(status, "VmRSS")
+            before = min(_resident_bytes(status, "VmRSS"), _resident_bytes(status, "VmHWM"))
         except (OSError, ValueError) as error:
-            return Quantity.missing("B", f"the peak of resident memory cannot be reset here, Linux lets it: {error}")
+            return Quantity.missing("B", f"it needs Linux and a peak of resident memory that can be reset: {error}")
         call()
         rises.append(max(_resident_bytes(status, "VmHWM") - before, 0))
     freed = "after malloc_trim" if trimmed else "without malloc_trim, which this C library lacks"

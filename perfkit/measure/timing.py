@@ -42,7 +42,7 @@ OVERRUN = 4.0
 PATIENCE_S = 20.0
 """Up to `max(OVERRUN * budget_s, PATIENCE_S)` is spent to reach the pairs without which nothing can be said."""
 
-CONTENDED = 0.25
+CONTENDED = 0.5
 """Threads that wait for a processor for longer than this share of the time measure the scheduler, not the model."""
 
 WARM_WINDOW = 5

@@ -1,0 +1,25 @@
+"""The reference models: six small networks in PyTorch and in flax, with real data, trained and judged alike.
+
+Importing this package imports no framework; asking for a model imports the one that is asked for.
+"""
+
+from . import data
+from ._catalog import MODELS
+from ._convert import to_jax, to_torch
+from ._load import Loaded, Task, load, task
+from ._train import Evaluation, Trained, evaluate, train
+
+__all__ = [
+    "MODELS",
+    "Evaluation",
+    "Loaded",
+    "Task",
+    "Trained",
+    "data",
+    "evaluate",
+    "load",
+    "task",
+    "to_jax",
+    "to_torch",
+    "train",
+]

@@ -1,7 +1,7 @@
 """The six models as plain data: what each one reads, how it is judged, and how it is trained.
 
-One recipe serves both frameworks: Adam at a constant rate, with the gradient's norm bounded where the model is recurrent
-(Pascanu, Mikolov, Bengio: On the difficulty of training recurrent neural networks, 2013).
+One recipe serves both frameworks: Adam at a constant rate, with the gradient's norm bounded where the model is
+recurrent (Pascanu, Mikolov, Bengio: On the difficulty of training recurrent neural networks, 2013).
 """
 
 from collections.abc import Callable

@@ -3,9 +3,9 @@
 Letters in shapes: B batch, T time steps, F features of one step, H hidden units. All parameters are float32.
 Their twins in PyTorch are in `torch_models.py`, under the same names.
 
-The recurrent models scan over time with `jax.lax.scan`, inside `nnx.RNN`. They start it from zeros of their own, because
-without them `nnx.RNN` keeps a random number stream and advances it at every call; so the models hold nothing but
-parameters, and calling one is a pure function that any `jax.jit` can trace.
+The recurrent models scan over time with `jax.lax.scan`, inside `nnx.RNN`. They start it from zeros of their own,
+because without them `nnx.RNN` keeps a random number stream and advances it at every call; so the models hold nothing
+but parameters, and calling one is a pure function that any `jax.jit` can trace.
 """
 
 import jax

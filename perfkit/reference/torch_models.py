@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class CNN(nn.Module):
     """One convolution and two linear layers, for 28×28 images of ten classes.
 
-    Printed, `fc1` takes 32·7·7 inputs. A 3×3 convolution without padding makes 26×26 of 28×28, and the pool 13×13, so it
-    takes 32·13·13 = 5408. `relu` is one module used twice, as printed: optimizers of graphs must cope with that.
+    Printed, `fc1` takes 32·7·7 inputs. A 3×3 convolution without padding makes 26×26 of 28×28, and the pool 13×13, so
+    it takes 32·13·13 = 5408. `relu` is one module used twice, as printed: optimizers of graphs must cope with that.
     """
 
     def __init__(self):
@@ -96,8 +96,8 @@ class TextRNN(nn.Module):
     """A two-layer recurrent network that reads a text and answers yes or no with one logit.
 
     Printed, its loss is a cross-entropy over a single class, which is always zero, and its texts come from a torchtext
-    interface that no longer exists. Here the loss is binary cross-entropy on the logit, and `lengths` says where each text
-    of a padded batch ends.
+    interface that no longer exists. Here the loss is binary cross-entropy on the logit, and `lengths` says where each
+    text of a padded batch ends.
     """
 
     def __init__(self, vocabulary_size: int = 25_000, embedding_size: int = 100, hidden_size: int = 128):

@@ -1,6 +1,7 @@
 """The data sets of the reference models, as plain numpy arrays split into training and held-out rows.
 
-`digits`, `adding` and `corpus` need no network. `mnist` and `imdb` read the published files, and download them when asked.
+`digits`, `adding` and `corpus` need no network. `mnist` and `imdb` read the published files, and download them when
+asked.
 """
 
 from ._adding import adding

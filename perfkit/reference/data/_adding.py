@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .._checks import at_least
+from perfkit.reference._checks import at_least
 from ._dataset import Dataset, Split
 
 
@@ -12,8 +12,8 @@ def adding(count: int = 20_000, length: int = 28, features: int = 10, seed: int 
         y = value[a] + value[b],   marker[a] = marker[b] = 1,   0 <= a < length // 2 <= b < length
 
     Feature 0 is the value and feature 1 the marker, zero elsewhere. All further features are distractors: numbers drawn
-    like the values, which the model must learn to ignore. Always answering the mean, 1, has an error of 1/6, the variance
-    of the targets; to do better, a model must remember a number for half the sequence or more.
+    like the values, which the model must learn to ignore. Always answering the mean, 1, has an error of 1/6, the
+    variance of the targets; to do better, a model must remember a number for half the sequence or more.
 
     Args:
         count: number of sequences, 5 or more; the last fifth is held out.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .._checks import missing
+from perfkit.reference._checks import missing
 from ._dataset import Dataset
 from ._texts import LENGTH, Labelled, text_dataset, words
 
@@ -33,10 +33,10 @@ def corpus(seed: int = 0) -> Dataset:
     """Make passages of English prose to tell from the same passages with their words reversed.
 
     The prose is that of Python's own documentation: the language reference behind `help()` and the docstrings of the
-    standard library. Each passage of 16 to 128 consecutive words appears twice, as it reads (label 1.0) and back to front
-    (0.0). So the classes are of one size and hold the same words: whoever only counts words is right half of the time,
-    and a model must use their order. A fifth of the prose is held out by whole source files, and no paragraph occurs
-    twice, so nothing held out has been seen in training.
+    standard library. Each passage of 16 to 128 consecutive words appears twice, as it reads (label 1.0) and back to
+    front (0.0). So the classes are of one size and hold the same words: counting words is right half of the time, and
+    only a model that reads them in order can do better. A fifth of the prose is held out by whole source files, and no
+    paragraph occurs twice, so nothing held out has been seen in training.
 
     The corpus is the same at every call on one Python installation; another version ships other prose.
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from .._checks import unfit
+from perfkit.reference._checks import unfit
 
 
 @dataclass(frozen=True, eq=False)
@@ -13,8 +13,8 @@ class Split:
     """Rows of inputs and their targets. The arrays are read-only views, since data sets are shared between callers.
 
     Attributes:
-        inputs: arrays whose first axis is the row, in the order the models take them: `(images,)` of (N, 28, 28) float32
-            in 0..1, `(sequences,)` of (N, T, F) float32, or `(ids, lengths)` of (N, T) and (N,) int64.
+        inputs: arrays whose first axis is the row, in the order the models take them: `(images,)` of (N, 28, 28)
+            float32 in 0..1, `(sequences,)` of (N, T, F) float32, or `(ids, lengths)` of (N, T) and (N,) int64.
         targets: class numbers (N,) int64 for images, otherwise (N, 1) float32 (for texts 0.0 or 1.0).
     """
 
@@ -25,7 +25,9 @@ class Split:
         rows = [len(array) for array in (*self.inputs, self.targets)]
         if len(set(rows)) != 1 or rows[0] == 0:
             raise unfit(
-                f"a split was given arrays of {rows} rows", expected="the same number in each, 1 or more", remedy="trim them"
+                f"a split was given arrays of {rows} rows",
+                expected="the same number in each, 1 or more",
+                remedy="trim them",
             )
         object.__setattr__(self, "inputs", tuple(_read_only(array) for array in self.inputs))
         object.__setattr__(self, "targets", _read_only(self.targets))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .._checks import require
+from perfkit.reference._checks import require
 from ._dataset import Dataset, Split
 
 
@@ -22,8 +22,8 @@ def digits() -> Dataset:
         >>> data.train.inputs[0].shape, len(data.test)
         ((1442, 28, 28), 355)
 
-    Source: Alpaydin, Kaynak: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998, by way of
-    `sklearn.datasets.load_digits`.
+    Source: Alpaydin, Kaynak: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998, by way
+    of `sklearn.datasets.load_digits`.
     """
     bunch = require("sklearn.datasets", extra="data").load_digits()
     images = enlarge(bunch.images.astype(np.float32) / 16.0, size=28)

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import BinaryIO
 
-from .._checks import corrupt, unreachable
+from perfkit.reference._checks import corrupt, unreachable
 
 
 def cache_folder(name: str) -> Path:
@@ -39,7 +39,10 @@ def fetch(url: str, path: Path, *, md5: str, progress: bool = False) -> None:
         partial = Path(folder) / path.name
         with partial.open("wb") as out:
             try:
-                with urllib.request.urlopen(url, timeout=30) as response, _shown(response, path.name, progress) as blocks:
+                with (
+                    urllib.request.urlopen(url, timeout=30) as response,
+                    _shown(response, path.name, progress) as blocks,
+                ):
                     while block := blocks.read(1 << 20):
                         digest.update(block)
                         out.write(block)

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .._checks import corrupt, missing
+from perfkit.reference._checks import corrupt, missing
 from ._dataset import Dataset
 from ._download import cache_folder, fetch
 from ._texts import LENGTH, text_dataset, words

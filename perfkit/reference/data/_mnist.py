@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .._checks import corrupt, missing
+from perfkit.reference._checks import corrupt, missing
 from ._dataset import Dataset, Split
 from ._download import cache_folder, fetch
 
@@ -52,7 +52,9 @@ def mnist(
     absent = [name for name in MD5 if _find(folder, name) is None]
     if absent:
         raise missing(
-            folder, expected=", ".join(absent), remedy="put the published files there or pass download=True to fetch them"
+            folder,
+            expected=", ".join(absent),
+            remedy="put the published files there or pass download=True to fetch them",
         )
     return Dataset(
         name="MNIST",

@@ -15,11 +15,11 @@ PADDING, UNKNOWN = 0, 1
 
 Labelled = Sequence[tuple[Sequence[str], float]]
 
-_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+|[.,;:!?()]")
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+")
 
 
 def words(text: str, limit: int | None = None) -> list[str]:
-    """Split a text into lower-case words, numbers and punctuation marks, at most `limit` of them."""
+    """Split a text into lower-case words and numbers, at most `limit` of them; punctuation is dropped."""
     return [match.group() for match in islice(_WORD.finditer(text.lower()), limit)]
 
 
@@ -36,9 +36,7 @@ def text_dataset(name: str, train: Labelled, test: Labelled) -> Dataset:
     """
     vocabulary = ("<padding>", "<unknown>", *_commonest((text for text, _ in train), VOCABULARY_SIZE - 2))
     ids = {word: number for number, word in enumerate(vocabulary)}
-    return Dataset(
-        name=name, kind="texts", train=_encode(train, ids), test=_encode(test, ids), vocabulary=vocabulary
-    )
+    return Dataset(name=name, kind="texts", train=_encode(train, ids), test=_encode(test, ids), vocabulary=vocabulary)
 
 
 def _commonest(texts: Iterable[Sequence[str]], limit: int) -> list[str]:

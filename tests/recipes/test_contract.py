@@ -1,0 +1,79 @@
+"""Every recipe × framework × mode: it works and says what it did, or refuses with a reason; the original stays as it was."""
+
+import copy
+
+import numpy as np
+import pytest
+
+import perfkit
+from perfkit import UnsupportedError
+from perfkit._recipe import names, recipe_class
+from sample_models import arguments, training
+
+MODELS = {"torch": ("cnn", "packed_lstm"), "jax": ("nnx_cnn", "nnx_lstm", "function")}
+CASES = [(recipe, framework, model) for recipe in names() for framework in MODELS for model in MODELS[framework]]
+
+
+def arrays(framework, model):
+    """The model's parameters and buffers, as numpy."""
+    if framework == "torch":
+        return {name: tensor.detach().clone().numpy() for name, tensor in model.state_dict().items()}
+    import jax
+    from flax import nnx
+
+    state = nnx.state(model) if isinstance(model, nnx.Module) else ()
+    return {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state)) if not str(leaf.dtype).startswith("key")}
+
+
+def assert_same(before, after):
+    assert before.keys() == after.keys()
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+
+
+@pytest.mark.parametrize(("recipe", "framework", "model"), CASES)
+def test_inference(recipe, framework, model, request):
+    pytest.importorskip(framework)
+    given = arguments(framework, model)
+    before = arrays(framework, given["model"])
+    try:
+        result = perfkit.optimize(**given, recipe=recipe, budget_s=0.2, on_slower="revert")
+    except UnsupportedError as refusal:
+        assert recipe in str(refusal)
+        assert len(str(refusal)) > len(recipe) + 20, "a refusal gives its reason"
+        assert perfkit.plan(**given, recipe=recipe).steps[0].refusal
+        return
+    finally:
+        assert_same(before, arrays(framework, given["model"]))
+    report = result.report
+    step = report.steps[0]
+    assert step.recipe == recipe
+    assert step.effect.touched or step.effect.notes or step.effect.skipped, "no effect without a word"
+    assert report.fidelity.ok
+    assert 0 < report.speedup.low <= report.speedup.ratio <= report.speedup.high
+    assert report.before.model_bytes > 0
+    assert recipe_class(recipe).tolerance <= 5e-2, "so loose that it would prove nothing"
+
+
+@pytest.mark.parametrize("recipe", names())
+def test_training(recipe, framework):
+    given = training(framework)
+    before = arrays(framework, given["model"])
+    state = copy.deepcopy(given["optimizer"].state_dict()) if framework == "torch" else None
+    try:
+        result = perfkit.optimize(**given, recipe=recipe, mode="training", budget_s=0.2, on_slower="revert")
+    except UnsupportedError as refusal:
+        assert recipe in str(refusal)
+        return
+    finally:
+        assert_same(before, arrays(framework, given["model"]))
+        if framework == "torch":
+            assert given["optimizer"].state_dict() == state
+    curves = result.report.losses
+    assert len(curves.before) == len(curves.after) >= 50
+    assert result.report.fidelity.ok
+    assert curves.after[0] == pytest.approx(curves.before[0], rel=5e-2)
+    batch = given["example_inputs"], given["targets"]
+    losses = [float(result.train_step(batch)) for _ in range(30)]
+    assert losses[0] == pytest.approx(curves.before[0], rel=5e-2), "the result starts where the original is"
+    assert losses[-1] < losses[0] / 2, "and learns"
