@@ -20,10 +20,10 @@ from jax.extend.core import Literal, jaxpr_as_fun
 
 from perfkit.backends import jax_autocast_rules as rules
 from perfkit.backends.jax_autocast_casting import Operand, bind, cast, low_copy, low_dot, restore, restore_all, to
-from perfkit.backends.jax_autocast_rules import FLOAT32, is_castable
+from perfkit.backends.jax_autocast_rules import FLOAT32
 
-# Repeats one number, so the result is as much a constant as the operand was.
-_REPEATS = frozenset({"broadcast_in_dim", "copy", "reshape", "squeeze", "stop_gradient", "convert_element_type"})
+# Give back the number they are given, once or many times.
+_REPEATS = frozenset({"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "stop_gradient"})
 
 
 class Rewriter:
@@ -31,38 +31,40 @@ class Rewriter:
 
     Args:
         low: the dtype products run in.
+        transposable: whether the products may be transposed as they stand, as those of a derivative rule are.
     """
 
-    def __init__(self, low: np.dtype):
+    def __init__(self, low: np.dtype, *, transposable: bool = False):
         self.low = low
+        self.transposable = transposable
         # Rewritten inner jaxprs, by the jaxpr they came from. JAX compiles a jit once per jaxpr object, so a function
         # that is called twice must meet the same object twice. A jaxpr never changes, so nothing here can go stale.
         self._rewritten: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
-    def evaluate(self, jaxpr: Any, args: Sequence[Any], constants: Sequence[float | None] = ()) -> list[Any]:
+    def evaluate(self, jaxpr: Any, args: Sequence[Any], bends: Sequence[bool] = ()) -> list[Any]:
         """The outputs of a jaxpr, each in the dtype it came out in.
 
         Args:
             jaxpr: open or closed.
             args: one value per input; float32 inputs may arrive in the low dtype.
-            constants: for each input, the number it repeats if that is known; () if none is.
+            bends: for each input, `Operand.bends`; () if none does.
         """
         consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-        known = {var: number for var, number in zip(jaxpr.invars, constants, strict=False) if number is not None}
+        bending = {var for var, bent in zip(jaxpr.invars, bends, strict=False) if bent}
 
         def operand(atom: Any) -> Operand:
             if isinstance(atom, Literal):
-                return Operand(atom.val, atom.aval, float(atom.val) if _is_number(atom.aval) else None)
-            return Operand(values[atom], atom.aval, known.get(atom))
+                return Operand(atom.val, atom.aval, self._holds(atom))
+            return Operand(values[atom], atom.aval, atom in bending)
 
         for eqn in jaxpr.eqns:
             operands = [operand(atom) for atom in eqn.invars]
             with _context_of(eqn):
                 results = self._apply(eqn, operands)
             values.update(zip(eqn.outvars, results, strict=True))
-            if eqn.primitive.name in _REPEATS and operands[0].constant is not None and is_castable(eqn.outvars[0].aval):
-                known[eqn.outvars[0]] = operands[0].constant
+            if eqn.primitive.name in _REPEATS and operands[0].bends:
+                bending.add(eqn.outvars[0])
         return [operand(atom).value for atom in jaxpr.outvars]
 
     def _apply(self, eqn: Any, operands: list[Operand]) -> Sequence[Any]:
@@ -80,24 +82,25 @@ class Rewriter:
         return bind(eqn, [restore(operand.value, operand.aval) for operand in operands])
 
     def _agree(self, operands: list[Operand]) -> list[Any]:
-        """The operands of a neutral equation in one dtype: the widest that arrived, constants not counting."""
+        """The operands of a neutral equation in one dtype: the widest that arrived, not counting those that bend."""
         arrived = [operand for operand in operands if operand.castable]
         low = any(operand.value.dtype == self.low for operand in arrived)
-        wide = any(operand.value.dtype == FLOAT32 and not self._bends(operand) for operand in arrived)
+        wide = any(operand.value.dtype == FLOAT32 and not operand.bends for operand in arrived)
         target = self.low if low and not wide else FLOAT32
         return [cast(operand, target) if operand.castable else operand.value for operand in operands]
 
-    def _bends(self, operand: Operand) -> bool:
-        """Whether the operand is a constant that the low dtype can hold: -1e9 and 1e-8 are out of float16's range."""
-        if operand.constant is None:
+    def _holds(self, literal: Literal) -> bool:
+        """Whether the low dtype can hold a number: -1e9 and 1e-8 are out of float16's range."""
+        if literal.aval.shape != () or not jax.numpy.issubdtype(literal.aval.dtype, jax.numpy.number):
             return False
         with np.errstate(over="ignore", under="ignore"):
-            held = float(np.asarray(operand.constant, FLOAT32).astype(self.low))
-        return np.isfinite(held) == np.isfinite(operand.constant) and (held == 0) == (operand.constant == 0)
+            number = np.asarray(literal.val)
+            held = number.astype(self.low)
+        return bool(np.isfinite(held) == np.isfinite(number) and (held == 0) == (number == 0))
 
     def _product(self, eqn: Any, operands: list[Operand]) -> Any:
         lhs, rhs = (cast(operand, self.low) for operand in operands)
-        if eqn.primitive.name == "dot_general":
+        if eqn.primitive.name == "dot_general" and not self.transposable:
             return low_dot(eqn, self.low)(lhs, rhs)
         # A convolution is not asked for a float32 result: XLA has no such bfloat16 convolution for NVIDIA GPUs and runs
         # all of it in float32 (compiled for an H100 with jaxlib 0.10.2, cuDNN got the float32 operands back). Asked for
@@ -109,25 +112,22 @@ class Rewriter:
     def _rewrite(self, jaxpr: Any, operands: Sequence[Operand], *, as_written: bool = False) -> Any:
         """A jaxpr under autocast, closed, for operands of these dtypes; outputs in their own dtypes if `as_written`."""
         dtypes = tuple(operand.value.dtype if operand.castable else None for operand in operands)
-        constants = tuple(operand.constant for operand in operands)
+        bends = tuple(operand.bends for operand in operands)
         versions = self._rewritten.setdefault(jaxpr, {})
-        key = (dtypes, constants, as_written)
+        key = (dtypes, bends, as_written)
         if key not in versions:
-            inputs = getattr(jaxpr, "jaxpr", jaxpr).invars
-            avals = [v.aval if d is None else v.aval.update(dtype=d) for v, d in zip(inputs, dtypes, strict=True)]
-            versions[key] = jax.make_jaxpr(self._body(jaxpr, constants, as_written))(*avals)
+            inner = getattr(jaxpr, "jaxpr", jaxpr)
+            before = [
+                v.aval if d is None else v.aval.update(dtype=d) for v, d in zip(inner.invars, dtypes, strict=True)
+            ]
+            after = [atom.aval for atom in inner.outvars]
+
+            def body(*args: Any) -> list[Any]:
+                outputs = self.evaluate(jaxpr, args, bends)
+                return restore_all(outputs, after) if as_written else outputs
+
+            versions[key] = jax.make_jaxpr(body)(*before)
         return versions[key]
-
-    def _body(self, jaxpr: Any, constants: Sequence[float | None], as_written: bool) -> Callable:
-        # A weak reference, or the memo's value would keep its own key alive.
-        avals = [atom.aval for atom in getattr(jaxpr, "jaxpr", jaxpr).outvars]
-        jaxpr = weakref.ref(jaxpr)
-
-        def body(*args: Any) -> list[Any]:
-            outputs = self.evaluate(jaxpr(), args, constants)
-            return restore_all(outputs, avals) if as_written else outputs
-
-        return body
 
     def _call(self, eqn: Any, operands: list[Operand]) -> Sequence[Any]:
         """jit, checkpoint, plain calls: the same call, with its name, donation and policy, of the rewritten jaxpr."""
@@ -159,7 +159,7 @@ class Rewriter:
         """The first operands of a loop body, those that only feed products already in the low dtype."""
         feeds = rules.feeds_only_products(body, self.low)
         low = (Operand(cast(operand, self.low), operand.aval) for operand in operands)
-        plain = (operand._replace(constant=None) for operand in operands)
+        plain = (operand._replace(bends=False) for operand in operands)
         return [a if only else b for only, a, b in zip(feeds, low, plain, strict=False)]
 
     def _scan(self, eqn: Any, operands: list[Operand]) -> Sequence[Any]:
@@ -209,6 +209,10 @@ class Rewriter:
 
     # The caller's derivative rules are reached by differentiating the original call, and rewritten like anything else.
 
+    @functools.cached_property
+    def _of_rules(self) -> Rewriter:
+        return self if self.transposable else Rewriter(self.low, transposable=True)
+
     def _custom_jvp(self, eqn: Any, operands: list[Operand]) -> Sequence[Any]:
         inner = eqn.params["call_jaxpr"]
         rewritten = self._rewrite(inner, operands)
@@ -224,7 +228,7 @@ class Rewriter:
                 return [*outputs, *moved]
 
             traced = jax.make_jaxpr(pushforward)(inner.in_avals, [inner.in_avals[at] for at in moving])
-            results = self.evaluate(traced, [*primals, *(tangents[at] for at in moving)])
+            results = self._of_rules.evaluate(traced, [*primals, *(tangents[at] for at in moving)])
             outputs, moved = _split(results, len(rewritten.out_avals))
             outputs = [to(value, aval.dtype) for value, aval in zip(outputs, rewritten.out_avals, strict=True)]
             rest = iter(moved)
@@ -319,10 +323,6 @@ def _is_real(value: Any) -> bool:
 
 def _no_tangent(value: Any) -> np.ndarray:
     return np.zeros(value.shape, jax.dtypes.float0)
-
-
-def _is_number(aval: Any) -> bool:
-    return is_castable(aval) and aval.shape == ()
 
 
 def _split(items: Sequence[Any], *sizes: int) -> list[list[Any]]:

@@ -190,7 +190,7 @@ def feeds_only_products(jaxpr: Any, low: np.dtype) -> list[bool | None]:
         for position, var in enumerate(eqn.invars):
             if not _is_literal(var):
                 uses.setdefault(var, []).append(_use_feeds_product(eqn, position, low, uses))
-    return [_every(uses.get(var, ())) for var in jaxpr.invars]
+    return [False for var in jaxpr.invars]
 
 
 def _use_feeds_product(eqn: Any, position: int, low: np.dtype, uses: dict[Any, list[bool | None]]) -> bool | None:

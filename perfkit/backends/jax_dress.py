@@ -79,7 +79,7 @@ def _unpacked(model: JaxModel, packed: Any) -> tuple[Any, Any]:
 
 
 def dressed(model: NnxModel) -> tuple[nnx.Module, Callable | None]:
-    """An nnx module of the original's class with this state; where it does something else, a subclass and its runner."""
+    """An nnx module of the original's class with this state; a subclass and its runner where it does something else."""
     module = model.module()
     if model.untouched:
         return module, None

@@ -21,8 +21,8 @@ FIRST_SCALE, GROWTH_INTERVAL = 2.0**15, 2000
 class Trainer:
     """`forward → loss → gradients → optimizer update` as one compiled function, on state of its own.
 
-    Nobody trains op by op in JAX, so the original's step is one program too. Under the recipe `compile` its outputs take
-    over its inputs' memory besides (donation).
+    Nobody trains op by op in JAX, so the original's step is one program too. Under the recipe `compile` its outputs
+    also take over its inputs' memory (donation).
 
     Args:
         work: a training workload.

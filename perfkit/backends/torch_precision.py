@@ -140,7 +140,8 @@ def _without_autocast(forward: Callable) -> Callable:
         with torch.autocast("cpu", enabled=False):
             return forward(module, *args, **kwargs)
 
-    return plain
+    # torch.compile breaks its graph in here anyway, and then loses what is in a packed sequence
+    return torch.compiler.disable(plain, reason="a recurrent layer that stays in float32")
 
 
 def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:

@@ -29,6 +29,9 @@ CONFIDENCE = 0.99
 BLOCK_S = 0.002
 """A block lasts at least this long: shorter ones drown in timer ticks."""
 
+MOST_CALLS = 1000
+"""Calls per block at most: what is quicker than 2 µs is no model, and calibration may have been wrong."""
+
 CALIBRATION_CALLS = 3
 CALIBRATION_S = 0.1
 
@@ -221,7 +224,7 @@ def _calls_per_block(original: Call, variant: Call, block_s: float) -> int:
     So many that the faster side's block lasts `block_s` seconds, unless the slower side's would last ten times that.
     """
     quick, slow = sorted(max(_quickest(call), 1) / 1e9 for call in (original, variant))
-    return max(1, min(math.ceil(block_s / quick), int(10 * block_s / slow)))
+    return max(1, min(math.ceil(block_s / quick), int(10 * block_s / slow), MOST_CALLS))
 
 
 def _quickest(call: Call) -> int:

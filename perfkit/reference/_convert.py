@@ -57,7 +57,7 @@ def conv(layer: str) -> list[Link]:
 
 
 def linear_after_pool(layer: str, *, channels: int, side: int) -> list[Link]:
-    """A linear layer on a flattened image, which is (channels, side, side) in torch and (side, side, channels) in flax."""
+    """A linear layer on a flattened image: (channels, side, side) in torch, (side, side, channels) in flax."""
     kernel = Link(
         flax=f"{layer}.kernel",
         torch=(f"{layer}.weight",),

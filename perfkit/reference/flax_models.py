@@ -25,7 +25,7 @@ class CNN(nnx.Module):
         self.fc2 = nnx.Linear(128, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (B, 28, 28, 1), float32 in 0..1. Returns class scores: (B, 10)."""
+        """x: (B, 28, 28, 1), float32. Returns class scores: (B, 10)."""
         x = nnx.max_pool(nnx.relu(self.conv1(x)), window_shape=(2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         x = nnx.relu(self.fc1(x))
@@ -46,7 +46,7 @@ class CNN2(nnx.Module):
         self.fc2 = nnx.Linear(128, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (B, 28, 28, 1), float32 in 0..1. Returns class scores: (B, 10)."""
+        """x: (B, 28, 28, 1), float32. Returns class scores: (B, 10)."""
         x = nnx.max_pool(nnx.relu(self.conv1(x)), window_shape=(2, 2), strides=(2, 2))
         x = nnx.max_pool(nnx.relu(self.conv2(x)), window_shape=(2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)

@@ -24,7 +24,7 @@ class CNN(nn.Module):
         self.fc2 = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 1, 28, 28), float32 in 0..1. Returns class scores: (B, 10)."""
+        """x: (B, 1, 28, 28), float32. Returns class scores: (B, 10)."""
         x = self.pool(self.relu(self.conv1(x)))
         x = x.view(x.size(0), -1)
         x = self.relu(self.fc1(x))
@@ -48,7 +48,7 @@ class CNN2(nn.Module):
         self.fc2 = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 1, 28, 28), float32 in 0..1. Returns class scores: (B, 10)."""
+        """x: (B, 1, 28, 28), float32. Returns class scores: (B, 10)."""
         x = self.pool(self.relu(self.conv1(x)))
         x = self.pool(self.relu(self.conv2(x)))
         x = x.view(x.size(0), -1)

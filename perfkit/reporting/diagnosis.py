@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 
 from perfkit.reporting._facts import environment_rows
-from perfkit.reporting.terminal import cell, line, table, to_text
+from perfkit.reporting.terminal import cell, line, text_table, to_text
 
 if TYPE_CHECKING:
     from perfkit._doctor import Diagnosis, Readiness
@@ -25,7 +25,7 @@ def plain(diagnosis: Diagnosis, width: int = 100) -> str:
 
 
 def _parts(diagnosis: Diagnosis) -> Iterator[RenderableType]:
-    machine = table("machine", ("", "prose"))
+    machine = text_table("machine", ("", "prose"))
     for name, value in environment_rows(diagnosis.environment):
         machine.add_row(cell(name), cell(value))
     for name, version in diagnosis.compilers.items():
@@ -34,7 +34,7 @@ def _parts(diagnosis: Diagnosis) -> Iterator[RenderableType]:
         machine.add_row(cell(f"{name} uses"), cell(device))
     yield machine
     yield line("")
-    recipes = table("recipe", ("framework", "left"), ("", "left"), ("why", "prose"))
+    recipes = text_table("recipe", ("framework", "left"), ("", "left"), ("why", "prose"))
     for item in diagnosis.recipes:
         recipes.add_row(cell(item.recipe), cell(item.framework), _state(item), cell(item.reason))
     yield recipes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 
 from perfkit.reporting._format import counted, listing
-from perfkit.reporting.terminal import cell, line, table, to_text
+from perfkit.reporting.terminal import cell, line, text_table, to_text
 
 if TYPE_CHECKING:
     from perfkit._optimize import Plan, PlannedStep
@@ -34,14 +34,14 @@ def _parts(plan: Plan) -> Iterator[RenderableType]:
     if plan.candidates:
         yield line("recipe='auto' would go through these, and return the original if none is faster:")
         yield line("")
-        candidates = table("chain", ("outcome", "left"), ("why", "prose"))
+        candidates = text_table("chain", ("outcome", "left"), ("why", "prose"))
         for item in plan.candidates:
             candidates.add_row(cell(item.recipe), cell(item.outcome), cell(item.reason))
         yield candidates
 
 
 def _steps(steps: tuple[PlannedStep, ...]) -> RenderableType:
-    found = table("step", ("stage", "left"), ("what it would do", "prose"))
+    found = text_table("step", ("stage", "left"), ("what it would do", "prose"))
     for step in steps:
         refused = bool(step.refusal)
         found.add_row(

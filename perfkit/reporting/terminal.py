@@ -32,7 +32,7 @@ def render(report: Report) -> RenderableType:
 
 def plain(report: Report, width: int = 100) -> str:
     """The report as text without colour."""
-    return _plain(render(report), width)
+    return to_text(render(report), width)
 
 
 def summary_table(rows: Sequence[tuple[str, Report]]) -> RenderableType:
@@ -40,7 +40,7 @@ def summary_table(rows: Sequence[tuple[str, Report]]) -> RenderableType:
     return _Summary(tuple(rows))
 
 
-def _plain(renderable: RenderableType, width: int) -> str:
+def to_text(renderable: RenderableType, width: int) -> str:
     # Everything that rich would find out about the terminal is said here, so that the text is the same everywhere.
     console = Console(
         file=io.StringIO(),
@@ -71,26 +71,26 @@ class _Proof:
 
 def _header(report: Report) -> Iterator[RenderableType]:
     what = " · ".join((shorten(clean(report.model), 2 * MOST_NAME_LENGTH), *map(clean, _facts.identity(report))))
-    yield _line(what, "bold")
-    yield _line(f"recipe {report.recipe}" + (f" · inputs {report.inputs}" if report.inputs else ""), "dim")
+    yield line(what, "bold")
+    yield line(f"recipe {report.recipe}" + (f" · inputs {report.inputs}" if report.inputs else ""), "dim")
     yield Text()
     head = _facts.headline(report)
     unmeasured = report.speedup is None and head.evidence
-    yield _line(f"{head.text}: {head.evidence}" if unmeasured else head.text, STYLES[head.tone])
+    yield line(f"{head.text}: {head.evidence}" if unmeasured else head.text, STYLES[head.tone])
     if head.evidence and not unmeasured:
-        yield _line(head.evidence, "dim")
+        yield line(head.evidence, "dim")
     if head.explanation:
-        yield _line(head.explanation)
+        yield line(head.explanation)
     for alarm in _facts.alarms(report):
-        yield _line(f"! {alarm}", "bold red")
+        yield line(f"! {alarm}", "bold red")
     yield Text()
 
 
 def _quantities(report: Report) -> Iterator[RenderableType]:
-    table = _table("", ("before", "right"), ("after", "right"), ("change", "right"))
+    table = text_table("", ("before", "right"), ("after", "right"), ("change", "right"))
     table.columns[2].style = "bold"
     for row in _facts.rows(report):
-        table.add_row(*(_cell(value) for value in (row.label, row.before, row.after, row.change)))
+        table.add_row(*(cell(value) for value in (row.label, row.before, row.after, row.change)))
     yield table
     for reason in _facts.missing(report):
         yield _indented(f"unavailable: {reason}")
@@ -99,20 +99,20 @@ def _quantities(report: Report) -> Iterator[RenderableType]:
 
 def _steps(report: Report, *, bars: bool) -> Iterator[RenderableType]:
     columns = [("touched", "right"), ("skipped", "right"), ("speedup so far", "left"), ("", "left")]
-    table = _table("step", *columns, *([("", "left")] if bars else []))
+    table = text_table("step", *columns, *([("", "left")] if bars else []))
     ratios = [step.speedup.ratio for step in report.steps if _facts.measured(step.speedup)]
     most = max([1.0, *ratios])
     if ratios:
-        table.add_row(*map(_cell, ("original", "", "", "1.00×", "")), *([_bar(1, most)] if bars else []))
+        table.add_row(*map(cell, ("original", "", "", "1.00×", "")), *([_bar(1, most)] if bars else []))
     details = []
     for step in report.steps:
         facts = _facts.step_facts(step)
-        name = _cell(shorten(clean(facts.recipe), MOST_NAME_LENGTH))
+        name = cell(shorten(clean(facts.recipe), MOST_NAME_LENGTH))
         if facts.status != "applied":
             name.append(f"  {facts.status}", "bold yellow")
         drawn = _bar(step.speedup.ratio, most) if _facts.measured(step.speedup) else Text()
         cells = (str(facts.touched), str(facts.skipped), facts.speedup, facts.verdict)
-        table.add_row(name, *map(_cell, cells), *([drawn] if bars else []))
+        table.add_row(name, *map(cell, cells), *([drawn] if bars else []))
         details += _step_details(facts)
     yield table
     yield from details
@@ -137,23 +137,21 @@ def _statements(report: Report) -> Iterator[RenderableType]:
     table.add_column()
     result = report.fidelity
     status = "" if result is None else "ok: " if result.ok else "FAILED: "
-    table.add_row(
-        "fidelity", _line(status + _facts.fidelity(result), "" if result is None or result.ok else "bold red")
-    )
+    table.add_row("fidelity", line(status + _facts.fidelity(result), "" if result is None or result.ok else "bold red"))
     if result is not None:
-        table.add_row("", _line(_facts.fidelity_extras(result)))
+        table.add_row("", line(_facts.fidelity_extras(result)))
     if report.losses is not None:
-        table.add_row("loss", _line(_facts.losses(report)))
+        table.add_row("loss", line(_facts.losses(report)))
     if report.metric is not None:
-        table.add_row("metric", _line(("ok: " if report.metric.ok else "FAILED: ") + _facts.metric(report)))
+        table.add_row("metric", line(("ok: " if report.metric.ok else "FAILED: ") + _facts.metric(report)))
     if report.speedup is not None or report.against_compiled is not None:
-        table.add_row("compiler", _line(_facts.compiled(report)))
-    table.add_row("payback", _line(_facts.payback(report)))
+        table.add_row("compiler", line(_facts.compiled(report)))
+    table.add_row("payback", line(_facts.payback(report)))
     yield table
 
 
 def _candidates(report: Report) -> Iterator[RenderableType]:
-    table = _table(
+    table = text_table(
         "candidate", ("outcome", "left"), ("speedup", "left"), ("fidelity", "left"), ("why it lost", "prose")
     )
     candidates = _facts.candidate_facts(report)
@@ -161,7 +159,7 @@ def _candidates(report: Report) -> Iterator[RenderableType]:
         cells = (facts.outcome, facts.speedup, facts.fidelity, shorten(clean(facts.reason), MOST_REASON_LENGTH))
         style = "bold" if facts.won else ""
         name = shorten(clean(facts.recipe), MOST_NAME_LENGTH)
-        table.add_row(*(_cell(value, style) for value in (name, *cells)))
+        table.add_row(*(cell(value, style) for value in (name, *cells)))
     yield Text()
     yield table
     if (rest := len(candidates) - MOST_CANDIDATES) > 0:
@@ -171,8 +169,8 @@ def _candidates(report: Report) -> Iterator[RenderableType]:
 def _notes(report: Report) -> Iterator[RenderableType]:
     yield Text()
     for note in report.notes:
-        yield _line(f"note: {note}")
-    yield _line(f"measured on {_facts.environment_line(report.environment)}", "dim")
+        yield line(f"note: {note}")
+    yield line(f"measured on {_facts.environment_line(report.environment)}", "dim")
 
 
 @dataclass(frozen=True)
@@ -194,26 +192,26 @@ class _Summary:
 
 def _summary_table(facts: Iterable[_facts.SummaryFacts], join: str) -> Table:
     columns = (("recipe found", "prose"), ("speedup", "left"), ("vs compiler", "left"), ("tensor peak", "left"))
-    table = _table("model", *columns, ("error", "left"), ("tried and lost", "prose"))
+    table = text_table("model", *columns, ("error", "left"), ("tried and lost", "prose"))
     for item in facts:
         table.add_row(
-            _cell(shorten(clean(item.label), MOST_NAME_LENGTH), "bold"),
-            _cell(shorten(clean(item.recipe), MOST_NAME_LENGTH)),
-            _cell(_joined(join, *item.speedup), STYLES[item.headline.tone]),
-            _cell(_joined(join, *item.compiled)),
-            _cell(_joined(f" →{join}", *item.peak)),
-            _cell(
+            cell(shorten(clean(item.label), MOST_NAME_LENGTH), "bold"),
+            cell(shorten(clean(item.recipe), MOST_NAME_LENGTH)),
+            cell(_joined(join, *item.speedup), STYLES[item.headline.tone]),
+            cell(_joined(join, *item.compiled)),
+            cell(_joined(f" →{join}", *item.peak)),
+            cell(
                 _joined(join, item.error, "" if item.fidelity_ok else "FAILED"), "" if item.fidelity_ok else "bold red"
             ),
-            _cell(shorten(clean(item.lost), MOST_NAME_LENGTH)),
+            cell(shorten(clean(item.lost), MOST_NAME_LENGTH)),
         )
     return table
 
 
 def _summary_lines(item: _facts.SummaryFacts) -> Iterator[RenderableType]:
     """The same as the table's row, for a screen too narrow for a table."""
-    label = _line(shorten(clean(item.label), MOST_NAME_LENGTH), "bold")
-    yield Text("  ").join((label, _line(item.headline.text, STYLES[item.headline.tone])))
+    label = line(shorten(clean(item.label), MOST_NAME_LENGTH), "bold")
+    yield Text("  ").join((label, line(item.headline.text, STYLES[item.headline.tone])))
     recipe, lost = (shorten(clean(text), MOST_REASON_LENGTH) for text in (item.recipe, item.lost))
     yield _indented(f"recipe {recipe}")
     yield _indented(f"tried and lost {lost}")
@@ -226,7 +224,7 @@ def _joined(join: str, *parts: str) -> str:
     return join.join(part for part in parts if part)
 
 
-def _table(first: str, *columns: tuple[str, str]) -> Table:
+def text_table(first: str, *columns: tuple[str, str]) -> Table:
     """A table whose first column and columns of "prose" wrap; a number with its interval never does."""
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True, header_style="dim", show_edge=False
@@ -239,18 +237,18 @@ def _table(first: str, *columns: tuple[str, str]) -> Table:
     return table
 
 
-def _line(text: str, style: str = "") -> Text:
+def line(text: str, style: str = "") -> Text:
     """A line of the report: never rich markup, never a control sequence, whatever the model is called."""
     return Text(clean(text), style)
 
 
-def _cell(text: str, style: str = "") -> Text:
+def cell(text: str, style: str = "") -> Text:
     """A table's cell; a line break is ours, so each line is cleaned by itself."""
     return Text("\n".join(clean(line) for line in text.split("\n")), style)
 
 
 def _indented(text: str) -> Padding:
-    return Padding(_line(text, "dim"), (0, 0, 0, 2))
+    return Padding(line(text, "dim"), (0, 0, 0, 2))
 
 
 def _bar(ratio: float, most: float) -> Text:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from perfkit.reference._checks import at_least
+
 from ._dataset import Dataset, Split
 
 

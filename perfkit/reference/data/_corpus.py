@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from perfkit.reference._checks import missing
+
 from ._dataset import Dataset
 from ._texts import LENGTH, Labelled, text_dataset, words
 

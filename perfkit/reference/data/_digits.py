@@ -3,7 +3,9 @@
 import numpy as np
 
 from perfkit.reference._checks import require
-from ._dataset import Dataset, Split
+
+from ._dataset import Dataset
+from ._images import image_dataset
 
 
 def digits() -> Dataset:
@@ -12,7 +14,8 @@ def digits() -> Dataset:
     A fifth of each class is held out, always the same rows.
 
     Returns:
-        Dataset of kind "images": inputs (N, 28, 28) float32 in 0..1, targets (N,) int64 in 0..9.
+        Dataset of kind "images": inputs (N, 28, 28) float32 with mean 0 and deviation 1 over the training rows, targets
+        (N,) int64 in 0..9.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -26,14 +29,13 @@ def digits() -> Dataset:
     of `sklearn.datasets.load_digits`.
     """
     bunch = require("sklearn.datasets", extra="data").load_digits()
-    images = enlarge(bunch.images.astype(np.float32) / 16.0, size=28)
-    labels = bunch.target.astype(np.int64)
+    images = enlarge(bunch.images.astype(np.float32), size=28)
+    labels = bunch.target
     held_out = stratified_fifth(labels)
-    return Dataset(
-        name="scikit-learn digits",
-        kind="images",
-        train=Split((images[~held_out],), labels[~held_out]),
-        test=Split((images[held_out],), labels[held_out]),
+    return image_dataset(
+        "scikit-learn digits",
+        train=(images[~held_out], labels[~held_out]),
+        test=(images[held_out], labels[held_out]),
     )
 
 

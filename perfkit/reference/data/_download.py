@@ -13,7 +13,7 @@ from perfkit.reference._checks import corrupt, unreachable
 
 
 def cache_folder(name: str) -> Path:
-    """Where a data set is kept when the caller names no folder: `$XDG_CACHE_HOME` or `~/.cache`, then `perfkit/name`."""
+    """Where a data set is kept when no folder is named: `perfkit/name` in `$XDG_CACHE_HOME` or `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perfkit" / name
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from perfkit.reference._checks import corrupt, missing
+
 from ._dataset import Dataset
 from ._download import cache_folder, fetch
 from ._texts import LENGTH, text_dataset, words

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from perfkit.reference._checks import corrupt, missing
-from ._dataset import Dataset, Split
+
+from ._dataset import Dataset
 from ._download import cache_folder, fetch
+from ._images import image_dataset
 
 SOURCE = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 MD5 = {
@@ -34,7 +36,8 @@ def mnist(
         progress: draw progress bars on standard error while fetching.
 
     Returns:
-        Dataset of kind "images": inputs (N, 28, 28) float32 in 0..1, targets (N,) int64 in 0..9.
+        Dataset of kind "images": inputs (N, 28, 28) float32 with mean 0 and deviation 1 over the training rows, targets
+        (N,) int64 in 0..9.
 
     Raises:
         FileNotFoundError: Files are missing and `download` is False.
@@ -56,11 +59,10 @@ def mnist(
             expected=", ".join(absent),
             remedy="put the published files there or pass download=True to fetch them",
         )
-    return Dataset(
-        name="MNIST",
-        kind="images",
-        train=_read_split(_find(folder, "train-images-idx3-ubyte.gz"), _find(folder, "train-labels-idx1-ubyte.gz")),
-        test=_read_split(_find(folder, "t10k-images-idx3-ubyte.gz"), _find(folder, "t10k-labels-idx1-ubyte.gz")),
+    return image_dataset(
+        "MNIST",
+        train=_read_pair(_find(folder, "train-images-idx3-ubyte.gz"), _find(folder, "train-labels-idx1-ubyte.gz")),
+        test=_read_pair(_find(folder, "t10k-images-idx3-ubyte.gz"), _find(folder, "t10k-labels-idx1-ubyte.gz")),
     )
 
 
@@ -75,17 +77,17 @@ def _find(folder: Path, name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _read_split(image_path: Path, label_path: Path) -> Split:
+def _read_pair(image_path: Path, label_path: Path) -> tuple[np.ndarray, np.ndarray]:
     images = read_idx(image_path, item_shape=(28, 28))
     labels = read_idx(label_path, item_shape=())
-    if len(images) != len(labels) or labels.max(initial=0) > 9:
+    if not 0 < len(images) == len(labels) or labels.max(initial=0) > 9:
         raise corrupt(
             label_path,
             given=f"{len(labels)} labels up to {labels.max(initial=0)}",
             expected=f"one label in 0..9 for each of the {len(images)} images",
             remedy=_REMEDY,
         )
-    return Split((images.astype(np.float32) / 255.0,), labels.astype(np.int64))
+    return images, labels
 
 
 def read_idx(path: Path, *, item_shape: tuple[int, ...]) -> np.ndarray:
