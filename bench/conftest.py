@@ -32,7 +32,7 @@ def paired(benchmark):
     return record
 
 
-def pytest_benchmark_update_machine_info(config, machine_info):  # noqa: ARG001 - the hook's signature
+def pytest_benchmark_update_machine_info(config, machine_info):
     """Absolute times may be compared only where the fingerprint is the same."""
     found = environment()
     machine_info |= {

@@ -51,4 +51,6 @@ def test_call_jax(paired):
         variant_name="result.model",
         budget_s=5,
     )
-    paired(lambda: result.model(x).block_until_ready(), comparison, overhead_us=(after.median_ms - before.median_ms) * 1e3)
+    paired(
+        lambda: result.model(x).block_until_ready(), comparison, overhead_us=(after.median_ms - before.median_ms) * 1e3
+    )

@@ -36,8 +36,8 @@ def test_inference(framework, model, batch_size, recipe, paired):
     )
 
 
-@pytest.mark.parametrize("recipe", ("bf16", "fp16", "compile", "bf16+compile"))
-@pytest.mark.parametrize("model", ("cnn", "lstm", "text_lstm"))
+@pytest.mark.parametrize("recipe", ["bf16", "fp16", "compile", "bf16+compile"])
+@pytest.mark.parametrize("model", ["cnn", "lstm", "text_lstm"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_training(framework, model, recipe, paired):
     task = reference.task(model, framework=framework)

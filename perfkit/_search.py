@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 from perfkit import _recipe
-from perfkit._errors import InvalidInputError, PerfkitError
+from perfkit._errors import FidelityError, InvalidInputError, PerfkitError
 from perfkit._pipeline import Result, concluded, unchanged
 from perfkit._proof import Settings, check_numbers
 from perfkit._recipe import Chain, Recipe, Stage
@@ -47,7 +47,11 @@ def search(work: Workload, settings: Settings) -> Result:
             best = _ranked([*best, (candidate, applied, variant)])[:2]
     final = replace(settings, budget_s=max(settings.budget_s * FINAL_SHARE, 2.0), on_slower="revert")
     for candidate, applied, variant in best:
-        result = concluded(original, variant, applied, final)
+        try:
+            result = concluded(original, variant, applied, final)
+        except FidelityError as error:  # the caller's metric, which the quick trial did not ask
+            log = [replace(item, reason=first_line(error)) if item is candidate else item for item in log]
+            continue
         if result.report.speedup.verdict == Verdict.FASTER:
             return replace(result, report=replace(result.report, candidates=_told(log, candidate, result)))
         log = [_lost_afresh(item, result) if item is candidate else item for item in log]

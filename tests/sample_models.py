@@ -89,7 +89,9 @@ def torch_models() -> dict[str, Any]:
             y = self.fc(batch["x"]) + batch["more"][0]
             return y, [y.sum(-1), {"y": y}]
 
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False
+    )
     sequences = torch.randn(7, 4, 6)
     ids = torch.randint(0, 50, (4, 9))
     return {
@@ -136,13 +138,14 @@ def jax_models() -> dict[str, Any]:
         return jnp.tanh(x @ params["w"]) * scale
 
     keys = jax.random.split(jax.random.key(0), 4)
+    weights = {"w": jax.random.normal(keys[3], (6, 3))}
     x = jax.random.normal(keys[0], (4, 6))
     dense = Dense()
     return {
         "nnx_cnn": {"model": Cnn(nnx.Rngs(0)), "example_inputs": (jax.random.normal(keys[1], (4, 12, 12, 1)),)},
         "nnx_lstm": {"model": Recurrent(nnx.Rngs(1)), "example_inputs": {"x": jax.random.normal(keys[2], (4, 5, 6))}},
         "linen": {"model": dense, "params": dense.init(keys[3], x), "example_inputs": (x,)},
-        "function": {"model": mlp, "params": {"w": jax.random.normal(keys[3], (6, 3))}, "example_inputs": (x, jnp.float32(2.0))},
+        "function": {"model": mlp, "params": weights, "example_inputs": (x, jnp.float32(2.0))},
         "plain": {"model": lambda a, b: {"product": a @ b.T}, "example_inputs": {"a": x, "b": x}},
     }  # fmt: skip
 

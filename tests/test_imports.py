@@ -21,8 +21,10 @@ perfkit.optimize(lambda x: x @ x, "compile", example_inputs=(jnp.ones((4, 4)),),
 
 def loaded(code: str, *modules: str) -> list[str]:
     """Which of `modules` are loaded after `code` ran in a fresh interpreter."""
-    check = f"import sys, warnings; warnings.simplefilter('ignore')\n{code}\nprint([m for m in {modules!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    quiet = "import sys, warnings; warnings.simplefilter('ignore')"
+    told = f"print([name for name in {modules!r} if name in sys.modules])"
+    script = "\n".join((quiet, code, told))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return eval(done.stdout.strip().splitlines()[-1])
 
 

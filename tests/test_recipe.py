@@ -73,7 +73,7 @@ def test_tolerances_add_up():
     ],
 )
 def test_what_cannot_be_a_recipe_is_refused_with_a_hint(spec, error, said):
-    with pytest.raises(error, match=".") as raised:
+    with pytest.raises(error) as raised:
         chain_of(spec)
     assert said in str(raised.value)
 

@@ -54,7 +54,8 @@ def autocast(fn: Callable, dtype: Any) -> Callable:
     Products cast their float32 operands to `dtype` and return it. Elementwise arithmetic, comparisons, maxima and data
     movement run in whatever arrives; where the low dtype meets float32, float32 wins. Sums, exponentials, powers,
     normalizations and gate functions run in float32. The tables are in jax_autocast_rules. Weights stay float32 and are
-    cast where they are used; a weight used inside a scan or while loop is cast once, before the loop.
+    cast where they are used; a weight used inside a scan or while loop is cast once, before the loop. A product that
+    was written with a precision, such as `precision="highest"`, is left as it is.
 
     Works on a function of gradients as well as under one: `autocast(jax.grad(loss), ...)` and
     `jax.grad(autocast(loss, ...))` both run the backward products in the low dtype. Gradients come back in the dtype

@@ -52,7 +52,7 @@ SEPARATE = _names(
 #                              multiplies by it at every step
 #   sub                        softmax and variance subtract first; an error there is felt after exp and square
 #   square, integer_pow, sqrt  a gradient of 1e-4 squared is 0 in float16, and Adam divides by its root
-#   erf, sin, cos, ...         XLA computes them in float32 anyway; rounding the result would only lose digits
+#   erf, sin, cos, ...         cost the same on float32 next to a product, and keep their digits
 _TRANSCENDENTAL = _names(
     "acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma erf erf_inv erfc exp exp2",
     "expm1 igamma igamma_grad_a igammac integer_pow lgamma log log1p log2 logistic nextafter one_minus_square",
@@ -190,7 +190,7 @@ def feeds_only_products(jaxpr: Any, low: np.dtype) -> list[bool | None]:
         for position, var in enumerate(eqn.invars):
             if not _is_literal(var):
                 uses.setdefault(var, []).append(_use_feeds_product(eqn, position, low, uses))
-    return [False for var in jaxpr.invars]
+    return [_every(uses.get(var, ())) for var in jaxpr.invars]
 
 
 def _use_feeds_product(eqn: Any, position: int, low: np.dtype, uses: dict[Any, list[bool | None]]) -> bool | None:

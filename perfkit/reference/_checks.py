@@ -7,21 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from perfkit._errors import InvalidInputError
+from perfkit._errors import missing as missing_package
+
 
 def known(given: object, names: Sequence[str], *, what: str) -> str:
-    """Return `given` if it is one of `names`, otherwise raise ValueError with the nearest of them."""
+    """Return `given` if it is one of `names`, otherwise raise InvalidInputError with the nearest of them."""
     if isinstance(given, str) and given in names:
         return given
     nearest = difflib.get_close_matches(str(given), names, n=2, cutoff=0.4)
     hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
-    raise ValueError(f"unknown {what} {given!r}: expected one of {', '.join(map(repr, names))}{hint}")
+    raise InvalidInputError(f"unknown {what} {given!r}: expected one of {', '.join(map(repr, names))}{hint}")
 
 
 def at_least(given: object, least: int, *, what: str) -> int:
-    """Return `given` if it is a whole number of at least `least`, otherwise raise ValueError."""
+    """Return `given` if it is a whole number of at least `least`, otherwise raise InvalidInputError."""
     if isinstance(given, numbers.Integral) and not isinstance(given, bool) and given >= least:
         return int(given)
-    raise ValueError(f"{what} is {given!r}: expected a whole number, {least} or more")
+    raise InvalidInputError(f"{what} is {given!r}: expected a whole number, {least} or more")
 
 
 def require(module: str, *, extra: str) -> ModuleType:
@@ -31,12 +34,12 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise  # the module is there and fails on something of its own
-        raise ImportError(f"this needs {error.name}, which is not installed: pip install perfkit[{extra}]") from error
+        raise missing_package(error.name, "this", extra) from error
 
 
-def unfit(given: str, *, expected: str, remedy: str) -> ValueError:
+def unfit(given: str, *, expected: str, remedy: str) -> InvalidInputError:
     """An argument that is well-formed but does not fit the others."""
-    return ValueError(f"{given}: expected {expected}; {remedy}")
+    return InvalidInputError(f"{given}: expected {expected}; {remedy}")
 
 
 def missing(where: Path, *, expected: str, remedy: str) -> FileNotFoundError:
@@ -44,9 +47,9 @@ def missing(where: Path, *, expected: str, remedy: str) -> FileNotFoundError:
     return FileNotFoundError(f"{where} does not hold {expected}; {remedy}")
 
 
-def corrupt(path: Path, *, given: str, expected: str, remedy: str) -> ValueError:
+def corrupt(path: Path, *, given: str, expected: str, remedy: str) -> InvalidInputError:
     """A file that is there and is not what its name says."""
-    return ValueError(f"{path} is damaged: {given}, expected {expected}; {remedy}")
+    return InvalidInputError(f"{path} is damaged: {given}, expected {expected}; {remedy}")
 
 
 def unreachable(url: str, reason: Exception) -> ConnectionError:

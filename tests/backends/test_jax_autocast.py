@@ -361,6 +361,16 @@ def test_named_scopes_reach_the_compiled_program():
     assert "encoder/sin" in text
 
 
+def test_compiler_hints_reach_the_lowered_program():
+    from jax.experimental.xla_metadata import set_xla_metadata
+
+    def fn(x):
+        with set_xla_metadata(schedule="late"):
+            return jnp.sin(x @ x)
+
+    assert 'schedule = "late"' in jax.jit(autocast(fn, "bfloat16")).lower(jnp.eye(2)).as_text()
+
+
 def test_callbacks_see_the_dtypes_they_were_written_for():
     seen = []
 

@@ -14,7 +14,7 @@ class Split:
 
     Attributes:
         inputs: arrays whose first axis is the row, in the order the models take them: `(images,)` of (N, 28, 28)
-            float32 in 0..1, `(sequences,)` of (N, T, F) float32, or `(ids, lengths)` of (N, T) and (N,) int64.
+            float32, standardized; `(sequences,)` of (N, T, F) float32; or `(ids, lengths)` of (N, T) and (N,) int64.
         targets: class numbers (N,) int64 for images, otherwise (N, 1) float32 (for texts 0.0 or 1.0).
     """
 

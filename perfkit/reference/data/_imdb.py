@@ -3,6 +3,7 @@
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from perfkit.reference._checks import corrupt, missing
@@ -64,15 +65,9 @@ def imdb(
 
 def _find(where: Path) -> Path | None:
     """The first of the places where the reviews may be that exists."""
-    folders = (where, where / FOLDER)
-    archives = (where, where / ARCHIVE)
-    return next(
-        (
-            *(folder for folder in folders if (folder / "train").is_dir()),
-            *(archive for archive in archives if archive.is_file()),
-        ),
-        None,
-    )
+    folders = (path for path in (where, where / FOLDER) if (path / "train").is_dir())
+    archives = (path for path in (where, where / ARCHIVE) if path.is_file())
+    return next(chain(folders, archives), None)
 
 
 def _read_folder(folder: Path) -> Iterator[Review]:

@@ -1,0 +1,152 @@
+"""The command line as a user meets it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from perfkit import cli
+from perfkit._recipe import names
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Call the command line; returns exit code, stdout and stderr."""
+
+    def call(*arguments):
+        # the consoles write to the streams as they are when they print, so a fresh pair sees the runner's
+        monkeypatch.setattr(cli, "out", cli.Console(width=100))
+        monkeypatch.setattr(cli, "err", cli.Console(width=100, stderr=True))
+        done = CliRunner().invoke(cli.main, arguments, catch_exceptions=False)
+        return done.exit_code, done.stdout, done.stderr
+
+    return call
+
+
+FACTORY = """
+import torch
+def pair():
+    return torch.nn.Linear(4, 4), (torch.ones(2, 4),)
+def everything():
+    return {"model": torch.nn.Linear(4, 4), "example_inputs": (torch.ones(2, 4),), "seed": 3}
+def nothing():
+    return None
+def wrong():
+    return torch.nn.Linear(4, 4), (torch.ones(2, 5),)
+"""
+
+
+@pytest.fixture
+def factory(tmp_path, monkeypatch):
+    """A module of the user's in the current folder."""
+    (tmp_path / "users_models.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("users_models", None)
+
+
+@pytest.mark.parametrize("command", [(), ("optimize",), ("plan",), ("train",), ("recipes",), ("doctor",), ("demo",)])
+def test_help_teaches(run, command):
+    code, out, _ = run(*command, "--help")
+    assert code == 0
+    assert "Usage:" in out
+    assert len(out.splitlines()) > 4
+
+
+def test_recipes_lists_every_recipe(run):
+    code, out, _ = run("recipes")
+    assert code == 0
+    assert all(name in out for name in (*names(), "auto"))
+
+
+def test_doctor(run):
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "instruction sets" in out
+    assert "NVIDIA" in out, "why tf32 is not ready"
+
+
+def test_optimize_writes_what_is_asked_for(run, factory):
+    pytest.importorskip("torch")
+    code, out, err = run(
+        "optimize", "users_models:pair", "--recipe", "half", "--budget", "0.3", "--json",
+        "--html", "page.html", "--save-report", "report.json",
+    )  # fmt: skip
+    assert code in (0, cli.SLOWER, cli.NOISY)
+    report = json.loads(out)
+    assert report["recipe"] == "half"
+    assert report == json.loads((factory / "report.json").read_text())
+    assert "<html" in (factory / "page.html").read_text()
+    assert "page.html" in err
+    verdicts = {"slower": cli.SLOWER, "too noisy": cli.NOISY}
+    assert code == verdicts.get(report["speedup"]["verdict"], 0)
+
+
+def test_a_factory_may_return_every_argument(run, factory):
+    pytest.importorskip("torch")
+    code, out, _ = run("plan", "users_models:everything", "--recipe", "bf16")
+    assert code == 0
+    assert "Linear" in out
+
+
+def test_plan_exits_with_one_where_a_step_is_refused(run, factory):
+    pytest.importorskip("torch")
+    code, out, _ = run("plan", "users_models:pair", "--recipe", "tf32")
+    assert code == cli.REFUSED
+    assert "refused" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("optimize", "cmm"), cli.BAD_INPUT, "'cnn'"),
+        (("optimize", "users_models:pair", "--recipe", "bf17"), cli.BAD_INPUT, "'bf16'"),
+        (("optimize", "users_models:pair", "--budget", "-1"), cli.BAD_INPUT, "budget_s=-1"),
+        (("optimize", "users_models:pair", "--batch-size", "4"), cli.BAD_INPUT, "factory"),
+        (("optimize", "users_models:pair", "--recipe", "tf32"), cli.REFUSED, "NVIDIA"),
+        (("optimize", "users_models:pair", "--html", "nowhere/page.html"), cli.BAD_INPUT, "cannot write"),
+        (("optimize", "users_models:nothing"), cli.BAD_INPUT, "NoneType"),
+        (("optimize", "users_models:wrong", "--recipe", "half"), cli.BAD_INPUT, "does not run on example_inputs"),
+        (("optimize", "users_models:absent"), cli.BAD_INPUT, "absent"),
+        (("optimize", "no_such_module:make"), cli.BAD_INPUT, "no_such_module"),
+        (("optimize", "cnn", "--framework", "tensorflow"), cli.BAD_INPUT, "torch"),
+        (("optimise", "cnn"), cli.BAD_INPUT, "No such command"),
+    ],
+)
+def test_bad_input_is_one_message_and_an_exit_code(run, factory, arguments, code, said):
+    pytest.importorskip("torch")
+    found, out, err = run(*arguments)
+    assert found == code
+    assert said in err
+    assert "Traceback" not in out + err
+    assert not list(factory.glob("*.html"))
+
+
+def test_an_interrupt_leaves_nothing_half_written(run, factory, monkeypatch):
+    pytest.importorskip("torch")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("perfkit._pipeline.run", interrupted)
+    code, _, err = run("optimize", "users_models:pair", "--recipe", "half", "--html", "page.html")
+    assert code == cli.INTERRUPTED
+    assert "interrupted" in err
+    assert sorted(path.name for path in factory.iterdir() if path.suffix) == ["users_models.py"]
+
+
+def test_every_recipe_file_runs_by_itself():
+    """One of them for real; that each has the same last lines is seen in the files."""
+    import perfkit.recipes
+
+    for name in names():
+        path = f"{perfkit.recipes.__path__[0]}/{name}.py"
+        with open(path) as file:
+            assert file.read().endswith(f'    lesson("{name}")\n')
+    command = [sys.executable, "-m", "perfkit.recipes.channels_last", "--model", "cnn", "--batch-size", "4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "channels_last" in done.stdout
+    assert "median latency" in done.stdout

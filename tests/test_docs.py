@@ -1,0 +1,75 @@
+"""Every command and every example of the README runs; every link in the docs leads somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from perfkit import cli
+from perfkit._recipe import names
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "bench").rglob("*.md")])
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of the README in that language ("" for none)."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in fenced if name == language]
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_examples_run(number, capsys):
+    code = blocks("python")[number]
+    for framework in ("torch", "jax"):
+        if f"import {framework}" in code or f", {framework}" in code:
+            pytest.importorskip(framework)
+    names = {}
+    exec(compile(code, f"README, example {number}", "exec"), names)
+    assert names["result"].report.fidelity.ok
+
+
+def commands() -> list[str]:
+    lines = [line.partition("#")[0].strip() for block in blocks("") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_there_are_commands():
+    assert {line.split()[0] for line in commands()} == {"make", "perfkit"}
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("perfkit")])
+def test_commands_are_understood(line):
+    """Parsed for real, down to the command's own options; the long ones are not run."""
+    _, name, *arguments = shlex.split(line)
+    command = cli.main.commands[name]
+    command.make_context(name, arguments)
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for line in commands():
+        if line.startswith("make"):
+            assert re.search(rf"^{line.split()[1]}:", makefile, re.MULTILINE)
+
+
+def test_short_commands_run():
+    for name in ("recipes", "doctor"):
+        assert CliRunner().invoke(cli.main, [name]).exit_code == 0
+
+
+def test_the_recipe_table_is_complete():
+    rows = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
+    assert sorted(rows) == sorted([*names(), "auto"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
