@@ -38,10 +38,11 @@ def run(page: Path, budget_s: float) -> None:
         raise missing("torch or jax", "the demo", extra="all")
     rows: list[tuple[str, Report]] = []
     for name, batch_size in MODELS.items():
-        for framework, model in _trained(name, frameworks).items():
+        metric, models = _trained(name, frameworks)
+        for framework, model in models.items():
             label = f"{name}, {framework}, batch {batch_size}"
             with cli.status(label) as progress:
-                report = _optimized(name, framework, model, batch_size, budget_s, progress)
+                report = _optimized(name, framework, model, batch_size, metric, budget_s, progress)
             rows.append((label, report))
             cli.out.print(f"{label}: {report.explanation}", highlight=False)
     cli.out.print()
@@ -50,8 +51,8 @@ def run(page: Path, budget_s: float) -> None:
     cli.out.print(f"\n{time.perf_counter() - began:.0f} s. The whole proof is in {page}.", highlight=False)
 
 
-def _trained(name: str, frameworks: list[str]) -> dict[str, Any]:
-    """The model trained once, in each framework: its weights are converted."""
+def _trained(name: str, frameworks: list[str]) -> tuple[str, dict[str, Any]]:
+    """The metric, and the model trained once, in each framework: its weights are converted."""
     first = frameworks[0]
     with cli.training_progress(f"{name} ({first})") as progress:
         trained = reference.train(name, framework=first, progress=progress)
@@ -59,14 +60,20 @@ def _trained(name: str, frameworks: list[str]) -> dict[str, Any]:
     models = {first: trained.model}
     if "jax" in frameworks[1:]:
         models["jax"] = reference.to_jax(name, trained.model)
-    return models
+    return trained.metric, models
 
 
 def _optimized(
-    name: str, framework: str, model: Any, batch_size: int, budget_s: float, progress: Callable[[str], None]
+    name: str,
+    framework: str,
+    model: Any,
+    batch_size: int,
+    metric: str,
+    budget_s: float,
+    progress: Callable[[str], None],
 ) -> Report:
     _, example_inputs = reference.load(name, framework=framework, batch_size=batch_size)
-    evaluate = partial(_score, name, framework)
+    evaluate = partial(_score, name, framework, metric)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PerfkitWarning)  # they stand in the report
         return perfkit.optimize(
@@ -74,13 +81,13 @@ def _optimized(
             "auto",
             example_inputs=example_inputs,
             evaluate=evaluate,
-            max_drop=MAX_DROP[reference.metric(name)],
+            max_drop=MAX_DROP[metric],
             budget_s=budget_s,
             progress=progress,
         ).report
 
 
-def _score(name: str, framework: str, model: Any) -> float:
+def _score(name: str, framework: str, metric: str, model: Any) -> float:
     """Held-out accuracy; or the mean squared error, negative, so that larger is better."""
     value = reference.evaluate(name, model, framework=framework).value
-    return -value if reference.metric(name) == "mse" else value
+    return -value if metric == "mse" else value

@@ -78,7 +78,7 @@ def _read_folder(folder: Path) -> Iterator[Review]:
 
 def _read_archive(archive: Path) -> Iterator[Review]:
     try:
-        with tarfile.open(archive) as members:
+        with tarfile.open(archive, "r:gz") as members:
             for member in members:
                 part, _, name = member.name.removeprefix(f"{FOLDER}/").rpartition("/")
                 if part in PARTS and name.endswith(".txt"):
