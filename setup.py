@@ -7,8 +7,6 @@ FOLDERS = {"perfkit": "perfkit", "perfkit.kernels": "kernels", "perfkit.recipes"
 setup(
     package_dir=FOLDERS,
     packages=[
-        name
-        for root, folder in FOLDERS.items()
-        for name in (root, *(f"{root}.{sub}" for sub in find_packages(folder)))
+        name for root, folder in FOLDERS.items() for name in (root, *(f"{root}.{sub}" for sub in find_packages(folder)))
     ],
 )

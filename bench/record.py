@@ -71,10 +71,10 @@ def page() -> str:
     lines = [
         "# What was measured",
         "",
-        'Written by `python -m bench.record`: `recipe="auto"` for inference, single recipes for training, on the reference',
-        "models. The ratio is the original's time over the result's, interleaved in one run, with its 99 % interval; the",
-        "original is the model as its user would call it: eager PyTorch, eager flax. For JAX the ratio against `jax.jit` of",
-        "the original stands beside it. A ratio below 1 is a slow-down.",
+        'Written by `python -m bench.record`: `recipe="auto"` for inference, single recipes for training, on the',
+        "reference models. The ratio is the original's time over the result's, interleaved in one run, with its 99 %",
+        "interval; the original is the model as its user would call it: eager PyTorch, eager flax. For JAX the ratio",
+        "against `jax.jit` of the original stands beside it. A ratio below 1 is a slow-down.",
     ]
     for path in sorted(RESULTS.glob("*.json")):
         recorded = json.loads(path.read_text())
@@ -86,10 +86,11 @@ def page() -> str:
 def _device(path: Path, recorded: dict[str, Any]) -> list[str]:
     machine = recorded["environment"]
     libraries = ", ".join(f"{name} {version}" for name, version in sorted(machine["libraries"].items()))
+    instructions = ", ".join(machine["instruction_sets"])
     return [
         f"## {', '.join([*machine['accelerators'], machine['cpu']])}, {machine['cores']} cores",
         "",
-        f"{recorded['date']}; {libraries}; instructions: {', '.join(machine['instruction_sets'])}. Source: `{path.name}`.",
+        f"{recorded['date']}; {libraries}; instructions: {instructions}. Source: `{path.name}`.",
         "",
         "| model | framework | recipe | ratio | against jax.jit | median before → after | error |",
         "|---|---|---|---|---|---|---|",

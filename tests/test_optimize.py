@@ -150,13 +150,14 @@ def test_frozen_weights_do_not_go_stale():
 
 
 def test_many_models_of_one_class_are_all_compiled():
-    """torch.compile gives up on a code object after eight programs: perfkit's results must not share one."""
+    """torch.compile gives up on a code object after so many programs: perfkit's results must not share one."""
     x = torch.randn(4, 8)
-    for seed in range(10):
-        torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
-        result = perfkit.optimize(model, "bf16+compile", example_inputs=(x,), budget_s=0.01, on_slower="revert")
-        assert "1 graph(s) compiled" in " ".join(result.report.steps[1].effect.notes)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+            result = perfkit.optimize(model, "bf16+compile", example_inputs=(x,), budget_s=0.01, on_slower="revert")
+            assert "1 graph(s) compiled" in " ".join(result.report.steps[1].effect.notes)
 
 
 def test_torch_compile_leaves_an_lstm_alone_and_that_is_said():

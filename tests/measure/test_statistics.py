@@ -128,6 +128,24 @@ def test_autocorrelated_pairs_get_a_wider_interval_than_the_same_values_shuffled
     assert widths[0] > 1.5 * widths[1]
 
 
+def test_autocorrelated_pairs_are_resampled_in_blocks(monkeypatch):
+    blocks_drawn = []
+    draw = statistics._bootstrap_medians
+
+    def watched(values, block, seed):
+        blocks_drawn.append(block)
+        return draw(values, block, seed)
+
+    monkeypatch.setattr(statistics, "_bootstrap_medians", watched)
+    generator = np.random.default_rng(1)
+    values = autoregressive(generator, 200, 0.8)
+    median_interval(values, 0.99)
+    median_interval(generator.permutation(values), 0.99)
+    assert blocks_drawn == [12, 1]
+    spreads = [np.std(draw(values, block, 0)) for block in blocks_drawn]
+    assert spreads[0] > 1.3 * spreads[1]
+
+
 def test_interval_covers_the_median_of_autocorrelated_pairs():
     generator = np.random.default_rng(2)
     missed = 0
@@ -217,6 +235,11 @@ def test_noise_is_the_spread_of_the_baseline_against_itself():
     half_width = math.sqrt(against_itself.high / against_itself.low) - 1
     assert against_itself.noise == pytest.approx(half_width, rel=0.5)
     assert compared([1.0] * 8, [1.0] * 8).noise == 0.0
+
+
+def test_noise_compares_blocks_of_one_quadruple_and_so_leaves_drift_out():
+    drifting = np.exp(np.linspace(0, 1, 60))
+    assert 0 < compared(drifting, drifting).noise < 0.03
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])

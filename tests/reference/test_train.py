@@ -1,9 +1,9 @@
 """Training really learns, repeats itself, and is judged on rows it has not seen."""
 
-import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from perfkit import reference
 from perfkit.reference._train import judge, shuffled
@@ -37,7 +37,7 @@ def test_the_cnn_reads_held_out_digits():
 
 
 @each_framework
-@pytest.mark.parametrize(("name", "steps"), [("cnn", 40), ("cnn2", 20)])
+@pytest.mark.parametrize(("name", "steps"), [("cnn", 40), ("cnn2", 40)])
 def test_images_are_learned(name, steps, framework):
     trained = reference.train(name, framework=framework, steps=steps, batch_size=32)
     # ln 10 = 2.3 is the loss of knowing nothing
@@ -88,32 +88,36 @@ def test_progress_is_told_every_step_and_its_loss(framework):
 
 @each_framework
 @each_model
-def test_a_task_takes_a_step_that_lowers_its_loss(name, framework):
+def test_the_steps_of_a_task_lower_its_loss(name, framework):
     work = reference.task(name, framework=framework, batch_size=4)
     assert work.metric == ("mse" if name in ("rnn", "lstm") else "accuracy")
     if framework == "torch":
+        assert work.model.training
         optimizer = work.optimizer(work.model.parameters())
-        before = work.loss(work.model(*work.example_inputs), work.targets)
-        before.backward()
-        optimizer.step()
-        after = work.loss(work.model(*work.example_inputs), work.targets)
+
+        def step():
+            optimizer.zero_grad()
+            loss = work.loss(work.model(*work.example_inputs), work.targets)
+            loss.backward()
+            optimizer.step()
+            return float(loss)
     else:
-        from flax import nnx
+        optimizer = nnx.Optimizer(work.model, work.optimizer, wrt=nnx.Param)
 
-        structure, parameters = nnx.split(work.model)
+        @nnx.jit
+        def update(model, optimizer):
+            def objective(model):
+                return work.loss(model(*work.example_inputs), work.targets)
 
-        @jax.jit
-        def step(parameters):
-            def objective(parameters):
-                return work.loss(nnx.merge(structure, parameters)(*work.example_inputs), work.targets)
+            loss, gradients = nnx.value_and_grad(objective)(model)
+            optimizer.update(model, gradients)
+            return loss
 
-            value, gradients = jax.value_and_grad(objective)(parameters)
-            updates, _ = work.optimizer.update(gradients, work.optimizer.init(parameters), parameters)
-            return value, jax.tree.map(lambda old, change: old + change, parameters, updates)
+        def step():
+            return float(update(work.model, optimizer))
 
-        before, parameters = step(parameters)
-        after, _ = step(parameters)
-    assert float(after) < float(before)
+    losses = [step() for _ in range(12)]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_recurrent_models_are_trained_with_a_bounded_gradient():
