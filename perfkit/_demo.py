@@ -44,11 +44,11 @@ def run(page: Path, budget_s: float) -> None:
             with cli.status(label) as progress:
                 report = _optimized(name, framework, model, batch_size, metric, budget_s, progress)
             rows.append((label, report))
-            cli.out.print(f"{label}: {report.explanation}", highlight=False)
+            cli.out.print(f"{label}: {report.explanation}", highlight=False, soft_wrap=True)
     cli.out.print()
     cli.out.print(terminal.summary_table(rows))
     page.write_text(html.page(rows), encoding="utf-8")
-    cli.out.print(f"\n{time.perf_counter() - began:.0f} s. The whole proof is in {page}.", highlight=False)
+    cli.out.print(f"\n{time.perf_counter() - began:.0f} s. The whole proof is in {page}.", highlight=False, soft_wrap=True)
 
 
 def _trained(name: str, frameworks: list[str]) -> tuple[str, dict[str, Any]]:
@@ -56,7 +56,7 @@ def _trained(name: str, frameworks: list[str]) -> tuple[str, dict[str, Any]]:
     first = frameworks[0]
     with cli.training_progress(f"{name} ({first})") as progress:
         trained = reference.train(name, framework=first, progress=progress)
-    cli.out.print(cli.trained_line(name, first, trained), highlight=False)
+    cli.out.print(cli.trained_line(name, first, trained), highlight=False, soft_wrap=True)
     models = {first: trained.model}
     if "jax" in frameworks[1:]:
         models["jax"] = reference.to_jax(name, trained.model)

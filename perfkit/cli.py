@@ -138,7 +138,7 @@ def train(model, framework, batch_size, seed) -> None:
 
     with training_progress(f"{model} ({framework})") as progress:
         trained = reference.train(model, framework=framework, batch_size=batch_size, seed=seed, progress=progress)
-    out.print(trained_line(model, framework, trained))
+    out.print(trained_line(model, framework, trained), highlight=False, soft_wrap=True)
 
 
 @main.command()

@@ -39,12 +39,12 @@ class Card:
 
 
 CARDS = {
-    "cnn": Card(kind="images", default_data=data.digits, steps=500, learning_rate=3e-3),
-    "cnn2": Card(kind="images", default_data=data.digits, steps=500, learning_rate=3e-3),
+    "cnn": Card(kind="images", default_data=data.digits, steps=400, learning_rate=3e-3),
+    "cnn2": Card(kind="images", default_data=data.digits, steps=400, learning_rate=3e-3),
     "rnn": Card(kind="sequences", default_data=data.adding, steps=3000, learning_rate=3e-3, max_norm=1.0),
     "lstm": Card(kind="sequences", default_data=data.adding, steps=1000, learning_rate=1e-2, max_norm=1.0),
     "text_rnn": Card(kind="texts", default_data=data.corpus, steps=400, learning_rate=3e-3, max_norm=1.0),
-    "text_lstm": Card(kind="texts", default_data=data.corpus, steps=150, learning_rate=2e-3, max_norm=1.0),
+    "text_lstm": Card(kind="texts", default_data=data.corpus, steps=200, learning_rate=2e-3, max_norm=1.0),
 }
 
 MODELS = tuple(CARDS)

@@ -1,5 +1,6 @@
 """What the reference models need of JAX: making one, feeding it, fitting it, asking it."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -58,6 +59,7 @@ def _to_jax(array: np.ndarray) -> jax.Array:
     return jnp.asarray(array.astype(np.int32) if array.dtype == np.int64 else array)  # JAX counts in 32 bits
 
 
+@functools.cache  # one object for one recipe, so that `train_step` is compiled once for it
 def optimizer(card: Card) -> optax.GradientTransformation:
     """The optimizer of a model's parameters."""
     adam = optax.adam(card.learning_rate)
@@ -74,34 +76,32 @@ def fit(
 ) -> None:
     """Train `model` in place, one compiled step for each batch; `report` is told each step's number and loss."""
     structure, parameters = nnx.split(model)
-
-    @jax.jit
-    def train_step(parameters, state, inputs, targets):
-        def objective(parameters):
-            return loss(nnx.merge(structure, parameters)(*inputs), targets)
-
-        value, gradients = jax.value_and_grad(objective)(parameters)
-        updates, state = optimizer.update(gradients, state, parameters)
-        return optax.apply_updates(parameters, updates), state, value
-
     state = optimizer.init(parameters)
     for step, (inputs, targets) in enumerate(batches, start=1):
-        parameters, state, value = train_step(parameters, state, inputs, targets)
+        parameters, state, value = train_step(structure, loss, optimizer, parameters, state, inputs, targets)
         report(step, value)
     nnx.update(model, parameters)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def train_step(structure, loss, optimizer, parameters, state, inputs, targets):
+    """The parameters and the optimizer's state after one batch, and the loss before it."""
+
+    def objective(parameters):
+        return loss(nnx.merge(structure, parameters)(*inputs), targets)
+
+    value, gradients = jax.value_and_grad(objective)(parameters)
+    updates, state = optimizer.update(gradients, state, parameters)
+    return optax.apply_updates(parameters, updates), state, value
+
+
 def predictor(model: Callable[..., jax.Array]) -> Callable[..., np.ndarray]:
     """A function from the model's inputs to its outputs as float32 numpy; a flax module is compiled first."""
-    call = model
-    if isinstance(model, nnx.Module):
-        structure, state = nnx.split(model)
-
-        @jax.jit
-        def call_module(state, *inputs):
-            return nnx.merge(structure, state)(*inputs)
-
-        def call(*inputs):
-            return call_module(state, *inputs)
-
+    call = functools.partial(call_module, *nnx.split(model)) if isinstance(model, nnx.Module) else model
     return lambda *inputs: np.asarray(call(*inputs), dtype=np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def call_module(structure, state, *inputs):
+    """The outputs of the module that `nnx.split` made these two of."""
+    return nnx.merge(structure, state)(*inputs)

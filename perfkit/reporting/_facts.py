@@ -72,7 +72,6 @@ class StepFacts:
     recipe: str
     stage: str
     status: str
-    applied: bool
     touched: int
     skipped: int
     reasons: tuple[str, ...]
@@ -208,7 +207,6 @@ def step_facts(step: Step) -> StepFacts:
         recipe=step.recipe,
         stage=step.stage.lower(),
         status=step.effect.status + (", simulated" if step.effect.simulated else ""),
-        applied=bool(step.effect.touched),
         touched=len(step.effect.touched),
         skipped=len(step.effect.skipped),
         reasons=tuple(f"{format_count(count)} × {reason}" for reason, count in reasons.most_common()),

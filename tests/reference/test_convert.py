@@ -9,6 +9,7 @@ import torch
 from flax import nnx
 
 from perfkit import reference
+from perfkit.reference.torch_models import LSTM
 
 # Products added up on the way to one output: the longest sums of the layers, times the steps that follow each other.
 ADDITIONS = {
@@ -20,7 +21,7 @@ ADDITIONS = {
     "text_lstm": 128 * (100 + 128 + 128 + 128) + 128,
 }
 
-pytestmark = pytest.mark.parametrize("name", reference.MODELS)
+each_model = pytest.mark.parametrize("name", reference.MODELS)
 
 
 def assert_equal_to_rounding(name, left, right):
@@ -35,6 +36,7 @@ def answers(model, inputs):
     return np.asarray(nnx.jit(lambda model, *inputs: model(*inputs))(model, *inputs))
 
 
+@each_model
 def test_torch_to_jax_and_back(name):
     torch_model, torch_inputs = reference.load(name, batch_size=5)
     _, flax_inputs = reference.load(name, framework="jax", batch_size=5)
@@ -44,6 +46,7 @@ def test_torch_to_jax_and_back(name):
     assert_equal_to_rounding(name, expected, answers(reference.to_torch(name, flax_model), torch_inputs))
 
 
+@each_model
 def test_jax_to_torch_and_back(name):
     flax_model, flax_inputs = reference.load(name, framework="jax", batch_size=5)
     _, torch_inputs = reference.load(name, batch_size=5)
@@ -63,19 +66,23 @@ def test_jax_to_torch_and_back(name):
     assert not torch_model.training
 
 
-def test_the_given_model_is_not_changed_nor_shared(name):
-    torch_model, _ = reference.load(name, batch_size=1)
+def test_the_given_model_is_not_changed_nor_shared():
+    torch_model, _ = reference.load("lstm", batch_size=1)
     before = {key: value.clone() for key, value in torch_model.state_dict().items()}
-    back = reference.to_torch(name, reference.to_jax(name, torch_model))
+    back = reference.to_torch("lstm", reference.to_jax("lstm", torch_model))
     with torch.no_grad():
         for parameter in back.parameters():
             parameter.zero_()
     assert all(torch.equal(before[key], value) for key, value in torch_model.state_dict().items())
 
 
-def test_another_models_weights_are_refused(name):
-    other = "lstm" if name != "lstm" else "rnn"
-    with pytest.raises(ValueError, match=r"expected .*convert an unchanged"):
-        reference.to_jax(name, reference.load(other, batch_size=1).model)
-    with pytest.raises(ValueError, match=r"expected .*convert an unchanged"):
-        reference.to_torch(name, reference.load(other, framework="jax", batch_size=1).model)
+def test_another_models_weights_are_refused():
+    with pytest.raises(ValueError, match=r"rnn.weight.*expected .*lstm.weight.*convert an unchanged 'lstm'"):
+        reference.to_jax("lstm", reference.load("rnn", batch_size=1).model)
+    with pytest.raises(ValueError, match=r"lstm.cell.*expected .*rnn.cell.*convert an unchanged 'rnn'"):
+        reference.to_torch("rnn", reference.load("lstm", framework="jax", batch_size=1).model)
+
+
+def test_weights_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"fc.bias \(2,\).*expected fc.bias \(1,\)"):
+        reference.to_jax("lstm", LSTM(output_size=2))

@@ -78,7 +78,7 @@ def test_methods_are_grouped(reports):
 def test_step_counts_reasons(reports):
     first, _, third, _ = (_facts.step_facts(step) for step in reports["fast"].steps)
     assert (first.touched, first.skipped, first.reasons) == (2, 2, ("2 × no convolution",))
-    assert (third.status, third.applied) == ("NO_EFFECT", False)
+    assert (third.status, third.touched) == ("NO_EFFECT", 0)
     assert _facts.step_facts(reports["not_measured"].steps[0]).speedup == "not measured"
     assert _facts.step_facts(reports["failed_fidelity"].steps[1]).status == "applied, simulated"
 

@@ -121,7 +121,9 @@ def test_names_are_neither_markup_nor_control_sequences(reports):
     assert not CONTROL.search(text)
     assert "[bold red]" in text
     assert "\ufffd[31m" in text
-    assert not CONTROL.search(terminal.plain(reports["hostile"]))
+    wide = terminal.plain(reports["hostile"], 1000)
+    assert wide.count("<script>alert") == wide.count("[bold red]") > 10
+    assert not CONTROL.search(wide)
     assert not CONTROL.search(terminal.plain(reports["unicode_names"]))
 
 
