@@ -48,7 +48,9 @@ def run(page: Path, budget_s: float) -> None:
     cli.out.print()
     cli.out.print(terminal.summary_table(rows))
     page.write_text(html.page(rows), encoding="utf-8")
-    cli.out.print(f"\n{time.perf_counter() - began:.0f} s. The whole proof is in {page}.", highlight=False, soft_wrap=True)
+    cli.out.print(
+        f"\n{time.perf_counter() - began:.0f} s. The whole proof is in {page}.", highlight=False, soft_wrap=True
+    )
 
 
 def _trained(name: str, frameworks: list[str]) -> tuple[str, dict[str, Any]]:
