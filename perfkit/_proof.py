@@ -71,8 +71,8 @@ def prove(original: Variant, result: Variant, applied: Applied, settings: Settin
 def identity(original: Variant, settings: Settings) -> Report:
     """The report on the original as its own result: equal by identity, so nothing stands behind its ratio of 1."""
     settings.progress("measuring the original")
-    latency, _, against_itself = compared(original, original, ("original", "original"), settings.budget_s)
-    speedup = replace(against_itself, ratio=1.0, low=1.0, high=1.0, verdict=Verdict.SAME)
+    latency, *_ = compared(original, original, ("original", "original"), settings.budget_s)
+    speedup = Comparison("original", "original", 1.0, 1.0, 1.0, 1.0, Verdict.SAME, pairs=0, noise=0.0)
     report = _assembled(original, original, Applied(Chain(()), (), ()), latencies=(latency, latency), speedup=speedup)
     return replace(
         report, after=report.before, recipe="auto", fidelity=check_numbers(original, original, Chain(()), settings)[0]

@@ -55,7 +55,7 @@ class Comparison:
         low, high: confidence interval of the ratio.
         confidence: coverage of the interval, e.g. 0.99.
         verdict: what the interval allows to say.
-        pairs: number of interleaved pairs behind it.
+        pairs: number of interleaved pairs behind it; 0 where the result is the original itself, whose ratio is 1.
         noise: half-width of the same interval for the baseline against itself, as a relative number.
     """
 
@@ -246,7 +246,7 @@ class Report:
     Args:
         outcome: "optimized" or "original returned".
         explanation: one sentence a person can act on.
-        speedup: original against result; None where nothing was measured, and then `not_measured` says why.
+        speedup: original against result (with `on_slower="revert"` the result that was refused); None where nothing was measured, and then `not_measured` says why.
         against_compiled: the framework's plain compiler against result (JAX: `jax.jit` of the original);
             None where it was not measured.
         payback_calls: after how many calls the cost of optimizing is earned back.

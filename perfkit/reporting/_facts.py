@@ -131,6 +131,8 @@ def headline(report: Report) -> Headline:
     speedup = report.speedup
     if report.outcome == "original returned":
         told = f"measured {format_comparison(speedup)} {speedup.verdict}; {evidence(speedup)}" if speedup else ""
+        if speedup and not speedup.pairs:
+            told = "1× by identity: the result is the model that was passed in"
         unmeasured = f"{NOT_MEASURED}: {report.not_measured}" if report.not_measured else ""
         return Headline("Original returned", "", "", "neutral", told or unmeasured, report.explanation)
     if speedup is None:

@@ -57,7 +57,7 @@ def test_sequences_are_learned(name, steps, framework):
 @each_framework
 @pytest.mark.parametrize("name", ["text_rnn", "text_lstm"])
 def test_texts_are_learned(name, framework):
-    trained = reference.train(name, framework=framework, steps=30, batch_size=16, data=easy_texts())
+    trained = reference.train(name, framework=framework, steps=20, batch_size=16, data=easy_texts())
     assert trained.metric == "accuracy"
     assert np.mean(trained.losses[-5:]) < 0.35  # ln 2 = 0.69 is the loss of knowing nothing
     assert trained.value > 0.9 > trained.baseline
@@ -92,7 +92,7 @@ def test_progress_is_told_every_step_and_its_loss(framework):
 
 
 @each_framework
-@pytest.mark.parametrize("name", ["cnn", "rnn", "text_rnn"])  # one of each kind
+@pytest.mark.parametrize("name", ["cnn", "rnn"])
 def test_the_steps_of_a_task_lower_its_loss(name, framework):
     work = reference.task(name, framework=framework, batch_size=4)
     assert work.metric == ("mse" if name in ("rnn", "lstm") else "accuracy")
