@@ -246,7 +246,8 @@ class Report:
     Args:
         outcome: "optimized" or "original returned".
         explanation: one sentence a person can act on.
-        speedup: original against result (with `on_slower="revert"` the result that was refused); None where nothing was measured, and then `not_measured` says why.
+        speedup: original against result (with `on_slower="revert"`, against the result that was refused); None where
+            nothing was measured, and then `not_measured` says why.
         against_compiled: the framework's plain compiler against result (JAX: `jax.jit` of the original);
             None where it was not measured.
         payback_calls: after how many calls the cost of optimizing is earned back.
