@@ -77,7 +77,10 @@ def cast_weights(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
     """
     model = work.model
     kept = _keep_recurrent(model, dtype, work.device, outputs=dtype)
-    left = {id(module) for item in kept for module in model.get_submodule(item.name).modules()}
+    if work.trains:
+        kept += _statistics(model)
+    alone = {item.name for item in kept}
+    left = {id(part) for name, module in _named(model) if name in alone for part in module.modules()}
     touched = tuple(name for name, module in _holders(model) if id(module) not in left)
     if work.trains:
         chosen = {id(p) for module in model.modules() if id(module) not in left for p in _own(module)}
@@ -91,10 +94,15 @@ def cast_weights(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
 
 
 def _holders(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """The modules that have parameters of their own, by name; the model itself is called by its class's name."""
-    for name, module in model.named_modules():
+    """The modules that have parameters of their own."""
+    for name, module in _named(model):
         if next(module.parameters(recurse=False), None) is not None:
-            yield name or type(module).__name__, module
+            yield name, module
+
+
+def _named(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """All modules by name; the model itself is called by its class's name."""
+    return ((name or type(module).__name__, module) for name, module in model.named_modules())
 
 
 def _own(module: nn.Module) -> list[torch.Tensor]:
@@ -110,12 +118,19 @@ def _keep_recurrent(model: nn.Module, dtype: torch.dtype, device: str, outputs: 
     if device != "cpu" or _cpu_runs_recurrent(dtype):
         return []
     kept = []
-    for name, module in model.named_modules():
+    for name, module in _named(model):
         if isinstance(module, nn.RNNBase):
             around_forward(module, lambda forward: _without_autocast(_at_the_boundary(forward, torch.float32, outputs)))
             label = str(dtype).removeprefix("torch.")
             kept.append(Skipped(name, f"this CPU has no {label} {type(module).__name__}: it stays in float32"))
     return kept
+
+
+def _statistics(model: nn.Module) -> list[Skipped]:
+    """The norms that keep running statistics: small updates to them would be lost, and their weights go with them."""
+    reason = "its running statistics and weights stay in float32 while it trains"
+    norms = nn.modules.batchnorm._NormBase
+    return [Skipped(name, reason) for name, module in _named(model) if isinstance(module, norms)]
 
 
 def _cpu_runs_recurrent(dtype: torch.dtype) -> bool:

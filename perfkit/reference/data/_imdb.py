@@ -81,7 +81,7 @@ def _read_archive(archive: Path) -> Iterator[Review]:
         with tarfile.open(archive, "r:gz") as members:
             for member in members:
                 part, _, name = member.name.removeprefix(f"{FOLDER}/").rpartition("/")
-                if part in PARTS and name.endswith(".txt"):
+                if part in PARTS and name.endswith(".txt") and member.isfile():
                     yield part, name, members.extractfile(member).read().decode("utf-8", errors="replace")
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise corrupt(archive, given=str(error), expected="a whole tar.gz archive", remedy=_REMEDY) from error
