@@ -19,6 +19,7 @@ from perfkit.reporting import _format
 
 RESULTS = Path(__file__).parent / "results"
 CASES = [("cnn", 1), ("cnn", 64), ("cnn", 512), ("cnn2", 64), ("lstm", 64), ("text_lstm", 64)]
+BUDGET_S = 40.0
 TRAINING = [("cnn", "bf16"), ("cnn", "compile"), ("lstm", "bf16"), ("lstm", "compile")]
 
 
@@ -45,7 +46,7 @@ def _inference(framework: str, model: str, batch_size: int) -> dict[str, Any]:
     module, example_inputs = reference.load(model, framework=framework, batch_size=batch_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PerfkitWarning)  # slower is a result here
-        report = perfkit.optimize(module, "auto", example_inputs=example_inputs).report
+        report = perfkit.optimize(module, "auto", example_inputs=example_inputs, budget_s=BUDGET_S).report
     return _row(f"{model}, batch {batch_size}", framework, report)
 
 
