@@ -2,6 +2,7 @@
 
 import copy
 import random
+import time
 
 import numpy as np
 import pytest
@@ -245,23 +246,27 @@ def test_auto_needs_inputs():
 
 
 class Slow(perfkit.Recipe):
-    """Calls the model three times."""
+    """Waits in every call, so long that no noise of the machine can hide it."""
 
     stage = perfkit.Stage.KERNELS
 
     def torch(self, work):
         from perfkit.backends.torch_surgery import around_forward
 
-        around_forward(
-            work.model,
-            lambda forward: lambda module, x: forward(module, x) + 0 * (forward(module, x) + forward(module, x)),
-        )
+        def wrap(forward):
+            def waiting(module, x):
+                time.sleep(0.02)
+                return forward(module, x)
+
+            return waiting
+
+        around_forward(work.model, wrap)
         return work, perfkit.Effect(("all of it",))
 
 
 def test_slower_is_said_reverted_or_raised():
-    model, x = torch.nn.Linear(256, 256), torch.randn(256, 256)
-    given = {"example_inputs": (x,), "budget_s": 2}
+    model, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    given = {"example_inputs": (x,), "budget_s": 1}
     with pytest.warns(PerfkitWarning, match="slower"):
         result = perfkit.optimize(model, Slow(), **given)
     assert result.report.speedup.verdict == "slower"
