@@ -5,7 +5,8 @@ Three questions, each asked many times of the document's CNN, through the functi
 - against itself: the same callable on both sides. Every "faster" and every "slower" is false.
 - against a copy: another copy of the weights and inputs, as a recipe that changes nothing would make. What differs is
   only where the memory lies.
-- a tenth more work: 22 images on the variant's side for 20 on the original's. Everything but "slower" is a miss.
+- a tenth slower: the variant makes the same call and then spins for a tenth of what it took, which is a slow-down of
+  exactly 10 % (a larger batch is not: allocators and kernels jump at sizes). Everything but "slower" is a miss.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import copy
 import dataclasses
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -40,6 +42,18 @@ def caller(model: nn.Module, images: torch.Tensor) -> Callable[[], torch.Tensor]
     return call
 
 
+def a_tenth_slower(call: Callable) -> Callable:
+    def slower():
+        start = time.perf_counter_ns()
+        result = call()
+        end = time.perf_counter_ns() + (time.perf_counter_ns() - start) // 10
+        while time.perf_counter_ns() < end:
+            pass
+        return result
+
+    return slower
+
+
 def questions() -> dict[str, tuple[Callable, Callable]]:
     """The two sides of each question."""
     torch.manual_seed(0)
@@ -52,13 +66,12 @@ def questions() -> dict[str, tuple[Callable, Callable]]:
         nn.ReLU(),
         nn.Linear(128, 10),
     ).eval()
-    more = torch.randn(IMAGES * 11 // 10, 1, 28, 28)
-    images = more[:IMAGES].clone()
+    images = torch.randn(IMAGES, 1, 28, 28)
     original = caller(model, images)
     return {
         "against itself": (original, original),
         "against a copy": (original, caller(copy.deepcopy(model), images.clone())),
-        "a tenth more work": (original, caller(model, more)),
+        "a tenth slower": (original, a_tenth_slower(original)),
     }
 
 
@@ -84,7 +97,7 @@ def summary(comparisons: list[Comparison]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200, help="comparisons per question")
-    parser.add_argument("--budget-s", type=float, default=0.5, help="seconds per comparison")
+    parser.add_argument("--budget-s", type=float, default=1.0, help="seconds per comparison")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()

@@ -21,6 +21,7 @@ _PUBLIC = {
     "Plan": "perfkit._optimize",
     "doctor": "perfkit._doctor",
     "Chain": "perfkit._recipe",
+    "LayerRecipe": "perfkit._recipe",
     "Recipe": "perfkit._recipe",
     "Stage": "perfkit._recipe",
     "Inputs": "perfkit._workload",

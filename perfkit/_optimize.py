@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from perfkit._proof import Settings
 from perfkit._recipe import Chain, Recipe
 from perfkit._report import Candidate, Effect
 from perfkit._variant import apply
-from perfkit._workload import Workload, check_mode
+from perfkit._workload import Workload, calibration_inputs, check_mode
 
 AUTO = "auto"
 SEARCH_BUDGET_S, CHAIN_BUDGET_S = 90.0, 6.0
@@ -31,6 +31,7 @@ def optimize(
     loss: Callable[[Any, Any], Any] | None = None,
     targets: Any = None,
     optimizer: Any = None,
+    calibration: Iterable | None = None,
     tolerance: float | None = None,
     evaluate: Callable[[Any], float] | None = None,
     max_drop: float | None = None,
@@ -58,6 +59,8 @@ def optimize(
         targets: training: tensors or arrays for the example inputs.
         optimizer: training: torch: an optimizer over the model's parameters, or a function of the parameters that makes
             one; JAX: an optax transformation.
+        calibration: batches as the model will see them, each as `example_inputs`: the recipes that need ranges of
+            activations read them from here, by default from the example inputs alone.
         tolerance: relative error that the result may add, unitless; by default what the recipes declare. In training:
             distance of the loss curves as a share of the original's range, by default 0.05.
         evaluate: `evaluate(model) -> float`, larger is better, called on original and result.
@@ -91,6 +94,7 @@ def optimize(
         work = backend.bind(
             model, params, example_inputs, mode=mode, loss=loss, targets=targets, optimizer=optimizer, seed=seed
         )
+        work = _calibrated(work, calibration)
         if chain is None:
             result = _search.search(work, settings)
         else:
@@ -155,6 +159,7 @@ def plan(
     loss: Callable[[Any, Any], Any] | None = None,
     targets: Any = None,
     optimizer: Any = None,
+    calibration: Iterable | None = None,
     seed: int = 0,
 ) -> Plan:
     """What `optimize` would apply where, in which order, and what it would refuse and why. Nothing is timed or changed.
@@ -175,6 +180,7 @@ def plan(
         work = backend.bind(
             model, params, example_inputs, mode=mode, loss=loss, targets=targets, optimizer=optimizer, seed=seed
         )
+        work = _calibrated(work, calibration)
         about = (backend.model_name(work), work.framework, mode, work.device)
         if chain is None:
             chains, left_out = _search.sensible(work)
@@ -197,6 +203,14 @@ def _planned(chain: Chain, work: Workload) -> list[PlannedStep]:
         caution = _recipe.ask(recipe, "unprofitable", work.framework, work.device) or ""
         steps.append(PlannedStep(str(recipe), recipe.stage.name, effect, refusal or "", caution))
     return steps
+
+
+def _calibrated(work: Workload, batches: Iterable | None) -> Workload:
+    if batches is None:
+        return work
+    backend = work.backend
+    inputs = calibration_inputs(batches, lambda batch: backend.as_inputs(work, batch), backend.batch_size)
+    return work.replace(calibration=inputs)
 
 
 def _settings(chain, tolerance, evaluate, max_drop, budget_s, strict, on_slower, progress) -> Settings:

@@ -9,6 +9,7 @@ define
     unavailable(framework, device)       why it cannot run on this machine; None where it can
     unprofitable(framework, device)      why it can hardly pay on this machine; None where it may
     observed(effect, log)                the Effect, completed from what was compiled on the first call
+    unsought(work) -> str | None         why recipe="auto" leaves it out; None where it may be tried
     variants(work) -> tuple[Recipe]      the option settings that recipe="auto" should try
 
 and nothing about other recipes: `stage` orders a chain, and two recipes that `provide` the same thing exclude each
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from perfkit._errors import ChainError, InvalidInputError, UnknownRecipeError, UnsupportedError, nearest
+from perfkit._selection import patterns, selected
 
 if TYPE_CHECKING:
     from perfkit._workload import Workload
@@ -42,10 +44,11 @@ class Stage(enum.IntEnum):
 
     STRUCTURE = 1
     PRECISION = 2
-    KERNELS = 3
-    MEMORY = 4
-    COMPILE = 5
-    PARALLEL = 6
+    QUANTIZATION = 3
+    KERNELS = 4
+    MEMORY = 5
+    COMPILE = 6
+    PARALLEL = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +59,13 @@ class Recipe:
         stage: where in a chain it stands.
         provides: what at most one recipe of a chain may provide, e.g. "precision"; None for no such claim.
         tolerance: relative error of the outputs that it may add, unitless.
+        retrains: its training starts from another loss than the original's, and is judged by where it ends.
     """
 
     stage: ClassVar[Stage]
     provides: ClassVar[str | None] = None
     tolerance: ClassVar[float] = 0.0
+    retrains: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -83,6 +88,34 @@ class Recipe:
 
     def __ror__(self, other: Any) -> Chain:
         return chain_of([other, self])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecipe(Recipe):
+    """Base of the recipes that work on a model layer by layer, and can leave layers alone.
+
+    Where the result's numbers are too far off, the pipeline adds the most sensitive layers to `exclude` until they
+    hold; for that, the names in the effect's `touched` are names that `exclude` understands.
+
+    Args:
+        include: names or shell patterns of the layers to work on ("encoder.*"); all where empty.
+        exclude: names or shell patterns of the layers to leave alone.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for option in ("include", "exclude"):
+            object.__setattr__(self, option, patterns(getattr(self, option), f"{self.name}({option}"))
+
+    def selected(self, names: Iterable[str]) -> set[str]:
+        """Those of the model's layers that this recipe shall work on.
+
+        Raises:
+            InvalidInputError: a pattern matches none of them.
+        """
+        return selected(names, self.include, self.exclude, self.name)
 
 
 @dataclass(frozen=True)

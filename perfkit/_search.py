@@ -70,8 +70,10 @@ def sensible(work: Workload) -> tuple[list[Chain], list[Candidate]]:
         recipe = _recipe.recipe_class(name)()
         if reason := _recipe.refusal(recipe, work):
             left_out.append(Candidate(name, "refused", reason))
-        elif (reason := _recipe.ask(recipe, "unprofitable", work.framework, work.device)) or (
-            reason := _idle(recipe, work)
+        elif (
+            (reason := _recipe.ask(recipe, "unsought", work))
+            or (reason := _recipe.ask(recipe, "unprofitable", work.framework, work.device))
+            or (reason := _idle(recipe, work))
         ):
             left_out.append(Candidate(name, "not tried", reason))
         else:

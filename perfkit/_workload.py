@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from perfkit.backends import Backend
 
 MODES = ("inference", "training")
+CALIBRATION_BATCHES = 256
+CALIBRATION_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Training:
         optimizer: torch: an optimizer over the model's parameters; JAX: an optax transformation.
         loss_scaling: scale the loss dynamically, so that float16 gradients do not underflow.
         around: contexts within which every step runs, backward included.
+        teacher: `teacher(*args, **kwargs)`, the original's outputs; half of the loss is then the distance to them.
     """
 
     loss: Callable[[Any, Any], Any]
@@ -41,6 +45,7 @@ class Training:
     optimizer: Any
     loss_scaling: bool = False
     around: tuple[Callable[[], AbstractContextManager], ...] = ()
+    teacher: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Workload:
         device: "cpu", "cuda", "tpu", …
         training: loss, targets and optimizer; None for inference.
         seed: what every run on these inputs is seeded with.
+        calibration: inputs that ranges of activations are read from; empty where the caller gave none.
     """
 
     backend: Backend
@@ -64,6 +70,7 @@ class Workload:
     device: str
     training: Training | None = None
     seed: int = 0
+    calibration: tuple[Inputs, ...] = ()
 
     def replace(self, **changes: Any) -> Self:
         """The next workload: this one with some fields changed."""
@@ -76,6 +83,35 @@ class Workload:
     @property
     def trains(self) -> bool:
         return self.mode == "training"
+
+
+def calibration_inputs(batches: Any, as_inputs: Callable[[Any], Inputs], rows: Callable[[Inputs], int | None]):
+    """What a caller passed as `calibration=`, as inputs.
+
+    Args:
+        batches: iterable of what may be passed as `example_inputs`; at most `CALIBRATION_BATCHES` of it are read.
+        as_inputs: makes inputs of one batch.
+        rows: how many samples a batch holds; None where that cannot be told.
+
+    Raises:
+        InvalidInputError: it is no iterable, is empty, or holds too few samples to read ranges from.
+    """
+    if isinstance(batches, (str, Mapping)) or not isinstance(batches, Iterable):
+        raise InvalidInputError(
+            f"calibration is a {type(batches).__name__}: expected an iterable of batches, each as example_inputs"
+        )
+    inputs = tuple(map(as_inputs, itertools.islice(batches, CALIBRATION_BATCHES)))
+    if not inputs:
+        raise InvalidInputError(
+            "calibration is empty: give it batches as the model will see them (a used-up iterator?)"
+        )
+    counts = [1 if count is None else count for count in map(rows, inputs)]
+    if sum(counts) < CALIBRATION_SAMPLES:
+        raise InvalidInputError(
+            f"calibration holds {sum(counts)} sample(s), too few to read the ranges of activations from: "
+            f"give at least {CALIBRATION_SAMPLES}, better some hundreds"
+        )
+    return inputs
 
 
 def check_mode(mode: str, loss: Any, targets: Any, optimizer: Any, example_inputs: Any) -> None:

@@ -74,6 +74,10 @@ class Backend(ABC):
         """Validate what the caller passed and make the workload of it; raises InvalidInputError."""
 
     @abstractmethod
+    def as_inputs(self, work: Workload, example_inputs: Any) -> Inputs:
+        """What a caller passes as one batch, as the arguments of one call."""
+
+    @abstractmethod
     def preserved(self) -> AbstractContextManager[None]:
         """Within it anything may happen to random state and global settings; after it they are as before."""
 

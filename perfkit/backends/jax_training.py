@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ import optax
 from perfkit.backends.jax_compile import Program
 
 if TYPE_CHECKING:
-    from perfkit._workload import Inputs, Workload
+    from perfkit._workload import Inputs, Training, Workload
+    from perfkit.backends.jax_model import Function
 
 FIRST_SCALE, GROWTH_INTERVAL = 2.0**15, 2000
 
@@ -31,7 +32,7 @@ class Trainer:
     def __init__(self, work: Workload):
         model, training = work.model, work.training
         self.state = _owned((model.params, model.rest, training.optimizer.init(model.params), _first_scale()))
-        step = _step(model.function(), training.loss, training.optimizer, training.loss_scaling)
+        step = _step(model.function(), training)
         self.program = Program(step, donate=(0,) if model.ahead else ())
 
     @property
@@ -57,13 +58,17 @@ class Trainer:
             self.state = before
 
 
-def _step(function, loss_of, optimizer, scaling: bool):
+def _step(function: Function, training: Training):
+    optimizer, scaling = training.optimizer, training.loss_scaling
+
     def step(state, args, kwargs, targets):
         params, rest, moments, (scale, clean_steps) = state
 
         def scaled_loss(params):
             outputs, new_rest = function(params, rest, *args, **kwargs)
-            loss = loss_of(outputs, targets)
+            loss = training.loss(outputs, targets)
+            if training.teacher is not None:
+                loss = (loss + _distance(outputs, training.teacher(*args, **kwargs))) / 2
             return loss * scale.astype(loss.dtype), (loss, new_rest)
 
         gradients, (loss, new_rest) = jax.grad(scaled_loss, has_aux=True)(params)
@@ -81,6 +86,26 @@ def _step(function, loss_of, optimizer, scaling: bool):
         return (kept[0], new_rest, kept[1], _next_scale(scale, clean_steps, finite)), loss
 
     return step
+
+
+def teacher(work: Workload) -> Callable[..., Any]:
+    """The model as it is now, frozen: what `Training.teacher` asks for."""
+    function, params, rest = work.model.function(), work.model.params, work.model.rest
+    return lambda *args, **kwargs: function(params, rest, *args, **kwargs)[0]
+
+
+def _distance(outputs: Any, taught: Any) -> jax.Array:
+    """Mean squared distance to the teacher's outputs, in units of their variance.
+
+    Source: Ba and Caruana, "Do deep nets really need to be deep?" (2014): logits are matched, not probabilities.
+    """
+    pairs = zip(jax.tree.leaves(outputs), map(jax.lax.stop_gradient, jax.tree.leaves(taught)), strict=True)
+    terms = [
+        jnp.square(o - t).mean() / jnp.maximum(t.var(), 1e-12)
+        for o, t in pairs
+        if jnp.issubdtype(t.dtype, jnp.floating)
+    ]
+    return jnp.stack(terms).mean()
 
 
 def _first_scale() -> tuple[jax.Array, jax.Array]:

@@ -48,6 +48,9 @@ class TorchBackend(Backend):
             self._check_runs(work)
         return work
 
+    def as_inputs(self, work: Workload, example_inputs: Any) -> Inputs:
+        return as_inputs(work.model, example_inputs)
+
     @contextmanager
     def preserved(self) -> Iterator[None]:
         states = random.getstate(), np.random.get_state()
@@ -75,7 +78,7 @@ class TorchBackend(Backend):
         def train_step(batch):
             """Train on `batch = (inputs, targets)` and return the loss."""
             inputs, targets = batch
-            return trainer.step(as_inputs(work.model, inputs), targets)
+            return trainer.step(self.as_inputs(work, inputs), targets)
 
         return Finished(work.model, work.model, trainer.keeping_state, train_step)
 

@@ -7,8 +7,9 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from perfkit.backends.torch_surgery import copied
+from perfkit.backends.torch_surgery import copied, tensors_in
 
 if TYPE_CHECKING:
     from perfkit._workload import Inputs, Workload
@@ -26,6 +27,7 @@ class Trainer:
         self.loss = work.training.loss
         self.optimizer = work.training.optimizer
         self.around = work.training.around
+        self.teacher = work.training.teacher
         self.scaler = torch.amp.GradScaler(work.device, enabled=work.training.loss_scaling)
 
     def step(self, inputs: Inputs, targets: Any) -> torch.Tensor:
@@ -34,7 +36,12 @@ class Trainer:
             for context in self.around:
                 contexts.enter_context(context())
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self.loss(self.model(*inputs.args, **inputs.kwargs), targets)
+            outputs = self.model(*inputs.args, **inputs.kwargs)
+            loss = self.loss(outputs, targets)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    taught = self.teacher(*inputs.args, **inputs.kwargs)
+                loss = (loss + _distance(outputs, taught)) / 2
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -56,3 +63,18 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(scale)
+
+
+def teacher(work: Workload) -> nn.Module:
+    """The model as it is now, frozen: what `Training.teacher` asks for."""
+    return copied(work.model).eval().requires_grad_(False)
+
+
+def _distance(outputs: Any, taught: Any) -> torch.Tensor:
+    """Mean squared distance to the teacher's outputs, in units of their variance.
+
+    Source: Ba and Caruana, "Do deep nets really need to be deep?" (2014): logits are matched, not probabilities.
+    """
+    pairs = zip(tensors_in(outputs), tensors_in(taught), strict=True)
+    terms = [(o - t).square().mean() / t.var(correction=0).clamp_min(1e-12) for o, t in pairs if t.is_floating_point()]
+    return torch.stack(terms).mean()

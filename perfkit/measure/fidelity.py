@@ -13,6 +13,9 @@ from perfkit._report import Fidelity, Quantity
 FLAT = 0.1
 """A loss curve that moves by less than this share of its own size is measured against that share instead."""
 
+END = 5
+"""Losses at the end of a curve that are averaged, where it is judged by its end."""
+
 
 @dataclass(frozen=True)
 class _Leaf:
@@ -126,11 +129,7 @@ def compare_losses(
     Raises:
         ValueError: no steps, or not the same number of them.
     """
-    first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
-    if first.shape != second.shape or first.ndim != 1 or not len(first):
-        raise ValueError(
-            f"loss curves have as many steps, one at least, but these are {first.shape} and {second.shape}"
-        )
+    first, second = _curves(before, after)
     finite = np.isfinite(first)
     lost = finite & ~np.isfinite(second)
     noise = 0.0 if seed_noise is None else float(seed_noise)
@@ -154,6 +153,53 @@ def compare_losses(
             f"the loss curves lie {error:.3g} of the original's range apart, above {factor:g} × {noise:.3g} "
             f"(two seeds of the original) + {tolerance:g}"
         )
+    return _of_losses(error, distance, tolerance, reason, factor=factor, noise=noise)
+
+
+def compare_ends(before: Sequence[float], after: Sequence[float], *, tolerance: float) -> Fidelity:
+    """Whether a model that starts from another loss, because a recipe took something away, learns it again.
+
+    `error = max(0, end of after - max(before)) / range of both`, the end being the mean of the last `END` losses: it
+    passes where training leads back to where the original's curve lies.
+
+    Args:
+        before, after: (steps,), losses of the original and of the result on the same data.
+
+    Raises:
+        ValueError: no steps, or not the same number of them.
+    """
+    first, second = _curves(before, after)
+    reason, error, distance = "", 0.0, 0.0
+    if not np.isfinite(second).all():
+        lost = ~np.isfinite(second)
+        error = distance = math.inf
+        reason = f"{_counted(lost)} of {len(second)} losses are not finite, from step {int(np.argmax(lost))} on"
+    elif np.isfinite(first).any():
+        highest = float(first[np.isfinite(first)].max())
+        both = np.concatenate([first[np.isfinite(first)], second])
+        distance = max(0.0, float(second[-END:].mean()) - highest)
+        error = distance / (float(np.ptp(both)) or 1.0)
+        if error > tolerance:
+            reason = (
+                f"after {len(second)} steps the loss is still {error:.3g} of the curves' range above the original's "
+                f"highest, which is more than {tolerance:g}: train longer, or take less away"
+            )
+    return _of_losses(error, distance, tolerance, reason)
+
+
+def _curves(before: Sequence[float], after: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    if first.shape != second.shape or first.ndim != 1 or not len(first):
+        raise ValueError(
+            f"loss curves have as many steps, one at least, but these are {first.shape} and {second.shape}"
+        )
+    return first, second
+
+
+def _of_losses(
+    error: float, distance: float, tolerance: float, reason: str, factor: float = 1.0, noise: float = 0.0
+) -> Fidelity:
+    nothing = "training compares loss curves"
     return Fidelity(
         ok=not reason,
         relative_error=error,
@@ -162,8 +208,8 @@ def compare_losses(
         tolerance=tolerance,
         reference="the loss curve of the original",
         max_abs_error=distance,
-        sqnr_db=Quantity.missing("dB", "training compares loss curves"),
-        top1_agreement=Quantity.missing("ratio", "training compares loss curves"),
+        sqnr_db=Quantity.missing("dB", nothing),
+        top1_agreement=Quantity.missing("ratio", nothing),
         reason=reason,
     )
 
