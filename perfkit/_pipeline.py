@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from perfkit import _proof
 from perfkit._errors import FidelityError, NoEffectError, PerfkitWarning, SlowerError
 from perfkit._proof import Settings
 from perfkit._recipe import Chain
+from perfkit._repair import Missed, repairable, repaired
 from perfkit._report import Candidate, Effect, Report, Verdict
 from perfkit._variant import Applied, Variant, apply, observed, ready
 from perfkit._workload import Workload
@@ -54,6 +56,13 @@ def run(chain: Chain, work: Workload, settings: Settings) -> Result:
     applied = observed(applied, result.log)
     if settings.strict:
         _require_effects(applied)
+    if not work.trains and original.measurable and repairable(applied):
+        missed = _judge(original, settings)
+        if (miss := missed(result, chain)).by > 0:
+            repair = repaired(work, applied, missed, settings.progress)
+            if repair.applied is None:
+                return _irreparable(original, f"{chain}: {miss.told}; {repair.explanation}", settings)
+            applied, result = repair.applied, repair.variant
     return concluded(original, result, applied, settings)
 
 
@@ -86,6 +95,27 @@ def concluded(original: Variant, result: Variant, applied: Applied, settings: Se
             return Result(original.finished.model, report, original.finished)
         warnings.warn(message, PerfkitWarning, stacklevel=4)
     return Result(result.finished.model, report, result.finished)
+
+
+def _judge(original: Variant, settings: Settings) -> Callable[[Variant, Chain], Missed]:
+    """A function that says by how much a variant misses the caller's metric, or else the fidelity asked of it."""
+    before = None if settings.evaluate is None else _proof.evaluated(original, settings)
+
+    def missed(variant: Variant, chain: Chain) -> Missed:
+        close, _ = _proof.check_numbers(original, variant, chain, settings)
+        if before is None or not close.ok:
+            by = close.relative_error - close.limit
+            return Missed(by if close.ok or by > 0 else math.inf, f"the relative error is {close.relative_error:.3g}")
+        drop = before - _proof.evaluated(variant, settings)
+        return Missed(drop - settings.max_drop, f"evaluate() falls by {drop:.3g}")
+
+    return missed
+
+
+def _irreparable(original: Variant, explanation: str, settings: Settings) -> Result:
+    if settings.strict:
+        raise FidelityError(f"strict=True, and {explanation}", None)
+    return unchanged(original, (), f"{explanation}; so the original is returned", settings)
 
 
 def unchanged(original: Variant, candidates: tuple[Candidate, ...], explanation: str, settings: Settings) -> Result:

@@ -10,7 +10,7 @@ from typing import Any
 import perfkit
 from perfkit._errors import UnsupportedError
 from perfkit._measurement import measurement, payback
-from perfkit._recipe import Chain
+from perfkit._recipe import Chain, LayerRecipe
 from perfkit._report import Comparison, Fidelity, LossCurves, Metric, Report, Step, Verdict
 from perfkit._variant import Applied, Variant, compared, first_line, ready
 from perfkit._workload import Workload
@@ -20,6 +20,9 @@ from perfkit.measure.environment import environment
 TRAINING_STEPS = 50
 LOSS_TOLERANCE = 0.05
 """Mean distance of two loss curves, as a share of the range that the original's covers."""
+
+JUDGED_BY_METRIC = 1.0
+"""Relative error allowed where layers were compressed and the caller's metric tells what that costs."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,9 @@ def check_numbers(
         reference, name = backend.float64_outputs(work), "a float64 run of the original"
     except Exception as error:  # whatever a model may raise in a precision it was not written for
         reference, name = plain, f"the original itself, since it does not run in float64 ({first_line(error)})"
-    tolerance = chain.tolerance if tolerance is None else tolerance
+    if tolerance is None:
+        judged = settings.evaluate is not None and any(isinstance(recipe, LayerRecipe) for recipe in chain)
+        tolerance = JUDGED_BY_METRIC if judged else chain.tolerance
     return fidelity.compare_outputs(new, plain, reference, tolerance=tolerance, reference_name=name), None
 
 
@@ -114,13 +119,15 @@ def _evaluated(original: Variant, result: Variant, settings: Settings) -> Metric
     if settings.evaluate is None:
         return None
     settings.progress("evaluating")
-    values = []
-    for variant in (original, result):
-        with variant.finished.keeping_state():
-            model = variant.finished.call if variant.finished.params else variant.finished.model
-            values.append(float(settings.evaluate(model)))
-    before, after = values
+    before, after = (evaluated(variant, settings) for variant in (original, result))
     return Metric(before, after, settings.max_drop, ok=before - after <= settings.max_drop)
+
+
+def evaluated(variant: Variant, settings: Settings) -> float:
+    """The caller's metric of a variant, which is left in the state it is in."""
+    with variant.finished.keeping_state():
+        model = variant.finished.call if variant.finished.params else variant.finished.model
+        return float(settings.evaluate(model))
 
 
 def _attributed(original: Variant, applied: Applied, last: Comparison, settings: Settings) -> tuple[Step, ...]:

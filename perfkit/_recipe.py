@@ -94,13 +94,16 @@ class Recipe:
 class LayerRecipe(Recipe):
     """Base of the recipes that work on a model layer by layer, and can leave layers alone.
 
-    Where the result's numbers are too far off, the pipeline adds the most sensitive layers to `exclude` until they
-    hold; for that, the names in the effect's `touched` are names that `exclude` understands.
+    Class attributes:
+        gives_back: where the result's numbers are too far off, the pipeline adds the most sensitive layers to `exclude`
+            until they hold. The names in the effect's `touched` are those that `exclude` understands.
 
     Args:
         include: names or shell patterns of the layers to work on ("encoder.*"); all where empty.
         exclude: names or shell patterns of the layers to leave alone.
     """
+
+    gives_back: ClassVar[bool] = False
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

@@ -49,7 +49,11 @@ class Compile(Recipe):
         return None
 
     def variants(self, work):
-        return (self, Compile(mode="max-autotune")) if work.device == "cuda" else (self,)
+        if work.framework == "jax":
+            return (self,)
+        if work.device == "cuda":
+            return self, Compile(mode="max-autotune")
+        return (self,) if work.trains else (self, Compile(freezing=False))
 
     def torch(self, work):
         from perfkit.backends.torch_compile import compiled

@@ -35,12 +35,14 @@ class CompileLog:
         breaks: why the compiler gave up on a part, one line each.
         seconds: time spent compiling; None where the framework does not tell.
         cached: compilations answered from a persistent cache.
+        integer_kernels: matrix products and convolutions that became integer kernels (torch).
     """
 
     graphs: int = 0
     breaks: tuple[str, ...] = ()
     seconds: float | None = None
     cached: int = 0
+    integer_kernels: int = 0
 
 
 @dataclass(frozen=True)

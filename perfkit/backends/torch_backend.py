@@ -252,6 +252,7 @@ def _compile_log(counts: dict[str, Counter]) -> CompileLog:
         graphs=counts["stats"]["unique_graphs"],
         breaks=tuple(dict.fromkeys(reason.strip().splitlines()[0] for reason in reasons)),
         cached=counts["inductor"]["fxgraph_cache_hit"],
+        integer_kernels=sum(counts["inductor"][f"{op}_weight_prepack_matcher_count"] for op in ("qlinear", "qconv")),
     )
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import warnings
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import nn
+from torch._dynamo.callback import callback_handler
 
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
@@ -37,8 +42,46 @@ def compiled(work: Workload, mode: str, freezing: bool, **settings: Any) -> tupl
     if freezing:
         _compile_anew_with_new_weights(work.model)
     if not work.trains:
-        around_call(work.model, torch.no_grad)
+        around_call(work.model, _FrozenInference if freezing else torch.no_grad)
     return work, Effect((work.backend.model_name(work),), tuple(_left_eager(work.model)))
+
+
+class _FrozenInference:
+    """Within it there are no gradients, and what is compiled freezes its weights.
+
+    `options={"freezing": True}` alone freezes nothing (torch 2.11 to 2.13): Dynamo, which decides whether weights are
+    constants of the graph, reads the global setting. Setting it costs microseconds, so it is set while something
+    compiles and not at each call.
+    """
+
+    def __enter__(self):
+        self.gradients = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        _calls.depth = getattr(_calls, "depth", 0) + 1
+        if _freeze not in callback_handler.start_callbacks:  # the first time, or after torch.compiler.reset()
+            callback_handler.register_start_callback(_freeze)
+            callback_handler.register_end_callback(_thaw)
+
+    def __exit__(self, *_):
+        _calls.depth -= 1
+        torch._C._set_grad_enabled(self.gradients)
+
+
+_calls = threading.local()
+
+
+def _freeze(_: Any) -> None:
+    if getattr(_calls, "depth", 0):
+        _calls.settings = ExitStack()
+        _calls.settings.enter_context(torch._inductor.config.patch(freezing=True))
+        _calls.settings.enter_context(warnings.catch_warnings())
+        # Inductor's own, when it lowers integer kernels
+        warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning)
+
+
+def _thaw(_: Any) -> None:
+    if settings := vars(_calls).pop("settings", None):
+        settings.close()
 
 
 def _left_eager(model: nn.Module) -> list[Skipped]:

@@ -1,0 +1,84 @@
+"""Torch layers on 4-bit weights: two to a byte, in groups along the input features with a scale and an offset each."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from perfkit.backends.torch_surgery import derive
+
+ROWS = 16
+"""PyTorch's CPU kernel takes output features in multiples of this."""
+
+
+def grouped(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight (rows, features) as integers 0…15, and the scale and the value at 8 of each group, (rows, groups).
+
+    `w ≈ scale * (q - 8) + middle`
+    """
+    groups = weight.detach().float().view(len(weight), -1, group_size)
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = (high - low) / 15
+    scale = torch.where(scale > 0, scale, 1.0)
+    values = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15)
+    return values.view(weight.shape).to(torch.int32), scale, low + 8 * scale
+
+
+def refusal(module: nn.Module, group_size: int) -> str:
+    """Why a linear or embedding cannot be put on 4 bits; empty where it can."""
+    features = module.weight.shape[1]
+    if features % group_size:
+        return f"its {features} features are not a multiple of group_size={group_size}"
+    if module.weight.device.type != "cpu" and isinstance(module, nn.Linear):
+        return f"on {module.weight.device.type} this is torchao's part"
+    return ""
+
+
+def linear(module: nn.Linear, group_size: int) -> None:
+    """A linear that unpacks 4-bit weights inside of its matrix product."""
+    values, scale, middle = grouped(module.weight, group_size)
+    missing = -len(values) % ROWS
+    values, scale, middle = (F.pad(part, (0, 0, 0, missing)) for part in (values, scale, middle))
+    _register(
+        module, torch._convert_weight_to_int4pack_for_cpu(values, 1), torch.stack([scale, middle], -1), group_size
+    )
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.reshape(-1, input.shape[-1])
+        scales = self.weight_scale.to(input.dtype).transpose(0, 1).contiguous()
+        out = torch._weight_int4pack_mm_for_cpu(rows, self.weight_int4, self.group_size, scales)
+        out = out[:, : self.out_features].view(*input.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+    def weight(self) -> torch.Tensor:
+        unit = torch.eye(self.in_features, device=self.weight_int4.device)
+        columns = forward(self, unit)
+        return (columns if self.bias is None else columns - self.bias).T
+
+    derive(module, forward=forward, weight=property(weight, doc="The weight in float32, unpacked at each reading."))
+
+
+def embedding(module: nn.Embedding, group_size: int) -> None:
+    """An embedding of 4-bit rows: a lookup reads an eighth of the bytes, and the scales."""
+    values, scale, middle = grouped(module.weight, group_size)
+    _register(
+        module, (values[:, ::2] | values[:, 1::2] << 4).to(torch.uint8), torch.stack([scale, middle], -1), group_size
+    )
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        packed, (scale, middle) = self.weight_int4[input], self.weight_scale[input].unbind(-1)
+        values = torch.stack([packed & 15, packed >> 4], -1).view(*input.shape, -1, self.group_size)
+        return ((values - 8.0) * scale.unsqueeze(-1) + middle.unsqueeze(-1)).flatten(-2)
+
+    def weight(self) -> torch.Tensor:
+        return forward(self, torch.arange(self.num_embeddings, device=self.weight_int4.device))
+
+    derive(module, forward=forward, weight=property(weight, doc="The rows in float32, unpacked at each reading."))
+
+
+def _register(module: nn.Module, packed: torch.Tensor, scale: torch.Tensor, group_size: int) -> None:
+    del module.weight
+    module.group_size = group_size
+    module.register_buffer("weight_int4", packed)
+    module.register_buffer("weight_scale", scale)

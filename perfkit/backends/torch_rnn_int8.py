@@ -1,0 +1,2 @@
+def refusal(module):
+    return "not there yet"

@@ -1,0 +1,30 @@
+"""What the recipes that quantize have in common."""
+
+from dataclasses import dataclass, replace
+
+from perfkit import LayerRecipe, Stage
+
+EAGER = "simulated: PyTorch alone rounds to 8 bits and multiplies in float32; '+compile' makes integer kernels of it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer(LayerRecipe):
+    """Base of the recipes that store or multiply in fewer bits. The pipeline gives back layers that cost too much."""
+
+    stage = Stage.QUANTIZATION
+    provides = "quantization"
+    gives_back = True
+
+    def refusal(self, work):
+        return "it is for inference: 'qat' trains a model for it" if work.trains else None
+
+    def unsought(self, work):
+        return None if work.calibration else "it rounds: pass calibration= to have it tried"
+
+    def observed(self, effect, log):
+        if not effect.simulated:
+            return effect
+        if not log.integer_kernels:
+            return replace(effect, notes=(*effect.notes, EAGER))
+        made = f"the compiler made {log.integer_kernels} integer kernels"
+        return replace(effect, notes=(*effect.notes, made), simulated=False)
