@@ -1,0 +1,60 @@
+"""torch.compile as perfkit calls it: weights really frozen, and nothing of the caller's settings changed."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
+
+import perfkit  # noqa: E402
+
+PACKED = "mkldnn_linear_weight_pack_matcher_count"
+
+
+@pytest.fixture
+def model():
+    torch.compiler.reset()
+    counters.clear()
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+
+
+def compiled(model, recipe):
+    result = perfkit.optimize(model, recipe, example_inputs=(torch.randn(32, 64),), budget_s=0.1, on_slower="warn")
+    return result.model
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs the frozen weights")
+@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
+def test_frozen_weights_are_packed_for_the_hardware(model):
+    compiled(model, "compile(freezing=False)")
+    assert counters["inductor"][PACKED] == 0
+    compiled(model, "compile")
+    assert counters["inductor"][PACKED] == 2
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs the frozen weights")
+@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
+def test_they_are_frozen_again_after_a_reset_and_for_other_shapes(model):
+    result = compiled(model, "compile(dynamic=False)")
+    result(torch.randn(7, 64))
+    assert counters["inductor"][PACKED] == 4
+    torch.compiler.reset()
+    result(torch.randn(7, 64))
+    assert counters["inductor"][PACKED] == 6
+
+
+@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
+def test_the_global_setting_and_other_compilations_are_left_alone(model):
+    config = torch._inductor.config
+    assert not config.freezing
+    result = compiled(model, "compile")
+    assert not config.freezing
+    before = counters["inductor"][PACKED]
+    with torch.no_grad():
+        torch.compile(nn.Sequential(nn.Linear(64, 64)))(torch.randn(32, 64))
+    assert counters["inductor"][PACKED] == before, "the caller's own compilation froze"
+    with pytest.raises(RuntimeError):
+        result(torch.randn(3, 5))
+    assert not config.freezing
+    assert torch.is_grad_enabled()
