@@ -82,6 +82,7 @@ def _optimized(
             model,
             "auto",
             example_inputs=example_inputs,
+            calibration=reference.calibration(name, framework=framework),
             evaluate=evaluate,
             max_drop=MAX_DROP[metric],
             budget_s=budget_s,

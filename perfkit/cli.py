@@ -21,6 +21,7 @@ from rich.table import Table
 import perfkit
 from perfkit._errors import InvalidInputError, PerfkitError
 from perfkit._report import Report, Verdict
+from perfkit._workload import MODES
 
 REFUSED, BAD_INPUT, SLOWER, NOISY, INTERRUPTED = 1, 2, 3, 4, 130
 EXIT_CODES = {Verdict.SLOWER: SLOWER, Verdict.NOISY: NOISY}
@@ -30,9 +31,12 @@ out, err = Console(), Console(stderr=True)
 framework_option = click.option(
     "--framework", type=click.Choice(["torch", "jax"]), default="torch", show_default=True, help="Of a reference model."
 )
-mode_option = click.option(
-    "--mode", type=click.Choice(["inference", "training"]), default="inference", show_default=True
-)
+
+
+def mode_option(default: str = "inference") -> Callable:
+    return click.option("--mode", type=click.Choice(MODES), default=default, show_default=True)
+
+
 batch_option = click.option("--batch-size", type=click.IntRange(min=1), help="Of a reference model.  [default: 64]")
 recipe_option = click.option(
     "--recipe", default="auto", show_default=True, help="'auto', or names joined by '+': 'channels_last+bf16+compile'."
@@ -76,7 +80,7 @@ def main() -> None:
 @click.argument("model")
 @framework_option
 @recipe_option
-@mode_option
+@mode_option()
 @batch_option
 @click.option("--budget", type=float, help="Seconds to spend on searching or measuring.")
 @click.option("--tolerance", type=float, help="Relative error that the result may add.")
@@ -113,7 +117,7 @@ optimize.help += f"\n\n{MODEL_HELP}"
 @click.argument("model")
 @framework_option
 @recipe_option
-@mode_option
+@mode_option()
 @batch_option
 def plan(model, framework, recipe, mode, batch_size) -> None:
     """Show what a recipe would do to MODEL, and what is refused and why. Nothing is timed or changed.
@@ -183,7 +187,7 @@ def lesson(recipe: str) -> None:
     @click.command(cls=click.Command, help=kind.__doc__, context_settings={"help_option_names": ["-h", "--help"]})
     @click.option("--model", default="cnn", show_default=True, help="A reference model.")
     @framework_option
-    @mode_option
+    @mode_option("training" if kind.retrains else "inference")
     @batch_option
     def command(model, framework, mode, batch_size):
         with status() as progress, _warnings_as_notes():
@@ -209,7 +213,8 @@ def load(model: str, framework: str, mode: str, batch_size: int | None) -> dict[
 
     if mode == "inference":
         loaded, example_inputs = reference.load(model, framework=framework, batch_size=batch_size)
-        return {"model": loaded, "example_inputs": example_inputs}
+        calibration = reference.calibration(model, framework=framework)
+        return {"model": loaded, "example_inputs": example_inputs, "calibration": calibration}
     task = reference.task(model, framework=framework, batch_size=batch_size)
     names = ("model", "example_inputs", "targets", "loss", "optimizer")
     return {name: getattr(task, name) for name in names}

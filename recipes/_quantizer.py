@@ -19,7 +19,7 @@ class Quantizer(LayerRecipe):
         return "it is for inference: 'qat' trains a model for it" if work.trains else None
 
     def unsought(self, work):
-        return None if work.calibration else "it rounds: pass calibration= to have it tried"
+        return "it saves memory rather than time: choose it by name"
 
     def observed(self, effect, log):
         if not effect.simulated:

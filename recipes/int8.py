@@ -44,6 +44,9 @@ class Int8(Quantizer):
             return "it reads the ranges of activations from data: pass calibration= or example_inputs="
         return super().refusal(work)
 
+    def unsought(self, work):
+        return None if work.calibration else "it rounds to 8 bits: pass calibration= to have it tried"
+
     def torch(self, work):
         from perfkit.backends.torch_quantize import int8
 

@@ -28,6 +28,9 @@ class Int8Dynamic(Quantizer):
             return unavailable(device, needed=(7, 5))
         return None
 
+    def unsought(self, work):
+        return "'int8' does the same on ranges known beforehand: choose it by name"
+
     def torch(self, work):
         from perfkit.backends.torch_quantize import int8_dynamic
 

@@ -6,7 +6,7 @@ Importing this package imports no framework; asking for a model imports the one 
 from . import data
 from ._catalog import MODELS
 from ._convert import to_jax, to_torch
-from ._load import Loaded, Task, load, task
+from ._load import Loaded, Task, calibration, load, task
 from ._train import Evaluation, Trained, evaluate, train
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Loaded",
     "Task",
     "Trained",
+    "calibration",
     "data",
     "evaluate",
     "load",

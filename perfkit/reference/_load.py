@@ -119,6 +119,31 @@ def task(name: str, *, framework: Framework = "torch", batch_size: int | None = 
     )
 
 
+def calibration(
+    name: str, *, framework: Framework = "torch", batch_size: int = 64, batches: int = 8
+) -> list[tuple[Any, ...]]:
+    """Batches of real training inputs, for `perfkit.optimize(calibration=...)`.
+
+    Args:
+        name: one of `MODELS`.
+        framework: "torch" or "jax".
+        batch_size: rows of each batch.
+        batches: how many; beyond the training rows of the data set they begin again.
+
+    Returns:
+        Tuples of inputs, each as `load` gives them.
+
+    Raises:
+        ValueError: An unknown name or framework, or a number below 1.
+        ImportError: The framework is not installed, or scikit-learn for the digits.
+    """
+    side, about = framework_side(framework), card(name)
+    split = dataset(name, None).train
+    size, count = at_least(batch_size, 1, what="batch_size"), at_least(batches, 1, what="batches")
+    rows = np.arange(size * count).reshape(count, size) % len(split)
+    return [side.model_inputs(about.kind, split.rows(batch)[0]) for batch in rows]
+
+
 def framework_side(framework: str) -> ModuleType:
     """The module that speaks to a framework, loaded only here, so that the other need not be installed."""
     known(framework, FRAMEWORKS, what="framework")
