@@ -11,11 +11,12 @@ demo: $(READY)
 	$(BIN)/perfkit demo
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-json=bench/results/latest.json

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import perfkit
 from perfkit import backends, cli, reference
 from perfkit._errors import PerfkitWarning, missing
 from perfkit._report import Report
+from perfkit.reference import Framework
 from perfkit.reporting import html, terminal
 
 MODELS = {"cnn": 512, "lstm": 64}
@@ -33,7 +34,7 @@ def run(page: Path, budget_s: float) -> None:
         MissingDependencyError: neither framework is installed.
     """
     began = time.perf_counter()
-    frameworks = [name for name, needed in backends.REQUIRED.items() if all(map(find_spec, needed))]
+    frameworks = [name for name in get_args(Framework) if all(map(find_spec, backends.REQUIRED[name]))]
     if not frameworks:
         raise missing("torch or jax", "the demo", extra="all")
     rows: list[tuple[str, Report]] = []
@@ -53,13 +54,13 @@ def run(page: Path, budget_s: float) -> None:
     )
 
 
-def _trained(name: str, frameworks: list[str]) -> tuple[str, dict[str, Any]]:
+def _trained(name: str, frameworks: list[Framework]) -> tuple[str, dict[Framework, Any]]:
     """The metric, and the model trained once, in each framework: its weights are converted."""
     first = frameworks[0]
     with cli.training_progress(f"{name} ({first})") as progress:
         trained = reference.train(name, framework=first, progress=progress)
     cli.out.print(cli.trained_line(name, first, trained), highlight=False, soft_wrap=True)
-    models = {first: trained.model}
+    models: dict[Framework, Any] = {first: trained.model}
     if "jax" in frameworks[1:]:
         models["jax"] = reference.to_jax(name, trained.model)
     return trained.metric, models
@@ -67,7 +68,7 @@ def _trained(name: str, frameworks: list[str]) -> tuple[str, dict[str, Any]]:
 
 def _optimized(
     name: str,
-    framework: str,
+    framework: Framework,
     model: Any,
     batch_size: int,
     metric: str,
@@ -90,7 +91,7 @@ def _optimized(
         ).report
 
 
-def _score(name: str, framework: str, metric: str, model: Any) -> float:
+def _score(name: str, framework: Framework, metric: str, model: Any) -> float:
     """Held-out accuracy; or the mean squared error, negative, so that larger is better."""
     value = reference.evaluate(name, model, framework=framework).value
     return -value if metric == "mse" else value

@@ -199,7 +199,7 @@ def lesson(recipe: str) -> None:
     _Group(f"perfkit.recipes.{recipe}", commands={recipe: command})([recipe, *sys.argv[1:]])
 
 
-def load(model: str, framework: str, mode: str, batch_size: int | None) -> dict[str, Any]:
+def load(model: str, framework: Any, mode: str, batch_size: int | None) -> dict[str, Any]:
     """The arguments of `perfkit.optimize` for a reference model, or from a factory of the user's.
 
     Raises:

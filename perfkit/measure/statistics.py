@@ -51,7 +51,7 @@ def samples_needed(p: float) -> int:
     return high
 
 
-def percentile(samples: Sequence[float], p: float, unit: str = "ms") -> Quantity:
+def percentile(samples: Sequence[float] | np.ndarray, p: float, unit: str = "ms") -> Quantity:
     """Percentile `p` of the samples, where there are enough of them to support it.
 
     Example:

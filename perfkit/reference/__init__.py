@@ -6,12 +6,13 @@ Importing this package imports no framework; asking for a model imports the one 
 from . import data
 from ._catalog import MODELS
 from ._convert import to_jax, to_torch
-from ._load import Loaded, Task, calibration, load, task
+from ._load import Framework, Loaded, Task, calibration, load, task
 from ._train import Evaluation, Trained, evaluate, train
 
 __all__ = [
     "MODELS",
     "Evaluation",
+    "Framework",
     "Loaded",
     "Task",
     "Trained",

@@ -22,7 +22,7 @@ def known(given: object, names: Sequence[str], *, what: str) -> str:
 
 def at_least(given: object, least: int, *, what: str) -> int:
     """Return `given` if it is a whole number of at least `least`, otherwise raise InvalidInputError."""
-    if isinstance(given, numbers.Integral) and not isinstance(given, bool) and given >= least:
+    if isinstance(given, numbers.Integral) and not isinstance(given, bool) and int(given) >= least:
         return int(given)
     raise InvalidInputError(f"{what} is {given!r}: expected a whole number, {least} or more")
 

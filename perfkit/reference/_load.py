@@ -149,12 +149,14 @@ def framework_side(framework: str) -> ModuleType:
     known(framework, FRAMEWORKS, what="framework")
     if framework == "torch":
         require("torch", extra="torch")
-        from . import _in_torch as side
-    else:
-        require("flax.nnx", extra="jax")
-        require("optax", extra="jax")
-        from . import _in_jax as side
-    return side
+        from . import _in_torch
+
+        return _in_torch
+    require("optax", extra="jax")  # before flax, which imports it too and would fail with an error of its own
+    require("flax.nnx", extra="jax")
+    from . import _in_jax
+
+    return _in_jax
 
 
 def example_rows(split: Split, batch_size: int | None) -> tuple[tuple[np.ndarray, ...], np.ndarray]:

@@ -108,7 +108,7 @@ def train(
 
     started = time.perf_counter()
     side.fit(model, loss=side.LOSSES[about.kind], optimizer=side.optimizer(about), batches=batches(), report=report)
-    losses = tuple(float(loss) for loss in losses)  # waits for the last step, so it is part of the time
+    curve = tuple(float(loss) for loss in losses)  # waits for the last step, so it is part of the time
     train_seconds = time.perf_counter() - started
 
     side.set_mode(model, training=False)
@@ -119,7 +119,7 @@ def train(
         value=judged.value,
         baseline=judged.baseline,
         train_seconds=train_seconds,
-        losses=losses,
+        losses=curve,
     )
 
 

@@ -174,9 +174,9 @@ def rows(report: Report) -> tuple[Row, ...]:
         change = format_change(before.value, after.value) if both else ""
         told.append(Row(label, format_quantity(before), format_quantity(after), change))
     sizes = (report.before.model_bytes, report.after.model_bytes)
-    told.append(Row("model size", *map(format_bytes, sizes), format_change(*sizes)))
+    told.append(Row("model size", format_bytes(sizes[0]), format_bytes(sizes[1]), format_change(*sizes)))
     counts = (report.before.parameters, report.after.parameters)
-    told.append(Row("parameters", *map(format_count, counts), format_change(*counts)))
+    told.append(Row("parameters", format_count(counts[0]), format_count(counts[1]), format_change(*counts)))
     return tuple(told)
 
 
@@ -366,15 +366,16 @@ def _quantities(report: Report) -> tuple[tuple[str, Quantity, Quantity], ...]:
     before, after = report.before, report.after
     untimed = Quantity.missing("ms", report.not_measured or "nothing was timed")
 
-    def latency(field: str) -> tuple[Quantity, Quantity]:
-        return tuple(getattr(side.latency, field) if side.latency else untimed for side in (before, after))
+    def latency(label: str, field: str) -> tuple[str, Quantity, Quantity]:
+        sides = [getattr(side.latency, field) if side.latency else untimed for side in (before, after)]
+        return label, sides[0], sides[1]
 
-    medians = tuple(Quantity(side.latency.median_ms, "ms") if side.latency else untimed for side in (before, after))
+    medians = [Quantity(side.latency.median_ms, "ms") if side.latency else untimed for side in (before, after)]
     return (
-        ("median latency", *medians),
-        ("p90 latency", *latency("p90_ms")),
-        ("p95 latency", *latency("p95_ms")),
-        ("p99 latency", *latency("p99_ms")),
+        ("median latency", medians[0], medians[1]),
+        latency("p90 latency", "p90_ms"),
+        latency("p95 latency", "p95_ms"),
+        latency("p99 latency", "p99_ms"),
         ("throughput", before.throughput, after.throughput),
         ("first call", before.first_call_s, after.first_call_s),
         ("compile", before.compile_s, after.compile_s),

@@ -59,7 +59,7 @@ def _define(kind: type, definitions: dict[str, Any]) -> dict[str, str]:
 
 def _type(hint: Any, name: str, definitions: dict[str, Any]) -> dict[str, Any]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _define(hint, definitions)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return {"enum": [member.value for member in hint]}

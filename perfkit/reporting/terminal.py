@@ -42,8 +42,9 @@ def summary_table(rows: Sequence[tuple[str, Report]]) -> RenderableType:
 
 def to_text(renderable: RenderableType, width: int) -> str:
     # Everything that rich would find out about the terminal is said here, so that the text is the same everywhere.
+    written = io.StringIO()
     console = Console(
-        file=io.StringIO(),
+        file=written,
         width=width,
         color_system=None,
         force_terminal=False,
@@ -51,7 +52,7 @@ def to_text(renderable: RenderableType, width: int) -> str:
         legacy_windows=False,
     )
     console.print(renderable)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n"
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def text_table(first: str, *columns: tuple[str, str]) -> Table:
     table.add_column(first, overflow="fold")
     for name, kind in columns:
         prose = kind == "prose"
-        table.add_column(name, justify="left" if prose else kind, overflow="fold", no_wrap=not prose)
+        table.add_column(name, justify="right" if kind == "right" else "left", overflow="fold", no_wrap=not prose)
     return table
 
 

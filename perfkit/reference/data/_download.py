@@ -65,7 +65,7 @@ def _shown(response: BinaryIO, label: str, progress: bool) -> contextlib.Abstrac
     import rich.console
     import rich.progress
 
-    size = response.headers.get("Content-Length")
+    size = getattr(response, "headers", {}).get("Content-Length")
     return rich.progress.wrap_file(
         response, total=int(size) if size else None, description=label, console=rich.console.Console(stderr=True)
     )
