@@ -27,11 +27,7 @@ def main() -> None:
     frameworks = [name for name in ("torch", "jax") if find_spec(name)]
     rows = [_inference(framework, *case) for framework in frameworks for case in CASES]
     rows += [_training(framework, *case) for framework in frameworks for case in TRAINING]
-    found = environment()
-    slug = re.sub(r"[^a-z0-9]+", "-", " ".join((*found.accelerators, found.cpu, f"{found.cores} cores")).lower()).strip(
-        "-"
-    )
-    path = RESULTS / f"{slug}.json"
+    path = RESULTS / f"{device_slug()}.json"
     recorded = {
         "environment": rows[0]["report"]["environment"],
         "date": rows[0]["report"]["created"][:10],
@@ -40,6 +36,13 @@ def main() -> None:
     path.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
     (RESULTS / "README.md").write_text(page())
     print(f"wrote {path} and {RESULTS / 'README.md'}")
+
+
+def device_slug() -> str:
+    """This machine as part of a file's name."""
+    found = environment()
+    told = " ".join((*found.accelerators, found.cpu, f"{found.cores} cores"))
+    return re.sub(r"[^a-z0-9]+", "-", told.lower()).strip("-")
 
 
 def _inference(framework: str, model: str, batch_size: int) -> dict[str, Any]:

@@ -12,26 +12,51 @@ from perfkit._recipe import names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "bench").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").rglob("*.md")])
+LESSONS = sorted((ROOT / "docs" / "recipes").glob("*.md"))
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of the README in that language ("" for none)."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced blocks of a page in that language ("" for none)."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return [text for name, text in fenced if name == language]
+
+
+def run(code: str, name: str) -> dict:
+    for framework in ("torch", "jax"):
+        if f"import {framework}" in code or f", {framework}" in code or "reference" in code:
+            pytest.importorskip(framework)
+    names = {}
+    exec(compile(code, name, "exec"), names)
+    return names
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 @pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
 def test_examples_run(number, capsys):
-    code = blocks("python")[number]
-    for framework in ("torch", "jax"):
-        if f"import {framework}" in code or f", {framework}" in code:
-            pytest.importorskip(framework)
-    names = {}
-    exec(compile(code, f"README, example {number}", "exec"), names)
+    names = run(blocks("python")[number], f"README, example {number}")
     assert names["result"].report.fidelity.ok
+
+
+@pytest.mark.parametrize("page", LESSONS, ids=lambda page: page.stem)
+@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
+def test_lessons_run(page, capsys):
+    (code,) = blocks("python", page.read_text())
+    names = run(code, page.name)
+    if "result" in names:
+        assert names["result"].report.fidelity.ok
+
+
+def test_the_pages_show_what_was_recorded():
+    from bench import compression
+
+    for page in LESSONS:
+        assert page.stem in names()
+        shown = page.read_text().partition(compression.BEGIN)[2].partition(compression.END)[0]
+        assert shown.strip() == "\n".join(compression.measured(page.stem)).strip(), (
+            "run python -m bench.compression --pages"
+        )
 
 
 def commands() -> list[str]:

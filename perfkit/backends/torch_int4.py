@@ -69,7 +69,8 @@ def embedding(module: nn.Embedding, group_size: int) -> None:
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         packed, (scale, middle) = self.weight_int4[input], self.weight_scale[input].unbind(-1)
         values = torch.stack([packed & 15, packed >> 4], -1).view(*input.shape, -1, self.group_size)
-        return ((values - 8.0) * scale.unsqueeze(-1) + middle.unsqueeze(-1)).flatten(-2)
+        rows = ((values - 8.0) * scale.unsqueeze(-1) + middle.unsqueeze(-1)).flatten(-2)
+        return rows.to(self.weight_dtype)
 
     def weight(self) -> torch.Tensor:
         return forward(self, torch.arange(self.num_embeddings, device=self.weight_int4.device))
@@ -78,7 +79,8 @@ def embedding(module: nn.Embedding, group_size: int) -> None:
 
 
 def _register(module: nn.Module, packed: torch.Tensor, scale: torch.Tensor, group_size: int) -> None:
+    module.weight_dtype = module.weight.dtype
     del module.weight
     module.group_size = group_size
-    module.register_buffer("weight_int4", packed)
-    module.register_buffer("weight_scale", scale)
+    for name, tensor in (("weight_int4", packed), ("weight_scale", scale)):
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))

@@ -114,7 +114,7 @@ def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]
 
 def weight_only(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     """Weights in 8 bits in memory; everything is computed in the input's precision."""
-    layers, skipped = _layers(work.model, recipe, (nn.Linear, *CONVS), recurrent=False)
+    layers, skipped = _layers(work.model, recipe, (nn.Linear, *CONVS), recurrent=False, dtypes=FLOATS)
     _leave_fast_path(work.model)
     for module in layers.values():
         if isinstance(module, nn.Embedding):
@@ -133,7 +133,7 @@ def int4_weight_only(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Eff
     if work.device == "cuda":
         options = {"group_size": recipe.group_size}
         return _by_torchao(work, recipe, "Int4WeightOnlyConfig", options, torch.bfloat16)
-    layers, skipped = _layers(work.model, recipe, (nn.Linear,), recurrent=False)
+    layers, skipped = _layers(work.model, recipe, (nn.Linear,), recurrent=False, dtypes=FLOATS)
     _leave_fast_path(work.model)
     touched = []
     for name, module in layers.items():

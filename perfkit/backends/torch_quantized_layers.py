@@ -99,13 +99,15 @@ def embedding(module: nn.Embedding, bits: int = 8) -> None:
     _with_integer_weight(module, bits)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.embedding(input, self.weight_int8) * self.weight_scale[input].unsqueeze(-1)
+        rows = F.embedding(input, self.weight_int8) * self.weight_scale[input].unsqueeze(-1)
+        return rows.to(self.weight_dtype)
 
     derive(module, forward=forward, weight=_WEIGHT)
 
 
 def _with_integer_weight(module: nn.Module, bits: int) -> None:
     values, scale = rounded_weight(module.weight, bits)
+    module.weight_dtype = module.weight.dtype
     del module.weight
     zero = torch.zeros(len(scale), dtype=torch.int64, device=scale.device)
     # Parameters, not buffers: torch.compile freezes parameters only, and integer kernels need frozen weights.

@@ -7,7 +7,7 @@ from . import data
 from ._catalog import MODELS
 from ._convert import to_jax, to_torch
 from ._load import Framework, Loaded, Task, calibration, load, task
-from ._train import Evaluation, Trained, evaluate, train
+from ._train import Evaluation, Trained, batches, evaluate, train
 
 __all__ = [
     "MODELS",
@@ -16,6 +16,7 @@ __all__ = [
     "Loaded",
     "Task",
     "Trained",
+    "batches",
     "calibration",
     "data",
     "evaluate",

@@ -101,13 +101,9 @@ def train(
         if progress is not None:
             progress(step, steps, float(loss))
 
-    def batches() -> Iterator[tuple[tuple[Any, ...], Any]]:
-        for indices in shuffled(len(data.train), batch_size=batch_size, steps=steps, seed=seed):
-            inputs, targets = data.train.rows(indices)
-            yield side.model_inputs(about.kind, inputs), side.model_targets(targets)
-
     started = time.perf_counter()
-    side.fit(model, loss=side.LOSSES[about.kind], optimizer=side.optimizer(about), batches=batches(), report=report)
+    rows = batches(name, framework=framework, steps=steps, batch_size=batch_size, seed=seed, data=data)
+    side.fit(model, loss=side.LOSSES[about.kind], optimizer=side.optimizer(about), batches=rows, report=report)
     curve = tuple(float(loss) for loss in losses)  # waits for the last step, so it is part of the time
     train_seconds = time.perf_counter() - started
 
@@ -179,6 +175,49 @@ def judge(kind: Kind, outputs: np.ndarray, targets: np.ndarray) -> Evaluation:
         _, counts = np.unique(targets, return_counts=True)
         baseline = float(counts.max() / len(targets))
     return Evaluation(metric=METRICS[kind], value=value, baseline=baseline, count=len(targets))
+
+
+def batches(
+    name: str,
+    *,
+    framework: Framework = "torch",
+    steps: int,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    data: Dataset | None = None,
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Training batches of a reference model, shuffled: what `train` trains on, for `result.train_step`.
+
+    Args:
+        name: one of `MODELS`.
+        framework: "torch" or "jax".
+        steps: how many batches.
+        batch_size: rows of each.
+        seed: of the order of the rows.
+        data: None for the model's default.
+
+    Returns:
+        An iterator over (inputs, targets).
+
+    Raises:
+        ValueError: An unknown name or framework, a number below 1, or data of a kind that the model cannot read.
+        ImportError: The framework is not installed, or scikit-learn for the digits.
+
+    Example:
+        >>> for batch in batches("cnn", steps=100):
+        ...     loss = result.train_step(batch)
+    """
+    side, about = framework_side(framework), card(name)
+    at_least(batch_size, 1, what="batch_size")
+    at_least(steps, 1, what="steps")
+    train = dataset(name, data).train
+
+    def made() -> Iterator[tuple[tuple[Any, ...], Any]]:
+        for indices in shuffled(len(train), batch_size=batch_size, steps=steps, seed=seed):
+            inputs, targets = train.rows(indices)
+            yield side.model_inputs(about.kind, inputs), side.model_targets(targets)
+
+    return made()
 
 
 def shuffled(count: int, *, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:

@@ -1,0 +1,68 @@
+"""Every pair of recipes has a known outcome: it cannot be, is refused with a reason, or is applied and says to what."""
+
+from itertools import combinations
+
+import pytest
+from sample_models import arguments, training
+
+import perfkit
+from perfkit import ChainError
+from perfkit._recipe import chain_of, names, recipe_class
+
+PAIRS = list(combinations(names(), 2))
+
+
+@pytest.fixture(scope="module")
+def given():
+    """The arguments of `plan` for each framework and mode, made once."""
+    pytest.importorskip("torch")
+    pytest.importorskip("jax")
+    models = {"torch": "cnn", "jax": "nnx_cnn"}
+    inference = {(name, "inference"): arguments(name, model) for name, model in models.items()}
+    return inference | {(name, "training"): training(name) | {"mode": "training"} for name in models}
+
+
+def excluding(first, second):
+    claims = [recipe_class(name).provides for name in (first, second)]
+    return claims[0] is not None and claims[0] == claims[1]
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_pair(pair, framework, mode, given):
+    if excluding(*pair):
+        with pytest.raises(ChainError, match="keep one of"):
+            chain_of(pair)
+        return
+    chain = chain_of(pair)
+    assert str(chain) == str(chain_of("+".join(map(str, chain)))), "it is written as it is read"
+    stages = [recipe.stage for recipe in chain]
+    assert stages == sorted(stages)
+    steps = perfkit.plan(**given[framework, mode], recipe=chain).steps
+    assert len(steps) == 2
+    for step in steps:
+        assert step.refusal or step.effect.touched or step.effect.skipped or step.effect.notes, step.recipe
+
+
+def test_quantizers_and_precisions_exclude_their_like_and_nothing_else():
+    kinds = {}
+    for name in names():
+        kinds.setdefault(recipe_class(name).provides, set()).add(name)
+    assert kinds["precision"] == {"tf32", "bf16", "fp16", "half"}
+    assert kinds["quantization"] == {"fp8", "int4_weight_only", "int8", "int8_dynamic", "int8_weight_only", "qat"}
+    assert set(kinds) - {None, "precision", "quantization"} <= {"pruning"}
+
+
+CHAINS = ["bf16+int8+compile", "int8_dynamic+compile", "half+int8_weight_only", "low_rank+int8+compile"]
+
+
+@pytest.mark.filterwarnings("ignore:.* makes .* slower here:perfkit.PerfkitWarning")
+@pytest.mark.parametrize("model", ["cnn", "transformer"])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_chains_that_are_used_keep_their_numbers(chain, model):
+    pytest.importorskip("torch")
+    report = perfkit.optimize(**arguments("torch", model), recipe=chain, budget_s=0.3).report
+    assert report.fidelity.ok
+    for step in report.steps:
+        assert step.effect.touched or step.effect.skipped or step.effect.notes
