@@ -109,7 +109,9 @@ def _key(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], macros
 
 def _folder() -> Path:
     """`native` in `$PERFKIT_CACHE` or the user's cache folder, made if needed."""
-    root = os.environ.get("PERFKIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perfkit"
+    root = (
+        os.environ.get("PERFKIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perfkit"
+    )
     folder = Path(root) / "native"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
