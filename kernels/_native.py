@@ -89,7 +89,7 @@ def find_compiler() -> tuple[str, ...] | None:
 
 
 def _target(compiler: tuple[str, ...]) -> tuple[str, str]:
-    """The flag that builds for this processor, and all that the compiler then defines: its version, the instructions."""
+    """The flag that builds for this processor, and what the compiler then defines: its version, the instructions."""
     errors = ""
     for native in NATIVE:
         command = (*compiler, *filter(None, (native,)), "-dM", "-E", "-x", "c++", os.devnull)
@@ -117,7 +117,7 @@ def _folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise UnsupportedError(
-            f"built kernels are kept in {folder}, which cannot be made ({error}): set PERFKIT_CACHE to a folder that can"
+            f"{folder} for built kernels cannot be made ({error}): set PERFKIT_CACHE to a folder that can"
         ) from error
     return folder
 

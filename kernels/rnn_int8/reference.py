@@ -78,7 +78,7 @@ def decay_twice(x: Tensor) -> Tensor:
     return exp2(x * (-2 * LOG2_E))
 
 
-def lstm(a: Sequence[Tensor], u: Sequence[Tensor], h: Tensor, c: Tensor, _: None) -> tuple[Tensor, Tensor]:
+def lstm(a: Sequence[Tensor], u: Sequence[Tensor], _h: Tensor, c: Tensor, _: None) -> tuple[Tensor, Tensor]:
     i, f, g, o = decay(a[0] + u[0]), decay(a[1] + u[1]), decay_twice(a[2] + u[2]), decay(a[3] + u[3])
     inputs, keep = (1 + i) * (1 + g), 1 + f
     c = (c * inputs + (1 - g) * keep) / (keep * inputs)
@@ -93,12 +93,12 @@ def gru(a: Sequence[Tensor], u: Sequence[Tensor], h: Tensor, c: Tensor, bias_hn:
     return (z * (1 - n) + h * (1 + n)) / ((1 + n) * (1 + z)), c
 
 
-def rnn_tanh(a: Sequence[Tensor], u: Sequence[Tensor], h: Tensor, c: Tensor, _: None) -> tuple[Tensor, Tensor]:
+def rnn_tanh(a: Sequence[Tensor], u: Sequence[Tensor], _h: Tensor, c: Tensor, _: None) -> tuple[Tensor, Tensor]:
     e = decay_twice(a[0] + u[0])
     return (1 - e) / (1 + e), c
 
 
-def rnn_relu(a: Sequence[Tensor], u: Sequence[Tensor], h: Tensor, c: Tensor, _: None) -> tuple[Tensor, Tensor]:
+def rnn_relu(a: Sequence[Tensor], u: Sequence[Tensor], _h: Tensor, c: Tensor, _: None) -> tuple[Tensor, Tensor]:
     return (a[0] + u[0]).clamp_min(0), c
 
 

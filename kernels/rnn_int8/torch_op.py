@@ -145,7 +145,7 @@ def rnn_int8(
 
 
 @rnn_int8.register_fake
-def _(x, batch_sizes, h0, c0, weights, mode, hidden, bidirectional, batch_first, input_scale):
+def _(x, batch_sizes, h0, _c0, weights, mode, hidden, bidirectional, batch_first, _input_scale):
     return _empty(x, batch_sizes, weights, mode, hidden, bidirectional, batch_first, h0)
 
 
@@ -210,7 +210,8 @@ def _check(x, batch_sizes, h0, c0, layers: list[Direction], mode, hidden, direct
         for name, tensor, (dtype, size) in zip(Direction._fields, direction, expected, strict=True):
             if tensor.dtype != dtype or tensor.shape != (size,) or not tensor.is_contiguous():
                 raise InvalidInputError(
-                    f"{name} of direction {i} is {tensor.dtype} {list(tensor.shape)}: expected contiguous {dtype} [{size}]"
+                    f"{name} of direction {i} is {tensor.dtype} {list(tensor.shape)}: "
+                    f"expected contiguous {dtype} [{size}]"
                 )
         if max(inputs, hidden) > MOST_COLUMNS:
             raise InvalidInputError(f"{max(inputs, hidden)} columns could overflow int32: at most {MOST_COLUMNS}")
