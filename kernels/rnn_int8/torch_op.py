@@ -29,7 +29,7 @@ class Direction(NamedTuple):
     Args:
         packed_ih, packed_hh: int8, one dimension.
         scale_ih, scale_hh, bias: (G H,), float32.
-        bias_hn: (H,), float32; empty where the cell has none.
+        bias_hn: (H,), float32, of the GRU alone.
     """
 
     packed_ih: Tensor
@@ -37,7 +37,12 @@ class Direction(NamedTuple):
     packed_hh: Tensor
     scale_hh: Tensor
     bias: Tensor
-    bias_hn: Tensor
+    bias_hn: Tensor | None = None
+
+
+def fields(mode: str) -> tuple[str, ...]:
+    """Those fields of a `Direction` that a cell has."""
+    return Direction._fields if mode == "GRU" else Direction._fields[:-1]
 
 
 class _Layer(ctypes.Structure):
@@ -85,18 +90,18 @@ def rnn_int8(
     hidden: int,
     bidirectional: bool,
     batch_first: bool,
-    input_scale: float,
+    input_scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a quantized recurrent module, with torch.get_num_threads() threads.
 
     Args:
         x: float32; (T, B, I), or (B, T, I) if `batch_first`, or the (P, I) data of a PackedSequence.
         batch_sizes: (T,), int64, those of the PackedSequence; None for padded input.
-        h0, c0: (layers * directions, B, H), float32; None for zeros. `c0` for LSTM only.
-        weights: the six tensors of a `Direction`, for each direction of each layer.
+        h0, c0: (layers * directions, B, H), float32; None for zeros, `h0` not with batch_sizes; `c0` for LSTM only.
+        weights: the `fields(mode)` of each direction of each layer.
         mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
         hidden: H.
-        input_scale: the static scale of the first layer's input; 0 for one scale per row, from what is there.
+        input_scale: (), float32, the static scale of the first layer's input; 0 for one scale per row and step.
 
     Returns:
         Outputs: x's shape with H * directions features; final h and c: (layers * directions, B, H), c empty but for
@@ -106,11 +111,14 @@ def rnn_int8(
         InvalidInputError: tensors of another dtype or size than these.
         UnsupportedError: there is no C++ compiler to build the kernel.
     """
+    if mode not in GATES:
+        raise InvalidInputError(f"mode is {mode!r}: expected one of {', '.join(MODES)}")
     directions = 2 if bidirectional else 1
-    layers = [Direction(*weights[i : i + 6]) for i in range(0, len(weights), 6)]
-    _check(x, batch_sizes, h0, c0, layers, mode, hidden, directions)
-    out, h, c = _empty(x, batch_sizes, weights, mode, hidden, bidirectional, batch_first)
-    for state, initial in ((h, h0), (c, c0)):
+    count = len(fields(mode))
+    layers = [Direction(*weights[i : i + count]) for i in range(0, len(weights), count)]
+    _check(x, batch_sizes, h0, c0, layers, mode, hidden, directions, batch_first)
+    out, h, c = _empty(x, batch_sizes, h0, weights, mode, hidden, bidirectional, batch_first)
+    for state, initial in ((h, h0), (c, c0 if mode == "LSTM" else None)):
         state.zero_() if initial is None else state.copy_(initial)
     sizes, starts = _steps(x, batch_sizes, batch_first)
     run, threads = library().perfkit_rnn_int8_layer, torch.get_num_threads()
@@ -122,7 +130,7 @@ def rnn_int8(
         batch_sizes=ctypes.addressof(sizes),
         starts=ctypes.addressof(starts),
         h_floor=_floor(mode),
-        x_fixed=input_scale,
+        x_fixed=input_scale.item(),
         threads=threads,
     )
     for i, direction in enumerate(layers):
@@ -146,17 +154,12 @@ def rnn_int8(
 
 @rnn_int8.register_fake
 def _(x, batch_sizes, h0, _c0, weights, mode, hidden, bidirectional, batch_first, _input_scale):
-    return _empty(x, batch_sizes, weights, mode, hidden, bidirectional, batch_first, h0)
+    return _empty(x, batch_sizes, h0, weights, mode, hidden, bidirectional, batch_first)
 
 
-def _empty(x, batch_sizes, weights, mode, hidden, bidirectional, batch_first, h0=None) -> tuple[Tensor, Tensor, Tensor]:
-    if batch_sizes is None:
-        batch = x.size(0 if batch_first else 1)
-    elif h0 is not None:
-        batch = h0.size(1)
-    else:
-        batch = batch_sizes[0].item()
-    states = (len(weights) // 6, batch, hidden)
+def _empty(x, batch_sizes, h0, weights, mode, hidden, bidirectional, batch_first) -> tuple[Tensor, Tensor, Tensor]:
+    batch = h0.size(1) if batch_sizes is not None else x.size(0 if batch_first else 1)
+    states = (len(weights) // len(fields(mode)), batch, hidden)
     out = x.new_empty((*x.shape[:-1], hidden * (2 if bidirectional else 1)))
     return out, x.new_empty(states), x.new_empty(states if mode == "LSTM" else (0,))
 
@@ -184,18 +187,19 @@ def _strides(x: Tensor, batch_first: bool) -> tuple[int, int]:
     return (x.stride(1), x.stride(0)) if batch_first else (x.stride(0), x.stride(1))
 
 
-def _check(x, batch_sizes, h0, c0, layers: list[Direction], mode, hidden, directions) -> None:
+def _check(x, batch_sizes, h0, c0, layers: list[Direction], mode, hidden, directions, batch_first) -> None:
     """What the kernel relies on: a pointer to anything else would be read out of bounds."""
-    if mode not in GATES:
-        raise InvalidInputError(f"mode is {mode!r}: expected one of {', '.join(MODES)}")
     if x.dim() != (3 if batch_sizes is None else 2) or 0 in x.shape:
         raise InvalidInputError(
             f"x has shape {list(x.shape)}: expected (T, B, I), or (P, I) with batch_sizes, none of them zero"
         )
+    batch = x.size(0 if batch_first else 1)
     if batch_sizes is not None:
-        sizes = batch_sizes
-        if sizes.dtype != torch.int64 or sizes.sum() != x.size(0) or bool((sizes.diff() > 0).any()) or sizes.min() < 1:
-            raise InvalidInputError("batch_sizes must be those of a PackedSequence: int64, never rising, summing to P")
+        batch, steps = int(batch_sizes[0]), batch_sizes.diff()
+        if batch_sizes.dtype != torch.int64 or bool((steps > 0).any()) or batch_sizes[-1] < 1 or h0 is None:
+            raise InvalidInputError("batch_sizes must be int64, positive and never rising, and come with h0")
+        if int(batch_sizes.sum()) != x.size(0):
+            raise InvalidInputError(f"batch_sizes sum to {int(batch_sizes.sum())}, and x has {x.size(0)} rows")
     channels = GATES[mode] * hidden
     for i, direction in enumerate(layers):
         inputs = x.size(-1) if i < directions else hidden * directions
@@ -205,9 +209,10 @@ def _check(x, batch_sizes, h0, c0, layers: list[Direction], mode, hidden, direct
             (torch.int8, _packed_size(channels, hidden)),
             (torch.float32, channels),
             (torch.float32, channels),
-            (torch.float32, hidden if mode == "GRU" else 0),
+            (torch.float32, hidden),
         )
-        for name, tensor, (dtype, size) in zip(Direction._fields, direction, expected, strict=True):
+        for name, (dtype, size) in zip(fields(mode), expected, strict=False):
+            tensor = getattr(direction, name)
             if tensor.dtype != dtype or tensor.shape != (size,) or not tensor.is_contiguous():
                 raise InvalidInputError(
                     f"{name} of direction {i} is {tensor.dtype} {list(tensor.shape)}: "
@@ -218,6 +223,10 @@ def _check(x, batch_sizes, h0, c0, layers: list[Direction], mode, hidden, direct
     for name, tensor in (("x", x), ("h0", h0), ("c0", c0)):
         if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
             raise InvalidInputError(f"{name} is {tensor.dtype} on {tensor.device}: expected torch.float32 on cpu")
+    for name, state in (("h0", h0), ("c0", c0)):
+        expected = (len(layers), batch, hidden)
+        if state is not None and state.shape != expected and (name == "h0" or mode == "LSTM"):
+            raise InvalidInputError(f"{name} has shape {list(state.shape)}: expected {list(expected)}")
 
 
 def _packed_size(channels: int, columns: int) -> int:
