@@ -37,8 +37,8 @@ OPTIONS = [
 ]
 CLOSE = 3e-2
 """Relative error, in the 2-norm, over whole sequences. Rounding to 1/127 of the largest number m errs by m / 440 (root
-mean square), relative to the numbers' own: 0.4 % for uniform weights, 0.6 % for normal inputs, 1.1 % for hidden states of
-0.2 against their static scale. Independent of each other, that is 1.3 % of a gate; what a step passes on to the next
+mean square), relative to the numbers' own: 0.4 % for uniform weights, 0.6 % for normal inputs, 1.1 % for hidden states
+of 0.2 against their static scale. Independent of each other, that is 1.3 % of a gate; what a step passes to the next
 shrinks at this initialization, so that it about doubles at the most."""
 
 
