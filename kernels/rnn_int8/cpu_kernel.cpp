@@ -33,10 +33,7 @@ using i64 = std::int64_t;
 
 constexpr i64 PANEL = 16;
 
-#if defined(PERFKIT_EMULATE_VNNI)
-#define BIASED 1  // plain C++ with the bias of the VNNI paths, to test their compensation where there is no VNNI
-constexpr int L = 16, ROWS = 4;
-#elif defined(__AVX512F__) && defined(__AVX512VNNI__)
+#if defined(__AVX2__) && defined(__AVX512VNNI__)
 #define BIASED 1
 constexpr int L = 16, ROWS = 4;
 #elif defined(__AVX2__) && defined(__AVXVNNI__)
@@ -89,7 +86,7 @@ INLINE To bits(From value) {
 template <int R, int G>
 INLINE void dot(const Activation* x, i64 stride, const std::int8_t* w, i64 width, i64 K4, Ints (&sums)[R][G]) {
     const i64 gate = 4 * width, group = G * gate;
-#if defined(PERFKIT_EMULATE_VNNI) || !defined(__AVX2__)
+#if !defined(__AVX2__)
     for (int r = 0; r < R; ++r)
         for (int g = 0; g < G; ++g) {
             Ints sum{};
@@ -100,21 +97,29 @@ INLINE void dot(const Activation* x, i64 stride, const std::int8_t* w, i64 width
             sums[r][g] = sum;
         }
 #elif BIASED
-    for (int r = 0; r < R; ++r)
-        for (int g = 0; g < G; ++g) sums[r][g] = Ints{};
-    for (i64 k = 0; k < K4; ++k, w += group) {
+    // In registers: the weights might, for all the compiler knows, lie where `sums` does. And in two sums each where
+    // there are so few that every instruction would wait for the last one's result.
+    constexpr int CHAINS = R * G < 8 ? 2 : 1;
+    Ints found[CHAINS][R][G] = {};
+    const auto add = [&](Ints (&to)[R][G], i64 k) INLINE_LAMBDA {
         Ints four[R];  // columns of each row, the same in all lanes
         for (int r = 0; r < R; ++r) four[r] = Ints{} + load<std::int32_t>(x + r * stride + 4 * k);
         for (int g = 0; g < G; ++g) {
-            const Ints weights = load<Ints>(w + g * gate);
+            const Ints weights = load<Ints>(w + k * group + g * gate);
             for (int r = 0; r < R; ++r)
 #if defined(__AVX512VNNI__)
-                sums[r][g] = Ints(_mm512_dpbusd_epi32(__m512i(sums[r][g]), __m512i(four[r]), __m512i(weights)));
+                to[r][g] = Ints(_mm512_dpbusd_epi32(__m512i(to[r][g]), __m512i(four[r]), __m512i(weights)));
 #else
-                sums[r][g] = Ints(_mm256_dpbusd_avx_epi32(__m256i(sums[r][g]), __m256i(four[r]), __m256i(weights)));
+                to[r][g] = Ints(_mm256_dpbusd_avx_epi32(__m256i(to[r][g]), __m256i(four[r]), __m256i(weights)));
 #endif
         }
-    }
+    };
+    i64 k = 0;
+    for (; k + CHAINS <= K4; k += CHAINS)
+        for (int chain = 0; chain < CHAINS; ++chain) add(found[chain], k + chain);
+    if (k < K4) add(found[0], k);
+    for (int r = 0; r < R; ++r)
+        for (int g = 0; g < G; ++g) sums[r][g] = CHAINS == 2 ? found[0][r][g] + found[CHAINS - 1][r][g] : found[0][r][g];
 #else
     // Each 32-bit lane of `low` (units 0 to 3) and `high` (4 to 7) holds the sum of two of the four columns. As many
     // gates at a time as leave sixteen registers room for them.
@@ -464,9 +469,7 @@ extern "C" int perfkit_rnn_int8_layer(const PerfkitRnnLayer* layer) {
 
 // The instructions that the integer products were built for.
 extern "C" const char* perfkit_rnn_int8_instructions() {
-#if defined(PERFKIT_EMULATE_VNNI)
-    return "emulated VNNI";
-#elif BIASED && defined(__AVX512VNNI__)
+#if BIASED && defined(__AVX512VNNI__)
     return "AVX512-VNNI";
 #elif BIASED
     return "AVX-VNNI";
