@@ -27,9 +27,10 @@ using i64 = std::int64_t;
 
 // ---- Integer products ------------------------------------------------------------------------------------------------
 //
-// Packed weights: for each panel of 16 units (the last may be narrower), for each 4 columns, for each gate, for each
-// unit: 4 bytes. A vector load thus takes 4 columns of L units of one gate. Reads past a narrow panel find the next
-// gate's weights, or the 64 bytes of slack behind the matrix; those lanes are never used.
+// Packed weights: for each panel of 16 units (the last may be narrower), for each gate, for each 4 columns, for each
+// unit: 4 bytes. A vector load thus takes 4 columns of L units of one gate, and the next load of that gate the bytes that
+// follow. Reads past a narrow panel find the next weights, or the 64 bytes of slack behind the matrix; those lanes are
+// never used.
 
 constexpr i64 PANEL = 16;
 
@@ -85,7 +86,7 @@ INLINE To bits(From value) {
 //   x: R rows `stride` activations apart; w: the first of the channels; width: units in its panel.
 template <int R, int G>
 INLINE void dot(const Activation* x, i64 stride, const std::int8_t* w, i64 width, i64 K4, Ints (&sums)[R][G]) {
-    const i64 gate = 4 * width, group = G * gate;
+    const i64 group = 4 * width, gate = K4 * group;
 #if !defined(__AVX2__)
     for (int r = 0; r < R; ++r)
         for (int g = 0; g < G; ++g) {

@@ -37,7 +37,7 @@ def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 def pack(q_NK: Tensor, gates: int) -> Tensor:
     """The layout that the kernel reads, and the only form in which weights are kept; see `cpu_kernel.cpp`.
 
-    Panels of 16 units, the last as wide as is left; in each, for every 4 columns (zeros fill the last), every gate and
+    Panels of 16 units, the last as wide as is left; in each, for every gate, every 4 columns (zeros fill the last) and
     every unit, 4 bytes. 64 zero bytes follow.
 
     Args:
@@ -48,7 +48,7 @@ def pack(q_NK: Tensor, gates: int) -> Tensor:
     """
     q_GHK = q_NK.unflatten(0, (gates, -1))
     q_GHK4 = F.pad(q_GHK, (0, -q_GHK.size(2) % 4)).unflatten(2, (-1, 4))
-    panels = [panel.permute(2, 0, 1, 3).flatten() for panel in q_GHK4.split(PANEL, dim=1)]
+    panels = [panel.transpose(1, 2).flatten() for panel in q_GHK4.split(PANEL, dim=1)]
     return torch.cat([*panels, q_NK.new_zeros(SLACK)])
 
 
@@ -58,7 +58,7 @@ def unpack(packed: Tensor, gates: int, hidden: int, columns: int) -> Tensor:
     widths = [min(PANEL, hidden - unit) for unit in range(0, hidden, PANEL)]
     panels = packed[:-SLACK].split([width * groups * gates * 4 for width in widths])
     blocks = [
-        panel.view(groups, gates, width, 4).permute(1, 2, 0, 3).flatten(2)
+        panel.view(gates, groups, width, 4).transpose(1, 2).flatten(2)
         for panel, width in zip(panels, widths, strict=True)
     ]
     return torch.cat(blocks, dim=1)[..., :columns].flatten(0, 1)
