@@ -1,0 +1,143 @@
+"""C++ kernels that ship as source: built once on the machine they run on, for exactly its processor, and cached.
+
+A kernel is a set of framework-neutral `extern "C"` functions on raw pointers, loaded with ctypes, which lets go of
+Python's lock while they run. Nothing of torch or JAX is included, so one build serves all of their versions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+from perfkit._errors import UnsupportedError
+
+HEADERS = Path(__file__).parent
+
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    # Fused multiply-adds round once where the plain operations round twice: without them every processor, and the
+    # reference in the framework's own operations, gives the same bits.
+    "-ffp-contract=off",
+    "-Wno-psabi",
+)
+NATIVE = ("-march=native", "-mcpu=native", "")
+"""How compilers are told to build for this processor, in order of trial: x86 and most, some on ARM, none."""
+
+_lock = threading.Lock()
+
+
+def load(source: Path) -> ctypes.CDLL:
+    """The shared library built from `source`, which may include the `_*.hpp` beside this file.
+
+    Built at the first use on a machine, in a few seconds, and kept in perfkit's cache folder under the hash of
+    everything it depends on: source, headers, flags, compiler version, instruction set.
+
+    Raises:
+        UnsupportedError: no C++ compiler, or it fails, or the result cannot be kept or loaded.
+    """
+    with _lock:
+        return _load(source)
+
+
+@functools.cache
+def _load(source: Path) -> ctypes.CDLL:
+    compiler = find_compiler()
+    if compiler is None:
+        given = f"CXX={os.environ['CXX']!r} is not there" if "CXX" in os.environ else "neither g++ nor clang++ is there"
+        raise UnsupportedError(
+            f"{source.parent.name} needs a C++ compiler once to build its kernel for this machine, and {given}: "
+            "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install) "
+            "or set CXX to its path"
+        )
+    native, macros = _target(compiler)
+    flags = (*FLAGS, *filter(None, (native,)))
+    library = _folder() / f"{source.parent.name}-{_key(source, compiler, flags, macros)}.so"
+    if library.exists():
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:  # damaged, by a full disk for instance: building it anew replaces it
+            pass
+    _build(source, library, (*compiler, *flags))
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise UnsupportedError(
+            f"the kernel built from {source.name} cannot be loaded ({error}): if the folder forbids executing, "
+            "set PERFKIT_CACHE to one that does not"
+        ) from error
+
+
+def find_compiler() -> tuple[str, ...] | None:
+    """The command of the C++ compiler: `$CXX` where it is set, else g++ or clang++; None where there is none."""
+    for command in (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "clang++"):
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return tuple(words)
+    return None
+
+
+def _target(compiler: tuple[str, ...]) -> tuple[str, str]:
+    """The flag that builds for this processor, and what the compiler then defines: its version, the instructions."""
+    errors = ""
+    for native in NATIVE:
+        command = (*compiler, *filter(None, (native,)), "-dM", "-E", "-x", "c++", os.devnull)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return native, done.stdout
+        errors += done.stderr
+    raise UnsupportedError(f"the C++ compiler {shlex.join(compiler)} does not run: {errors.strip()}")
+
+
+def _key(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], macros: str) -> str:
+    digest = hashlib.sha256(repr((compiler, flags, macros)).encode())
+    for file in (source, *sorted(HEADERS.glob("_*.hpp"))):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _folder() -> Path:
+    """`native` in `$PERFKIT_CACHE` or the user's cache folder, made if needed."""
+    root = (
+        os.environ.get("PERFKIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perfkit"
+    )
+    folder = Path(root) / "native"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UnsupportedError(
+            f"{folder} for built kernels cannot be made ({error}): set PERFKIT_CACHE to a folder that can"
+        ) from error
+    return folder
+
+
+def _build(source: Path, library: Path, command: tuple[str, ...]) -> None:
+    """Build under a name of its own and move it into place whole: several processes may do so at once."""
+    try:
+        handle, partial = tempfile.mkstemp(dir=library.parent, prefix=f".{library.stem}-", suffix=".so")
+    except OSError as error:
+        raise UnsupportedError(
+            f"{library.parent} cannot be written ({error}): set PERFKIT_CACHE to a folder that can"
+        ) from error
+    os.close(handle)
+    try:
+        done = subprocess.run((*command, f"-I{HEADERS}", str(source), "-o", partial), capture_output=True, text=True)
+        if done.returncode:
+            raise UnsupportedError(
+                f"{shlex.join(command)} cannot build {source.name}: {done.stderr.strip()[-2000:]}\n"
+                "Install g++ 9 or clang++ 12 or newer, or set CXX to one"
+            )
+        os.replace(partial, library)
+    finally:
+        Path(partial).unlink(missing_ok=True)

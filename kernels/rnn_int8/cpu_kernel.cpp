@@ -1,0 +1,482 @@
+// One direction of one recurrent layer on int8 weights. The equations are in __init__.py, the same roundings in plain
+// torch operations in reference.py; results are equal to it bit for bit on every processor, as the products are
+// integers and the gates use only operations that IEEE 754 rounds once.
+//
+// Letters: T time steps, B batch rows, I input features, H hidden units, G gates, K columns of a weight matrix (I or H),
+// L lanes of a vector of 32-bit numbers. Units are those of the hidden state; a channel is one unit of one gate.
+//
+// Batch rows are independent of each other: a thread carries a slice of them through the whole sequence, no barriers.
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#include "_thread_pool.hpp"
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using i64 = std::int64_t;
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+// ---- Integer products ------------------------------------------------------------------------------------------------
+//
+// Packed weights: for each panel of 16 units (the last may be narrower), for each gate, for each 4 columns, for each
+// unit: 4 bytes. A vector load thus takes 4 columns of L units of one gate, and the next load of that gate the bytes that
+// follow. Reads past a narrow panel find the next weights, or the 64 bytes of slack behind the matrix; those lanes are
+// never used.
+
+constexpr i64 PANEL = 16;
+
+#if defined(__AVX2__) && defined(__AVX512VNNI__)
+#define BIASED 1
+constexpr int L = 16, ROWS = 4;
+#elif defined(__AVX2__) && defined(__AVXVNNI__)
+#define BIASED 1
+constexpr int L = 8, ROWS = 2;
+#elif defined(__AVX2__)
+#define BIASED 0
+constexpr int L = 8, ROWS = 4;
+#else
+#define BIASED 0
+constexpr int L = 8, ROWS = 1;
+#endif
+
+// How a quantized activation q in [-127, 127] is held. VNNI multiplies unsigned by signed bytes: it is given q + 128,
+// and 128 times the sum of the channel's weights is taken off again. AVX2 multiplies pairs of 16-bit numbers, at the
+// speed of its byte products without their saturation.
+#if BIASED
+using Activation = std::uint8_t;
+constexpr int BIAS = 128;
+#elif defined(__AVX2__)
+using Activation = std::int16_t;
+constexpr int BIAS = 0;
+#else
+using Activation = std::int8_t;
+constexpr int BIAS = 0;
+#endif
+
+using Ints = std::int32_t __attribute__((vector_size(4 * L)));
+using Floats = float __attribute__((vector_size(4 * L)));
+using Activations = Activation __attribute__((vector_size(sizeof(Activation) * L)));
+
+template <class V, class T>
+INLINE V load(const T* from) {
+    V value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+template <class V, class T>
+INLINE void store(T* to, V value) {
+    std::memcpy(to, &value, sizeof value);
+}
+template <class To, class From>
+INLINE To bits(From value) {
+    static_assert(sizeof(To) == sizeof(From));
+    return load<To>(&value);
+}
+
+// sums[r][g] = the products of row r with L channels of gate g, summed over K4 groups of four columns.
+//   x: R rows `stride` activations apart; w: the first of the channels; width: units in its panel.
+template <int R, int G>
+INLINE void dot(const Activation* x, i64 stride, const std::int8_t* w, i64 width, i64 K4, Ints (&sums)[R][G]) {
+    const i64 group = 4 * width, gate = K4 * group;
+#if !defined(__AVX2__)
+    for (int r = 0; r < R; ++r)
+        for (int g = 0; g < G; ++g) {
+            Ints sum{};
+            for (i64 k = 0; k < K4; ++k)
+                for (int lane = 0; lane < L; ++lane)
+                    for (int j = 0; j < 4; ++j)
+                        sum[lane] += std::int32_t(x[r * stride + 4 * k + j]) * w[k * group + g * gate + 4 * lane + j];
+            sums[r][g] = sum;
+        }
+#elif BIASED
+    // In registers: the weights might, for all the compiler knows, lie where `sums` does. And in two sums each where
+    // there are so few that every instruction would wait for the last one's result.
+    constexpr int CHAINS = R * G < 8 ? 2 : 1;
+    Ints found[CHAINS][R][G] = {};
+    const auto add = [&](Ints (&to)[R][G], i64 k) INLINE_LAMBDA {
+        Ints four[R];  // columns of each row, the same in all lanes
+        for (int r = 0; r < R; ++r) four[r] = Ints{} + load<std::int32_t>(x + r * stride + 4 * k);
+        for (int g = 0; g < G; ++g) {
+            const Ints weights = load<Ints>(w + k * group + g * gate);
+            for (int r = 0; r < R; ++r)
+#if defined(__AVX512VNNI__)
+                to[r][g] = Ints(_mm512_dpbusd_epi32(__m512i(to[r][g]), __m512i(four[r]), __m512i(weights)));
+#else
+                to[r][g] = Ints(_mm256_dpbusd_avx_epi32(__m256i(to[r][g]), __m256i(four[r]), __m256i(weights)));
+#endif
+        }
+    };
+    i64 k = 0;
+    for (; k + CHAINS <= K4; k += CHAINS)
+        for (int chain = 0; chain < CHAINS; ++chain) add(found[chain], k + chain);
+    if (k < K4) add(found[0], k);
+    for (int r = 0; r < R; ++r)
+        for (int g = 0; g < G; ++g) sums[r][g] = CHAINS == 2 ? found[0][r][g] + found[CHAINS - 1][r][g] : found[0][r][g];
+#else
+    // Each 32-bit lane of `low` (units 0 to 3) and `high` (4 to 7) holds the sum of two of the four columns. As many
+    // gates at a time as leave sixteen registers room for them.
+    constexpr int GATES = R == 1 ? G : R == 2 && G % 2 == 0 ? 2 : 1;
+    for (int g0 = 0; g0 < G; g0 += GATES) {
+        __m256i low[R][GATES] = {}, high[R][GATES] = {};
+        const std::int8_t* at = w + g0 * gate;
+        for (i64 k = 0; k < K4; ++k, at += group) {
+            __m256i four[R];
+            for (int r = 0; r < R; ++r) four[r] = _mm256_set1_epi64x(load<long long>(x + r * stride + 4 * k));
+            for (int g = 0; g < GATES; ++g) {
+                const __m256i first = _mm256_cvtepi8_epi16(load<__m128i>(at + g * gate));
+                const __m256i second = _mm256_cvtepi8_epi16(load<__m128i>(at + g * gate + 16));
+                for (int r = 0; r < R; ++r) {
+                    low[r][g] = _mm256_add_epi32(low[r][g], _mm256_madd_epi16(four[r], first));
+                    high[r][g] = _mm256_add_epi32(high[r][g], _mm256_madd_epi16(four[r], second));
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int g = 0; g < GATES; ++g) {
+                const __m256i pairs = _mm256_hadd_epi32(low[r][g], high[r][g]);  // units 0 1 4 5 2 3 6 7
+                sums[r][g0 + g] = Ints(_mm256_permute4x64_epi64(pairs, 0b11011000));
+            }
+    }
+#endif
+}
+
+// ---- Float functions -------------------------------------------------------------------------------------------------
+
+INLINE Floats all(float value) { return Floats{} + value; }
+
+// NaN stays NaN: each comparison with it is false.
+INLINE Floats at_least(Floats low, Floats x) { return x < low ? low : x; }
+INLINE Floats at_most(Floats high, Floats x) { return x > high ? high : x; }
+
+constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
+constexpr float LOG2_E = 1.44269504f;
+constexpr float STEEPEST = 30.0f;
+
+// 2^y for y clamped to [-30, 30]: 2^n (1 + r q(r)), n the nearest integer, r in [-1/2, 1/2], q fitted for the smallest
+// relative error (9.4e-8 in exact arithmetic; 3e-7 with its roundings). Where the clamp acts, a sigmoid or tanh of it
+// is within 1e-9 of its limit, and products of three such terms do not overflow.
+INLINE Floats exp2(Floats y) {
+    y = at_most(all(STEEPEST), at_least(all(-STEEPEST), y));
+    const Floats shifted = y + ROUNDER;
+    const Floats r = y - (shifted - ROUNDER);
+    Floats p = r * 0.00132695190f + 0.00967129134f;
+    p = p * r + 0.0555071086f;
+    p = p * r + 0.240222469f;
+    p = p * r + 0.693147004f;
+    p = p * r + 1.0f;
+    return bits<Floats>(bits<Ints>(p) + (bits<Ints>(shifted) << 23));
+}
+
+// sigmoid(x) = 1 / (1 + decay(x)) and tanh(x) = (1 - decay(2x)) / (1 + decay(2x)), decay(x) = e^-x.
+INLINE Floats decay(Floats x) { return exp2(x * -LOG2_E); }
+INLINE Floats decay_twice(Floats x) { return exp2(x * (-2 * LOG2_E)); }
+
+// Quantizes K numbers: scale = max(floor, largest magnitude) / 127, or `fixed` if that is positive; q = the nearest
+// integer to x / scale, clamped to [-127, 127]. Returns the scale: NaN if any of the numbers is infinite or NaN, so
+// that what they would turn into shows in the result. Writes whole vectors: q's stride is a multiple of L.
+INLINE float quantize(const float* x, i64 K, float floor, float fixed, Activation* q) {
+    Floats largest{}, spoilt{};
+    const i64 whole = K - K % L;
+    Floats rest{};
+    if (K > whole) std::memcpy(&rest, x + whole, (K - whole) * sizeof(float));
+    auto look = [&](Floats value) {
+        const Floats magnitude = bits<Floats>(bits<Ints>(value) & 0x7fffffff);
+        largest = magnitude > largest ? magnitude : largest;
+        spoilt += value * 0.0f;
+    };
+    for (i64 k = 0; k < whole; k += L) look(load<Floats>(x + k));
+    look(rest);
+    float most = floor, spoil = 0.0f;
+    for (int lane = 0; lane < L; ++lane) {
+        most = largest[lane] > most ? largest[lane] : most;
+        spoil += spoilt[lane];
+    }
+    const float scale = fixed > 0.0f ? fixed : most > 1e-30f ? most / 127.0f : 0.0f;
+    const float inverse = fixed > 0.0f ? 1.0f / fixed : most > 1e-30f ? 127.0f / most : 0.0f;
+    auto put = [&](Floats value, i64 k) {
+        const Floats clamped = at_most(all(127.0f), at_least(all(-127.0f), value * inverse));
+        const Ints integer = bits<Ints>(clamped + ROUNDER) - bits<Ints>(all(ROUNDER)) + BIAS;
+        store(q + k, __builtin_convertvector(integer, Activations));
+    };
+    for (i64 k = 0; k < whole; k += L) put(load<Floats>(x + k), k);
+    if (K > whole) put(rest, whole);
+    return scale + spoil;
+}
+
+// ---- Cells -----------------------------------------------------------------------------------------------------------
+//
+// step: one time step of L units. x[g * H_] is gate g's input part with its bias; h_[g] its hidden part; h and c the
+// units' states, updated. Fractions are brought to one denominator: a division costs as much as ten other operations.
+
+struct Lstm {
+    static constexpr int G = 4;
+    static INLINE void step(const float* x, i64 H_, const Floats* h_, const float*, float* h, float* c) {
+        const Floats i = decay(load<Floats>(x) + h_[0]), f = decay(load<Floats>(x + H_) + h_[1]);
+        const Floats g = decay_twice(load<Floats>(x + 2 * H_) + h_[2]), o = decay(load<Floats>(x + 3 * H_) + h_[3]);
+        const Floats input = (1.0f + i) * (1.0f + g), keep = 1.0f + f;
+        const Floats cell = (load<Floats>(c) * input + (1.0f - g) * keep) / (keep * input);
+        const Floats e = decay_twice(cell);
+        store(c, cell);
+        store(h, (1.0f - e) / ((1.0f + o) * (1.0f + e)));
+    }
+};
+
+struct Gru {
+    static constexpr int G = 3;
+    static INLINE void step(const float* x, i64 H_, const Floats* h_, const float* bias_hn, float* h, float*) {
+        const Floats r = 1.0f / (1.0f + decay(load<Floats>(x) + h_[0]));
+        const Floats z = decay(load<Floats>(x + H_) + h_[1]);
+        const Floats n = decay_twice(load<Floats>(x + 2 * H_) + r * (h_[2] + load<Floats>(bias_hn)));
+        store(h, (z * (1.0f - n) + load<Floats>(h) * (1.0f + n)) / ((1.0f + n) * (1.0f + z)));
+    }
+};
+
+struct RnnTanh {
+    static constexpr int G = 1;
+    static INLINE void step(const float* x, i64, const Floats* h_, const float*, float* h, float*) {
+        const Floats e = decay_twice(load<Floats>(x) + h_[0]);
+        store(h, (1.0f - e) / (1.0f + e));
+    }
+};
+
+struct RnnRelu {
+    static constexpr int G = 1;
+    static INLINE void step(const float* x, i64, const Floats* h_, const float*, float* h, float*) {
+        store(h, at_least(Floats{}, load<Floats>(x) + h_[0]));
+    }
+};
+
+// ---- The layer -------------------------------------------------------------------------------------------------------
+
+constexpr i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+
+}  // namespace
+
+extern "C" struct PerfkitRnnLayer {
+    i64 cell;  // 0 LSTM, 1 GRU, 2 RNN tanh, 3 RNN relu
+    i64 steps, batch, inputs, hidden;
+    const i64* batch_sizes;  // (T,), never rising: at step t the rows [0, batch_sizes[t]) are there
+    const i64* starts;       // (T,) the place of step t's first row in x and out, in units of row strides
+    i64 reverse;
+    const float* x;
+    i64 x_step, x_row;  // strides in floats; features are contiguous. The row b of step t lies at
+    float* out;         // x + t * x_step + (starts[t] + b) * x_row
+    i64 out_step, out_row;
+    float x_floor, x_fixed, h_floor;  // see quantize
+    const std::int8_t *w_ih, *w_hh;   // packed
+    const float *scale_ih, *scale_hh, *bias;  // (G, H)
+    const float* bias_hn;                     // (H,), GRU only
+    float *h, *c;                             // (B, H), the initial states, replaced by the final ones; c for LSTM only
+    i64 threads;
+};
+
+namespace {
+
+// What all slices share: per-channel numbers with H rounded up to whole vectors, the sums that BIAS adds.
+template <int G>
+struct Channels {
+    i64 H, H_, K4_x, K4_h;
+    std::vector<float> scale_ih, scale_hh, bias, bias_hn;
+    std::vector<std::int32_t> excess_x, excess_h;
+
+    explicit Channels(const PerfkitRnnLayer& p)
+        : H(p.hidden), H_(round_up(H, PANEL)), K4_x((p.inputs + 3) / 4), K4_h((H + 3) / 4),
+          scale_ih(padded(p.scale_ih, G)), scale_hh(padded(p.scale_hh, G)), bias(padded(p.bias, G)),
+          bias_hn(p.bias_hn ? padded(p.bias_hn, 1) : std::vector<float>()),
+          excess_x(excess(p.w_ih, K4_x)), excess_h(excess(p.w_hh, K4_h)) {}
+
+    std::vector<float> padded(const float* from, int gates) const {
+        std::vector<float> to(gates * H_);
+        for (int g = 0; g < gates; ++g) std::memcpy(&to[g * H_], from + g * H, H * sizeof(float));
+        return to;
+    }
+
+    std::vector<std::int32_t> excess(const std::int8_t* w, i64 K4) const {
+        std::vector<std::int32_t> sums(BIAS ? G * H_ : 0);
+        if (BIAS == 0) return sums;
+        const std::vector<Activation> bias(4 * K4, Activation(BIAS));
+        for (i64 u = 0; u < H; u += L) {
+            Ints sum[1][G];
+            dot<1, G>(bias.data(), 0, at(w, u, K4), width(u), K4, sum);
+            for (int g = 0; g < G; ++g) store(&sums[g * H_ + u], sum[0][g]);
+        }
+        return sums;
+    }
+
+    i64 width(i64 unit) const { return H - unit / PANEL * PANEL < PANEL ? H % PANEL : PANEL; }
+
+    // Where the weights of `unit` begin.
+    const std::int8_t* at(const std::int8_t* w, i64 unit, i64 K4) const {
+        return w + unit / PANEL * PANEL * G * 4 * K4 + unit % PANEL * 4;
+    }
+};
+
+// Calls use(row, parts) for each of `rows`: parts[g] = the product of that row with the L units of gate g that begin
+// at `unit`, times both scales.
+template <int G, class Use>
+INLINE void product(const Channels<G>& channels, i64 unit, const std::int8_t* w, i64 K4, const float* channel_scales,
+                    const std::int32_t* excess, const Activation* q, i64 stride, const float* row_scales, i64 rows,
+                    Use use) {
+    const std::int8_t* from = channels.at(w, unit, K4);
+    const i64 width = channels.width(unit);
+    auto block = [&](auto count, i64 row) INLINE_LAMBDA {
+        constexpr int R = decltype(count)::value;
+        Ints sums[R][G];
+        dot<R, G>(q + row * stride, stride, from, width, K4, sums);
+        for (int r = 0; r < R; ++r) {
+            Floats parts[G];
+            for (int g = 0; g < G; ++g) {
+                if (BIAS) sums[r][g] -= load<Ints>(excess + g * channels.H_ + unit);
+                const Floats scales = load<Floats>(channel_scales + g * channels.H_ + unit) * row_scales[row + r];
+                parts[g] = __builtin_convertvector(sums[r][g], Floats) * scales;
+            }
+            use(row + r, parts);
+        }
+    };
+    i64 row = 0;
+    for (; row + ROWS <= rows; row += ROWS) block(std::integral_constant<int, ROWS>{}, row);
+    if (ROWS > 2 && row + 2 <= rows) block(std::integral_constant<int, 2>{}, row), row += 2;
+    if (ROWS > 1 && row < rows) block(std::integral_constant<int, 1>{}, row);
+}
+
+// The rows [first, last) of the batch through the whole sequence.
+template <class Cell>
+void run_slice(const PerfkitRnnLayer& p, const Channels<Cell::G>& channels, i64 first, i64 last) {
+    constexpr int G = Cell::G;
+    // So many rows of input parts at a time: enough to reuse each weight, few enough to stay in the second-level cache.
+    constexpr i64 CHUNK = 64;
+    const i64 H = p.hidden, H_ = channels.H_, slice = last - first;
+    const i64 x_stride = round_up(p.inputs, PANEL), h_stride = H_;
+    const i64 chunk = slice > CHUNK ? slice : CHUNK;
+    std::vector<Activation> x_q(chunk * x_stride, Activation(BIAS)), h_q(slice * h_stride, Activation(BIAS));
+    std::vector<float> x_scales(chunk), h_scales(slice), x_parts(chunk * G * H_);
+    std::vector<float> h(slice * H_), c(p.c ? slice * H_ : 0);
+    for (i64 b = 0; b < slice; ++b) {
+        std::memcpy(&h[b * H_], p.h + (first + b) * H, H * sizeof(float));
+        if (p.c) std::memcpy(&c[b * H_], p.c + (first + b) * H, H * sizeof(float));
+        h_scales[b] = quantize(&h[b * H_], H, p.h_floor, 0.0f, &h_q[b * h_stride]);
+    }
+    const auto time = [&](i64 step) { return p.reverse ? p.steps - 1 - step : step; };
+    const auto rows_at = [&](i64 step) {
+        const i64 there = p.batch_sizes[time(step)] - first;
+        return there < 0 ? 0 : there < slice ? there : slice;
+    };
+    const auto input_parts = [&](i64 step) {  // of as many steps from `step` on as fit; returns the step after them
+        i64 rows = 0;
+        for (; step < p.steps && rows + rows_at(step) <= chunk; ++step) {
+            const i64 t = time(step), there = rows_at(step);
+            const float* x = p.x + t * p.x_step + (p.starts[t] + first) * p.x_row;
+            for (i64 b = 0; b < there; ++b, ++rows)
+                x_scales[rows] = quantize(x + b * p.x_row, p.inputs, p.x_floor, p.x_fixed, &x_q[rows * x_stride]);
+        }
+        for (i64 u = 0; u < H; u += L)
+            product<G>(channels, u, p.w_ih, channels.K4_x, channels.scale_ih.data(), channels.excess_x.data(), x_q.data(),
+                       x_stride, x_scales.data(), rows, [&](i64 row, const Floats* parts) INLINE_LAMBDA {
+                           for (int g = 0; g < G; ++g)
+                               store(&x_parts[(row * G + g) * H_ + u], parts[g] + load<Floats>(&channels.bias[g * H_ + u]));
+                       });
+        return step;
+    };
+    i64 ready = 0, row = 0;  // input parts are there up to step `ready`; those of the present step begin at `row`
+    for (i64 step = 0; step < p.steps; ++step) {
+        if (step == ready) ready = input_parts(step), row = 0;
+        const i64 there = rows_at(step), t = time(step);
+        for (i64 u = 0; u < H; u += L)
+            product<G>(channels, u, p.w_hh, channels.K4_h, channels.scale_hh.data(), channels.excess_h.data(), h_q.data(),
+                       h_stride, h_scales.data(), there, [&](i64 b, const Floats* parts) INLINE_LAMBDA {
+                           Cell::step(&x_parts[(row + b) * G * H_ + u], H_, parts, channels.bias_hn.data() + u,
+                                      &h[b * H_ + u], c.data() + b * H_ + u);
+                       });
+        float* out = p.out + t * p.out_step + (p.starts[t] + first) * p.out_row;
+        for (i64 b = 0; b < there; ++b) {
+            std::memcpy(out + b * p.out_row, &h[b * H_], H * sizeof(float));
+            h_scales[b] = quantize(&h[b * H_], H, p.h_floor, 0.0f, &h_q[b * h_stride]);
+        }
+        row += there;
+    }
+    for (i64 b = 0; b < slice; ++b) {
+        std::memcpy(p.h + (first + b) * H, &h[b * H_], H * sizeof(float));
+        if (p.c) std::memcpy(p.c + (first + b) * H, &c[b * H_], H * sizeof(float));
+    }
+}
+
+// Where to cut the batch: slices of about equal numbers of row-steps, two at most per thread so that one which is held
+// up can be helped, but none much smaller than what makes good use of each load of the weights.
+std::vector<i64> cuts(const PerfkitRnnLayer& p) {
+    constexpr i64 FEWEST = 16;
+    std::vector<i64> cumulated(p.batch + 1);  // row-steps of the rows before b
+    for (i64 t = 0; t < p.steps; ++t) ++cumulated[p.batch_sizes[t]];
+    i64 length = 0;
+    for (i64 b = p.batch; b > 0; --b) length += cumulated[b], cumulated[b] = length;  // of row b - 1
+    cumulated[0] = 0;
+    for (i64 b = 0; b < p.batch; ++b) cumulated[b + 1] += cumulated[b];
+    i64 slices = p.threads;
+    if (p.batch >= 2 * FEWEST * p.threads) slices *= 2;
+    if (slices > p.batch) slices = p.batch;
+    std::vector<i64> found{0};
+    for (i64 s = 1, b = 0; s < slices; ++s) {
+        while (cumulated[b] * slices < cumulated[p.batch] * s) ++b;
+        if (b > found.back() && b < p.batch) found.push_back(b);
+    }
+    found.push_back(p.batch);
+    return found;
+}
+
+template <class Cell>
+void run_layer(const PerfkitRnnLayer& p) {
+    struct Work {
+        const PerfkitRnnLayer& p;
+        const Channels<Cell::G> channels;
+        const std::vector<i64> cuts;
+        std::atomic<bool> failed{false};
+    } work{p, Channels<Cell::G>(p), cuts(p)};
+    const auto task = [](void* context, long i) {
+        Work& work = *static_cast<Work*>(context);
+        try {
+            run_slice<Cell>(work.p, work.channels, work.cuts[i], work.cuts[i + 1]);
+        } catch (const std::bad_alloc&) {
+            work.failed = true;
+        }
+    };
+    perfkit::ThreadPool::instance().run(long(work.cuts.size()) - 1, int(p.threads), task, &work);
+    if (work.failed) throw std::bad_alloc();
+}
+
+}  // namespace
+
+// Returns 0; 1 if memory ran out, and 2 for a cell that is not known.
+extern "C" int perfkit_rnn_int8_layer(const PerfkitRnnLayer* layer) {
+    try {
+        switch (layer->cell) {
+            case 0: run_layer<Lstm>(*layer); return 0;
+            case 1: run_layer<Gru>(*layer); return 0;
+            case 2: run_layer<RnnTanh>(*layer); return 0;
+            case 3: run_layer<RnnRelu>(*layer); return 0;
+        }
+        return 2;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// The instructions that the integer products were built for.
+extern "C" const char* perfkit_rnn_int8_instructions() {
+#if BIASED && defined(__AVX512VNNI__)
+    return "AVX512-VNNI";
+#elif BIASED
+    return "AVX-VNNI";
+#elif defined(__AVX2__)
+    return "AVX2";
+#else
+    return "plain C++";
+#endif
+}

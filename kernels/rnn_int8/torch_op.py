@@ -1,0 +1,233 @@
+"""`torch.ops.perfkit.rnn_int8`: all layers and directions of a quantized recurrent module, for inference on CPU.
+
+A custom operator: torch.compile and torch.export keep it whole. It has no gradient, and says so when asked for one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from perfkit._errors import InvalidInputError
+from perfkit.kernels import _native
+from perfkit.kernels.rnn_int8.weights import GATES, MOST_COLUMNS, SLACK
+
+SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
+MODES = tuple(GATES)
+
+
+class Direction(NamedTuple):
+    """The tensors of one direction of one layer, in the operator's order; see `reference.Layer` and `weights.pack`.
+
+    Args:
+        packed_ih, packed_hh: int8, one dimension.
+        scale_ih, scale_hh, bias: (G H,), float32.
+        bias_hn: (H,), float32, of the GRU alone.
+    """
+
+    packed_ih: Tensor
+    scale_ih: Tensor
+    packed_hh: Tensor
+    scale_hh: Tensor
+    bias: Tensor
+    bias_hn: Tensor | None = None
+
+
+def fields(mode: str) -> tuple[str, ...]:
+    """Those fields of a `Direction` that a cell has."""
+    return Direction._fields if mode == "GRU" else Direction._fields[:-1]
+
+
+class _Layer(ctypes.Structure):
+    """`PerfkitRnnLayer` of cpu_kernel.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("cell", "steps", "batch", "inputs", "hidden")),
+        *((name, ctypes.c_void_p) for name in ("batch_sizes", "starts")),
+        ("reverse", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("x_step", "x_row")),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("out_step", "out_row")),
+        *((name, ctypes.c_float) for name in ("x_floor", "x_fixed", "h_floor")),
+        *((name, ctypes.c_void_p) for name in ("w_ih", "w_hh", "scale_ih", "scale_hh", "bias", "bias_hn", "h", "c")),
+        ("threads", ctypes.c_int64),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernel, built at the first use.
+
+    Raises:
+        UnsupportedError: there is no C++ compiler, or it fails.
+    """
+    found = _native.load(SOURCE)
+    found.perfkit_rnn_int8_instructions.restype = ctypes.c_char_p
+    return found
+
+
+def instructions() -> str:
+    """What the integer products run on here: "AVX512-VNNI", "AVX-VNNI", "AVX2" or "plain C++"."""
+    return library().perfkit_rnn_int8_instructions().decode()
+
+
+@torch.library.custom_op("perfkit::rnn_int8", mutates_args=(), device_types="cpu")
+def rnn_int8(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    mode: str,
+    hidden: int,
+    bidirectional: bool,
+    batch_first: bool,
+    input_scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a quantized recurrent module, with torch.get_num_threads() threads.
+
+    Args:
+        x: float32; (T, B, I), or (B, T, I) if `batch_first`, or the (P, I) data of a PackedSequence.
+        batch_sizes: (T,), int64, those of the PackedSequence; None for padded input.
+        h0, c0: (layers * directions, B, H), float32; None for zeros, `h0` not with batch_sizes; `c0` for LSTM only.
+        weights: the `fields(mode)` of each direction of each layer.
+        mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
+        hidden: H.
+        input_scale: (), float32, the static scale of the first layer's input; 0 for one scale per row and step.
+
+    Returns:
+        Outputs: x's shape with H * directions features; final h and c: (layers * directions, B, H), c empty but for
+        LSTM. All float32.
+
+    Raises:
+        InvalidInputError: tensors of another dtype or size than these.
+        UnsupportedError: there is no C++ compiler to build the kernel.
+    """
+    if mode not in GATES:
+        raise InvalidInputError(f"mode is {mode!r}: expected one of {', '.join(MODES)}")
+    directions = 2 if bidirectional else 1
+    count = len(fields(mode))
+    layers = [Direction(*weights[i : i + count]) for i in range(0, len(weights), count)]
+    _check(x, batch_sizes, h0, c0, layers, mode, hidden, directions, batch_first)
+    out, h, c = _empty(x, batch_sizes, h0, weights, mode, hidden, bidirectional, batch_first)
+    for state, initial in ((h, h0), (c, c0 if mode == "LSTM" else None)):
+        state.zero_() if initial is None else state.copy_(initial)
+    sizes, starts = _steps(x, batch_sizes, batch_first)
+    run, threads = library().perfkit_rnn_int8_layer, torch.get_num_threads()
+    fixed = _Layer(
+        cell=MODES.index(mode),
+        steps=len(sizes),
+        batch=h.size(1),
+        hidden=hidden,
+        batch_sizes=ctypes.addressof(sizes),
+        starts=ctypes.addressof(starts),
+        h_floor=_floor(mode),
+        x_fixed=input_scale.item(),
+        threads=threads,
+    )
+    for i, direction in enumerate(layers):
+        index, way = divmod(i, directions)
+        if way == 0 and index:
+            x, out = out, torch.empty_like(out)
+            fixed.x_floor, fixed.x_fixed = _floor(mode), 0.0
+        if way == 0:
+            x = x if x.stride(-1) == 1 else x.contiguous()
+            fixed.inputs, fixed.x = x.size(-1), x.data_ptr()
+            fixed.x_step, fixed.x_row = _strides(x, batch_first)
+            fixed.out_step, fixed.out_row = _strides(out, batch_first)
+        fixed.reverse, fixed.out = way, out.data_ptr() + 4 * way * hidden
+        fixed.w_ih, fixed.scale_ih, fixed.w_hh, fixed.scale_hh, fixed.bias = (t.data_ptr() for t in direction[:5])
+        fixed.bias_hn = direction.bias_hn.data_ptr() if mode == "GRU" else None
+        fixed.h, fixed.c = h[i].data_ptr(), c[i].data_ptr() if mode == "LSTM" else None
+        if run(ctypes.byref(fixed)):
+            raise MemoryError(f"the int8 {mode} kernel found no memory for its working space")
+    return out, h, c
+
+
+@rnn_int8.register_fake
+def _(x, batch_sizes, h0, _c0, weights, mode, hidden, bidirectional, batch_first, _input_scale):
+    return _empty(x, batch_sizes, h0, weights, mode, hidden, bidirectional, batch_first)
+
+
+def _empty(x, batch_sizes, h0, weights, mode, hidden, bidirectional, batch_first) -> tuple[Tensor, Tensor, Tensor]:
+    batch = h0.size(1) if batch_sizes is not None else x.size(0 if batch_first else 1)
+    states = (len(weights) // len(fields(mode)), batch, hidden)
+    out = x.new_empty((*x.shape[:-1], hidden * (2 if bidirectional else 1)))
+    return out, x.new_empty(states), x.new_empty(states if mode == "LSTM" else (0,))
+
+
+def _floor(mode: str) -> float:
+    """The least that a hidden state's scale is made for: its bound, where it has one."""
+    return 0.0 if mode == "RNN_RELU" else 1.0
+
+
+def _steps(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tuple[ctypes.Array, ctypes.Array]:
+    """How many rows each step has, and where its first one lies, counted in rows."""
+    if batch_sizes is None:
+        batch, steps = (x.size(0), x.size(1)) if batch_first else (x.size(1), x.size(0))
+        kind = ctypes.c_int64 * steps
+        return kind(*[batch] * steps), kind()
+    sizes = batch_sizes.tolist()
+    kind = ctypes.c_int64 * len(sizes)
+    return kind(*sizes), kind(*accumulate(sizes[:-1], initial=0))
+
+
+def _strides(x: Tensor, batch_first: bool) -> tuple[int, int]:
+    """From step to step and from row to row, in elements."""
+    if x.dim() == 2:
+        return 0, x.stride(0)
+    return (x.stride(1), x.stride(0)) if batch_first else (x.stride(0), x.stride(1))
+
+
+def _check(x, batch_sizes, h0, c0, layers: list[Direction], mode, hidden, directions, batch_first) -> None:
+    """What the kernel relies on: a pointer to anything else would be read out of bounds."""
+    if x.dim() != (3 if batch_sizes is None else 2) or 0 in x.shape:
+        raise InvalidInputError(
+            f"x has shape {list(x.shape)}: expected (T, B, I), or (P, I) with batch_sizes, none of them zero"
+        )
+    batch = x.size(0 if batch_first else 1)
+    if batch_sizes is not None:
+        batch, steps = int(batch_sizes[0]), batch_sizes.diff()
+        if batch_sizes.dtype != torch.int64 or bool((steps > 0).any()) or batch_sizes[-1] < 1 or h0 is None:
+            raise InvalidInputError("batch_sizes must be int64, positive and never rising, and come with h0")
+        if int(batch_sizes.sum()) != x.size(0):
+            raise InvalidInputError(f"batch_sizes sum to {int(batch_sizes.sum())}, and x has {x.size(0)} rows")
+    channels = GATES[mode] * hidden
+    for i, direction in enumerate(layers):
+        inputs = x.size(-1) if i < directions else hidden * directions
+        expected = (
+            (torch.int8, _packed_size(channels, inputs)),
+            (torch.float32, channels),
+            (torch.int8, _packed_size(channels, hidden)),
+            (torch.float32, channels),
+            (torch.float32, channels),
+            (torch.float32, hidden),
+        )
+        for name, (dtype, size) in zip(fields(mode), expected, strict=False):
+            tensor = getattr(direction, name)
+            if tensor.dtype != dtype or tensor.shape != (size,) or not tensor.is_contiguous():
+                raise InvalidInputError(
+                    f"{name} of direction {i} is {tensor.dtype} {list(tensor.shape)}: "
+                    f"expected contiguous {dtype} [{size}]"
+                )
+        if max(inputs, hidden) > MOST_COLUMNS:
+            raise InvalidInputError(f"{max(inputs, hidden)} columns could overflow int32: at most {MOST_COLUMNS}")
+    for name, tensor in (("x", x), ("h0", h0), ("c0", c0)):
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
+            raise InvalidInputError(f"{name} is {tensor.dtype} on {tensor.device}: expected torch.float32 on cpu")
+    for name, state in (("h0", h0), ("c0", c0)):
+        expected = (len(layers), batch, hidden)
+        if state is not None and state.shape != expected and (name == "h0" or mode == "LSTM"):
+            raise InvalidInputError(f"{name} has shape {list(state.shape)}: expected {list(expected)}")
+
+
+def _packed_size(channels: int, columns: int) -> int:
+    return -(-columns // 4) * 4 * channels + SLACK
