@@ -22,9 +22,7 @@ class Quantizer(LayerRecipe):
         return "it saves memory rather than time: choose it by name"
 
     def observed(self, effect, log):
-        if not effect.simulated:
-            return effect
-        if not log.integer_kernels:
-            return replace(effect, notes=(*effect.notes, EAGER))
-        made = f"the compiler made {log.integer_kernels} integer kernels"
-        return replace(effect, notes=(*effect.notes, made), simulated=False)
+        if log.integer_kernels:
+            made = f"the compiler made {log.integer_kernels} integer kernels"
+            return replace(effect, notes=(*effect.notes, made), simulated=False)
+        return replace(effect, notes=(*effect.notes, EAGER)) if effect.simulated else effect

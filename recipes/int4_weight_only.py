@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from perfkit.recipes._quantizer import Quantizer
-
 from perfkit import InvalidInputError
+from perfkit.recipes._quantizer import Quantizer
 
 GROUPS = (32, 64, 128, 256)
 

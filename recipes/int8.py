@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from perfkit.recipes._quantizer import Quantizer
-
 from perfkit import InvalidInputError
+from perfkit.recipes._quantizer import Quantizer
 
 
 @dataclass(frozen=True, kw_only=True)

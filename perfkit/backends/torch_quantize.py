@@ -95,7 +95,7 @@ def int8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
         *_quantize_pools(work.model, {pool: layers[name] for pool, name in followers.items() if name in touched}),
     )
     skipped = [item for item in skipped if item.name not in folded]
-    return work, Effect(tuple(touched), tuple(skipped), notes, _simulated(layers[name] for name in touched))
+    return work, _effect(layers, touched, skipped, notes)
 
 
 def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
@@ -109,7 +109,7 @@ def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]
             torch_quantized_layers.dynamic(module, _top())
         else:
             _without_calibration(module)
-    return work, Effect(tuple(layers), tuple(skipped), _range_notes(_top()), _simulated(layers.values()))
+    return work, _effect(layers, layers, skipped, _range_notes(_top()))
 
 
 def weight_only(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
@@ -264,8 +264,14 @@ def _without_calibration(module: nn.Module) -> None:
         torch_quantized_layers.embedding(module)
 
 
-def _simulated(modules: Iterable[nn.Module]) -> bool:
-    return any(_multiplies(module) for module in modules)
+def _effect(layers: Mapping[str, nn.Module], touched: Iterable[str], skipped: Iterable[Skipped], notes: Iterable[str]):
+    """What was done; simulated where no touched layer runs on integers before the model is compiled."""
+    touched = tuple(touched)
+    rounding = [name for name in touched if _multiplies(layers[name])]
+    simulated = bool(rounding) and not any(isinstance(layers[name], nn.RNNBase) for name in touched)
+    if rounding and not simulated:
+        notes = (*notes, f"{', '.join(rounding)}: on integers with '+compile' only")
+    return Effect(touched, tuple(skipped), tuple(notes), simulated)
 
 
 def _top() -> int:

@@ -8,7 +8,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F  # noqa: E402
-from perfkit.recipes.int8 import Int8  # noqa: E402
 from sample_models import arguments, torch_models, training  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -18,6 +17,7 @@ from perfkit.backends import torch_int4, torch_quantize, torch_quantized_layers 
 from perfkit.backends.torch_fold import fold_norms  # noqa: E402
 from perfkit.backends.torch_quantized_layers import rounded_weight  # noqa: E402
 from perfkit.backends.torch_ranges import Affine  # noqa: E402
+from perfkit.recipes.int8 import Int8  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* makes .* slower here:perfkit.PerfkitWarning")
 GRID = Affine.spanning(-4.0, 4.0, 255)
