@@ -1,0 +1,143 @@
+"""Low-rank factorization of the linear layers of torch models."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from perfkit._errors import UnsupportedError
+from perfkit._report import Effect, Skipped
+from perfkit._workload import Workload
+from perfkit.backends.torch_prune_layers import label, shared_parameters
+from perfkit.backends.torch_surgery import copied
+from perfkit.backends.torch_training import teacher
+
+if TYPE_CHECKING:
+    from perfkit.recipes.low_rank import LowRank
+
+_LAYERS = (nn.Linear, nn.RNNBase)
+_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_READ = "its weight is read by the layer that holds it, which does not call it"
+
+
+def factorized(work: Workload, recipe: LowRank) -> tuple[Workload, Effect]:
+    """Replace the linear layers of `work.model` by two thin ones each, in place, where that is smaller.
+
+    Raises:
+        UnsupportedError: the optimizer already keeps a state of a weight that would be replaced.
+        InvalidInputError: a pattern of include or exclude matches no layer.
+    """
+    if recipe.distill:
+        work = work.replace(training=dataclasses.replace(work.training, teacher=teacher(work)))
+    model = work.model
+    layers = {label(model, name): (name, each) for name, each in model.named_modules() if isinstance(each, _LAYERS)}
+    wanted, reasons = recipe.selected(layers), _reasons(work)
+    notes, skipped = {}, []
+    for called, (name, layer) in layers.items():
+        reason = reasons.get(name) if called in wanted else "include/exclude leave it alone"
+        if reason is None:
+            rows, columns = layer.weight.shape
+            left, right = factors(layer.weight, recipe.energy)
+            rank = left.shape[1]
+            if rank * (rows + columns) < rows * columns:
+                _replace(model, layer, left, right, work.training.optimizer if work.trains else None, called)
+                notes[called] = f"{called}: {rows}×{columns} → rank {rank}"
+                continue
+            needed = f"{rank * (rows + columns)} numbers, and {rows}×{columns} has {rows * columns}"
+            reason = f"rank {rank} would need more: {needed}"
+        skipped.append(Skipped(called, reason))
+    return work, Effect(tuple(notes), tuple(skipped), tuple(notes.values()))
+
+
+def factors(weight: torch.Tensor, energy: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (m×r) and B (r×n) with `‖weight − AB‖² ≤ (1 − energy)·‖weight‖²` (Frobenius) and the smallest such r.
+
+    Computed in float64; returned in the weight's dtype, each with the square roots of the singular values.
+    """
+    left, values, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    lost = values.square().flip(0).cumsum(0).flip(0)  # lost[r]: what rank r leaves out
+    rank = max(1, int((lost > (1 - energy) * lost[0]).sum()))
+    root = values[:rank].sqrt()
+    return (left[:, :rank] * root).to(weight.dtype), (root[:, None] * right[:rank]).to(weight.dtype)
+
+
+def _reasons(work: Workload) -> dict[str, str]:
+    """Layers that cannot be replaced -> why."""
+    model = work.model
+    reasons = {name: f"it {why}" for name, why in shared_parameters(model).items()}
+    uncalled = _uncalled(work)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.RNNBase):
+            reasons[name] = (
+                f"the {type(layer).__name__} kernels take whole matrices: with factors each step would run in Python, "
+                "slower than now"
+            )
+        elif isinstance(layer, nn.Linear):
+            if not name:
+                reasons[name] = "it is the model itself, which stays what it is"
+            elif type(layer).forward is not nn.Linear.forward or "weight" not in layer._parameters:
+                reasons[name] = f"this {type(layer).__name__} is not a plain one"
+            elif layer._forward_hooks or layer._forward_pre_hooks:
+                reasons[name] = "it has hooks, which the two layers in its place would not call as they are"
+            elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+                reasons[name] = _READ
+            elif name in uncalled:
+                reasons[name] = uncalled[name]
+    return reasons
+
+
+def _uncalled(work: Workload) -> dict[str, str]:
+    """The linear layers that do not run when the model does, in evaluation, where layers may take shorter ways."""
+    model = copied(work.model).eval()
+    if work.inputs is None:
+        holders = [name for name, each in model.named_modules() if isinstance(each, _READERS)]
+        names = [name for name, each in model.named_modules() if isinstance(each, nn.Linear)]
+        return {name: _READ for name in names for holder in holders if name.startswith(f"{holder}.")}
+    called: set[str] = set()
+    linears = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    for name, layer in linears.items():
+        layer.register_forward_hook(lambda *_, name=name: called.add(name))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(work.seed)
+        model(*work.inputs.args, **work.inputs.kwargs)
+    why = "it is not called as a layer on the example inputs: it does not run, or its weight is read in its place"
+    return dict.fromkeys(linears.keys() - called, why)
+
+
+def _replace(
+    model: nn.Module, layer: nn.Linear, left: torch.Tensor, right: torch.Tensor, optimizer: Any, called: str
+) -> None:
+    rank = left.shape[1]
+    options = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    pair = nn.Sequential(
+        nn.Linear(layer.in_features, rank, bias=False, **options),
+        nn.Linear(rank, layer.out_features, bias=layer.bias is not None, **options),
+    )
+    with torch.no_grad():
+        pair[0].weight.copy_(right)
+        pair[1].weight.copy_(left)
+    if layer.bias is not None:
+        pair[1].bias = layer.bias
+    pair[0].weight.requires_grad_(layer.weight.requires_grad)
+    pair[1].weight.requires_grad_(layer.weight.requires_grad)
+    pair.train(layer.training)
+    if optimizer is not None:
+        _in_optimizer(optimizer, layer.weight, [each.weight for each in pair], called)
+    for parent in list(model.modules()):
+        for key, child in list(parent.named_children()):
+            if child is layer:
+                setattr(parent, key, pair)
+
+
+def _in_optimizer(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: list[nn.Parameter], called: str) -> None:
+    """The factors take the weight's place among the parameters."""
+    if optimizer.state.get(old):
+        raise UnsupportedError(
+            f"{type(optimizer).__name__} already keeps {', '.join(map(repr, optimizer.state[old]))} of {called}, which "
+            "two factors do not have: factorize before training, or pass a new optimizer"
+        )
+    for group in optimizer.param_groups:
+        group["params"] = [each for one in group["params"] for each in (new if one is old else [one])]
