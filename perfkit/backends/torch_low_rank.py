@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,12 +101,21 @@ def _uncalled(work: Workload) -> dict[str, str]:
     called: set[str] = set()
     linears = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear)}
     for name, layer in linears.items():
-        layer.register_forward_hook(lambda *_, name=name: called.add(name))
+        layer.forward = _noting(layer.forward, name, called)  # not a hook: with hooks no layer takes a shorter way
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(work.seed)
         model(*work.inputs.args, **work.inputs.kwargs)
     why = "it is not called as a layer on the example inputs: it does not run, or its weight is read in its place"
     return dict.fromkeys(linears.keys() - called, why)
+
+
+def _noting(forward: Callable, name: str, called: set[str]) -> Callable:
+    @functools.wraps(forward)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        called.add(name)
+        return forward(*args, **kwargs)
+
+    return noted
 
 
 def _replace(

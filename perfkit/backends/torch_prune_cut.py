@@ -137,7 +137,8 @@ def _independent(structure: Structure, removed: torch.Tensor) -> Iterable[tuple[
 
 
 def _stays(part: Slice, removed: torch.Tensor) -> torch.Tensor:
-    return ~torch.cat([removed, torch.zeros(1, dtype=torch.bool)])[part.units]  # the last entry is that of NONE
+    padded = torch.cat([removed, removed.new_zeros(1)])  # the last entry is that of NONE
+    return ~padded[part.units.to(removed.device)]
 
 
 assert NONE == -1, "indexes the last entry"

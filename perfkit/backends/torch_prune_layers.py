@@ -69,7 +69,10 @@ class _Call:
         self.slice("weight", weight_dim, units, produced=True)
         if self.module.bias is not None:
             self.slice("bias", 0, units, produced=True)
-        self.passes(units, dim)
+        if len(units) > 1:
+            self.passes(units, dim)
+        else:  # it stays, so whatever it meets need not be followed
+            self.labels.units.fix(units, "is all there is")
 
 
 Rule = Callable[[_Call], None]

@@ -91,7 +91,7 @@ class Units(Growth):
         gone |= chosen(self.structure, scores, share, self.round_to).to(gone.device)
 
     def hold(self, model: nn.Module) -> None:
-        mask(model, self.structure, model._perfkit_pruned.cpu())
+        mask(model, self.structure, model._perfkit_pruned)
 
     def clear(self, model: nn.Module) -> None:
         del model._perfkit_pruned
