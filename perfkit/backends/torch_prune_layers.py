@@ -29,6 +29,10 @@ _OPAQUE = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.MultiheadAttention, nn.RNNCellBase, nn.Bilinear,
     nn.Embedding, nn.EmbeddingBag,
 )  # fmt: skip
+_UNCALLED = (
+    "it was not called as a layer when the model ran on the example inputs; where other inputs lead to it, exclude "
+    "what it reads"
+)
 _NORMALIZING = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm)
 
 
@@ -72,7 +76,7 @@ class _Call:
         if len(units) > 1:
             self.passes(units, dim)
         else:  # it stays, so whatever it meets need not be followed
-            self.labels.units.fix(units, "is all there is")
+            self.labels.units.fix(units, "has one unit, which stays")
 
 
 Rule = Callable[[_Call], None]
@@ -89,20 +93,21 @@ def label(model: nn.Module, name: str) -> str:
 
 
 def structure(work: Workload, wanted: set[str]) -> Structure:
-    """Follow the units of `work.model` through one run on the example inputs.
+    """Follow the units of `work.model` through a run on the example inputs, for training also one as it trains.
 
     Args:
         wanted: the layers that may lose units, as `owners` calls them.
     """
-    model = copied(work.model).eval()
+    model = copied(work.model)
     labels = Labels(Units())
     modules = dict(model.named_modules())
     shared = shared_parameters(model)
     for name, module in modules.items():
         if (rule := _rule(module)) is not None:
             module.forward = _looked_at(name, module, shared.get(name), rule, labels)
-    outputs = _run(model, work.inputs, labels, work.seed)
-    labels.fix(list(tensors_in(outputs)), "is an output of the model")
+    for training in (False, True) if work.trains else (False,):
+        outputs = _run(model.train(training), work.inputs, labels, work.seed)
+        labels.fix(list(tensors_in(outputs)), "is an output of the model")
     units = labels.units
     for name in owners(model):
         if name in units.axes and name not in wanted:
@@ -111,7 +116,7 @@ def structure(work: Workload, wanted: set[str]) -> Structure:
         elif name not in wanted:
             units.skipped[name] = "include/exclude leave it alone"
         elif name not in units.axes:
-            units.skipped.setdefault(name, "it was not called as a layer when the model ran on the example inputs")
+            units.skipped.setdefault(name, _UNCALLED)
     return units.structure()
 
 
@@ -177,6 +182,8 @@ def _rule(module: nn.Module) -> Rule | None:
         return _per_channel
     if isinstance(module, nn.PReLU):
         return _prelu
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return _unchanged
     return _opaque if isinstance(module, _OPAQUE) else None
 
 
@@ -191,6 +198,9 @@ def _opaque(call: _Call) -> None:
     if not isinstance(call.module, _NORMALIZING):
         why = f"feeds {call.called} ({kind}), through which units are not followed"
     call.labels.fix([call.args, call.kwargs], why)
+    for name in owners(call.module):
+        inside = f"it belongs to {call.called} ({kind}), through which units are not followed"
+        call.labels.units.skipped[f"{call.called}.{name}"] = inside
     if isinstance(call.module, OWNERS):
         why = f"this {kind} is not a plain one: its forward or its weights are made elsewhere"
         call.labels.units.skipped[call.called] = why
@@ -233,9 +243,13 @@ def _per_channel(call: _Call) -> None:
     call.passes(read, channel)
 
 
+def _unchanged(call: _Call) -> None:
+    call.labels.set(call.outputs, call.labels.of(call.given))
+
+
 def _prelu(call: _Call) -> None:
     if call.module.num_parameters == 1:
-        call.labels.set(call.outputs, call.labels.of(call.given))
+        _unchanged(call)
     else:
         read = call.reads(1)
         call.slice("weight", 0, read)

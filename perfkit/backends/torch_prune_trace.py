@@ -19,7 +19,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from perfkit.backends.torch_prune_units import NONE, Units, compact, spread, varies, vector
 
-_SAME = {"clone", "detach", "alias", "lift_fresh", "_to_copy", "contiguous", "dropout"}
+_SAME = {
+    "clone", "detach", "alias", "lift_fresh", "_to_copy", "contiguous", "empty_like", "zeros_like", "ones_like",
+    "full_like", "rand_like", "randn_like", "bernoulli", "bernoulli_", "uniform_", "normal_",
+}  # fmt: skip
+_FRESH = {"new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"}  # of sizes that are given as numbers
 _MOVES = {
     "permute", "transpose", "t", "expand", "slice", "select", "squeeze", "unsqueeze", "split", "split_with_sizes",
     "unbind", "chunk", "index_select", "gather", "index", "flip", "roll", "repeat", "narrow", "movedim", "cat", "stack",
@@ -100,6 +104,10 @@ class Following(TorchDispatchMode):
         labels = self.labels
         if name in _SAME:
             labels.set(outputs, labels.of(args[0]))
+        elif name in _FRESH:
+            pass
+        elif name == "native_dropout":
+            labels.set(outputs[0], labels.of(args[0]))
         elif name in _RESHAPES:
             labels.set(outputs, labels.filled(args[0]).reshape(outputs.shape))
         elif name in _MOVES:

@@ -119,6 +119,31 @@ class Attended(nn.Module):
         return self.fc(pooled + torch.tanh(self.more(pooled)))
 
 
+class Repeated(nn.Module):
+    """One layer is called twice, on what the first call made."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.out = nn.Linear(5, 12), nn.Linear(12, 12), nn.Linear(12, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        return self.out(torch.relu(self.again(torch.relu(self.again(x)))))
+
+
+class Normed(nn.Module):
+    """Channels last, a batch norm over features, unflatten, stack and index."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(5, 12), nn.BatchNorm1d(12), nn.Linear(24, 2)
+
+    def forward(self, x):
+        x = self.norm(self.a(x).movedim(-1, 1)).movedim(1, -1)
+        both = torch.stack([x[:, 0], x[:, [1, 2, 3]].amax(1)])
+        return self.b(both.transpose(0, 1).flatten(1).unsqueeze(1))
+
+
 def cases():
     torch.manual_seed(0)
     images, steps, rows = torch.randn(3, 3, 8, 8), torch.randn(7, 4, 5), torch.randn(4, 7, 5)
@@ -142,6 +167,8 @@ def cases():
         "concatenations": (Dense(), (images,), {"a", "b", "mix", "up"}),
         "depthwise and gate": (Separable(), (images,), {"first", "depth", "squeeze", "excite"}),
         "pooled over time": (Attended(), (rows,), {"rnn", "more"}),
+        "one layer twice": (Repeated(), (rows[0],), {"first", "again"}),
+        "moved dimensions": (Normed(), (rows,), {"a"}),
         "1d": (
             nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(24, 3)),
             (torch.randn(2, 3, 8),), {"0"},
@@ -290,6 +317,39 @@ class StatesReturned(nn.Module):
         return self.fc(sequence), state
 
 
+class Pixels(nn.Module):
+    """Four channels become one of four times the size."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x):
+        return self.b(F.pixel_shuffle(self.a(x), 2))
+
+
+class Squeezed(nn.Module):
+    """With one unit left, squeeze() takes its dimension too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x[:, None]).squeeze())
+
+
+class Unread(nn.Module):
+    """Its layers' units are summed, which one more unit would change the mean of."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(1, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x).mean(-1, keepdim=True))
+
+
 class Functional(nn.Module):
     """A parameter of its own scales the units."""
 
@@ -307,6 +367,14 @@ REFUSED = {
     "state given": (StatesGiven, (7, 3, 5), {"rnn": "initial state"}),
     "state returned": (StatesReturned, (7, 3, 5), {"rnn": "output of the model"}),
     "own parameter": (Functional, (2, 4), {"a": "values of fixed size in mul"}),
+    "pixel shuffle": (Pixels, (2, 3, 8, 8), {"a": "used by pixel_shuffle"}),
+    "squeezed": (Squeezed, (3, 4), {"a": "does not run"}),
+    "averaged": (Unread, (3, 4), {"a": "used by mean"}),
+    "attention": (
+        lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True),
+        (2, 5, 16),
+        {"self_attn.out_proj": "belongs to self_attn (MultiheadAttention)"},
+    ),
     "sigmoid": (
         lambda: nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 2)),
         (2, 4),

@@ -206,6 +206,30 @@ def test_schedule_in_a_chain():
     assert int((result.model[0].weight == 0).flatten(1).all(1).sum()) == 2
 
 
+class Auxiliary(nn.Module):
+    """A second head that is there in training only, and reads what evaluation never shows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.aside = nn.Linear(5, 16), nn.Linear(16, 2), nn.Linear(16, 2)
+        self.drop, self.columns = nn.Dropout(0.2), nn.Dropout1d(0.2)
+
+    def forward(self, x):
+        x = nn.functional.dropout(self.drop(torch.relu(self.body(x))), 0.1, self.training)
+        x = self.columns(x[:, :, None])[:, :, 0]
+        return self.head(x) + self.aside(x) if self.training else self.head(x)
+
+
+def test_paths_of_training_are_followed():
+    model, x, y = small_task(Auxiliary)
+    new, effect = Prune(round_to=1).torch(bound(model, x, y, OPTIMIZERS["adam"], steps=2))
+    assert effect.touched == ("body",)
+    assert new.model.aside.in_features == 8
+    trainer = Trainer(new)
+    losses = [float(trainer.step(new.inputs, y)) for _ in range(100)]
+    assert losses[-1] < losses[0]
+
+
 def test_accuracy_after_fine_tuning():
     """cnn2 on real digits: 2.5 times fewer parameters, and within a point of the original after as much training."""
     name, steps = "cnn2", 40
