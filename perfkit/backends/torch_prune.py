@@ -14,6 +14,7 @@ from perfkit.backends import torch_prune_masks as masks
 from perfkit.backends.torch_prune_cut import cut, verified
 from perfkit.backends.torch_prune_layers import OWNERS, label, owners, shared_parameters, structure
 from perfkit.backends.torch_prune_rank import balanced, chosen, scores
+from perfkit.backends.torch_prune_sparse import SPARSE_KERNELS, use_sparse_kernel
 from perfkit.backends.torch_prune_units import Structure
 from perfkit.backends.torch_training import teacher
 
@@ -119,14 +120,24 @@ def _weights(work: Workload, recipe: Prune) -> Effect:
         else:
             touched.append(called)
             tensors.extend((name, key) for key in matrices)
-    growth = masks.Weights(recipe.amount, recipe.schedule, tensors=tuple(tensors), pattern=pattern)
     if not tensors:
         return Effect((), tuple(skipped))
     if work.trains:
+        growth = masks.Weights(recipe.amount, recipe.schedule, tensors=tuple(tensors), pattern=pattern)
         masks.attach(model, growth)
         return Effect(tuple(touched), tuple(skipped), (_DENSE,), simulated=True)
+    dense = {}
     for name, key in tensors:
-        weight = getattr(model.get_submodule(name), key)
+        module = model.get_submodule(name)
+        weight = getattr(module, key)
         with torch.no_grad():
             weight.masked_fill_(masks.smallest(weight.abs(), recipe.amount, pattern), 0)
-    return Effect(tuple(touched), tuple(skipped), (_DENSE,), simulated=True)
+        if pattern != SPARSE_KERNELS:
+            dense[label(model, name)] = _DENSE
+        elif reason := use_sparse_kernel(module):
+            dense[label(model, name)] = f"{_DENSE} ({reason})"
+    reasons: dict[str, list[str]] = {}
+    for name, reason in dense.items():
+        reasons.setdefault(reason, []).append(name)
+    notes = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return Effect(tuple(touched), tuple(skipped), tuple(notes), simulated=bool(dense))

@@ -61,6 +61,25 @@ def test_pattern_along_inputs():
         assert torch.equal(groups.abs().sum(-1), before.topk(2).values.sum(-1))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_sparse_kernels_are_used_where_they_exist():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 3)).cuda().to(torch.bfloat16)
+    work = inference(model, (torch.randn(64, 256, device="cuda", dtype=torch.bfloat16),))
+    new, effect = Prune(structure="2:4").torch(BACKEND.copy(work))
+    assert type(new.model[0].weight.data).__name__.startswith("SparseSemiStructuredTensor")
+    assert effect.simulated, "three outputs are too few for a kernel"
+    assert effect.notes[0].startswith("2: ")
+
+
+def test_without_sparse_kernels_it_is_simulated():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 4))
+    _, effect = Prune(structure="2:4").torch(inference(model, (torch.randn(2, 4, 4, 4),)))
+    assert effect.simulated
+    assert "(there are sparse kernels for linear layers only)" in effect.notes[0]
+    assert "(sparse kernels need an NVIDIA GPU)" in effect.notes[1]
+
+
 def test_one_of_four():
     gone = smallest(torch.tensor([[3.0, 1, 2, 4, 9, 9, 8, 10]]), 0.5, (1, 4))
     assert gone.tolist() == [[True, True, True, False, True, True, True, False]]
