@@ -16,6 +16,7 @@ import perfkit  # noqa: E402
 from perfkit import InvalidInputError, UnsupportedError  # noqa: E402
 from perfkit.backends import backend  # noqa: E402
 from perfkit.backends.torch_prune_rank import kept  # noqa: E402
+from perfkit.backends.torch_prune_units import NONE, Units  # noqa: E402
 
 
 class Recurrent(nn.Module):
@@ -350,6 +351,18 @@ class Unread(nn.Module):
         return self.b(self.a(x).mean(-1, keepdim=True))
 
 
+class HalfReturned(nn.Module):
+    """One direction is an output, so the other may not lose units either: hidden_size is one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.fc = nn.GRU(5, 8, bidirectional=True), nn.Linear(8, 2)
+
+    def forward(self, x):
+        sequence, _ = self.rnn(x)
+        return sequence[..., :8], self.fc(sequence[..., 8:])
+
+
 class Functional(nn.Module):
     """A parameter of its own scales the units."""
 
@@ -366,6 +379,7 @@ REFUSED = {
     "regrouped": (Shuffled, (2, 1, 8, 8), {"a": "regrouped"}),
     "state given": (StatesGiven, (7, 3, 5), {"rnn": "initial state"}),
     "state returned": (StatesReturned, (7, 3, 5), {"rnn": "output of the model"}),
+    "one direction returned": (HalfReturned, (7, 3, 5), {"rnn": "output of the model"}),
     "own parameter": (Functional, (2, 4), {"a": "values of fixed size in mul"}),
     "pixel shuffle": (Pixels, (2, 3, 8, 8), {"a": "used by pixel_shuffle"}),
     "squeezed": (Squeezed, (3, 4), {"a": "does not run"}),
@@ -417,6 +431,21 @@ def test_what_cannot_be_followed_stays(name):
     reference = outputs(work.replace(model=silenced(work.model, new.model)))
     for one, other in zip(outputs(new), reference, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("pair", [(0, 3), (3, 0)])
+def test_what_is_fixed_stays_fixed_when_united(pair):
+    units = Units()
+    first, second = units.axis("first", 3), units.axis("second", 3)
+    units.fix(torch.tensor([3]), "is needed")
+    units.unite([torch.tensor([pair[0]]), torch.tensor([pair[1]])], "add")
+    units.unite([torch.tensor([1, 2]), torch.tensor([NONE, 4])], "cat")
+    found = units.structure()
+    assert found.free(torch.cat([*found.axes["first"], *found.axes["second"]])).tolist() == [
+        False, False, True, False, True, True,
+    ]  # fmt: skip
+    assert set(found.fixed.values()) == {"is needed", "meets values of fixed size in cat"}
+    assert (first[0][0], second[0][0]) == (0, 3)
 
 
 def test_one_layer_that_cannot_go_keeps_no_other():
