@@ -19,6 +19,8 @@ class LowRank(LayerRecipe):
     Args:
         energy: share of the squared singular values to keep, above 0 and below 1.
         distill: in training, half of the loss is the distance to the original's outputs.
+        include: names or shell patterns of the layers to work on; all where empty.
+        exclude: names or shell patterns of the layers to leave alone.
 
     Source: Denton et al., "Exploiting linear structure within convolutional networks", https://arxiv.org/abs/1404.0736
     """

@@ -27,6 +27,9 @@ class Prune(LayerRecipe):
             units are only masked: prune the trained model in inference to remove them.
         round_to: units that stay are a multiple of it, where there are that many: what hardware computes well.
         distill: in training, half of the loss is the distance to the original's outputs.
+        include: names or shell patterns of the layers that may lose units; all where empty.
+        exclude: those that keep all units, and so do layers tied to them, as by a residual addition; what they read may
+            still get smaller.
 
     Source: Li et al., "Pruning filters for efficient ConvNets", https://arxiv.org/abs/1608.08710; Wen et al.,
     "Learning intrinsic sparse structures within LSTM", https://arxiv.org/abs/1709.05027; Zhu and Gupta, "To prune, or

@@ -32,7 +32,7 @@ def factorized(work: Workload, recipe: LowRank) -> tuple[Workload, Effect]:
         UnsupportedError: the optimizer already keeps a state of a weight that would be replaced.
         InvalidInputError: a pattern of include or exclude matches no layer.
     """
-    if recipe.distill:
+    if recipe.distill and work.training.teacher is None:  # a teacher that is there knew the model before
         work = work.replace(training=dataclasses.replace(work.training, teacher=teacher(work)))
     model = work.model
     layers = {label(model, name): (name, each) for name, each in model.named_modules() if isinstance(each, _LAYERS)}

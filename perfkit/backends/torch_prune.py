@@ -33,7 +33,7 @@ def pruned(work: Workload, recipe: Prune) -> tuple[Workload, Effect]:
         InvalidInputError: a pattern of include or exclude matches no layer.
     """
     masks.settle(work.model)
-    if recipe.distill:
+    if recipe.distill and work.training.teacher is None:  # a teacher that is there knew the model before
         work = work.replace(training=dataclasses.replace(work.training, teacher=teacher(work)))
     return work, (_units if recipe.structure == "channels" else _weights)(work, recipe)
 

@@ -120,7 +120,7 @@ class Following(TorchDispatchMode):
             return self._spatial(_SPATIAL[name], args[0], outputs)
         elif name == "constant_pad_nd":
             return self._padded(outputs, *args)
-        elif name in ("mm", "bmm"):
+        elif name in ("mm", "bmm") and len(args) == 2:
             return self._product(*args, outputs)
         elif name == "_pack_padded_sequence":
             return self._packed(args[0], outputs[0])
@@ -157,6 +157,8 @@ class Following(TorchDispatchMode):
 
     def _along(self, func: Any, args: tuple, kwargs: dict, outputs: Any) -> bool:
         labels = self.labels.of(args[0])
+        if labels is None:
+            return False
         names = [argument.name for argument in func._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
         dims = given.get("dim")
@@ -177,6 +179,8 @@ class Following(TorchDispatchMode):
 
     def _spatial(self, count: int, image: torch.Tensor, outputs: Any) -> bool:
         labels = self.labels.of(image)
+        if labels is None:
+            return False
         for dim in range(labels.ndim - count, labels.ndim):
             if varies(labels, dim):
                 return False

@@ -117,6 +117,8 @@ def test_distillation_keeps_the_original_as_teacher():
     with torch.no_grad():
         torch.testing.assert_close(new.training.teacher(x), copy.deepcopy(work.model).eval()(x))
     assert new.model[0].out_features == 8
+    again, _ = Prune(round_to=1, distill=True).torch(BACKEND.copy(new))
+    assert again.training.teacher is new.training.teacher, "not what was pruned before"
 
 
 def zero_units(model):
