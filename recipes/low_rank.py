@@ -10,11 +10,11 @@ ENERGY = 0.99
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(LayerRecipe):
-    """Replace the weight of a linear layer by the product of two thin matrices, where that takes fewer numbers.
+    """Replace the weights of linear layers, and of recurrent ones' inputs, by products of two thin matrices.
 
-    W (m×n) ≈ A (m×r) · B (r×n) from its singular values, with the smallest rank r that keeps `energy`. It pays where
-    r·(m+n) < m·n: mostly in large layers of trained models, hardly ever in freshly initialized ones, whose singular
-    values are alike. Two products in place of one: small layers get slower.
+    W (m×n) ≈ A (m×r) · B (r×n) from its singular values, with the smallest rank r that keeps `energy`, where that takes
+    fewer numbers: r·(m+n) < m·n. That is mostly in large layers of trained models, hardly ever in freshly initialized
+    ones, whose singular values are alike. Two products in place of one: small layers get slower.
 
     Args:
         energy: share of the squared singular values to keep, above 0 and below 1.

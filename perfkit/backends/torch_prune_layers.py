@@ -176,8 +176,7 @@ def _rule(module: nn.Module) -> Rule | None:
     for kinds, rule in ((CONVOLUTIONS, _convolution), ((nn.Linear,), _linear), (RECURRENT, _recurrent)):
         for kind in kinds:
             if isinstance(module, kind):
-                plain = type(module).forward is kind.forward and set(vars(module)["_parameters"]) >= _weights(module)
-                return rule if plain else _opaque
+                return rule if is_plain(module, kind) else _opaque
     if isinstance(module, _PER_CHANNEL):
         return _per_channel
     if isinstance(module, nn.PReLU):
@@ -187,9 +186,10 @@ def _rule(module: nn.Module) -> Rule | None:
     return _opaque if isinstance(module, _OPAQUE) else None
 
 
-def _weights(module: nn.Module) -> set[str]:
-    """The parameters that a plain layer has; under weight_norm and its like they are computed from others."""
-    return {"weight_ih_l0", "weight_hh_l0"} if isinstance(module, RECURRENT) else {"weight"}
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it computes what its class does, with weights of its own: under weight_norm they come from others."""
+    needed = {"weight_ih_l0", "weight_hh_l0"} if issubclass(kind, RECURRENT) else {"weight"}
+    return type(module).forward is kind.forward and module._parameters.keys() >= needed
 
 
 def _opaque(call: _Call) -> None:

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 from perfkit.recipes.low_rank import LowRank  # noqa: E402
 from sample_models import torch_models  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence  # noqa: E402
 
 import perfkit  # noqa: E402
 from perfkit import InvalidInputError, UnsupportedError  # noqa: E402
@@ -79,11 +80,18 @@ def test_every_layer_is_touched_or_skipped(name):
     reasons = {item.name: item.reason for item in effect.skipped}
     expected = {
         "transformer": {"layers.0.self_attn.out_proj": "the layer that holds it"},
-        "packed_lstm": {"lstm": "LSTM kernels take whole matrices"},
         "tied": {"out": "shares a weight with embed"},
     }
     for layer, reason in expected.get(name, {}).items():
         assert reason in reasons[layer]
+
+
+def test_recurrent_layers_of_full_rank_stay():
+    model, example_inputs = torch_models()["packed_lstm"]
+    _, effect = LowRank().torch(BACKEND.bind(model, None, example_inputs, **INFERENCE))
+    reason = {item.name: item.reason for item in effect.skipped}["lstm"]
+    assert reason.startswith("its input weights: rank 6 would need more: 420 numbers, and 64×6 has 384")
+    assert "kernel that takes them whole" in reason
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["with inputs", "without inputs"])
@@ -100,6 +108,77 @@ def test_weights_read_by_a_fast_path_stay(given):
     assert effect.touched == ()
     with torch.no_grad():
         torch.testing.assert_close(new.model(x), model(x))
+
+
+class Reader(nn.Module):
+    """Gives an initial state and asks its recurrent layer for sizes."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.rnn = kind(24, 12, **options)
+        self.fc = nn.Linear(12 * (1 + self.rnn.bidirectional), 4)
+
+    def forward(self, x):
+        layers = self.rnn.num_layers * (1 + self.rnn.bidirectional)
+        rows = x.batch_sizes[0] if isinstance(x, PackedSequence) else x.shape[0 if self.rnn.batch_first else 1]
+        state = torch.full((layers, rows, self.rnn.hidden_size), 0.1, dtype=self.fc.weight.dtype)
+        sequence, _ = self.rnn(x, (state, state) if self.rnn.mode == "LSTM" else state)
+        return self.fc(sequence.data if isinstance(sequence, PackedSequence) else sequence)
+
+
+RECURRENT = {
+    "lstm": (nn.LSTM, {}),
+    "bidirectional 2-layer lstm": (nn.LSTM, {"num_layers": 2, "bidirectional": True, "batch_first": True}),
+    "bidirectional gru": (nn.GRU, {"bidirectional": True}),
+    "rnn without biases": (nn.RNN, {"bias": False}),
+}
+
+
+def reader(name):
+    torch.manual_seed(0)
+    kind, options = RECURRENT[name]
+    model = Reader(kind, **options)
+    with torch.no_grad():
+        for key, weight in model.rnn.named_parameters():
+            if key.startswith("weight_ih_l0"):
+                torch.manual_seed(1)  # both directions read the same two combinations of inputs
+                weight.copy_(torch.randn(weight.shape[0], 2) @ torch.randn(2, 24) / 5)
+    return model
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_inputs_of_recurrent_layers(name, packed):
+    model = reader(name)
+    x = torch.randn(3, 6, 24)
+    if packed:
+        x = pack_padded_sequence(x, torch.tensor([6, 4, 1]), batch_first=True)
+    work = BACKEND.bind(model, None, (x,), **INFERENCE)
+    new, effect = LowRank(energy=1 - 1e-9).torch(BACKEND.copy(work))
+    assert effect.touched == ("rnn",)
+    rows = sum(len(weight) for key, weight in model.rnn.named_parameters() if key.startswith("weight_ih_l0"))
+    assert effect.notes == (f"rnn: input weights {rows}×24 → rank 2",)
+    assert BACKEND.size(new)[1] == BACKEND.size(work)[1] - rows * 24 + 2 * (rows + 24)
+    with torch.no_grad():
+        torch.testing.assert_close(new.model(x), model(x), rtol=1e-4, atol=1e-5)
+    assert (new.model.rnn.input_size, new.model.rnn.recurrent.input_size) == (24, 2)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_train_on(name):
+    x, y = torch.randn(3, 6, 24), torch.randn(3, 6, 4)
+    optimizer, loss = partial(torch.optim.Adam, lr=1e-2), nn.functional.mse_loss
+    given = {"mode": "training", "loss": loss, "targets": y, "optimizer": optimizer, "seed": 0}
+    work = BACKEND.bind(reader(name), None, (x,), **given)
+    new, _ = LowRank().torch(BACKEND.copy(work))
+    held = [id(p) for group in new.training.optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in new.model.parameters())
+    trainer = Trainer(new)
+    losses = [float(trainer.step(new.inputs, y)) for _ in range(60)]
+    assert losses[-1] < losses[0] / 2
+    Trainer(work).step(work.inputs, y)
+    with pytest.raises(UnsupportedError, match="factorize before training"):
+        LowRank().torch(work)
 
 
 def test_hooks_and_computed_weights_stay():
