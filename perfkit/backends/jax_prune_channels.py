@@ -1,0 +1,162 @@
+"""Structured pruning of JAX models: channels, features and hidden units really removed, and the proof that it is right.
+
+Source: Li et al., "Pruning Filters for Efficient ConvNets" (2017), https://arxiv.org/abs/1608.08710;
+Fang et al., "DepGraph: Towards Any Structural Pruning" (2023), https://arxiv.org/abs/2301.12900.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from perfkit._errors import UnsupportedError
+from perfkit._report import Effect, Skipped
+from perfkit._workload import Inputs, Workload
+from perfkit.backends.jax_model import JaxModel
+from perfkit.backends.jax_prune_modules import evaluating, resized
+from perfkit.backends.jax_prune_units import Anatomy, UnitSet, anatomy, cut, keeping, masked, summed
+
+Kept = list[tuple[UnitSet, np.ndarray]]
+
+
+def smaller(work: Workload, recipe: Any, scores: Callable[[UnitSet], jax.Array]) -> tuple[Workload, Effect]:
+    """The workload with the least important units removed.
+
+    Args:
+        recipe: `amount`, `round_to`, `include` and `exclude` of it are read.
+        scores: how important each unit of a set is: (size,).
+
+    Raises:
+        UnsupportedError: there are units to remove, and the model's code runs without none of them.
+    """
+    found = anatomy(evaluating(work.model), work.inputs)
+    sets, skipped = eligible(found, recipe)
+    kept = [(units, best(units, scores(units), removed(units.size, recipe), work.model)) for units in sets]
+    kept, refused = sound(work.model, work.inputs, kept)
+    if refused and not kept:
+        told = "; ".join(f"{item.name}: {item.reason}" for item in refused)
+        raise UnsupportedError(
+            f"{recipe.name}: no unit of {work.model.name} can be removed ({told}). "
+            "structure='unstructured' sets weights to zero and leaves all shapes as they are"
+        )
+    model = resized(cut(work.model, keeping(kept)))
+    touched = tuple(dict.fromkeys(layer for units, _ in kept for layer in units.layers))
+    notes = tuple(f"{units.name}: {units.size} → {int(stays.sum())}" for units, stays in kept)
+    return work.replace(model=model), Effect(touched, (*skipped, *refused), notes)
+
+
+def removed(size: int, recipe: Any) -> int:
+    """How many of `size` units go: those that stay are a multiple of `round_to`, the nearest, and at least one."""
+    step = recipe.round_to
+    stay = max(step, step * math.floor(size * (1 - recipe.amount) / step + 0.5))
+    return max(0, size - stay)
+
+
+def eligible(found: Anatomy, recipe: Any) -> tuple[list[UnitSet], list[Skipped]]:
+    """The sets that `recipe` shall cut, and the layers that it leaves alone with the reasons."""
+    names = [*dict.fromkeys([*(layer for units in found.sets for layer in units.layers), *found.stuck])]
+    wanted = recipe.selected(names)
+    sets, skipped = [], [Skipped(name, why) for name, why in found.stuck.items()]
+    for units in found.sets:
+        out = [layer for layer in units.layers if layer not in wanted]
+        if out:
+            skipped += [
+                Skipped(layer, "left out by include or exclude" if layer in out else f"its units are also {out[0]!r}'s")
+                for layer in units.layers
+            ]
+        elif removed(units.size, recipe) == 0:
+            reason = f"{units.size} units less {recipe.amount:.0%}, as a multiple of {recipe.round_to}, are all of them"
+            skipped += [Skipped(layer, reason) for layer in units.layers]
+        else:
+            sets.append(units)
+    return sets, skipped
+
+
+def best(units: UnitSet, scores: jax.Array, leaving: int, model: JaxModel) -> np.ndarray:
+    """Which units stay: a bool for each. Those whose parameters are all zero go first, then the lowest scores."""
+    leaves = [jnp.abs(leaf) for leaf in jax.tree.leaves(model.params)]
+    slots = [slot for slot in units.slots if slot.leaf < len(leaves)]
+    weight = np.asarray(summed(units, slots, leaves))
+    order = np.lexsort((np.asarray(scores), weight > 0))
+    stays = np.ones(units.size, bool)
+    stays[order[:leaving]] = False
+    return stays
+
+
+def sound(model: JaxModel, inputs: Inputs, kept: Kept) -> tuple[Kept, list[Skipped]]:
+    """Those cuts after which the model computes what it computes with the cut units' parameters set to zero."""
+    if not kept or problem(model, inputs, kept) is None:
+        return kept, []
+    good, refused = [], []
+    for one in kept:
+        why = problem(model, inputs, [*good, one])
+        if why is None:
+            good.append(one)
+        else:
+            refused += [Skipped(layer, why) for layer in one[0].layers]
+    return good, refused
+
+
+def problem(model: JaxModel, inputs: Inputs, kept: Kept) -> str | None:
+    """Why these units cannot be removed; None where the smaller model's outputs equal the masked one's.
+
+    Arrays of equal entries, such as fresh biases, would hide a unit taken for another: they get noise for the test.
+    """
+    model, keep = _told_apart(evaluating(model)), keeping(kept)
+    small = resized(cut(model, keep))
+    try:
+        shapes = jax.eval_shape(small.function(), small.params, small.rest, *inputs.args, **inputs.kwargs)[0]
+    except Exception as error:  # whatever the caller's code raises at sizes that it was not written for
+        return f"the model's code does not run with fewer units: {_first_line(error)}"
+    expected = _outputs(model.with_state(masked(model.params, keep), model.rest), inputs)
+    if [leaf.shape for leaf in jax.tree.leaves(shapes)] != [leaf.shape for leaf in jax.tree.leaves(expected)]:
+        return "the outputs' shapes would change"
+    for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(_outputs(small, inputs)), strict=True):
+        if not _close(np.asarray(want), np.asarray(got)):
+            return "without them the model does not compute what it computes with them at zero"
+    return None
+
+
+def _close(want: np.ndarray, got: np.ndarray) -> bool:
+    """Equal to half the digits of their type: rounding, in another order of sums, takes less, a wrong unit takes more.
+
+    Whole numbers, such as the class that an argmax finds, may flip on rounding and prove nothing either way.
+    """
+    if not jnp.issubdtype(want.dtype, jnp.floating):
+        return True
+    allowed = math.sqrt(float(jnp.finfo(want.dtype).eps))
+    want, got = want.astype(np.float64), got.astype(np.float64)
+    finite = np.isfinite(want)
+    if not np.array_equal(finite, np.isfinite(got)):
+        return False
+    return np.linalg.norm((want - got)[finite]) <= allowed * np.linalg.norm(want[finite])
+
+
+def _outputs(model: JaxModel, inputs: Inputs) -> Any:
+    return jax.jit(model.function())(model.params, model.rest, *inputs.args, **inputs.kwargs)[0]
+
+
+def _told_apart(model: JaxModel) -> JaxModel:
+    leaves, tree = jax.tree.flatten(model.params)
+    generator = np.random.default_rng(0)
+
+    def one(leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or bool((leaf != leaf.reshape(-1)[0]).any()):
+            return leaf
+        return leaf + jnp.asarray(0.1 * generator.standard_normal(leaf.shape), leaf.dtype)
+
+    return model.with_state(jax.tree.unflatten(tree, map(one, leaves)), model.rest)
+
+
+def magnitude(units: UnitSet, params: Sequence[Any]) -> jax.Array:
+    """The L2 norm of the weights that make each unit: (size,)."""
+    return jnp.sqrt(summed(units, units.producers, [jnp.square(leaf) for leaf in params]))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
