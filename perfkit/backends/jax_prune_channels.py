@@ -22,21 +22,36 @@ from perfkit.backends.jax_prune_modules import evaluating, resized
 from perfkit.backends.jax_prune_units import Anatomy, UnitSet, anatomy, cut, keeping, masked, summed
 
 Kept = list[tuple[UnitSet, np.ndarray]]
+Scores = Callable[[Sequence[UnitSet]], Sequence[Any]]
 
 
-def smaller(work: Workload, recipe: Any, scores: Callable[[UnitSet], jax.Array]) -> tuple[Workload, Effect]:
+def smaller(work: Workload, recipe: Any, scores: Scores) -> tuple[Workload, Effect]:
     """The workload with the least important units removed.
 
     Args:
         recipe: `amount`, `round_to`, `include` and `exclude` of it are read.
-        scores: how important each unit of a set is: (size,).
+        scores: how important each unit of each set is.
+
+    Raises:
+        UnsupportedError: there are units to remove, and the model's code runs without none of them.
+    """
+    kept, skipped = planned(work, recipe, scores)
+    model = resized(cut(work.model, keeping(kept))) if kept else work.model
+    touched = tuple(dict.fromkeys(layer for units, _ in kept for layer in units.layers))
+    notes = tuple(f"{units.name}: {units.size} → {int(stays.sum())}" for units, stays in kept)
+    return work.replace(model=model), Effect(touched, tuple(skipped), notes)
+
+
+def planned(work: Workload, recipe: Any, scores: Scores) -> tuple[Kept, list[Skipped]]:
+    """Which units of which sets stay, each cut proven, and what is left alone.
 
     Raises:
         UnsupportedError: there are units to remove, and the model's code runs without none of them.
     """
     found = anatomy(evaluating(work.model), work.inputs)
     sets, skipped = eligible(found, recipe)
-    kept = [(units, best(units, scores(units), removed(units.size, recipe), work.model)) for units in sets]
+    rated = zip(sets, scores(sets) if sets else (), strict=True)
+    kept = [(units, best(units, rates, removed(units.size, recipe), work.model)) for units, rates in rated]
     kept, refused = sound(work.model, work.inputs, kept)
     if refused and not kept:
         told = "; ".join(f"{item.name}: {item.reason}" for item in refused)
@@ -44,10 +59,7 @@ def smaller(work: Workload, recipe: Any, scores: Callable[[UnitSet], jax.Array])
             f"{recipe.name}: no unit of {work.model.name} can be removed ({told}). "
             "structure='unstructured' sets weights to zero and leaves all shapes as they are"
         )
-    model = resized(cut(work.model, keeping(kept)))
-    touched = tuple(dict.fromkeys(layer for units, _ in kept for layer in units.layers))
-    notes = tuple(f"{units.name}: {units.size} → {int(stays.sum())}" for units, stays in kept)
-    return work.replace(model=model), Effect(touched, (*skipped, *refused), notes)
+    return kept, [*skipped, *refused]
 
 
 def removed(size: int, recipe: Any) -> int:
@@ -77,11 +89,11 @@ def eligible(found: Anatomy, recipe: Any) -> tuple[list[UnitSet], list[Skipped]]
     return sets, skipped
 
 
-def best(units: UnitSet, scores: jax.Array, leaving: int, model: JaxModel) -> np.ndarray:
+def best(units: UnitSet, scores: np.ndarray, leaving: int, model: JaxModel) -> np.ndarray:
     """Which units stay: a bool for each. Those whose parameters are all zero go first, then the lowest scores."""
-    leaves = [jnp.abs(leaf) for leaf in jax.tree.leaves(model.params)]
+    leaves = jax.tree.leaves(model.params)
     slots = [slot for slot in units.slots if slot.leaf < len(leaves)]
-    weight = np.asarray(summed(units, slots, leaves))
+    weight = summed(units, slots, {slot.leaf: np.abs(np.asarray(leaves[slot.leaf])) for slot in slots})
     order = np.lexsort((np.asarray(scores), weight > 0))
     stays = np.ones(units.size, bool)
     stays[order[:leaving]] = False
@@ -146,16 +158,12 @@ def _told_apart(model: JaxModel) -> JaxModel:
     generator = np.random.default_rng(0)
 
     def one(leaf: Any) -> Any:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating) or bool((leaf != leaf.reshape(-1)[0]).any()):
+        array = np.asarray(leaf)
+        if not jnp.issubdtype(array.dtype, jnp.floating) or (array != array.reshape(-1)[0]).any():
             return leaf
-        return leaf + jnp.asarray(0.1 * generator.standard_normal(leaf.shape), leaf.dtype)
+        return jnp.asarray(array + (0.1 * generator.standard_normal(array.shape)).astype(array.dtype))
 
     return model.with_state(jax.tree.unflatten(tree, map(one, leaves)), model.rest)
-
-
-def magnitude(units: UnitSet, params: Sequence[Any]) -> jax.Array:
-    """The L2 norm of the weights that make each unit: (size,)."""
-    return jnp.sqrt(summed(units, units.producers, [jnp.square(leaf) for leaf in params]))
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,8 @@ A rule is `rule(labels, eqn, inputs) -> outputs`, where inputs and outputs are t
 without a rule freezes whatever it sees.
 """
 
+# ruff: noqa: ARG001 (all rules take the same arguments, whether they need them or not)
+
 from __future__ import annotations
 
 import math
@@ -17,12 +19,15 @@ from perfkit.backends.jax_prune_labels import CODE, Axes, Labels, given, given_a
 Rule = Callable[[Labels, Any, list[Axes]], list[Axes]]
 
 # Work on each element by itself, or on those at one place of several operands.
-ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos "
-    "cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic "
-    "lt max min mul ne neg nextafter not or pow reduce_precision rem round rsqrt select_n shift_left "
-    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor".split()
-)
+ELEMENTWISE = frozenset([
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil",
+    "clamp", "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv",
+    "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "lgamma", "log",
+    "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "pow",
+    "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
+    "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh",
+    "xor",
+])  # fmt: skip
 _REDUCTIONS = ("argmax", "argmin", *(f"reduce_{kind}" for kind in ("sum", "max", "min", "prod", "and", "or", "xor")))
 _RUNNING = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 _WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum", "reduce_window")
@@ -158,7 +163,9 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
     while left or right:
         behind = math.prod(before[dim] for dim in sources) <= math.prod(after[dim] for dim in targets)
         sources, targets = (
-            ([*sources, left.pop(0)], targets) if left and (behind or not right) else (sources, [*targets, right.pop(0)])
+            ([*sources, left.pop(0)], targets)
+            if left and (behind or not right)
+            else (sources, [*targets, right.pop(0)])
         )
         if math.prod(before[dim] for dim in sources) == math.prod(after[dim] for dim in targets):
             runs.append((sources, targets))

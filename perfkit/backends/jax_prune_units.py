@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +56,11 @@ class UnitSet:
     @property
     def name(self) -> str:
         """The layer, or what its layers have in common, or all of them."""
-        common = os.path.commonprefix([layer.split(".") for layer in self.layers])
+        common = []
+        for parts in zip(*(layer.split(".") for layer in self.layers), strict=False):
+            if len(set(parts)) > 1:
+                break
+            common.append(parts[0])
         return ".".join(common) or " + ".join(self.layers)
 
     @property
@@ -153,20 +156,27 @@ def keeping(kept: Sequence[tuple[UnitSet, np.ndarray]]) -> Keep:
 
 
 def cut(model: JaxModel, keep: Keep) -> JaxModel:
-    """The model with smaller arrays; its structure is not adapted."""
+    """The model with smaller arrays; its structure is not adapted.
+
+    Done in numpy, as is all that runs once: JAX would compile every operation for every shape.
+    """
     leaves, tree = jax.tree.flatten((model.params, model.rest))
+    whole: dict[int, np.ndarray] = {}
     for (leaf, dim), stays in keep.items():
-        leaves[leaf] = jnp.take(leaves[leaf], np.flatnonzero(stays), axis=dim)
+        whole[leaf] = whole.get(leaf, np.asarray(leaves[leaf])).take(np.flatnonzero(stays), axis=dim)
+    leaves = [jnp.asarray(whole[at]) if at in whole else leaf for at, leaf in enumerate(leaves)]
     return model.with_state(*jax.tree.unflatten(tree, leaves))
 
 
 def masked(params: Any, keep: Keep) -> Any:
     """Parameters of the old shapes in which everything that does not stay is zero."""
     leaves, tree = jax.tree.flatten(params)
+    whole: dict[int, np.ndarray] = {}
     for (leaf, dim), stays in keep.items():
         if leaf < len(leaves):
-            leaves[leaf] = leaves[leaf] * along(jnp.asarray(stays, leaves[leaf].dtype), dim, leaves[leaf].ndim)
-    return jax.tree.unflatten(tree, leaves)
+            array = whole.get(leaf, np.asarray(leaves[leaf]))
+            whole[leaf] = array * along(stays.astype(array.dtype), dim, array.ndim)
+    return jax.tree.unflatten(tree, [jnp.asarray(whole[at]) if at in whole else leaf for at, leaf in enumerate(leaves)])
 
 
 def along(line: Any, dim: int, ndim: int) -> Any:
@@ -174,11 +184,14 @@ def along(line: Any, dim: int, ndim: int) -> Any:
     return line.reshape([-1 if at == dim else 1 for at in range(ndim)])
 
 
-def summed(units: UnitSet, slots: Sequence[Slot], leaves: Sequence[Any]) -> jax.Array:
-    """For each unit the sum of the leaves' entries that lie in these slots: (size,), float32."""
-    total = jnp.zeros(units.size, jnp.float32)
+def summed(units: UnitSet, slots: Sequence[Slot], leaves: Mapping[int, Any] | Sequence[Any]) -> Any:
+    """For each unit the sum of the leaves' entries that lie in these slots: (size,); numpy of numpy, JAX of JAX."""
+    total = np.zeros(units.size, np.float32)
     for slot in slots:
-        leaf = leaves[slot.leaf].astype(jnp.float32)
-        line = leaf.sum([dim for dim in range(leaf.ndim) if dim != slot.dim])
-        total += jax.ops.segment_sum(jnp.where(slot.unit >= 0, line, 0.0), slot.unit.clip(0), units.size)
+        leaf, inside = leaves[slot.leaf].astype(np.float32), slot.unit >= 0
+        line = leaf.sum(tuple(dim for dim in range(leaf.ndim) if dim != slot.dim))
+        if isinstance(line, np.ndarray):
+            total = total + np.bincount(slot.unit[inside], line[inside], units.size)
+        else:
+            total = total + jax.ops.segment_sum(jnp.where(inside, line, 0), slot.unit.clip(0), units.size)
     return total
