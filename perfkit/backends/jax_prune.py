@@ -42,7 +42,7 @@ def pruned(work: Workload, recipe: Any) -> tuple[Workload, Effect]:
     Source: Li et al. 2017 (magnitude), Molchanov et al. 2019 (taylor), Zhu and Gupta 2017 (schedule).
     """
     _check(work, recipe)
-    taught = _taught(work) if work.trains and recipe.distill else work
+    taught = with_teacher(work, recipe)
     if recipe.structure != "channels":
         return _sparse(taught, recipe)
     if work.trains and recipe.schedule:
@@ -62,17 +62,22 @@ def _check(work: Workload, recipe: Any) -> None:
             f"{recipe.name}: what depends on a channel is read off a run of the model: pass example_inputs, "
             "or use structure='unstructured'"
         )
-    if work.trains:
-        return
-    if recipe.criterion == "taylor":
+    if recipe.criterion == "taylor" and not work.trains:
         raise InvalidInputError(
             f"{recipe.name}(criterion='taylor') needs gradients: use mode='training', or criterion='magnitude'"
         )
-    if recipe.distill:
+
+
+def with_teacher(work: Workload, recipe: Any) -> Workload:
+    """The workload taught by the model as it is now, without dropout, where the recipe says `distill`.
+
+    Raises:
+        InvalidInputError: there is no training in which to teach.
+    """
+    if not recipe.distill:
+        return work
+    if not work.trains:
         raise InvalidInputError(f"{recipe.name}(distill=True) is a training loss: use mode='training'")
-
-
-def _taught(work: Workload) -> Workload:
     original = teacher(work.replace(model=evaluating(work.model)))
     return work.replace(training=dataclasses.replace(work.training, teacher=original))
 
