@@ -27,12 +27,13 @@ def pruned(work: Workload, recipe: Any) -> tuple[Workload, Effect]:
     """The workload with the least important weights or units gone.
 
     Units ("channels") really go: the arrays get smaller, with everything that depends on them. Single weights
-    ("unstructured", "2:4") are set to zero and stay zero in training. In training with a `schedule` units are masked
-    too, and an inference run of the same recipe on the trained model removes them.
+    ("unstructured", "n:m") are set to zero and stay zero in training. In training with a `schedule` units are masked
+    too, and pruning the trained model by the same amount in inference removes them.
 
     Args:
-        recipe: has `amount`, `structure` ("channels", "unstructured", "2:4"), `criterion` ("magnitude", "taylor",
-            "activation"), `schedule` (training steps), `round_to`, `distill`, `name`, and `selected(names)`.
+        recipe: has `amount`, `structure` ("channels", "unstructured", or "2:4" and other patterns), `criterion`
+            ("magnitude", "taylor", "activation"), `schedule` (training steps), `round_to`, `distill`, `name`, and
+            `selected(names)`.
 
     Raises:
         InvalidInputError: options that cannot be had together, or in this mode.
@@ -107,7 +108,9 @@ def _gradual(work: Workload, recipe: Any) -> tuple[Workload, Effect]:
         f"{units.name}: {units.size} → {units.size - group.leaving} after {recipe.schedule} training steps"
         for units, group in zip(sets, groups, strict=True)
     ]
-    notes.append("the units are at zero and still computed: the same recipe in inference, on the result, removes them")
+    notes.append(
+        "the units are at zero and still computed: prune the trained model by as much, in inference, to remove them"
+    )
     return _under_masks(work, recipe, groups), Effect(touched, tuple(skipped), tuple(notes), simulated=True)
 
 

@@ -63,9 +63,9 @@ def planned(work: Workload, recipe: Any, scores: Scores) -> tuple[Kept, list[Ski
 
 
 def removed(size: int, recipe: Any) -> int:
-    """How many of `size` units go: those that stay are a multiple of `round_to`, the nearest, and at least one."""
-    step = recipe.round_to
-    stay = max(step, step * math.floor(size * (1 - recipe.amount) / step + 0.5))
+    """How many of `size` units go: one stays at least, or a multiple of `round_to` where as many would stay anyway."""
+    wanted, step = size * (1 - recipe.amount), recipe.round_to
+    stay = max(1, round(wanted)) if wanted < step else round(wanted / step) * step
     return max(0, size - stay)
 
 

@@ -1,4 +1,4 @@
-"""Unstructured and 2:4 sparsity of JAX models: which weights are set to zero."""
+"""Unstructured and n:m sparsity of JAX models: which weights are set to zero."""
 
 from __future__ import annotations
 
@@ -37,7 +37,12 @@ def weight_groups(model: JaxModel, recipe: Any) -> tuple[list[Group], tuple[str,
     Raises:
         InvalidInputError: options that contradict each other.
     """
-    _check(recipe)
+    if recipe.criterion == "activation":
+        raise InvalidInputError(
+            f"{recipe.name}(criterion='activation') rates units, and structure={recipe.structure!r} removes single "
+            "weights: use structure='channels', or criterion='magnitude' or 'taylor'"
+        )
+    pattern = None if recipe.structure == "unstructured" else tuple(map(int, recipe.structure.split(":")))
     found, skipped = kernels(model)
     wanted, leaves = recipe.selected(dict.fromkeys(found.values())), jax.tree.leaves(model.params)
     groups, touched, notes = [], [], []
@@ -46,14 +51,14 @@ def weight_groups(model: JaxModel, recipe: Any) -> tuple[list[Group], tuple[str,
         if layer not in wanted:
             skipped.append(Skipped(layer, "left out by include or exclude"))
             continue
-        if recipe.structure == "2:4" and array.shape[-2] % 4:
-            skipped.append(Skipped(layer, f"its {array.shape[-2]} input features are no multiple of 4"))
+        if pattern and array.shape[-2] % pattern[1]:
+            skipped.append(Skipped(layer, f"its {array.shape[-2]} input features are no multiple of {pattern[1]}"))
             continue
-        leaving = array.size // 2 if recipe.structure == "2:4" else round(array.size * recipe.amount)
+        leaving = round(array.size * (1 - pattern[0] / pattern[1] if pattern else recipe.amount))
         if leaving == 0:
             skipped.append(Skipped(layer, f"{recipe.amount:.0%} of its {array.size} weights is none"))
             continue
-        groups.append(_group(leaf, array.shape, leaving, recipe))
+        groups.append(_group(leaf, array.shape, leaving, recipe.criterion, pattern))
         touched.append(layer)
         notes.append(f"{layer}: {leaving} of {array.size} weights zero")
     return groups, tuple(dict.fromkeys(touched)), skipped, tuple(notes)
@@ -67,31 +72,17 @@ def importance(criterion: str, weight: Any, gradient: Any) -> Any:
     return abs(weight * gradient) if criterion == "taylor" else weight * weight
 
 
-def _group(leaf: int, shape: tuple[int, ...], leaving: int, recipe: Any) -> Group:
+def _group(leaf: int, shape: tuple[int, ...], leaving: int, criterion: str, pattern: tuple[int, int] | None) -> Group:
     def scores(leaves: Any, gradients: Any) -> jax.Array:
-        gradient = gradients[leaf] if recipe.criterion == "taylor" else None
-        found = importance(recipe.criterion, leaves[leaf], gradient)
-        return (_two_of_four(found) if recipe.structure == "2:4" else found).reshape(-1)
+        found = importance(criterion, leaves[leaf], gradients[leaf] if criterion == "taylor" else None)
+        return (_best_of_each(found, *pattern) if pattern else found).reshape(-1)
 
     return Group(int(np.prod(shape)), leaving, scores, lambda stays: {leaf: stays.reshape(shape)})
 
 
-def _two_of_four(scores: jax.Array) -> jax.Array:
-    """The scores with the two best of each four inputs of an output put out of reach."""
+def _best_of_each(scores: jax.Array, n: int, m: int) -> jax.Array:
+    """The scores with the `n` best of each `m` consecutive inputs of an output put out of reach."""
     *_, inputs, outputs = scores.shape
-    fours = scores.reshape(-1, inputs // 4, 4, outputs)
-    rank = jnp.argsort(jnp.argsort(fours, axis=2), axis=2)
-    return jnp.where(rank >= 2, jnp.inf, fours).reshape(scores.shape)
-
-
-def _check(recipe: Any) -> None:
-    if recipe.criterion == "activation":
-        raise InvalidInputError(
-            f"{recipe.name}(criterion='activation') rates units, and structure={recipe.structure!r} removes single "
-            "weights: use structure='channels', or criterion='magnitude' or 'taylor'"
-        )
-    if recipe.structure == "2:4" and recipe.amount != 0.5:
-        raise InvalidInputError(
-            f"{recipe.name}(amount={recipe.amount}): structure='2:4' sets two of four weights to zero, so its amount "
-            "is 0.5; use structure='unstructured' for another"
-        )
+    runs = scores.reshape(-1, inputs // m, m, outputs)
+    rank = jnp.argsort(jnp.argsort(runs, axis=2), axis=2)
+    return jnp.where(rank >= m - n, jnp.inf, runs).reshape(scores.shape)
