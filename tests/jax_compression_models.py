@@ -116,6 +116,20 @@ class Bidirectional(nnx.Module):
         return self.fc(self.rnn(self.norm(self.both(x)))[:, -1])
 
 
+class Encoder(nnx.Module):
+    """One block of a transformer."""
+
+    def __init__(self, rngs):
+        self.norm1, self.norm2 = nnx.LayerNorm(8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(num_heads=4, in_features=8, decode=False, rngs=rngs)
+        self.up, self.down = nnx.Linear(8, 12, rngs=rngs), nnx.Linear(12, 8, rngs=rngs)
+        self.out = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attention(self.norm1(x))
+        return self.out(x + self.down(nnx.gelu(self.up(self.norm2(x)))))
+
+
 SEQUENCES = (3, 5, 6)
 
 MODELS = {
@@ -126,6 +140,7 @@ MODELS = {
     "gru": (functools.partial(Recurrent, nnx.GRUCell), SEQUENCES),
     "simple": (functools.partial(Recurrent, nnx.SimpleCell), SEQUENCES),
     "bidirectional": (Bidirectional, SEQUENCES),
+    "encoder": (Encoder, (2, 5, 8)),
 }
 
 

@@ -54,7 +54,8 @@ def planned(work: Workload, recipe: Any, scores: Scores) -> tuple[Kept, list[Ski
     kept = [(units, best(units, rates, removed(units.size, recipe), work.model)) for units, rates in rated]
     kept, refused = sound(work.model, work.inputs, kept)
     if refused and not kept:
-        told = "; ".join(f"{item.name}: {item.reason}" for item in refused)
+        told = "; ".join(f"{item.name}: {item.reason}" for item in refused[:2])
+        told += f"; and {len(refused) - 2} more" if len(refused) > 2 else ""
         raise UnsupportedError(
             f"{recipe.name}: no unit of {work.model.name} can be removed ({told}). "
             "structure='unstructured' sets weights to zero and leaves all shapes as they are"
@@ -101,12 +102,23 @@ def best(units: UnitSet, scores: np.ndarray, leaving: int, model: JaxModel) -> n
 
 
 def sound(model: JaxModel, inputs: Inputs, kept: Kept) -> tuple[Kept, list[Skipped]]:
-    """Those cuts after which the model computes what it computes with the cut units' parameters set to zero."""
-    if not kept or problem(model, inputs, kept) is None:
+    """Those cuts after which the model computes what it computes with the cut units' parameters set to zero.
+
+    Arrays of equal entries, such as fresh biases, would hide a unit taken for another: they get noise for the proof.
+    """
+    model = _told_apart(evaluating(model))
+    running, refused = _sifted(kept, lambda some: _not_running(model, inputs, some))
+    equal, differing = _sifted(running, lambda some: _not_equal(model, inputs, some))
+    return equal, [*refused, *differing]
+
+
+def _sifted(kept: Kept, problem: Callable[[Kept], str | None]) -> tuple[Kept, list[Skipped]]:
+    """The cuts that together have no problem, found one by one where all of them have one; and the others."""
+    if not kept or problem(kept) is None:
         return kept, []
     good, refused = [], []
     for one in kept:
-        why = problem(model, inputs, [*good, one])
+        why = problem([*good, one])
         if why is None:
             good.append(one)
         else:
@@ -114,24 +126,32 @@ def sound(model: JaxModel, inputs: Inputs, kept: Kept) -> tuple[Kept, list[Skipp
     return good, refused
 
 
-def problem(model: JaxModel, inputs: Inputs, kept: Kept) -> str | None:
-    """Why these units cannot be removed; None where the smaller model's outputs equal the masked one's.
-
-    Arrays of equal entries, such as fresh biases, would hide a unit taken for another: they get noise for the test.
-    """
-    model, keep = _told_apart(evaluating(model)), keeping(kept)
-    small = resized(cut(model, keep))
+def _not_running(model: JaxModel, inputs: Inputs, kept: Kept) -> str | None:
+    """Why the model's code cannot run without these units; None where it can. Nothing is computed."""
+    small = resized(cut(model, keeping(kept)))
     try:
-        shapes = jax.eval_shape(small.function(), small.params, small.rest, *inputs.args, **inputs.kwargs)[0]
+        found = _shapes(small, inputs)
     except Exception as error:  # whatever the caller's code raises at sizes that it was not written for
         return f"the model's code does not run with fewer units: {_first_line(error)}"
+    return None if found == _shapes(model, inputs) else "the outputs' shapes would change"
+
+
+def _not_equal(model: JaxModel, inputs: Inputs, kept: Kept) -> str | None:
+    """Why the smaller model is not the masked one; None where their outputs are equal."""
+    if why := _not_running(model, inputs, kept):  # fewer cuts than were found to run together
+        return why
+    keep = keeping(kept)
     expected = _outputs(model.with_state(masked(model.params, keep), model.rest), inputs)
-    if [leaf.shape for leaf in jax.tree.leaves(shapes)] != [leaf.shape for leaf in jax.tree.leaves(expected)]:
-        return "the outputs' shapes would change"
-    for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(_outputs(small, inputs)), strict=True):
+    found = _outputs(resized(cut(model, keep)), inputs)
+    for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         if not _close(np.asarray(want), np.asarray(got)):
             return "without them the model does not compute what it computes with them at zero"
     return None
+
+
+def _shapes(model: JaxModel, inputs: Inputs) -> list[tuple[int, ...]]:
+    outputs = jax.eval_shape(model.function(), model.params, model.rest, *inputs.args, **inputs.kwargs)[0]
+    return [leaf.shape for leaf in jax.tree.leaves(outputs)]
 
 
 def _close(want: np.ndarray, got: np.ndarray) -> bool:

@@ -83,6 +83,11 @@ def _fused(cell: nnx.OptimizedLSTMCell | nnx.GRUCell | nnx.SimpleCell) -> None:
     cell.in_features, cell.hidden_features = cell.dense_i.kernel.shape[0], cell.dense_h.kernel.shape[0]
 
 
+def _attention(layer: nnx.MultiHeadAttention) -> None:
+    layer.num_heads, layer.head_dim = layer.query.kernel.shape[-2:]
+    layer.qkv_features = layer.num_heads * layer.head_dim
+
+
 _ADAPT: dict[type[nnx.Module], Callable] = {
     nnx.Linear: _linear,
     nnx.LinearGeneral: _linear_general,
@@ -93,6 +98,7 @@ _ADAPT: dict[type[nnx.Module], Callable] = {
     nnx.LayerNorm: _norm,
     nnx.RMSNorm: _norm,
     nnx.InstanceNorm: _norm,
+    nnx.MultiHeadAttention: _attention,
     nnx.LSTMCell: _lstm,
     nnx.OptimizedLSTMCell: _fused,
     nnx.GRUCell: _fused,

@@ -167,19 +167,42 @@ def test_text_model_keeps_its_embedding():
     assert result.model.embedding.embedding.shape == model.embedding.embedding.shape
 
 
+def test_attention_loses_whole_heads():
+    """A head's scores are scaled by its size, so heads go whole; what norms and residuals pass through stays."""
+    model, x = made("encoder")
+    weights = flat(model)
+    kernels = {name: weights[f"attention.{name}.kernel"] for name in ("query", "key", "value")}
+    heads = lowest(sum((kernel**2).sum((0, 2)) for kernel in kernels.values()), 2)
+    features = lowest((weights["up.kernel"] ** 2).sum(0), 6)
+    masked = with_zero_units(
+        model,
+        {**{f"attention.{name}.kernel": [(1, heads)] for name in kernels},
+         **{f"attention.{name}.bias": [(0, heads)] for name in kernels},
+         "attention.out.kernel": [(0, heads)],
+         "up.kernel": [(1, features)], "up.bias": [(0, features)], "down.kernel": [(0, features)]},
+    )  # fmt: skip
+    result = prune(model, x)
+    assert result.effect.notes == ("attention: 4 → 2", "up: 12 → 6")
+    close(outputs(result.model, x), outputs(masked, x))
+    assert result.model.attention.num_heads == 2
+    reasons = {item.name: item.reason for item in result.effect.skipped}
+    assert "does not run with fewer units" in reasons["attention.value"]
+    assert {"down", "out", "attention.out"} <= set(reasons)
+
+
 def test_units_at_zero_go_first():
+    """Before those that are merely inactive on these inputs, and come first in the order."""
     model, x = made("conv")
-    zero = np.array([1, 4, 5, 7, 9, 10])
+    zero = np.arange(6, 12)
     model = with_zero_units(
         model,
         {"conv.kernel": [(3, zero)], "conv.bias": [(0, zero)], "norm.scale": [(0, zero)], "norm.bias": [(0, zero)],
          "fc.kernel": [(0, np.add.outer(np.arange(16) * 12, zero).reshape(-1))]},
     )  # fmt: skip
-    kept = np.asarray(model.conv.kernel[...])
-    model.conv.kernel[...] = jnp.asarray(np.where(np.arange(12) % 12 == 0, 1e-3 * kept, kept))  # low, and not zero
-    result = prune(model, x, include="conv")
-    close(outputs(result.model, x), outputs(model, x))
-    assert np.abs(result.model.conv.kernel[...]).min() < 1e-2
+    model.norm.bias[...] = model.norm.bias[...].at[:6].set(-100.0)
+    result = prune(model, x, include="conv", criterion="activation")
+    np.testing.assert_array_equal(result.model.norm.bias[...], [-100.0] * 6)
+    close(outputs(result.model, 100 * x), outputs(model, 100 * x))
 
 
 @pytest.mark.parametrize(
