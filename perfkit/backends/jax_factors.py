@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,14 +25,15 @@ class NotMultipliedError(Exception):
     """A factorized matrix is used in another way than in a product."""
 
 
-def factored(function: Function, tree: Any, shapes: Mapping[int, tuple[int, int]]) -> Function:
+def factored(function: Function, tree: Any, matrices: Collection[int]) -> Function:
     """`function` on parameters of which some matrices are nodes {"left": (m, r), "right": (r, n)}.
 
-    It is traced on the shapes of the whole matrices, and its products with them are done in two.
+    It is traced on the shapes of the whole matrices, and its products with them are done in two. It is traced anew on
+    every call, as jax_autocast does: call it under `jax.jit`.
 
     Args:
         tree: the structure of the original's parameters.
-        shapes: number of the leaf in that structure -> shape of the whole matrix.
+        matrices: numbers of the leaves in that structure that are nodes.
 
     Raises:
         NotMultipliedError: when it is called, if one of the matrices is used in another way.
@@ -40,10 +41,7 @@ def factored(function: Function, tree: Any, shapes: Mapping[int, tuple[int, int]
 
     def run(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
         nodes = tree.flatten_up_to(params)
-        whole = [
-            jax.ShapeDtypeStruct(shapes[at], node["left"].dtype) if at in shapes else node
-            for at, node in enumerate(nodes)
-        ]
+        whole = [_whole(Factors(**node)) if at in matrices else node for at, node in enumerate(nodes)]
         whole = jax.tree.unflatten(tree, whole)
         leaves, structure = jax.tree.flatten((whole, rest, args, kwargs))
         traced_at = [at for at, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
@@ -56,10 +54,15 @@ def factored(function: Function, tree: Any, shapes: Mapping[int, tuple[int, int]
             return function(params, rest, *args, **kwargs)
 
         jaxpr, outputs = jax.make_jaxpr(flat, return_shape=True)(*(leaves[at] for at in traced_at))
-        values = [Factors(**nodes[at]) if at in shapes else leaves[at] for at in traced_at]
+        values = [Factors(**nodes[at]) if at in matrices else leaves[at] for at in traced_at]
         return jax.tree.unflatten(jax.tree.structure(outputs), _run(jaxpr, values))
 
     return run
+
+
+def _whole(factors: Factors) -> jax.ShapeDtypeStruct:
+    left, right = factors
+    return jax.ShapeDtypeStruct((left.shape[0], right.shape[1]), left.dtype)
 
 
 def _run(jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:

@@ -63,6 +63,14 @@ class LowRankLinear(nnx.Module):
             setattr(self, name, getattr(linear, name))
 
     @property
+    def in_features(self) -> int:
+        return self.left.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.right.shape[1]
+
+    @property
     def kernel(self) -> jax.Array:
         """The product of the two, for code that asks for its type or shape: (in_features, out_features)."""
         return self.left[...] @ self.right[...]
@@ -83,7 +91,7 @@ class LowRankLinear(nnx.Module):
 
 
 _SETTINGS = (
-    "in_features", "out_features", "use_bias", "dtype", "param_dtype", "precision", "dot_general", "promote_dtype",
+    "use_bias", "dtype", "param_dtype", "precision", "dot_general", "promote_dtype",
     "preferred_element_type",
 )  # fmt: skip
 
@@ -163,7 +171,7 @@ def _leaves(work: Workload, recipe: Any) -> tuple[JaxModel, Effect]:
     model, (found, skipped) = work.model, kernels(work.model)
     wanted = recipe.selected(dict.fromkeys(found.values()))
     nodes, tree = jax.tree.flatten(model.params)
-    shapes, touched, notes = {}, [], []
+    matrices, touched, notes = [], [], []
     for leaf, layer in found.items():
         kernel = nodes[leaf]
         factors = (
@@ -176,13 +184,14 @@ def _leaves(work: Workload, recipe: Any) -> tuple[JaxModel, Effect]:
             skipped.append(Skipped(layer, reason))
             continue
         left, right = factors
-        shapes[leaf] = kernel.shape
+        matrices.append(leaf)
         nodes[leaf] = {"left": jnp.asarray(left), "right": jnp.asarray(right)}
         touched.append(layer)
         notes.append(_note(layer, left, right))
-    if shapes:
+    if matrices:
         model = model.with_state(jax.tree.unflatten(tree, nodes), model.rest)
-        model = model.then(lambda function: factored(function, tree, shapes))
+        notes.append("the function is traced anew on every call unless it is compiled: chain it with compile")
+        model = model.then(lambda function: factored(function, tree, matrices))
     return model, Effect(tuple(dict.fromkeys(touched)), tuple(skipped), tuple(notes))
 
 
@@ -190,9 +199,8 @@ def _unfit(work: Workload, leaf: int, factors: tuple[np.ndarray, np.ndarray]) ->
     """Why the model cannot run with this matrix as two; None where it can."""
     model, inputs = work.model, work.inputs
     nodes, tree = jax.tree.flatten(model.params)
-    shape = nodes[leaf].shape
     nodes[leaf] = dict(zip(("left", "right"), factors, strict=True))
-    run = factored(model.function(), tree, {leaf: shape})
+    run = factored(model.function(), tree, [leaf])
     try:
         jax.eval_shape(run, jax.tree.unflatten(tree, nodes), model.rest, *inputs.args, **inputs.kwargs)
     except NotMultipliedError as error:

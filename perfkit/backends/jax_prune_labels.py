@@ -27,15 +27,17 @@ class Labels:
     """
 
     def __init__(self):
-        self.parent = np.arange(2)
+        self.parent = np.arange(len(_REASONS))
+        self.frozen = np.ones(len(_REASONS), bool)  # of the roots; those of the others mean nothing
+        self.produced = np.zeros(len(_REASONS), bool)
         self.reason: dict[int, str] = dict(enumerate(_REASONS))  # of the frozen roots
-        self.produced: set[int] = set()
         self.version = 0
 
     def fresh(self, size: int) -> np.ndarray:
         """New labels, one for each index."""
         start = len(self.parent)
         self.parent = np.concatenate([self.parent, np.arange(start, start + size)])
+        self.frozen, self.produced = (np.concatenate([x, np.zeros(size, bool)]) for x in (self.frozen, self.produced))
         return np.arange(start, start + size)
 
     def roots(self, labels: np.ndarray) -> np.ndarray:
@@ -48,7 +50,7 @@ class Labels:
         """For each label whether its unit may be cut; nothing is where any size would do."""
         if labels is None:
             return np.zeros(0, bool)
-        return ~np.isin(self.roots(labels), list(self.reason))
+        return ~self.frozen[self.roots(labels)]
 
     def unite(self, first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
         """Labels that meet index by index become one each; returns what the meeting's result carries."""
@@ -62,9 +64,9 @@ class Labels:
 
     def _unite(self, one: int, other: int) -> None:
         one, other = int(self.roots(np.array([one]))[0]), int(self.roots(np.array([other]))[0])
-        if other in self.reason:
+        if self.frozen[other]:
             one, other = other, one
-        if one != other and other not in self.reason:  # two frozen ones keep their own reasons
+        if one != other and not self.frozen[other]:  # two frozen ones keep their own reasons
             self.parent[other] = one
             self.version += 1
 
@@ -72,9 +74,10 @@ class Labels:
         """The units of these labels stay, because of `reason`."""
         if labels is None:
             return
-        for root in np.unique(self.roots(labels)[self.live(labels)]):
-            self.reason[int(root)] = reason
-            self.version += 1
+        roots = np.unique(self.roots(labels)[self.live(labels)])
+        self.frozen[roots] = True
+        self.reason.update(dict.fromkeys(roots.tolist(), reason))
+        self.version += len(roots)
 
     def freeze_all(self, values: Iterable[Axes], reason: str) -> None:
         for axes in values:
@@ -89,10 +92,10 @@ class Labels:
     def mark_produced(self, labels: np.ndarray | None) -> None:
         """A matrix product or convolution makes these indices: they are its output features."""
         if labels is not None:
-            self.produced.update(labels.tolist())
+            self.produced[labels] = True
 
     def is_produced(self, labels: np.ndarray) -> bool:
-        return self.produced.issuperset(labels.tolist())
+        return bool(self.produced[labels].all())
 
 
 def given(size: int) -> np.ndarray:

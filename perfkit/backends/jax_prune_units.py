@@ -114,9 +114,10 @@ def anatomy(model: JaxModel, inputs: Inputs) -> Anatomy:
     found = {layer for units in sets for layer in units.layers}
     stuck: dict[str, str] = {}
     for name, dims in zip(names, axes, strict=False):
-        for axis in dims:
-            if len(dims) > 1 and labels.is_produced(axis) and name not in found:
-                stuck.setdefault(name, labels.why_frozen(axis) or "it has one output feature")
+        made = [axis for axis in dims if labels.is_produced(axis)]
+        if name not in found and len(dims) > 1:
+            why = labels.why_frozen(made[0]) if made else "it is not multiplied as it stands, such as an embedding"
+            stuck.setdefault(name, why or "it has one output feature")
     return Anatomy(sets, stuck, labels, axes)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("flax")
 from flax import linen, nnx
-from jax_compression_models import LowRank, Recurrent, applied, filled, flat, outputs, rows, training
+from jax_compression_models import LowRank, Prune, Recurrent, applied, filled, flat, outputs, rows, training
 from jaxpr_walk import equations
 
 import perfkit
@@ -157,6 +157,25 @@ def test_linen():
     assert result.effect.touched == ("Dense_0",)
     close(result.model.apply({"params": result.after.model.params}, x), Dense().apply(params, x))
     assert products(result, x) == {(24, 3), (3, 20)}
+
+
+def test_then_pruned():
+    """Of what is factorized already, units and ranks can go."""
+    model, x = mlp(), rows(4, 24)
+    thin = applied(LowRank(energy=0.99999), model, x)
+    small = applied(Prune(include="layers.0"), thin.model, x)
+    assert small.model.layers[0].left.shape == (24, 2)
+    assert small.model.layers[0].right.shape == (2, 10)
+    assert small.model.layers[0].out_features == small.model.layers[1].in_features == 10
+
+    def net(params, x):
+        return jnp.tanh(x @ params["a"]) @ params["b"]
+
+    params = {"a": low(24, 20, 3), "b": rows(20, 3)}
+    thin = applied(LowRank(include="a"), net, x, params=params)
+    work, effect = Prune(include="a").jax(thin.after)
+    assert work.model.params["b"].shape == (10, 3)
+    assert effect.touched == ("a",)
 
 
 def test_a_matrix_used_otherwise_stays():

@@ -190,6 +190,18 @@ def test_the_cubic_schedule(step):
     assert zeros(params[0]) == round(500 * share)
 
 
+def test_what_has_gone_never_returns():
+    """Not even where the scores turn round."""
+    group = Group(4, 2, lambda _, gradients: gradients[0], lambda stays: {0: stays})
+    optimizer = masking(optax.sgd(1.0), [group], 2)
+    params = [jnp.ones(4)]
+    state = optimizer.init(params)
+    for gradients in ([0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0]):
+        updates, state = optimizer.update([jnp.array(gradients)], state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(params[0], [0.0, 0.0, 1 - 2 - 1 - 1, 1 - 3])
+
+
 def test_the_original_teaches():
     given, after, _, finished = trained_work("conv", 3, distill=True)
     model = nnx.clone(given["model"])
