@@ -7,7 +7,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from perfkit.recipes.low_rank import LowRank  # noqa: E402
 from sample_models import torch_models  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence  # noqa: E402
@@ -17,6 +16,7 @@ from perfkit import InvalidInputError, UnsupportedError  # noqa: E402
 from perfkit.backends import backend  # noqa: E402
 from perfkit.backends.torch_low_rank import factors  # noqa: E402
 from perfkit.backends.torch_training import Trainer  # noqa: E402
+from perfkit.recipes.low_rank import LowRank  # noqa: E402
 
 BACKEND = backend("torch")
 INFERENCE = {"mode": "inference", "loss": None, "targets": None, "optimizer": None, "seed": 0}

@@ -6,7 +6,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from perfkit.recipes.prune import Prune  # noqa: E402
 from sample_models import torch_models  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
@@ -17,6 +16,7 @@ from perfkit import InvalidInputError, UnsupportedError  # noqa: E402
 from perfkit.backends import backend  # noqa: E402
 from perfkit.backends.torch_prune_rank import kept  # noqa: E402
 from perfkit.backends.torch_prune_units import NONE, Units  # noqa: E402
+from perfkit.recipes.prune import Prune  # noqa: E402
 
 
 class Recurrent(nn.Module):

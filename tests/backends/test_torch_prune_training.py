@@ -7,7 +7,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from perfkit.recipes.prune import Prune  # noqa: E402
 from sample_models import training  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -15,6 +14,7 @@ import perfkit  # noqa: E402
 from perfkit import UnsupportedError, reference  # noqa: E402
 from perfkit.backends import backend  # noqa: E402
 from perfkit.backends.torch_training import Trainer  # noqa: E402
+from perfkit.recipes.prune import Prune  # noqa: E402
 from perfkit.reference import _in_torch as in_torch  # noqa: E402
 from perfkit.reference._catalog import card, dataset  # noqa: E402
 from perfkit.reference._train import shuffled  # noqa: E402

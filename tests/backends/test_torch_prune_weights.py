@@ -7,7 +7,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from perfkit.recipes.prune import Prune  # noqa: E402
 from sample_models import torch_models  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -15,6 +14,7 @@ from perfkit import NoEffectError, optimize  # noqa: E402
 from perfkit.backends import backend  # noqa: E402
 from perfkit.backends.torch_prune_masks import smallest  # noqa: E402
 from perfkit.backends.torch_training import Trainer  # noqa: E402
+from perfkit.recipes.prune import Prune  # noqa: E402
 
 BACKEND = backend("torch")
 
