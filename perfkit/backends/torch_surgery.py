@@ -85,10 +85,19 @@ def copied(*things: Any) -> Any:
             f"the model cannot be copied ({type(error).__name__}: {error}), and perfkit never changes the caller's: "
             "give it a __deepcopy__, or take out what cannot be copied (locks, files, compiled code)"
         ) from error
-    for thing in copies:
+    for thing, original in zip(copies, things, strict=True):
+        if isinstance(thing, torch.optim.Optimizer):
+            _copy_hooks(original, thing)
         if options := getattr(type(thing), COMPILED_WITH, None):
             thing.compile(**options)
     return copies if len(copies) > 1 else copies[0]
+
+
+def _copy_hooks(optimizer: torch.optim.Optimizer, copied_to: torch.optim.Optimizer) -> None:
+    """deepcopy leaves an optimizer's hooks behind, gradient clipping among them. They are given the optimizer."""
+    for name, hooks in vars(optimizer).items():
+        if name.startswith("_optimizer_") and name.endswith("_hooks"):
+            getattr(copied_to, name).update(hooks)
 
 
 def settle_forward(module: nn.Module) -> None:

@@ -59,8 +59,8 @@ def test_inference(recipe, framework, model):
     assert report.fidelity.ok
     assert 0 < report.speedup.low <= report.speedup.ratio <= report.speedup.high
     assert report.before.model_bytes > 0
-    loosest = 1.5e-1 if recipe == "int4_weight_only" else 5e-2
-    assert recipe_class(recipe).tolerance <= loosest, "so loose that it would prove nothing"
+    loosest = 1.5e-1 if recipe in ("int4_weight_only", "low_rank") else 5e-2  # coarse by their nature, and say so
+    assert recipe_class(recipe)().tolerance <= loosest, "so loose that it would prove nothing"
 
 
 @pytest.mark.parametrize("recipe", names())
