@@ -19,7 +19,7 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -59,13 +59,13 @@ def int8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     bits, trained = getattr(recipe, "weight_bits", 8), any(use.bits for use in chosen.weights.values())
     if trained:
         note = "trained with fake quantization: activations keep one scale per row, computed at each call, as trained"
-        return _in_low(work, chosen, lambda name, weight, use: _int8(weight, use, use.bits), (note,))
+        return _in_low(work, chosen, lambda weight, use: _int8(weight, use, use.bits), (note,))
     observed, notes = _calibrated(work, chosen)
-    chosen, more = _without_dead(chosen, observed)
+    chosen, more = _ranged(chosen, observed)
 
-    def low(name: str, weight: Any, use: Uses) -> Quantized:
-        limit = jnp.float32(observed[name]) if use.products else None
-        return _int8(weight, use, bits, input_scale=None if limit is None else range_scale(limit))
+    def low(weight: Any, use: Uses) -> Quantized:
+        met = use.limit is not None  # a table is only looked up, and meets nothing
+        return _int8(weight, use, bits, input_scale=range_scale(jnp.float32(use.limit)) if met else None)
 
     return _in_low(work, chosen, low, (*notes, *more))
 
@@ -83,7 +83,7 @@ def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]
     """
     bits = getattr(recipe, "weight_bits", 8)
     chosen = _chosen(work, recipe, _stored_reason)
-    return _in_low(work, chosen, lambda name, weight, use: _int8(weight, use, use.bits or bits))
+    return _in_low(work, chosen, lambda weight, use: _int8(weight, use, use.bits or bits))
 
 
 def weight_only(work: Workload, recipe: LayerRecipe, bits: int) -> tuple[Workload, Effect]:
@@ -102,7 +102,7 @@ def weight_only(work: Workload, recipe: LayerRecipe, bits: int) -> tuple[Workloa
         raise InvalidInputError(f"{recipe.name}: bits={bits!r}, expected 4 or 8")
     chosen = _chosen(work, recipe, _stored_reason)
 
-    def low(name: str, weight: Any, use: Uses) -> Quantized | Packed:
+    def low(weight: Any, use: Uses) -> Quantized | Packed:
         return Packed.of(weight, use.axes) if bits == 4 else _int8(weight, use, 8, multiplies=False)
 
     groups = f", one scale per group of {GROUP}" if bits == 4 else ", one scale per output"
@@ -145,7 +145,7 @@ def fp8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
 def in_float8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     """`fp8` without asking the hardware."""
     chosen = _chosen(work, recipe, _float8_reason)
-    return _in_low(work, chosen, lambda name, weight, use: Quantized.of(weight, use.axes, dtype=FLOAT8))
+    return _in_low(work, chosen, lambda weight, use: Quantized.of(weight, use.axes, dtype=FLOAT8))
 
 
 def qat(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
@@ -257,14 +257,14 @@ def _example(work: Workload) -> Inputs:
 
 
 def _in_low(
-    work: Workload, chosen: _Chosen, low: Callable[[str, Any, Uses], Any], notes: tuple[str, ...] = ()
+    work: Workload, chosen: _Chosen, low: Callable[[Any, Uses], Any], notes: tuple[str, ...] = ()
 ) -> tuple[Workload, Effect]:
     """The workload with its chosen weights made `low`, and what became of each."""
     if not chosen.weights:
         none = () if chosen.layer_of else ("the model has no parameters of two dimensions or more: pass params=",)
         return work, Effect((), chosen.skipped, none)
     weights = candidates(work.model.params)
-    small = {name: low(name, weights[name], use) for name, use in chosen.weights.items()}
+    small = {name: low(weights[name], use) for name, use in chosen.weights.items()}
     in_float = _products_in_float(work, small)
     chosen = chosen.without(in_float)
     model = _replaced(work, {name: small[name] for name in chosen.weights})
@@ -312,8 +312,8 @@ def _calibrated(work: Workload, chosen: _Chosen) -> tuple[Mapping[str, float], t
     )
 
 
-def _without_dead(chosen: _Chosen, observed: Mapping[str, float]) -> tuple[_Chosen, tuple[str, ...]]:
-    """Less the layers whose activations were never seen, or only as zeros: they have no range."""
+def _ranged(chosen: _Chosen, observed: Mapping[str, float]) -> tuple[_Chosen, tuple[str, ...]]:
+    """With the ranges of their activations; less the layers that have none, since they met nothing or only zeros."""
     why = {}
     for name, use in chosen.weights.items():
         if use.products and name not in observed:
@@ -321,4 +321,5 @@ def _without_dead(chosen: _Chosen, observed: Mapping[str, float]) -> tuple[_Chos
         elif use.products and observed[name] == 0:
             why[name] = "all activations that entered it in calibration were zero"
     dead = ", ".join(dict.fromkeys(chosen.layer_of[name] for name in why))
-    return chosen.without(why), ((f"dead observers: {dead}",) if dead else ())
+    ranged = {name: replace(use, limit=observed.get(name)) for name, use in chosen.weights.items()}
+    return replace(chosen, weights=ranged).without(why), ((f"dead observers: {dead}",) if dead else ())

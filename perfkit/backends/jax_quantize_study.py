@@ -33,6 +33,7 @@ class Uses:
         reasons: why products with it cannot run in integers.
         others: names of primitives that take it in floating point.
         bits: what it was trained for with fake quantization; None where it was not.
+        limit: the largest magnitude of the activations that it met in calibration; None without one.
     """
 
     summed: frozenset[int] = frozenset()
@@ -41,6 +42,7 @@ class Uses:
     reasons: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     bits: int | None = None
+    limit: float | None = None
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -52,9 +54,7 @@ def candidates(params: Any) -> dict[str, Any]:
     """The parameters that may be a layer's weights: floating point, two dimensions or more."""
     named = leaves_with_names(params)[0]
     return {
-        name: leaf
-        for name, leaf in named
-        if getattr(leaf, "ndim", 0) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        name: leaf for name, leaf in named if getattr(leaf, "ndim", 0) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
     }
 
 

@@ -17,6 +17,9 @@ from jax import lax
 from perfkit.backends.jax_autocast_casting import bind
 from perfkit.backends.jax_quantized import Packed, Quantized, dequantize, unpacked
 
+# Where an index is out of bounds a lookup fills in a number, NaN by default: the scale is filled with it, times one.
+ONE, TWO_ONES = 1, 0x11
+
 Axes = tuple[frozenset[int], ...]
 """For each dimension of a view: which dimensions of the parameter lie in it."""
 
@@ -148,9 +151,7 @@ def _rearranged(x: View, move: Callable[[Any], Any], axes: Callable[[Axes], Axes
 
 def _transpose(eqn: Any, operands: list[View]) -> list[View]:
     order = eqn.params["permutation"]
-    return [
-        _rearranged(operands[0], lambda a: lax.transpose(a, order), lambda axes: tuple(axes[dim] for dim in order))
-    ]
+    return [_rearranged(operands[0], lambda a: lax.transpose(a, order), lambda axes: tuple(axes[dim] for dim in order))]
 
 
 def _squeeze(eqn: Any, operands: list[View]) -> list[View]:
@@ -235,7 +236,11 @@ def _concatenate(eqn: Any, operands: list[Any]) -> list[View] | None:
         if len(set(shapes)) > 1:
             return None
         scale = jnp.concatenate(
-            [jnp.broadcast_to(x.scale, (*s[:at], x.values.shape[at], *s[at:])) for x, s in zip(operands, shapes)], at
+            [
+                jnp.broadcast_to(x.scale, (*s[:at], x.values.shape[at], *s[at:]))
+                for x, s in zip(operands, shapes, strict=True)
+            ],
+            at,
         )
     # Side by side they meet the same activations, and so the widest of their ranges.
     ranges = [x.input_scale for x in operands]
@@ -302,10 +307,12 @@ def _gather(eqn: Any, operands: list[Any]) -> list[Any]:
     if x.scale is None:
         return bind(eqn, [x.values, indices])
     looked_up = eqn.params["dimension_numbers"].start_index_map
-    spread = [n if dim in looked_up else s for dim, (n, s) in enumerate(zip(x.values.shape, x.scale.shape))]
+    spread = [
+        n if dim in looked_up else s for dim, (n, s) in enumerate(zip(x.values.shape, x.scale.shape, strict=True))
+    ]
     scale = jnp.broadcast_to(x.scale, spread)
     sizes = tuple(min(size, n) for size, n in zip(eqn.params["slice_sizes"], spread, strict=True))
-    values = bind(eqn, [x.values, indices], fill_value=None)[0]
+    values = bind(eqn, [x.values, indices], fill_value=ONE)[0]
     return [dequantize(values, bind(eqn, [scale, indices], slice_sizes=sizes)[0], x.dtype)]
 
 
@@ -317,8 +324,8 @@ def _gather_packed(eqn: Any, x: PackedView, indices: Any) -> list[Any] | None:
     if not (whole and kept):
         return None
     values, scale = (
-        bind(eqn, [part, indices], slice_sizes=(*sizes[:-1], part.shape[-1]), fill_value=None)[0]
-        for part in (packed.values, packed.scale)
+        bind(eqn, [part, indices], slice_sizes=(*sizes[:-1], part.shape[-1]), fill_value=fill)[0]
+        for part, fill in ((packed.values, TWO_ONES), (packed.scale, eqn.params["fill_value"]))
     )
     return [unpacked(values, scale, sizes[last], packed.dtype)]
 
