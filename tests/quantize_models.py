@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen, nnx
 
 from perfkit import LayerRecipe, Stage
-from perfkit._workload import Inputs, Workload
+from perfkit._workload import Workload
 from perfkit.backends import jax_quantize
 from perfkit.backends.jax_backend import BACKEND
 
@@ -102,7 +102,7 @@ def stacked(params, x):
         return jnp.tanh(x @ w), None
 
     x, _ = jax.lax.scan(layer, x, params["layers"])
-    x = jax.lax.cond(x.sum() > -jnp.inf, lambda w, x: x @ w, lambda w, x: x @ -w, params["out"], x)
+    x = jax.lax.cond(x.sum() > -jnp.inf, lambda w, x: x @ w, lambda w, x: x @ w / 2, params["out"], x)
     return jax.lax.fori_loop(0, 2, lambda _, x: jax.jit(lambda w, x: x + jnp.tanh(x @ w))(params["loop"], x), x)
 
 
@@ -152,31 +152,18 @@ def bound(model: Any, example_inputs: Any = None, params: Any = None, **training
     return BACKEND.bind(model, params, example_inputs, seed=0, **training)
 
 
-def outputs(work: Workload, inputs: Inputs | None = None) -> Any:
-    inputs = inputs or work.inputs
-    return jitted(work, inputs)(work.model.params, work.model.rest, *_arrays(inputs))
-
-
-def compiled(work: Workload) -> str:
-    """The program that XLA makes of a call of the model."""
-    state = work.model.params, work.model.rest
-    return jitted(work, work.inputs).lower(*state, *_arrays(work.inputs)).compile().as_text()
-
-
-def jitted(work: Workload, inputs: Inputs) -> Callable:
-    function = work.model.function()
-    fixed = {at: arg for at, arg in enumerate(inputs.args) if not hasattr(arg, "dtype")}
+def program(work: Workload) -> tuple[str, Any]:
+    """What XLA makes of a call of the model, as text, and what the call returns."""
+    inputs, function = work.inputs, work.model.function()
+    arrays = [arg for arg in inputs.args if hasattr(arg, "dtype")]
 
     def call(params, rest, *arrays):
         left = iter(arrays)
-        args = [fixed[at] if at in fixed else next(left) for at in range(len(inputs.args))]
+        args = [next(left) if hasattr(arg, "dtype") else arg for arg in inputs.args]
         return function(params, rest, *args, **inputs.kwargs)[0]
 
-    return jax.jit(call)
-
-
-def _arrays(inputs: Inputs) -> list[Any]:
-    return [arg for arg in inputs.args if hasattr(arg, "dtype")]
+    compiled = jax.jit(call).lower(work.model.params, work.model.rest, *arrays).compile()
+    return compiled.as_text(), compiled(work.model.params, work.model.rest, *arrays)
 
 
 def products(program: str, dtype: str) -> list[str]:
