@@ -16,7 +16,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -85,10 +85,9 @@ def autocast(fn: Callable, dtype: Any) -> Callable:
 
     @functools.wraps(fn, updated=())  # the attributes of a callable module are not this function's
     def autocast_fn(*args: Any, **kwargs: Any) -> Any:
-        jaxpr, values, outputs = _trace(fn, args, kwargs)
+        jaxpr, values, outputs = trace(fn, args, kwargs)
         results = rewriter.evaluate(jaxpr, values)
-        restored = [_as_written(result, aval) for result, aval in zip(results, jaxpr.out_avals, strict=True)]
-        return jax.tree.unflatten(outputs, restored)
+        return untraced(jaxpr, results, outputs)
 
     return autocast_fn
 
@@ -111,7 +110,7 @@ def autocast_counts(fn: Callable, dtype: Any, /, *args: Any, **kwargs: Any) -> A
         {'dot_general': 1}
     """
     low = _low_dtype(dtype)
-    jaxpr, _, _ = _trace(fn, args, kwargs)
+    jaxpr, _, _ = trace(fn, args, kwargs)
     lowered, skipped, kept = collections.Counter(), collections.Counter(), collections.Counter()
 
     def count(jaxpr: Any) -> None:
@@ -147,10 +146,10 @@ def _low_dtype(dtype: Any) -> np.dtype:
     return low
 
 
-def _trace(fn: Callable, args: tuple, kwargs: dict) -> tuple[Any, list[Any], Any]:
+def trace(fn: Callable, args: tuple, kwargs: dict) -> tuple[Any, list[Any], Any]:
     """The jaxpr of a call, the values of its inputs, and the structure of its output."""
     leaves, structure = jax.tree.flatten((args, kwargs))
-    traced = [at for at, leaf in enumerate(leaves) if isinstance(leaf, _ARRAYS)]
+    traced = [at for at, leaf in enumerate(leaves) if isinstance(leaf, ARRAYS)]
 
     def flat(*values: Any) -> Any:
         full = list(leaves)
@@ -165,7 +164,13 @@ def _trace(fn: Callable, args: tuple, kwargs: dict) -> tuple[Any, list[Any], Any
 
 
 _NUMPY = (np.ndarray, np.generic)
-_ARRAYS = (jax.Array, jax.ShapeDtypeStruct, *_NUMPY)
+ARRAYS = (jax.Array, jax.ShapeDtypeStruct, *_NUMPY)
+
+
+def untraced(jaxpr: Any, results: Iterable[Any], structure: Any) -> Any:
+    """The results of evaluating a traced function, as the function itself would have returned them."""
+    restored = [_as_written(result, aval) for result, aval in zip(results, jaxpr.out_avals, strict=True)]
+    return jax.tree.unflatten(structure, restored)
 
 
 def _as_written(value: Any, aval: Any) -> Any:

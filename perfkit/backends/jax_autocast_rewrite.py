@@ -60,7 +60,7 @@ class Rewriter:
 
         for eqn in jaxpr.eqns:
             operands = [operand(atom) for atom in eqn.invars]
-            with _context_of(eqn):
+            with context_of(eqn):
                 results = self._apply(eqn, operands)
             values.update(zip(eqn.outvars, results, strict=True))
             if eqn.primitive.name in _REPEATS and operands[0].bends:
@@ -293,7 +293,7 @@ _CONTROL_RULES: dict[str, Callable[[Rewriter, Any, list[Operand]], Sequence[Any]
 
 
 @contextlib.contextmanager
-def _context_of(eqn: Any):
+def context_of(eqn: Any):
     """The named scopes, compute type and mesh that the equation was traced under, as in `jax.core.eval_jaxpr`."""
     names = str(eqn.source_info.name_stack)
     with jax.named_scope(names) if names else contextlib.nullcontext(), eqn.ctx.manager:

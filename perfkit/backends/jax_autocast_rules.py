@@ -132,10 +132,10 @@ def product_skip_reason(eqn: Any, low: np.dtype) -> str | None:
             return f"{dtype} operands"
     if result != FLOAT32:
         return f"a {result} result was asked for"
-    return _precision_reason(eqn.params.get("precision"))
+    return precision_reason(eqn.params.get("precision"))
 
 
-def _precision_reason(precision: Any) -> str | None:
+def precision_reason(precision: Any) -> str | None:
     """Whoever writes precision=HIGHEST at a product means it, and a low dtype would silently overrule them."""
     parts = precision if isinstance(precision, tuple) else (precision,)
     asked = [part for part in parts if part not in (None, lax.Precision.DEFAULT)]

@@ -23,6 +23,7 @@ from perfkit.backends.jax_dress import as_called, dressed, finished, writer
 from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
 from perfkit.backends.jax_precision import cast
 from perfkit.backends.jax_training import Trainer
+from perfkit.backends.jax_trees import leaves
 
 
 class JaxBackend(Backend):
@@ -91,9 +92,9 @@ class JaxBackend(Backend):
         return np.asarray(leaf, np.float32) if leaf.dtype in (jnp.bfloat16, jnp.float16) else np.asarray(leaf)
 
     def size(self, work: Workload) -> tuple[int, int]:
-        parameters = {id(leaf): leaf for leaf in self.leaves(work.model.params)}
-        others = {id(leaf): leaf for leaf in self.leaves(work.model.rest)}
-        total = sum(leaf.size * leaf.dtype.itemsize for leaf in (parameters | others).values())
+        stored = {id(leaf): leaf for leaf in self.leaves((work.model.params, work.model.rest))}
+        parameters = {id(leaf): leaf for leaf in leaves(work.model.params) if hasattr(leaf, "dtype")}
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in stored.values())
         return total, sum(leaf.size for leaf in parameters.values())
 
     def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:

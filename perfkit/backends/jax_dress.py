@@ -11,7 +11,9 @@ from flax import nnx
 
 from perfkit.backends import Finished
 from perfkit.backends.jax_compile import Program
-from perfkit.backends.jax_model import JaxModel, NnxModel, nnx_function
+from perfkit.backends.jax_model import JaxModel, LinenModel, NnxModel, nnx_function
+from perfkit.backends.jax_quantized import is_quantized
+from perfkit.backends.jax_trees import leaves
 
 
 def finished(model: JaxModel) -> Finished:
@@ -68,11 +70,11 @@ class DressedFunction:
 
 def _packed(model: JaxModel) -> Any:
     """Parameters and other state as the caller passes them: linen's variables, or a function's params."""
-    return {"params": model.params, **model.rest} if model.rest or hasattr(model.original, "apply") else model.params
+    return {"params": model.params, **model.rest} if isinstance(model, LinenModel) else model.params
 
 
 def _unpacked(model: JaxModel, packed: Any) -> tuple[Any, Any]:
-    if not hasattr(model.original, "apply"):
+    if not isinstance(model, LinenModel):
         return packed, model.rest
     rest = dict(packed)
     return rest.pop("params", {}), rest
@@ -190,7 +192,7 @@ def _indices(state: nnx.State, module: nnx.Module, index_of: dict[int, int]) -> 
         for key in path:
             node = node[key] if isinstance(key, int) or not hasattr(node, str(key)) else getattr(node, key)
         order.append(index_of[id(node)])
-    return order, jax.tree.structure(state)
+    return order, jax.tree.structure(state, is_leaf=is_quantized)
 
 
 @contextmanager
@@ -212,7 +214,7 @@ def writer(module: nnx.Module) -> Callable[[Any, Any], None]:
 
     def write(params: Any, rest: Any) -> None:
         for order, state in zip(orders, (params, rest), strict=True):
-            for index, value in zip(order, jax.tree.leaves(state), strict=True):
+            for index, value in zip(order, leaves(state), strict=True):
                 variables[index].set_raw_value(value)
 
     return write
