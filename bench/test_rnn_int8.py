@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from perfkit.backends.torch_rnn_int8 import quantize_rnn
 from perfkit.kernels.rnn_int8 import torch_op
 from perfkit.measure import timing
+from perfkit.quantization.torch_rnn_int8 import quantize_rnn
 
 INPUTS, HIDDEN, LAYERS, STEPS = 100, 128, 2, 128
 """The text model's: what bench/test_recipes.py calls text_lstm, without its embedding."""

@@ -23,25 +23,25 @@ class Fp8(Quantizer):
 
     def unavailable(self, framework, device):
         if framework == "torch":
-            from perfkit.backends.torch_quantize import unavailable
+            from perfkit.quantization.torch_quantize import unavailable
 
             return unavailable(device, needed=(8, 9), on_cpu=False)
         return None
 
     def refusal(self, work):
         if work.framework == "jax":
-            from perfkit.backends.jax_quantize import fp8_refusal
+            from perfkit.quantization.jax_quantize import fp8_refusal
 
             return fp8_refusal(work) or super().refusal(work)
         return super().refusal(work)
 
     def torch(self, work):
-        from perfkit.backends.torch_quantize import fp8
+        from perfkit.quantization.torch_quantize import fp8
 
         return fp8(work, self)
 
     def jax(self, work):
-        from perfkit.backends.jax_quantize import fp8
+        from perfkit.quantization.jax_quantize import fp8
 
         return fp8(work, self)
 

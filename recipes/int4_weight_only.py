@@ -36,18 +36,18 @@ class Int4WeightOnly(Quantizer):
 
     def unavailable(self, framework, device):
         if framework == "torch":
-            from perfkit.backends.torch_quantize import unavailable
+            from perfkit.quantization.torch_quantize import unavailable
 
             return unavailable(device, needed=(8, 0))
         return None
 
     def torch(self, work):
-        from perfkit.backends.torch_quantize import int4_weight_only
+        from perfkit.quantization.torch_quantize import int4_weight_only
 
         return int4_weight_only(work, self)
 
     def jax(self, work):
-        from perfkit.backends.jax_quantize import weight_only
+        from perfkit.quantization.jax_quantize import weight_only
 
         return weight_only(work, self, bits=4)
 

@@ -33,7 +33,7 @@ class Int8(Quantizer):
 
     def unavailable(self, framework, device):
         if framework == "torch":
-            from perfkit.backends.torch_quantize import unavailable
+            from perfkit.quantization.torch_quantize import unavailable
 
             return unavailable(device, needed=(7, 5))
         return None
@@ -47,12 +47,12 @@ class Int8(Quantizer):
         return None if work.calibration else "it rounds to 8 bits: pass calibration= to have it tried"
 
     def torch(self, work):
-        from perfkit.backends.torch_quantize import int8
+        from perfkit.quantization.torch_quantize import int8
 
         return int8(work, self)
 
     def jax(self, work):
-        from perfkit.backends.jax_quantize import int8
+        from perfkit.quantization.jax_quantize import int8
 
         return int8(work, self)
 

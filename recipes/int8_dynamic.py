@@ -23,7 +23,7 @@ class Int8Dynamic(Quantizer):
 
     def unavailable(self, framework, device):
         if framework == "torch":
-            from perfkit.backends.torch_quantize import unavailable
+            from perfkit.quantization.torch_quantize import unavailable
 
             return unavailable(device, needed=(7, 5))
         return None
@@ -32,12 +32,12 @@ class Int8Dynamic(Quantizer):
         return "'int8' does the same on ranges known beforehand: choose it by name"
 
     def torch(self, work):
-        from perfkit.backends.torch_quantize import int8_dynamic
+        from perfkit.quantization.torch_quantize import int8_dynamic
 
         return int8_dynamic(work, self)
 
     def jax(self, work):
-        from perfkit.backends.jax_quantize import int8_dynamic
+        from perfkit.quantization.jax_quantize import int8_dynamic
 
         return int8_dynamic(work, self)
 

@@ -22,12 +22,12 @@ class Int8WeightOnly(Quantizer):
     tolerance = 2e-2  # half a step is 0.4 % of a weight's range, over a few layers
 
     def torch(self, work):
-        from perfkit.backends.torch_quantize import weight_only
+        from perfkit.quantization.torch_quantize import weight_only
 
         return weight_only(work, self)
 
     def jax(self, work):
-        from perfkit.backends.jax_quantize import weight_only
+        from perfkit.quantization.jax_quantize import weight_only
 
         return weight_only(work, self, bits=8)
 

@@ -51,12 +51,12 @@ class LowRank(LayerRecipe):
         return "it changes what the model computes: choose it by name, and train afterwards"
 
     def torch(self, work):
-        from perfkit.backends.torch_low_rank import factorized
+        from perfkit.pruning.torch_low_rank import factorized
 
         return factorized(work, self)
 
     def jax(self, work):
-        from perfkit.backends.jax_low_rank import factorized
+        from perfkit.pruning.jax_low_rank import factorized
 
         return factorized(work, self)
 

@@ -98,12 +98,12 @@ class Prune(LayerRecipe):
         return "it changes what the model computes: choose it by name, and train afterwards"
 
     def torch(self, work):
-        from perfkit.backends.torch_prune import pruned
+        from perfkit.pruning.torch_prune import pruned
 
         return pruned(work, self)
 
     def jax(self, work):
-        from perfkit.backends.jax_prune import pruned
+        from perfkit.pruning.jax_prune import pruned
 
         return pruned(work, self)
 

@@ -38,12 +38,12 @@ class Qat(LayerRecipe):
         return None if work.trains else "it is for mode='training'; the trained model is then converted with 'int8'"
 
     def torch(self, work):
-        from perfkit.backends.torch_quantize import qat
+        from perfkit.quantization.torch_quantize import qat
 
         return qat(work, self)
 
     def jax(self, work):
-        from perfkit.backends.jax_quantize import qat
+        from perfkit.quantization.jax_quantize import qat
 
         return qat(work, self)
 

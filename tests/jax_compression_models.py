@@ -35,7 +35,7 @@ class Prune(LayerRecipe):
     distill: bool = False
 
     def jax(self, work):
-        from perfkit.backends.jax_prune import pruned
+        from perfkit.pruning.jax_prune import pruned
 
         return pruned(work, self)
 
@@ -52,7 +52,7 @@ class LowRank(LayerRecipe):
     distill: bool = False
 
     def jax(self, work):
-        from perfkit.backends.jax_low_rank import factorized
+        from perfkit.pruning.jax_low_rank import factorized
 
         return factorized(work, self)
 

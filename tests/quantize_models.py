@@ -13,8 +13,8 @@ from flax import linen, nnx
 
 from perfkit import LayerRecipe, Stage
 from perfkit._workload import Workload
-from perfkit.backends import jax_quantize
 from perfkit.backends.jax_backend import BACKEND
+from perfkit.quantization import jax_quantize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

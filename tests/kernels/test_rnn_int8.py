@@ -224,7 +224,7 @@ def test_python_threads_may_call_it_at_once(threads):
 FORKED = """
 import os, warnings, torch
 warnings.simplefilter("ignore")
-from perfkit.backends.torch_rnn_int8 import quantize_rnn
+from perfkit.quantization.torch_rnn_int8 import quantize_rnn
 torch.set_num_threads(2)
 model, x = torch.nn.LSTM(4, 8).eval(), torch.randn(5, 64, 4)
 quantize_rnn(model)

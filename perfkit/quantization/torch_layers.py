@@ -1,0 +1,131 @@
+"""Torch layers on integer weights. Each function changes one module in place, into a subclass of what it was.
+
+Weights are int8 (or less), symmetric, one scale per output channel. The layer's `weight` is still there to read, in
+float32, for code that does not call the layer but takes its weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from perfkit.backends.torch_surgery import derive
+from perfkit.quantization.torch_ranges import Affine
+
+_quantized = torch.ops.quantized_decomposed
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+EPSILON = torch.finfo(torch.float32).eps
+
+
+def rounded_weight(weight: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight as int8 values within ±(2^(bits - 1) - 1), and the scale of each row, (rows,) float32.
+
+    A row of zeros gets the scale 1.
+    """
+    top = 2 ** (bits - 1) - 1
+    rows = weight.detach().float().flatten(1)
+    scale = rows.abs().amax(1) / top
+    scale = torch.where(scale > 0, scale, 1.0)
+    values = (rows / scale[:, None]).round().clamp(-top, top).to(torch.int8)
+    return values.view(weight.shape), scale
+
+
+def static(module: nn.Module, grid: Affine, bits: int = 8) -> None:
+    """A linear or convolution whose input is rounded to `grid`, known beforehand."""
+    _with_integer_weight(module, bits)
+    module.input_grid = grid
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _float_form(self, self.input_grid.rounded(input))
+
+    def get_extra_state(self) -> torch.Tensor:
+        grid = self.input_grid
+        return torch.tensor([grid.scale, grid.zero, grid.top], dtype=torch.float64)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        scale, zero, top = state.tolist()
+        self.input_grid = Affine(scale, int(zero), int(top))
+
+    derive(module, forward=forward, weight=_WEIGHT, get_extra_state=get_extra_state, set_extra_state=set_extra_state)
+
+
+def dynamic(module: nn.Linear, top: int, bits: int = 8) -> None:
+    """A linear whose input is rounded to a grid of 0…top that each call reads from the input itself."""
+    _with_integer_weight(module, bits)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = input.float()
+        grid = *_quantized.choose_qparams.tensor(x, 0, top, EPSILON, torch.uint8), 0, top, torch.uint8
+        return _float_form(
+            self, _quantized.dequantize_per_tensor.tensor(_quantized.quantize_per_tensor.tensor(x, *grid), *grid)
+        )
+
+    derive(module, forward=forward, weight=_WEIGHT)
+
+
+def pool(module: nn.MaxPool2d, grid: Affine) -> None:
+    """A max-pool on the grid of the layer after it. Rounding before the pool or after it gives the same numbers."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        pooled = F.max_pool2d(
+            grid.rounded(input), self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+        )
+        return grid.rounded(pooled)  # changes nothing but lets Inductor see a pool between integers
+
+    derive(module, forward=forward)
+
+
+def weight_only(module: nn.Module, bits: int = 8) -> None:
+    """A linear or convolution that multiplies in the input's precision, with int8 weights in memory."""
+    _with_integer_weight(module, bits)
+
+    def linear(self, input: torch.Tensor) -> torch.Tensor:
+        if input.device.type != "cpu":
+            return _float_form(self, input)
+        rows = input.reshape(-1, input.shape[-1])
+        out = torch._weight_int8pack_mm(rows, self.weight_int8, self.weight_scale.to(input.dtype))
+        out = out.view(*input.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+    def conv(self, input: torch.Tensor) -> torch.Tensor:
+        return _float_form(self, input)
+
+    derive(module, forward=linear if isinstance(module, nn.Linear) else conv, weight=_WEIGHT)
+
+
+def embedding(module: nn.Embedding, bits: int = 8) -> None:
+    """An embedding of int8 rows, each with its scale: a lookup reads a quarter of the bytes."""
+    _with_integer_weight(module, bits)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = F.embedding(input, self.weight_int8) * self.weight_scale[input].unsqueeze(-1)
+        return rows.to(self.weight_dtype)
+
+    derive(module, forward=forward, weight=_WEIGHT)
+
+
+def _with_integer_weight(module: nn.Module, bits: int) -> None:
+    values, scale = rounded_weight(module.weight, bits)
+    module.weight_dtype = module.weight.dtype
+    del module.weight
+    zero = torch.zeros(len(scale), dtype=torch.int64, device=scale.device)
+    # Parameters, not buffers: torch.compile freezes parameters only, and integer kernels need frozen weights.
+    for name, tensor in (("weight_int8", values), ("weight_scale", scale), ("weight_zero", zero)):
+        module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _dequantized(module: nn.Module) -> torch.Tensor:
+    """The weight in float32. Inductor knows this operation: it does not fold it into a float32 constant."""
+    grid = module.weight_scale, module.weight_zero, 0, -128, 127, torch.int8
+    return _quantized.dequantize_per_channel.default(module.weight_int8, *grid)
+
+
+_WEIGHT = property(_dequantized, doc="The weight in float32, made anew from the integers at each reading.")
+
+
+def _float_form(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    weight = _dequantized(module).to(x.dtype)
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight, module.bias)
+    return module._conv_forward(x, weight, module.bias)

@@ -1,0 +1,293 @@
+"""Quantized torch layers: the numbers they compute, what they keep in memory, and what the caller is told."""
+
+import copy
+import io
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import torch.nn.functional as F  # noqa: E402
+from sample_models import arguments, torch_models, training  # noqa: E402
+from torch import nn  # noqa: E402
+
+import perfkit  # noqa: E402
+from perfkit import InvalidInputError  # noqa: E402
+from perfkit.quantization import torch_int4, torch_layers, torch_quantize  # noqa: E402
+from perfkit.quantization.torch_fold import fold_norms  # noqa: E402
+from perfkit.quantization.torch_layers import rounded_weight  # noqa: E402
+from perfkit.quantization.torch_ranges import Affine  # noqa: E402
+from perfkit.recipes.int8 import Int8  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* makes .* slower here:perfkit.PerfkitWarning")
+GRID = Affine.spanning(-4.0, 4.0, 255)
+QUANTIZERS = ("int8", "int8_dynamic", "int8_weight_only", "int4_weight_only")
+
+
+def optimized(recipe, model, inputs, **options):
+    return perfkit.optimize(model, recipe, example_inputs=inputs, budget_s=0.1, **options).report
+
+
+def steps(report):
+    return report.steps[0].effect
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weights_are_rounded_to_half_a_step_of_their_row(bits):
+    weight = torch.randn(6, 4, 3, 3)
+    weight[2] = 0
+    values, scale = rounded_weight(weight, bits)
+    assert values.dtype == torch.int8
+    assert values.abs().max() <= 2 ** (bits - 1) - 1
+    restored = values * scale.view(-1, 1, 1, 1)
+    assert ((restored - weight).abs() <= scale.view(-1, 1, 1, 1) / 2 * (1 + 1e-6)).all()
+    assert (values[2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(12, 5), torch.randn(3, 12)),
+        (nn.Linear(12, 5, bias=False), torch.randn(2, 3, 12)),
+        (nn.Conv1d(4, 6, 3, padding=1), torch.randn(2, 4, 9)),
+        (nn.Conv2d(4, 6, 3, stride=2, groups=2, padding_mode="circular", padding=1), torch.randn(2, 4, 9, 9)),
+        (nn.Conv3d(2, 3, 2), torch.randn(1, 2, 4, 4, 4)),
+    ],
+)
+def test_a_static_layer_multiplies_rounded_inputs_with_rounded_weights(layer, x):
+    values, scale = rounded_weight(layer.weight)
+    wanted = copy.deepcopy(layer)
+    wanted.weight.data = values * scale.view(-1, *[1] * (values.dim() - 1))
+    torch_layers.static(layer, GRID)
+    assert isinstance(layer, type(wanted))
+    torch.testing.assert_close(layer(x), wanted(GRID.rounded(x)))
+    torch.testing.assert_close(layer.weight, wanted.weight.data)
+
+
+def test_a_dynamic_layer_reads_its_range_from_each_input():
+    layer, x = nn.Linear(12, 5), torch.randn(3, 12)
+    exact = layer(x), layer(1000 * x)
+    torch_layers.dynamic(layer, 255)
+    for got, wanted in zip((layer(x), layer(1000 * x)), exact, strict=True):
+        assert (got - wanted).norm() / wanted.norm() < 0.02
+
+
+def test_a_pool_gives_the_numbers_of_rounding_after_it():
+    pool, x = nn.MaxPool2d(2, stride=1, padding=1), torch.randn(2, 3, 8, 8)
+    wanted = GRID.rounded(pool(x))
+    torch_layers.pool(pool, GRID)
+    assert torch.equal(pool(x), wanted)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(64, 5), nn.Linear(64, 16, bias=False), nn.Conv2d(4, 6, 3)])
+def test_a_weight_only_layer_multiplies_rounded_weights(layer):
+    x = torch.randn(3, 64) if isinstance(layer, nn.Linear) else torch.randn(2, 4, 9, 9)
+    values, scale = rounded_weight(layer.weight)
+    wanted = copy.deepcopy(layer)
+    wanted.weight.data = values * scale.view(-1, *[1] * (values.dim() - 1))
+    torch_layers.weight_only(layer)
+    torch.testing.assert_close(layer(x), wanted(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 10, 16, 33])
+def test_four_bits_in_groups(rows):
+    layer, x = nn.Linear(64, rows), torch.randn(2, 3, 64)
+    values, scale, middle = torch_int4.grouped(layer.weight, 32)
+    restored = ((values.view(rows, 2, 32) - 8) * scale[..., None] + middle[..., None]).view(rows, 64)
+    assert ((restored - layer.weight).abs() <= scale.repeat_interleave(32, 1) / 2 * (1 + 1e-5)).all()
+    wanted = F.linear(x, restored, layer.bias)
+    torch_int4.linear(layer, 32)
+    assert layer.weight_int4.nbytes == 64 * (rows + -rows % 16) / 2
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer.weight, restored, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_embedding_rows(bits):
+    layer, ids = nn.Embedding(50, 64, padding_idx=3), torch.randint(0, 50, (4, 7))
+    ids[0, 0] = 3
+    exact = layer(ids)
+    if bits == 4:
+        torch_int4.embedding(layer, 32)
+    else:
+        torch_layers.embedding(layer)
+    steps_of_range = {8: 127, 4: 15 / 2}[bits]
+    assert (layer(ids) - exact).abs().max() <= exact.abs().max() / steps_of_range / 2 * 1.01
+    assert (layer(ids)[0, 0] == 0).all() or bits == 4
+    torch.testing.assert_close(layer.weight[ids], layer(ids))
+
+
+@pytest.mark.parametrize("name", torch_models())
+@pytest.mark.parametrize("recipe", QUANTIZERS)
+def test_every_model_is_quantized_or_said_why_not(name, recipe):
+    given = arguments("torch", name)
+    report = perfkit.optimize(**given, recipe=recipe, budget_s=0.1).report
+    effect = steps(report)
+    held = {
+        name or type(given["model"]).__name__
+        for name, module in given["model"].named_modules()
+        if list(module.parameters(recurse=False))
+    }
+    folded = {note.split()[0] for note in effect.notes if "is folded into" in note}
+    assert held == {*effect.touched, *(item.name for item in effect.skipped), *folded}
+    assert report.fidelity.ok
+
+
+def test_a_module_used_twice_and_a_view_after_a_convolution():
+    report = optimized("int8", *arguments("torch", "cnn").values())
+    assert set(steps(report).touched) == {"conv", "fc"}
+    assert "norm is folded into conv" in steps(report).notes
+
+
+def test_memory_and_state_dict_are_a_quarter():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(500, 128), nn.Flatten(), nn.Linear(1280, 256), nn.ReLU(), nn.Linear(256, 10))
+    result = perfkit.optimize(model, "int8", example_inputs=(torch.randint(0, 500, (16, 10)),), budget_s=0.1)
+    assert result.report.before.model_bytes / result.report.after.model_bytes > 3.5
+    saved = {name: io.BytesIO() for name in ("before", "after")}
+    torch.save(model.state_dict(), saved["before"])
+    torch.save(result.model.state_dict(), saved["after"])
+    assert saved["before"].tell() / saved["after"].tell() > 3.5
+
+
+def test_state_is_saved_loaded_and_copied_with_its_grids():
+    x = torch.randn(16, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    one = perfkit.optimize(model, "int8", example_inputs=(x,), budget_s=0.1).model
+    other = perfkit.optimize(copy.deepcopy(model), "int8", example_inputs=(3 * x,), budget_s=0.1).model
+    assert not torch.equal(one(x), other(x))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(x), other(x))
+    assert torch.equal(copy.deepcopy(one)(x), one(x))
+
+
+def test_norms_are_folded_only_where_nothing_else_takes_the_convolution():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)
+            self.after, self.last = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+            self.norm.running_mean.fill_(1.0)
+            self.last.running_var.fill_(4.0)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.last(self.after(y + self.norm(y)))
+
+    model, x = Both().eval(), torch.randn(2, 1, 9, 9)
+    work = perfkit.backends.of(model).bind(
+        model, None, (x,), mode="inference", loss=None, targets=None, optimizer=None, seed=0
+    )
+    folded = fold_norms(work, {"conv": work.model.conv, "after": work.model.after})
+    assert folded == {"last": "after"}
+    torch.testing.assert_close(work.model(x), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(work.model.conv.weight, model.conv.weight)
+
+
+def test_integer_kernels_come_with_compile_and_without_it_is_said_to_be_simulated():
+    given = arguments("torch", "cnn")
+    alone = steps(perfkit.optimize(**given, recipe="int8", budget_s=0.1).report)
+    assert alone.simulated
+    assert any("'+compile' makes integer kernels" in note for note in alone.notes)
+    compiled = perfkit.optimize(**given, recipe="int8+compile", budget_s=0.5).report
+    assert not steps(compiled).simulated
+    assert "the compiler made 2 integer kernels" in steps(compiled).notes
+    assert compiled.fidelity.ok
+
+
+def test_include_exclude_and_a_pattern_that_matches_nothing():
+    given = arguments("torch", "resnet")
+    report = perfkit.optimize(**given, recipe=Int8(include="first.*", exclude=["first.3"]), budget_s=0.1).report
+    assert steps(report).touched == ("first.0",)
+    assert {item.reason for item in steps(report).skipped if item.name in ("first.3", "stem")} == {"excluded"}
+    with pytest.raises(InvalidInputError, match=r"include='frist\.\*' matches no layer.*did you mean"):
+        perfkit.optimize(**given, recipe="int8(include='frist.*')")
+    with pytest.raises(InvalidInputError, match="exclude=3"):
+        Int8(exclude=3)
+
+
+def test_layers_whose_weight_is_read_and_never_called():
+    effect = steps(optimized("int8", *arguments("torch", "transformer").values()))
+    assert "layers.0.linear1" in effect.touched, "not bypassed by the encoder layer's fast path"
+    assert any(item.name == "layers.0.self_attn.out_proj" for item in effect.skipped)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "empty"),
+        (iter(()), "empty"),
+        ([torch.randn(3, 4)], "3 sample"),
+        ("data.csv", "a str"),
+        (17, "an? int"),
+        ([torch.randn(32, 5)], "calibration batch 1"),
+    ],
+)
+def test_calibration_that_cannot_be_used(calibration, message):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(InvalidInputError, match=message):
+        perfkit.optimize(model, "int8", example_inputs=(torch.randn(2, 4),), calibration=calibration)
+
+
+def test_calibration_data_is_used_and_said():
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    alone = steps(optimized("int8", model, (x,)))
+    assert any("the example inputs alone" in note for note in alone.notes)
+    given = steps(optimized("int8", model, (x,), calibration=[x + i for i in range(10)]))
+    assert "ranges read from 20 samples" in given.notes
+    without_inputs = perfkit.optimize(model, "int8", calibration=[torch.randn(16, 4)]).report
+    assert without_inputs.not_measured
+    assert perfkit.plan(model, "int8").steps[0].refusal
+
+
+def test_trained_rounding_is_kept_by_the_integer_model():
+    given = training("torch")
+    result = perfkit.optimize(**given, recipe="qat(weight_bits=4)", mode="training", budget_s=0.1)
+    batch = given["example_inputs"], given["targets"]
+    losses = [float(result.train_step(batch)) for _ in range(40)]
+    assert losses[-1] < losses[0] / 5
+    trained = result.model.eval()
+    converted = perfkit.optimize(trained, "int8(weight_bits=4)", example_inputs=batch[0], budget_s=0.1, tolerance=1e-5)
+    assert set(steps(converted.report).touched) == {"0", "4"}
+    with torch.no_grad():
+        torch.testing.assert_close(converted.model(*batch[0]), trained(*batch[0]))
+    plain = perfkit.optimize(given["model"], "int8(weight_bits=4)", example_inputs=batch[0], tolerance=1.0)
+    assert plain.report.fidelity.relative_error > 1e-3, "which rounding afterwards does not reach"
+
+
+def test_a_teacher_pulls_the_training_towards_its_outputs():
+    given = training("torch")
+    result = perfkit.optimize(**given, recipe="qat(weight_bits=2, distill=True)", mode="training", budget_s=0.1)
+    inputs = given["example_inputs"]
+    model, original = result.model, given["model"].eval()
+
+    def distance():
+        with torch.no_grad():
+            return float((model.eval()(*inputs) - original(*inputs)).norm())
+
+    before = distance()
+    # Labels that say the opposite: without a teacher the outputs would leave the original's.
+    for _ in range(40):
+        model.train()
+        result.train_step((inputs, given["targets"]))
+    with_teacher = distance()
+    alone = perfkit.optimize(**given, recipe="qat(weight_bits=2)", mode="training", budget_s=0.1)
+    model = alone.model
+    for _ in range(40):
+        model.train()
+        alone.train_step((inputs, given["targets"]))
+    assert with_teacher < distance()
+    assert before > 0
+
+
+def test_the_way_through_torchao_touches_the_chosen_layers():
+    pytest.importorskip("torchao")
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.randn(4, 64)
+    work = perfkit.backends.of(model).bind(
+        model, None, (x,), mode="inference", loss=None, targets=None, optimizer=None, seed=0
+    )
+    work, effect = torch_quantize._by_torchao(work, Int8(exclude="2"), "Int8DynamicActivationInt8WeightConfig")
+    assert effect.touched == ("0",)
+    assert type(work.model[0].weight) is not nn.Parameter
+    assert type(work.model[2].weight) is nn.Parameter
+    assert (work.model(x) - model(x)).norm() / model(x).norm() < 0.05
