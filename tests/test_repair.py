@@ -6,6 +6,7 @@ import perfkit
 from perfkit import FidelityError
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.filterwarnings("ignore:.* makes .* slower here:perfkit.PerfkitWarning")
 
 
 class Uneven(torch.nn.Module):
@@ -64,3 +65,22 @@ def test_what_cannot_be_repaired_is_refused_and_an_error_in_strict(given):
     assert "did not help" in result.report.explanation
     with pytest.raises(FidelityError, match="did not help"):
         perfkit.optimize(**given, recipe="int8", tolerance=1e-7, strict=True)
+
+
+def test_in_jax_too():
+    jax = pytest.importorskip("jax")
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {name: jax.random.normal(key, (16, 16)) for name, key in zip(("a", "b", "c"), keys, strict=True)}
+    params["a"] = params["a"].at[:, 0].set(0.0)
+    params["b"] = params["b"].at[0].set(1e4)  # dwarfs the others of its column, for an input that is 0
+
+    def model(params, x):
+        for name in ("a", "b"):
+            x = jax.numpy.tanh(x @ params[name])
+        return x @ params["c"]
+
+    x = jax.random.normal(jax.random.key(1), (32, 16))
+    report = perfkit.optimize(model, "int8", params=params, example_inputs=(x,), budget_s=0.2).report
+    assert report.steps[0].effect.touched == ("a", "c")
+    assert report.steps[0].effect.skipped[0].reason.startswith("given back")
+    assert report.fidelity.ok

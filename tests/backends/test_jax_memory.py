@@ -1,0 +1,34 @@
+"""Tensor memory in JAX: what XLA counts, and nothing where it does not count everything."""
+
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import perfkit  # noqa: E402
+
+
+def peak(function, *inputs):
+    return perfkit.optimize(function, "compile", example_inputs=inputs, budget_s=0.1).report.after.tensor_peak_bytes
+
+
+@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
+def test_outputs_and_temporaries_are_counted():
+    x = jax.numpy.ones((1000,))
+    counted = peak(lambda x: jax.lax.sort(x + 1) - jax.numpy.cumsum(x), x)
+    assert counted.value >= 4000
+
+
+@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
+def test_what_a_library_allocates_for_itself_makes_the_number_unavailable():
+    image, kernel = jax.numpy.ones((8, 28, 28, 1)), jax.numpy.ones((3, 3, 1, 32))
+
+    def convolved(image, kernel):
+        out = jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.nn.relu(out).sum((1, 2))
+
+    program = jax.jit(convolved).lower(image, kernel).compile()
+    found = peak(convolved, image, kernel)
+    if "kind=kCustom" in program.as_text():
+        assert "does not count" in found.unavailable
+    else:
+        assert found.value >= program.memory_analysis().temp_size_in_bytes
