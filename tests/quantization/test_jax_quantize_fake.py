@@ -24,7 +24,7 @@ def trained(name, steps=8, **options):
     given = cases()[name][0]
     inputs = given["example_inputs"]
     targets = jnp.ones_like(program(bound(**given))[1])
-    work = bound(**given, mode="training", loss=squared, targets=targets, optimizer=optax.adam(3e-3))
+    work = bound(**given, mode="training", loss=squared, targets=targets, optimizer=optax.adam(2e-2))
     fake_work, effect = jax_quantize.qat(work, FakeQuantize(**options))
     finished = BACKEND.finish(fake_work)
     losses = [float(finished.train_step((inputs, targets))) for _ in range(steps)]
@@ -37,10 +37,8 @@ def inference(given, finished):
     return bound(finished.model, given["example_inputs"], params)
 
 
-@pytest.mark.parametrize(("name", "bits"), [("cnn", 8), ("lstm", 8), ("linen", 4), ("function", 4), ("control", 8)])
+@pytest.mark.parametrize(("name", "bits"), [("cnn", 8), ("lstm", 8), ("linen", 4), ("gru", 4), ("control", 8)])
 def test_it_learns_and_its_conversion_gives_the_same_outputs(name, bits):
-    if name == "function":  # a flag among the inputs is no batch to train on
-        name = "gru"
     given, finished, effect, losses = trained(name, weight_bits=bits)
     layers = cases()[name][1]
     assert effect.simulated
@@ -96,7 +94,7 @@ def test_recomputation_is_kept():
     work = bound(**given, mode="training", loss=squared, targets=jnp.zeros((4, 8)), optimizer=optax.sgd(0.1))
     low, _ = jax_quantize.qat(work, FakeQuantize())
     jaxpr = jax.make_jaxpr(low.model.function())(low.model.params, (), *low.inputs.args)
-    (checkpoint,) = equations(jaxpr, "checkpoint")
+    (checkpoint,) = equations(jaxpr, "checkpoint", "remat2")
     names = {eqn.params["name"] for eqn in equations(checkpoint.params["jaxpr"], "jit")}
     assert MARK + "rows" in names
 
