@@ -160,12 +160,16 @@ def qat(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
         recipe: says which layers; `weight_bits` (8 where it has none): of the weights.
 
     Raises:
-        UnsupportedError: the model is not trained, or is quantized already.
+        UnsupportedError: the model is not trained, is quantized already, or was rewritten by another recipe.
     """
     if not work.trains:
         raise UnsupportedError(
             f"{recipe.name} trains: pass mode='training' with loss, targets and optimizer, then convert the trained "
             "model with recipe='int8'"
+        )
+    if work.model.transforms:
+        raise UnsupportedError(
+            f"in JAX {recipe.name} stands alone in a chain: it does not see through what another recipe has rewritten"
         )
     chosen = _chosen(work, recipe, _stored_reason, training=True)
     bits = getattr(recipe, "weight_bits", 8)

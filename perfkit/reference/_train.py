@@ -204,8 +204,8 @@ def batches(
         ImportError: The framework is not installed, or scikit-learn for the digits.
 
     Example:
-        >>> for batch in batches("cnn", steps=100):
-        ...     loss = result.train_step(batch)
+        >>> [len(targets) for inputs, targets in batches("cnn", steps=2)]
+        [64, 64]
     """
     side, about = framework_side(framework), card(name)
     at_least(batch_size, 1, what="batch_size")

@@ -12,7 +12,16 @@ from perfkit import UnsupportedError
 from perfkit._recipe import names, recipe_class
 
 MODELS = {"torch": ("cnn", "packed_lstm"), "jax": ("nnx_cnn", "nnx_lstm", "function")}
-CASES = [(recipe, framework, model) for recipe in names() for framework in MODELS for model in MODELS[framework]]
+LOOPS = ("bf16", "compile", "int8", "int4_weight_only", "prune")
+"""Recipes that meet a loop in JAX in ways of their own; op by op a loop takes half a second a call."""
+
+CASES = [
+    (recipe, framework, model)
+    for recipe in names()
+    for framework in MODELS
+    for model in MODELS[framework]
+    if model != "nnx_lstm" or recipe in LOOPS
+]
 
 
 def arrays(framework, model):
@@ -54,7 +63,7 @@ def test_inference(recipe, framework, model):
         return
     report = result.report
     step = report.steps[0]
-    assert step.recipe == recipe
+    assert step.recipe == recipe or step.recipe.startswith(f"{recipe}(exclude="), "or with layers given back"
     assert step.effect.touched or step.effect.notes or step.effect.skipped, "no effect without a word"
     assert report.fidelity.ok
     assert 0 < report.speedup.low <= report.speedup.ratio <= report.speedup.high
