@@ -27,7 +27,7 @@ from perfkit.reporting._format import format_bytes, format_count
 PAGES = Path(__file__).parents[1] / "docs" / "recipes"
 BEGIN, END = "<!-- measured: written by python -m bench.compression -->", "<!-- end -->"
 FINE_TUNING_STEPS = {"cnn": 200, "cnn2": 200, "lstm": 600, "text_lstm": 60}
-BUDGET_S = 10.0
+BUDGET_S = 6.0
 
 AT_ONCE = {
     ("cnn", 512): ("compile", "int8+compile", "int8_dynamic+compile", "int8_weight_only", "low_rank"),
@@ -50,17 +50,21 @@ ROUNDED = {("cnn", 64): (2, 3, 4)}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pages", action="store_true", help="measure nothing, only write the pages")
+    there = [name for name in ("torch", "jax") if find_spec(name)]
+    parser.add_argument("--frameworks", nargs="+", choices=there, default=there, help="rows of others are kept")
     options = parser.parse_args()
     if not options.pages:
-        record()
+        record(options.frameworks)
     for page in sorted(PAGES.glob("*.md")):
         write(page)
 
 
-def record() -> None:
+def record(frameworks: list[str]) -> None:
     warnings.simplefilter("ignore", PerfkitWarning)  # slower is a result here
-    rows = []
-    for framework in [name for name in ("torch", "jax") if find_spec(name)]:
+    path = RESULTS / f"compression-{device_slug()}.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in kept if row["framework"] not in frameworks]
+    for framework in frameworks:
         for (name, batch_size), recipes in AT_ONCE.items():
             rows += [told(at_once(framework, name, batch_size, recipe)) for recipe in recipes]
         for (name, batch_size), recipes in FINE_TUNED.items():
@@ -69,7 +73,6 @@ def record() -> None:
             for bits in widths:
                 rows += [told(row) for row in rounded(framework, name, batch_size, bits)]
     found = {"environment": dataclasses.asdict(environment()), "rows": rows}
-    path = RESULTS / f"compression-{device_slug()}.json"
     path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     print(f"wrote {path}")
 

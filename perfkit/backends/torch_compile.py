@@ -16,7 +16,7 @@ from torch._dynamo.callback import callback_handler
 
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import around_call, compile_in_place, derive
+from perfkit.backends.torch_surgery import FIXED_SHAPES, around_call, compile_in_place, derive
 
 
 def missing_compiler(device: str) -> str | None:
@@ -38,6 +38,8 @@ def compiled(work: Workload, mode: str, freezing: bool, **settings: Any) -> tupl
     freezing = freezing and not work.trains
     if freezing:
         options["freezing"] = True
+    if settings.get("dynamic") is None and any(hasattr(type(part), FIXED_SHAPES) for part in work.model.modules()):
+        settings["dynamic"] = False
     compile_in_place(work.model, options=options, **settings)
     if freezing:
         _compile_anew_with_new_weights(work.model)

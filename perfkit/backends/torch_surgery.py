@@ -21,6 +21,9 @@ from torch.nn.utils.rnn import PackedSequence
 from perfkit._errors import InvalidInputError
 
 COMPILED_WITH = "_perfkit_compiled_with"
+FIXED_SHAPES = "_perfkit_fixed_shapes"
+"""Marks classes whose modules torch.compile can only compile for one shape at a time."""
+
 _numbers = itertools.count()
 
 

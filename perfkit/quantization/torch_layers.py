@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perfkit.backends.torch_surgery import derive
+from perfkit.backends.torch_surgery import FIXED_SHAPES, derive
 from perfkit.quantization.torch_ranges import Affine
 
 _quantized = torch.ops.quantized_decomposed
@@ -47,7 +47,10 @@ def static(module: nn.Module, grid: Affine, bits: int = 8) -> None:
         scale, zero, top = state.tolist()
         self.input_grid = Affine(scale, int(zero), int(top))
 
-    derive(module, forward=forward, weight=_WEIGHT, get_extra_state=get_extra_state, set_extra_state=set_extra_state)
+    members = {"weight": _WEIGHT, "get_extra_state": get_extra_state, "set_extra_state": set_extra_state}
+    if isinstance(module, CONVS):
+        members[FIXED_SHAPES] = True  # for any size at once, Inductor (torch 2.13) takes wrong strides for integers
+    derive(module, forward=forward, **members)
 
 
 def dynamic(module: nn.Linear, top: int, bits: int = 8) -> None:

@@ -195,6 +195,16 @@ def test_integer_kernels_come_with_compile_and_without_it_is_said_to_be_simulate
     assert compiled.fidelity.ok
 
 
+def test_integer_kernels_take_other_batch_sizes():
+    model, (x,) = arguments("torch", "cnn").values()
+    result = perfkit.optimize(model, "int8+compile", example_inputs=(x,), budget_s=0.1)
+    with torch.no_grad():
+        for rows in (1, 3, 4, 9):
+            other = torch.randn(rows, *x.shape[1:])
+            exact = model.eval()(other)
+            assert (result.model(other) - exact).norm() / exact.norm() < 0.05
+
+
 def test_include_exclude_and_a_pattern_that_matches_nothing():
     given = arguments("torch", "resnet")
     report = perfkit.optimize(**given, recipe=Int8(include="first.*", exclude=["first.3"]), budget_s=0.1).report
