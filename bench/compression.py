@@ -124,8 +124,10 @@ def rounded(framework: str, name: str, batch_size: int, bits: int) -> list[dict[
     recipe = f"int8(weight_bits={bits})"
     plain = at_once(framework, name, batch_size, recipe)
     learned = at_once(framework, name, batch_size, recipe, retrained(framework, name, f"qat(weight_bits={bits})"))
-    learned["before"] = plain.get("before")
-    return [plain, learned | {"recipe": f"qat(weight_bits={bits}), then {recipe}"}]
+    for field in ("ratio", "low", "high", "verdict"):
+        learned.pop(field, None)  # against the model that only simulates the rounding, which nobody would run
+    learned |= {"recipe": f"qat(weight_bits={bits}), then {recipe}", "before": plain.get("before")}
+    return [plain, learned | {"bytes": plain.get("bytes"), "parameters": plain.get("parameters")}]
 
 
 def retrained(framework: str, name: str, recipe: str) -> Any:
@@ -217,9 +219,10 @@ def line(row: dict[str, Any]) -> str:
     if "refused" in row:
         cells = (where, row["framework"], f"`{row['recipe']}`", f"refused: {row['refused']}", "–", "–")
         return f"| {' | '.join(cells)} |"
-    ratio = f"{row['ratio']:.2f}× [{row['low']:.2f}, {row['high']:.2f}] {row['verdict']}"
-    if row.get("simulated"):
-        ratio += ", simulated"
+    ratio = "–"
+    if "ratio" in row:
+        ratio = f"{row['ratio']:.2f}× [{row['low']:.2f}, {row['high']:.2f}] {row['verdict']}"
+        ratio += ", simulated" if row.get("simulated") else ""
     weights = " → ".join(map(format_bytes, row["bytes"]))
     if row["parameters"][0] != row["parameters"][1] and "prune" in row["recipe"]:
         weights = " → ".join(map(format_count, row["parameters"])) + " parameters"
