@@ -100,12 +100,13 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=1.0, help="seconds per comparison")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--questions", nargs="+", metavar="NAME", help="only these; what is on file of others is kept")
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
     load_before = os.getloadavg()
     comparisons: dict[str, list[Comparison]] = {}
-    sides = questions()
+    sides = {name: pair for name, pair in questions().items() if not options.questions or name in options.questions}
     # Question by question in each round, so that a busy hour of the machine falls on all three.
     for seed in range(options.runs):
         for name, pair in sides.items():
@@ -117,8 +118,10 @@ def main() -> None:
         "load_before": load_before,
         "load_after": os.getloadavg(),
         "environment": dataclasses.asdict(environment()),
-        "questions": {name: summary(items) for name, items in comparisons.items()},
+        "questions": {name: summary(items) | {"budget_s": options.budget_s} for name, items in comparisons.items()},
     }
+    if options.questions and options.output.exists():
+        found["questions"] = json.loads(options.output.read_text())["questions"] | found["questions"]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
     for name, item in found["questions"].items():
