@@ -60,10 +60,11 @@ def optimize(
         optimizer: training: torch: an optimizer over the model's parameters, or a function of the parameters that makes
             one; JAX: an optax transformation.
         calibration: batches as the model will see them, each as `example_inputs`: the recipes that need ranges of
-            activations read them from here, by default from the example inputs alone.
+            activations read them from here (256 batches at most), by default from the example inputs alone.
         tolerance: relative error that the result may add, unitless; by default what the recipes declare. In training:
             distance of the loss curves as a share of the original's range, by default 0.05.
-        evaluate: `evaluate(model) -> float`, larger is better, called on original and result.
+        evaluate: `evaluate(model) -> float`, larger is better, called on original and result. A recipe that compresses
+            layers is then held to it, and no longer to the tolerance it declares.
         max_drop: by how much `evaluate` may fall; by default 0.
         budget_s: seconds to spend measuring (a chain, by default 6) or searching ("auto", by default 90).
         strict: a recipe that touches nothing is an error.

@@ -61,7 +61,7 @@ def run(chain: Chain, work: Workload, settings: Settings) -> Result:
         if (miss := missed(result, chain)).by > 0:
             repair = repaired(work, applied, missed, settings.progress)
             if repair.applied is None:
-                return _irreparable(original, f"{chain}: {miss.told}; {repair.explanation}", settings)
+                return _irreparable(original, chain, f"{chain}: {miss.told}; {repair.explanation}", settings)
             applied, result = repair.applied, repair.variant
     return concluded(original, result, applied, settings)
 
@@ -112,10 +112,12 @@ def _judge(original: Variant, settings: Settings) -> Callable[[Variant, Chain], 
     return missed
 
 
-def _irreparable(original: Variant, explanation: str, settings: Settings) -> Result:
+def _irreparable(original: Variant, chain: Chain, explanation: str, settings: Settings) -> Result:
+    result = unchanged(original, (), f"{explanation}; so the original is returned", settings)
+    report = replace(result.report, recipe=str(chain))
     if settings.strict:
-        raise FidelityError(f"strict=True, and {explanation}", None)
-    return unchanged(original, (), f"{explanation}; so the original is returned", settings)
+        raise FidelityError(f"strict=True, and {explanation}", report)
+    return replace(result, report=report)
 
 
 def unchanged(original: Variant, candidates: tuple[Candidate, ...], explanation: str, settings: Settings) -> Result:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -17,15 +15,6 @@ def caches(tmp_path_factory):
     """Compiled programs of tests go to a folder of their own."""
     os.environ["PERFKIT_CACHE"] = str(tmp_path_factory.mktemp("perfkit-cache"))
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor-cache"))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def nothing_left_to_exit():
-    """Tensors that compiled graphs hold are freed while torch is there; at exit each would print a traceback."""
-    yield
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].reset()
-        gc.collect()
 
 
 @pytest.fixture(params=FRAMEWORKS)

@@ -62,9 +62,11 @@ def test_what_cannot_be_repaired_is_refused_and_an_error_in_strict(given):
     result = perfkit.optimize(**given, recipe="int8", tolerance=1e-7)
     assert result.model is given["model"]
     assert result.report.outcome == "original returned"
+    assert result.report.recipe == "int8"
     assert "did not help" in result.report.explanation
-    with pytest.raises(FidelityError, match="did not help"):
+    with pytest.raises(FidelityError, match="did not help") as refused:
         perfkit.optimize(**given, recipe="int8", tolerance=1e-7, strict=True)
+    assert refused.value.report.recipe == "int8"
 
 
 def test_in_jax_too():

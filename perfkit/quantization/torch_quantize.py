@@ -174,7 +174,7 @@ def qat(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
 
 def _int8_cuda(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     work, effect = _by_torchao(work, recipe, "Int8DynamicActivationInt8WeightConfig")
-    note = "on CUDA the inputs' ranges are read at each call, which costs no accuracy and little time"
+    note = "on CUDA the inputs' ranges are read at each call: calibration data is not used"
     return work, replace(effect, notes=(*effect.notes, note))
 
 
