@@ -18,6 +18,7 @@ from perfkit._errors import UnsupportedError
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.jax_model import JaxModel
+from perfkit.pruning import amounts
 from perfkit.pruning.jax_modules import evaluating, resized
 from perfkit.pruning.jax_units import Anatomy, UnitSet, anatomy, cut, keeping, masked, summed
 
@@ -64,10 +65,8 @@ def planned(work: Workload, recipe: Any, scores: Scores) -> tuple[Kept, list[Ski
 
 
 def removed(size: int, recipe: Any) -> int:
-    """How many of `size` units go: one stays at least, or a multiple of `round_to` where as many would stay anyway."""
-    wanted, step = size * (1 - recipe.amount), recipe.round_to
-    stay = max(1, round(wanted)) if wanted < step else round(wanted / step) * step
-    return max(0, size - stay)
+    """How many of `size` units go."""
+    return size - amounts.kept(size, recipe.amount, recipe.round_to)
 
 
 def eligible(found: Anatomy, recipe: Any) -> tuple[list[UnitSet], list[Skipped]]:

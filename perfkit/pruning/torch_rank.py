@@ -13,16 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 from perfkit._errors import UnsupportedError
 from perfkit._workload import Workload
 from perfkit.backends.torch_surgery import copied, tensors_in
+from perfkit.pruning.amounts import kept
 from perfkit.pruning.torch_layers import label
 from perfkit.pruning.torch_units import NONE, Slice, Structure
-
-
-def kept(size: int, amount: float, round_to: int) -> int:
-    """How many of `size` units stay: at least one, and a multiple of `round_to` where that many would stay anyway."""
-    wanted = size * (1 - amount)
-    if wanted < round_to:
-        return min(size, max(1, round(wanted)))
-    return min(size, max(1, round(wanted / round_to)) * round_to)
 
 
 def chosen(structure: Structure, scores: torch.Tensor, amount: float, round_to: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa
 import perfkit  # noqa: E402
 from perfkit import InvalidInputError, UnsupportedError  # noqa: E402
 from perfkit.backends import backend  # noqa: E402
-from perfkit.pruning.torch_rank import kept  # noqa: E402
+from perfkit.pruning.amounts import kept  # noqa: E402
 from perfkit.pruning.torch_units import NONE, Units  # noqa: E402
 from perfkit.recipes.prune import Prune  # noqa: E402
 
