@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 
 from perfkit._errors import UnsupportedError
+from perfkit.kernels._cache import cache_folder
 
 HEADERS = Path(__file__).parent
 
@@ -108,11 +109,8 @@ def _key(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], macros
 
 
 def _folder() -> Path:
-    """`native` in `$PERFKIT_CACHE` or the user's cache folder, made if needed."""
-    root = (
-        os.environ.get("PERFKIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perfkit"
-    )
-    folder = Path(root) / "native"
+    """The folder of built kernels, made if needed."""
+    folder = cache_folder("native")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
