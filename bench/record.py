@@ -82,7 +82,7 @@ def page() -> str:
     ]
     for path in sorted(RESULTS.glob("*.json")):
         recorded = json.loads(path.read_text())
-        if "rows" in recorded:
+        if "report" in recorded.get("rows", [{}])[0]:
             lines += ["", *_device(path, recorded)]
     return "\n".join(lines) + "\n"
 

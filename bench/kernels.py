@@ -1,0 +1,125 @@
+"""`python -m bench.kernels`: what the kernels do for the reference models on this machine's CPU, and what others do.
+
+Kept in results/kernels-<device>.json. Speed is the ratio against the model as it was, eager float32, interleaved in one
+run; for JAX also against `jax.jit` of it. The peers (`bench/peers.py`) are timed against the same eager model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+import perfkit
+from bench.record import RESULTS, device_slug
+from perfkit import PerfkitError, PerfkitWarning, reference
+from perfkit.measure import timing
+from perfkit.measure.environment import environment
+
+BUDGET_S = 6.0
+
+RECURRENT = ("fused_kernels", "bf16+fused_kernels")
+CONVOLUTION = ("compile", "fused_kernels", "fused_kernels+compile", "bf16+fused_kernels+compile")
+INFERENCE = {
+    ("lstm", 64): RECURRENT,
+    ("lstm", 1): RECURRENT,
+    ("text_lstm", 256): RECURRENT,
+    ("text_lstm", 64): RECURRENT,
+    ("text_lstm", 1): RECURRENT,
+    ("cnn", 512): CONVOLUTION,
+    ("cnn", 64): CONVOLUTION,
+    ("cnn", 1): CONVOLUTION,
+}
+TRAINING = {"text_lstm": RECURRENT, "lstm": RECURRENT, "cnn": CONVOLUTION}
+"""Recipes by model, and batch size; training steps are of the reference task's own."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    there = [name for name in ("torch", "jax") if find_spec(name)]
+    parser.add_argument("--frameworks", nargs="+", choices=there, default=there, help="rows of others are kept")
+    parser.add_argument("--models", nargs="+", help="only these; rows of others are kept")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", PerfkitWarning)  # slower is a result here
+    path = RESULTS / f"kernels-{device_slug()}.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def asked(framework: str, model: str) -> bool:
+        return framework in options.frameworks and model in (options.models or [model])
+
+    rows = [row for row in kept if not asked(row["framework"], row["model"])]
+    for framework in options.frameworks:
+        for (model, batch_size), recipes in INFERENCE.items():
+            if asked(framework, model):
+                rows += inference(framework, model, batch_size, recipes)
+        for model, recipes in TRAINING.items():
+            if asked(framework, model):
+                rows += training(framework, model, recipes)
+    recorded = {"environment": dataclasses.asdict(environment()), "rows": rows}
+    path.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+    print(f"wrote {path}")
+
+
+def inference(framework: str, model: str, batch_size: int, recipes: tuple[str, ...]) -> list[dict[str, Any]]:
+    loaded = reference.load(model, framework=framework, batch_size=batch_size)
+    about = {"framework": framework, "model": model, "batch_size": batch_size, "mode": "inference"}
+    arguments = {"model": loaded.model, "example_inputs": loaded.example_inputs}
+    rows = [about | optimized(recipe, **arguments) for recipe in recipes]
+    if framework == "torch":
+        rows += [about | row for row in peers(loaded.model, loaded.example_inputs)]
+    return rows
+
+
+def training(framework: str, model: str, recipes: tuple[str, ...]) -> list[dict[str, Any]]:
+    task = reference.task(model, framework=framework)
+    names = ("model", "example_inputs", "targets", "loss", "optimizer")
+    arguments = {name: getattr(task, name) for name in names}
+    about = {"framework": framework, "model": model, "batch_size": 64, "mode": "training"}
+    return [about | optimized(recipe, **arguments, mode="training") for recipe in recipes]
+
+
+def optimized(recipe: str, **arguments: Any) -> dict[str, Any]:
+    """A recipe's row: its ratio and error, or why it does not apply."""
+    try:
+        report = perfkit.optimize(recipe=recipe, **arguments, budget_s=BUDGET_S).report
+    except PerfkitError as error:
+        return told({"recipe": recipe, "refused": str(error).splitlines()[0]})
+    row = {"recipe": recipe, "error": report.fidelity.relative_error} | speed(report.speedup)
+    if report.against_compiled is not None:
+        row["against_jit"] = speed(report.against_compiled)
+    return told(row)
+
+
+def peers(model: Any, inputs: tuple) -> list[dict[str, Any]]:
+    """What other runtimes do with the same model and inputs."""
+    from bench.peers import PEERS, eager
+
+    rows, baseline = [], eager(model, inputs)
+    for peer in PEERS:
+        row = {"peer": peer.__name__}
+        try:
+            call = peer(model, inputs)
+            call()
+        except Exception as error:  # whatever a runtime says of a model it cannot take is the finding
+            rows.append(told(row | {"refused": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}))
+            continue
+        names = {"baseline": "eager", "variant_name": peer.__name__}
+        rows.append(told(row | speed(timing.paired(baseline, call, **names, budget_s=BUDGET_S)[2])))
+    return rows
+
+
+def speed(comparison: perfkit.Comparison) -> dict[str, Any]:
+    fields = ("ratio", "low", "high")
+    return {field: getattr(comparison, field) for field in fields} | {"verdict": str(comparison.verdict)}
+
+
+def told(row: dict[str, Any]) -> dict[str, Any]:
+    print(row, flush=True)
+    return row
+
+
+if __name__ == "__main__":
+    main()
