@@ -43,7 +43,8 @@ def load(source: Path) -> ctypes.CDLL:
     """The shared library built from `source`, which may include the `_*.hpp` beside this file.
 
     Built at the first use on a machine, in a few seconds, and kept in perfkit's cache folder under the hash of
-    everything it depends on: source, headers, flags, compiler version, instruction set.
+    everything it depends on: source, headers, flags, compiler version, instruction set. `$PERFKIT_CXXFLAGS` are
+    further flags for the compiler, a sanitizer's for instance.
 
     Raises:
         UnsupportedError: no C++ compiler, or it fails, or the result cannot be kept or loaded.
@@ -63,7 +64,7 @@ def _load(source: Path) -> ctypes.CDLL:
             "or set CXX to its path"
         )
     native, macros = _target(compiler)
-    flags = (*FLAGS, *filter(None, (native,)))
+    flags = (*FLAGS, *filter(None, (native,)), *shlex.split(os.environ.get("PERFKIT_CXXFLAGS", "")))
     library = _folder() / f"{source.parent.name}-{_key(source, compiler, flags, macros)}.so"
     if library.exists():
         try:
