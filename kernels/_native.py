@@ -39,22 +39,25 @@ NATIVE = ("-march=native", "-mcpu=native", "")
 _lock = threading.Lock()
 
 
-def load(source: Path) -> ctypes.CDLL:
+def load(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The shared library built from `source`, which may include the `_*.hpp` beside this file.
+
+    Args:
+        flags: for the compiler, beside `FLAGS`, which they come after.
 
     Built at the first use on a machine, in a few seconds, and kept in perfkit's cache folder under the hash of
     everything it depends on: source, headers, flags, compiler version, instruction set. `$PERFKIT_CXXFLAGS` are
-    further flags for the compiler, a sanitizer's for instance.
+    further flags, a sanitizer's for instance.
 
     Raises:
         UnsupportedError: no C++ compiler, or it fails, or the result cannot be kept or loaded.
     """
     with _lock:
-        return _load(source)
+        return _load(source, flags)
 
 
 @functools.cache
-def _load(source: Path) -> ctypes.CDLL:
+def _load(source: Path, more: tuple[str, ...]) -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         given = f"CXX={os.environ['CXX']!r} is not there" if "CXX" in os.environ else "neither g++ nor clang++ is there"
@@ -64,7 +67,7 @@ def _load(source: Path) -> ctypes.CDLL:
             "or set CXX to its path"
         )
     native, macros = _target(compiler)
-    flags = (*FLAGS, *filter(None, (native,)), *shlex.split(os.environ.get("PERFKIT_CXXFLAGS", "")))
+    flags = (*FLAGS, *filter(None, (native,)), *more, *shlex.split(os.environ.get("PERFKIT_CXXFLAGS", "")))
     library = _folder() / f"{source.parent.name}-{_key(source, compiler, flags, macros)}.so"
     if library.exists():
         try:

@@ -12,7 +12,26 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__AVX2__) && defined(__AVX512VNNI__)
+#define BIASED 1
+#define PERFKIT_LANES 16
+#define ROWS 4
+#elif defined(__AVX2__) && defined(__AVXVNNI__)
+#define BIASED 1
+#define PERFKIT_LANES 8
+#define ROWS 2
+#elif defined(__AVX2__)
+#define BIASED 0
+#define PERFKIT_LANES 8
+#define ROWS 4
+#else
+#define BIASED 0
+#define PERFKIT_LANES 8
+#define ROWS 1
+#endif
+
 #include "_thread_pool.hpp"
+#include "_vector.hpp"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -20,10 +39,7 @@
 
 namespace {
 
-using i64 = std::int64_t;
-
-#define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
+using namespace perfkit;
 
 // ---- Integer products ------------------------------------------------------------------------------------------------
 //
@@ -33,20 +49,6 @@ using i64 = std::int64_t;
 // never used.
 
 constexpr i64 PANEL = 16;
-
-#if defined(__AVX2__) && defined(__AVX512VNNI__)
-#define BIASED 1
-constexpr int L = 16, ROWS = 4;
-#elif defined(__AVX2__) && defined(__AVXVNNI__)
-#define BIASED 1
-constexpr int L = 8, ROWS = 2;
-#elif defined(__AVX2__)
-#define BIASED 0
-constexpr int L = 8, ROWS = 4;
-#else
-#define BIASED 0
-constexpr int L = 8, ROWS = 1;
-#endif
 
 // How a quantized activation q in [-127, 127] is held. VNNI multiplies unsigned by signed bytes: it is given q + 128,
 // and 128 times the sum of the channel's weights is taken off again. AVX2 multiplies pairs of 16-bit numbers, at the
@@ -62,25 +64,7 @@ using Activation = std::int8_t;
 constexpr int BIAS = 0;
 #endif
 
-using Ints = std::int32_t __attribute__((vector_size(4 * L)));
-using Floats = float __attribute__((vector_size(4 * L)));
 using Activations = Activation __attribute__((vector_size(sizeof(Activation) * L)));
-
-template <class V, class T>
-INLINE V load(const T* from) {
-    V value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-template <class V, class T>
-INLINE void store(T* to, V value) {
-    std::memcpy(to, &value, sizeof value);
-}
-template <class To, class From>
-INLINE To bits(From value) {
-    static_assert(sizeof(To) == sizeof(From));
-    return load<To>(&value);
-}
 
 // sums[r][g] = the products of row r with L channels of gate g, summed over K4 groups of four columns.
 //   x: R rows `stride` activations apart; w: the first of the channels; width: units in its panel.
@@ -149,36 +133,7 @@ INLINE void dot(const Activation* x, i64 stride, const std::int8_t* w, i64 width
 #endif
 }
 
-// ---- Float functions -------------------------------------------------------------------------------------------------
-
-INLINE Floats all(float value) { return Floats{} + value; }
-
-// NaN stays NaN: each comparison with it is false.
-INLINE Floats at_least(Floats low, Floats x) { return x < low ? low : x; }
-INLINE Floats at_most(Floats high, Floats x) { return x > high ? high : x; }
-
-constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
-constexpr float LOG2_E = 1.44269504f;
-constexpr float STEEPEST = 30.0f;
-
-// 2^y for y clamped to [-30, 30]: 2^n (1 + r q(r)), n the nearest integer, r in [-1/2, 1/2], q fitted for the smallest
-// relative error (9.4e-8 in exact arithmetic; 3e-7 with its roundings). Where the clamp acts, a sigmoid or tanh of it
-// is within 1e-9 of its limit, and products of three such terms do not overflow.
-INLINE Floats exp2(Floats y) {
-    y = at_most(all(STEEPEST), at_least(all(-STEEPEST), y));
-    const Floats shifted = y + ROUNDER;
-    const Floats r = y - (shifted - ROUNDER);
-    Floats p = r * 0.00132695190f + 0.00967129134f;
-    p = p * r + 0.0555071086f;
-    p = p * r + 0.240222469f;
-    p = p * r + 0.693147004f;
-    p = p * r + 1.0f;
-    return bits<Floats>(bits<Ints>(p) + (bits<Ints>(shifted) << 23));
-}
-
-// sigmoid(x) = 1 / (1 + decay(x)) and tanh(x) = (1 - decay(2x)) / (1 + decay(2x)), decay(x) = e^-x.
-INLINE Floats decay(Floats x) { return exp2(x * -LOG2_E); }
-INLINE Floats decay_twice(Floats x) { return exp2(x * (-2 * LOG2_E)); }
+// ---- Quantizing ---------------------------------------------------------------------------------------------------------
 
 // Quantizes K numbers: scale = max(floor, largest magnitude) / 127, or `fixed` if that is positive; q = the nearest
 // integer to x / scale, clamped to [-127, 127]. Returns the scale: NaN if any of the numbers is infinite or NaN, so
@@ -256,8 +211,6 @@ struct RnnRelu {
 };
 
 // ---- The layer -------------------------------------------------------------------------------------------------------
-
-constexpr i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
 }  // namespace
 
@@ -409,28 +362,6 @@ void run_slice(const PerfkitRnnLayer& p, const Channels<Cell::G>& channels, i64 
     }
 }
 
-// Where to cut the batch: slices of about equal numbers of row-steps, two at most per thread so that one which is held
-// up can be helped, but none much smaller than what makes good use of each load of the weights.
-std::vector<i64> cuts(const PerfkitRnnLayer& p) {
-    constexpr i64 FEWEST = 16;
-    std::vector<i64> cumulated(p.batch + 1);  // row-steps of the rows before b
-    for (i64 t = 0; t < p.steps; ++t) ++cumulated[p.batch_sizes[t]];
-    i64 length = 0;
-    for (i64 b = p.batch; b > 0; --b) length += cumulated[b], cumulated[b] = length;  // of row b - 1
-    cumulated[0] = 0;
-    for (i64 b = 0; b < p.batch; ++b) cumulated[b + 1] += cumulated[b];
-    i64 slices = p.threads;
-    if (p.batch >= 2 * FEWEST * p.threads) slices *= 2;
-    if (slices > p.batch) slices = p.batch;
-    std::vector<i64> found{0};
-    for (i64 s = 1, b = 0; s < slices; ++s) {
-        while (cumulated[b] * slices < cumulated[p.batch] * s) ++b;
-        if (b > found.back() && b < p.batch) found.push_back(b);
-    }
-    found.push_back(p.batch);
-    return found;
-}
-
 template <class Cell>
 void run_layer(const PerfkitRnnLayer& p) {
     struct Work {
@@ -438,7 +369,7 @@ void run_layer(const PerfkitRnnLayer& p) {
         const Channels<Cell::G> channels;
         const std::vector<i64> cuts;
         std::atomic<bool> failed{false};
-    } work{p, Channels<Cell::G>(p), cuts(p)};
+    } work{p, Channels<Cell::G>(p), cuts(p.batch_sizes, p.steps, p.batch, p.threads)};
     const auto task = [](void* context, long i) {
         Work& work = *static_cast<Work*>(context);
         try {

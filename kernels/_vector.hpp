@@ -1,0 +1,89 @@
+// Vectors of PERFKIT_LANES 32-bit numbers, which whoever includes this defines, and what recurrent cells do with them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace perfkit {
+
+using i64 = std::int64_t;
+
+constexpr int L = PERFKIT_LANES;
+
+using Ints = std::int32_t __attribute__((vector_size(4 * L)));
+using Floats = float __attribute__((vector_size(4 * L)));
+
+template <class V, class T>
+INLINE V load(const T* from) {
+    V value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+template <class V, class T>
+INLINE void store(T* to, V value) {
+    std::memcpy(to, &value, sizeof value);
+}
+template <class To, class From>
+INLINE To bits(From value) {
+    static_assert(sizeof(To) == sizeof(From));
+    return load<To>(&value);
+}
+
+INLINE Floats all(float value) { return Floats{} + value; }
+
+// NaN stays NaN: each comparison with it is false.
+INLINE Floats at_least(Floats low, Floats x) { return x < low ? low : x; }
+INLINE Floats at_most(Floats high, Floats x) { return x > high ? high : x; }
+
+constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
+constexpr float LOG2_E = 1.44269504f;
+constexpr float STEEPEST = 30.0f;
+
+// 2^y for y clamped to [-30, 30]: 2^n (1 + r q(r)), n the nearest integer, r in [-1/2, 1/2], q fitted for the smallest
+// relative error (9.4e-8 in exact arithmetic; 3e-7 with its roundings). Where the clamp acts, a sigmoid or tanh of it
+// is within 1e-9 of its limit, and products of three such terms do not overflow.
+INLINE Floats exp2(Floats y) {
+    y = at_most(all(STEEPEST), at_least(all(-STEEPEST), y));
+    const Floats shifted = y + ROUNDER;
+    const Floats r = y - (shifted - ROUNDER);
+    Floats p = r * 0.00132695190f + 0.00967129134f;
+    p = p * r + 0.0555071086f;
+    p = p * r + 0.240222469f;
+    p = p * r + 0.693147004f;
+    p = p * r + 1.0f;
+    return bits<Floats>(bits<Ints>(p) + (bits<Ints>(shifted) << 23));
+}
+
+// sigmoid(x) = 1 / (1 + decay(x)) and tanh(x) = (1 - decay(2x)) / (1 + decay(2x)), decay(x) = e^-x.
+INLINE Floats decay(Floats x) { return exp2(x * -LOG2_E); }
+INLINE Floats decay_twice(Floats x) { return exp2(x * (-2 * LOG2_E)); }
+
+constexpr i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+
+// Where to cut the batch: slices of about equal numbers of row-steps, two at most per thread so that one which is held
+// up can be helped, but none much smaller than what makes good use of each load of the weights.
+inline std::vector<i64> cuts(const i64* batch_sizes, i64 steps, i64 batch, i64 threads) {
+    constexpr i64 FEWEST = 16;
+    std::vector<i64> cumulated(batch + 1);  // row-steps of the rows before b
+    for (i64 t = 0; t < steps; ++t) ++cumulated[batch_sizes[t]];
+    i64 length = 0;
+    for (i64 b = batch; b > 0; --b) length += cumulated[b], cumulated[b] = length;  // of row b - 1
+    cumulated[0] = 0;
+    for (i64 b = 0; b < batch; ++b) cumulated[b + 1] += cumulated[b];
+    i64 slices = threads;
+    if (batch >= 2 * FEWEST * threads) slices *= 2;
+    if (slices > batch) slices = batch;
+    std::vector<i64> found{0};
+    for (i64 s = 1, b = 0; s < slices; ++s) {
+        while (cumulated[b] * slices < cumulated[batch] * s) ++b;
+        if (b > found.back() && b < batch) found.push_back(b);
+    }
+    found.push_back(batch);
+    return found;
+}
+
+}  // namespace perfkit
