@@ -50,7 +50,10 @@ _ARM_PARTS = {
 
 @functools.cache
 def cpu(cpuinfo: str = "/proc/cpuinfo") -> tuple[str, tuple[str, ...]]:
-    """The processor's name, and which of `INSTRUCTIONS` it has."""
+    """The processor's name, and which of `INSTRUCTIONS` it has.
+
+    A virtual machine may hide the number in the name: family and model then tell processors of one name apart.
+    """
     fields: dict[str, str] = {}
     try:
         for line in Path(cpuinfo).read_text().splitlines():
@@ -62,6 +65,8 @@ def cpu(cpuinfo: str = "/proc/cpuinfo") -> tuple[str, tuple[str, ...]]:
     if "asimd" in flags:
         flags.add("neon")
     name = fields.get("model name")
+    if name and not any(map(str.isdigit, name)) and {"cpu family", "model"} <= fields.keys():
+        name += f" family {fields['cpu family']} model {fields['model']}"
     if not name and "cpu part" in fields:
         part = fields.get("cpu implementer", ""), fields["cpu part"]
         name = _ARM_PARTS.get(part, "ARM implementer {} part {}".format(*part))

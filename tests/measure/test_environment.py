@@ -1,6 +1,7 @@
 """The description of the machine: fake /proc files, fake NVML, and what the fingerprint depends on."""
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -74,6 +75,12 @@ def test_an_arm_processor(tmp_path):
     name, instructions = _hardware.cpu(write(tmp_path / "cpuinfo", GRAVITON))
     assert name == "Neoverse-V1"
     assert instructions == ("neon", "fphp", "asimdhp", "asimddp", "bf16", "i8mm", "sve")
+
+
+def test_processors_of_one_name_are_told_apart(tmp_path):
+    hidden = re.sub("model name.*", "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC", SAPPHIRE_RAPIDS)
+    name, _ = _hardware.cpu(write(tmp_path / "cpuinfo", hidden))
+    assert name == "AMD EPYC family 26 model 2"
 
 
 def test_an_arm_processor_without_a_known_name(tmp_path):
