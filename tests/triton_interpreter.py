@@ -1,6 +1,6 @@
 """Tests of Triton kernels without a GPU: in Triton's interpreter, on CPU tensors, in a process of their own.
 
-`triton.jit` reads TRITON_INTERPRET when a kernel is defined, Triton's own library among them: the knob must stand before
+`triton.jit` reads TRITON_INTERPRET when a kernel is defined, those of Triton itself too: the knob must be set before
 the first import of Triton, and Triton is never the same again after. So a test that is marked here runs in one other
 process, kept for all of them, and the test's own process may compile kernels.
 
