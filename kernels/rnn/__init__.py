@@ -13,8 +13,8 @@ a bidirectional stack). A layer's output, (T, B, H D), is its directions' hidden
 input.
 
 - `problem.py`: one call without its numbers; when cuDNN is hard to beat.
-- `reference.py`: plain torch operations, differentiable, in float64 too.
-- `torch_op.py`: `torch.ops.perfkit.rnn` and its gradient. `jax_op.py`: the same in JAX.
+- `reference.py`: plain torch operations, differentiable, in float64 too; `library.py`: torch's own layers.
+- `torch_call.py`, `torch_op.py`: the way of a call in torch; `torch.ops.perfkit.rnn`. `jax_op.py`: the same in JAX.
 - `cpu_kernel.py` and `.cpp`, `triton_kernel.py`, `pallas_kernel.py`: kernels.
 - `cases.py`: the cases of all tests and benchmarks.
 
@@ -49,7 +49,7 @@ def _never(_problem: Problem) -> None:
 
 
 _TRITON = Implementation("triton", "torch", _asked("triton_kernel"), ("cuda",))
-_LIBRARY = Implementation("library", "torch", _asked("torch_op", "library_refusal"), ("cpu", "cuda"))
+_LIBRARY = Implementation("library", "torch", _asked("library"))
 _OTHERS = (
     Implementation("reference", "torch", _never),
     Implementation("pallas", "jax", _asked("pallas_kernel"), ("tpu",)),
@@ -195,9 +195,9 @@ def rnn(
 def _run(x: Any, *arguments: Any) -> tuple[Any, Any, Any]:
     """Hand a call to the framework that `x` is of."""
     if (torch := sys.modules.get("torch")) and isinstance(x, (torch.Tensor, torch.nn.utils.rnn.PackedSequence)):
-        from perfkit.kernels.rnn import torch_op
+        from perfkit.kernels.rnn import torch_call
 
-        return torch_op.run(x, *arguments)
+        return torch_call.run(x, *arguments)
     if (jax := sys.modules.get("jax")) and isinstance(x, jax.Array):
         from perfkit.kernels.rnn import jax_op
 

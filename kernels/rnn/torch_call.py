@@ -1,0 +1,178 @@
+"""What `lstm`, `gru` and `rnn` do with torch tensors: the shortest way to who computes that keeps all promises.
+
+An implementation is called as it is where no gradient is wanted and nothing looks on; a kernel is one step of autograd
+where a gradient is; and all is `torch.ops.perfkit.rnn` under torch.compile, torch.export, torch.func, dispatch modes and
+tensor subclasses. A small model's call takes microseconds, so what a kind of call is found to be is remembered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
+
+from perfkit._errors import InvalidInputError, UnsupportedError
+from perfkit.kernels import _autotune, _op
+from perfkit.kernels import rnn as op
+from perfkit.kernels._op import Choice
+from perfkit.kernels.rnn import torch_op, torch_stack
+from perfkit.kernels.rnn.problem import Problem
+from perfkit.kernels.rnn.torch_problem import check_rows, problem_of
+
+_form = attrgetter("shape", "dtype", "device", "layout")
+_PLAIN = {Tensor, torch.nn.Parameter}
+_known: dict[Any, tuple[Problem, Choice]] = {}
+_MOST_KNOWN = 4096
+
+
+def run(
+    x: Tensor | PackedSequence,
+    mode: str,
+    weights: Sequence[Sequence[Tensor]],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Any,
+    batch_first: bool,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+    key: Any,
+    recompute: bool,
+    implementation: str | None,
+) -> tuple[Any, Tensor, Tensor | None]:
+    """y, hn and cn; see `perfkit.kernels.rnn.lstm`."""
+    if key is not None:
+        raise InvalidInputError("key is for JAX: torch draws from its own generator, see torch.manual_seed")
+    if not 0 <= dropout <= 1:
+        raise InvalidInputError(f"dropout is {dropout}: expected a probability, from 0 to 1")
+    options = (mode, _has_bias(weights), bidirectional, recompute, implementation)
+    if not isinstance(x, PackedSequence):
+        rows = None if lengths is None else _rows(lengths)
+        return _layers(x, rows, h0, c0, weights, dropout if training else 0.0, batch_first, *options)
+    if lengths is not None:
+        raise InvalidInputError("a PackedSequence knows its lengths: leave out lengths")
+    data, sizes, order, back = x
+    if order is not None:  # rows are sorted: states on the way in, and back on the way out
+        h0, c0 = (None if state is None else state.index_select(-2, order) for state in (h0, c0))
+    batch = int(sizes[0]) if back is None else back.size(0)
+    h0 = data.new_zeros(len(weights), batch, weights[0][1].size(-1)) if h0 is None else h0
+    y, hn, cn = _layers(data, sizes, h0, c0, weights, dropout if training else 0.0, False, *options)
+    if back is not None:
+        hn, cn = (None if state is None else state.index_select(1, back) for state in (hn, cn))
+    return PackedSequence(y, sizes, order, back), hn, cn
+
+
+def _has_bias(weights: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether the groups are of four tensors or of two."""
+    counts = {len(direction) for direction in weights}
+    if counts == {4} or counts == {2}:
+        return counts == {4}
+    raise InvalidInputError(
+        f"weights are {len(weights)} groups of {' or '.join(map(str, sorted(counts))) or 'no'} tensors: expected "
+        "(w_ih, w_hh) or (w_ih, w_hh, b_ih, b_hh) for each layer and direction, all alike; projections are not supported"
+    )
+
+
+def _rows(lengths: Any) -> Tensor:
+    """Lengths as the operator takes them."""
+    rows = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths)
+    if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise InvalidInputError(f"lengths are {rows.dtype}: expected integers")
+    return rows.to("cpu", torch.int64)
+
+
+def _layers(x, rows, h0, c0, weights, dropout, batch_first, mode, bias, bidirectional, recompute, implementation):
+    """The whole stack at once, or layer after layer where there is dropout between them."""
+    options = batch_first, mode, bias, bidirectional, recompute, implementation
+    directions = 2 if bidirectional else 1
+    if not dropout or len(weights) <= directions:
+        return _stack(x, rows, h0, c0, weights, *options)
+    states = []
+    for first in range(0, len(weights), directions):
+        of_layer = slice(first, first + directions)
+        h, c = (None if state is None else state[of_layer] for state in (h0, c0))
+        x = torch.nn.functional.dropout(x, dropout) if first else x
+        x, *state = _stack(x, rows, h, c, weights[of_layer], *options)
+        states.append(state)
+    hn, cn = zip(*states, strict=True)
+    return x, torch.cat(hn), torch.cat(cn) if mode == "LSTM" else None
+
+
+def _stack(x, rows, h0, c0, weights, batch_first, mode, bias, bidirectional, recompute, implementation):
+    """A stack without dropout."""
+    flat = [weight for direction in weights for weight in direction]
+    tensors = [x, *flat, *(state for state in (h0, c0) if state is not None)]
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, h0, c0 = (torch_op.cast(tensor, dtype) for tensor in (x, h0, c0))
+        weights = [[torch_op.cast(weight, dtype) for weight in direction] for direction in weights]
+        options = batch_first, mode, bias, bidirectional, recompute, implementation
+        with torch.autocast(device, enabled=False):
+            return _stack(x, rows, h0, c0, weights, *options)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    observed = _observed(tensors)
+    if not observed:
+        found = _picked(x, rows, h0, c0, flat, (mode, bias, bidirectional, batch_first, needs_grad), implementation)
+        problem, choice = found
+        if rows is not None:
+            check_rows(problem, rows, x.size(0))
+    if h0 is None or (c0 is None and mode == "LSTM"):
+        batch = x.size(0 if batch_first else 1) if h0 is c0 is None else (c0 if h0 is None else h0).size(1)
+        zeros = x.new_zeros(len(weights), batch, flat[1].size(-1))
+        h0 = zeros if h0 is None else h0
+        c0 = zeros if c0 is None and mode == "LSTM" else c0
+    if observed:
+        save = needs_grad and not recompute and implementation not in ("library", "reference")
+        options = mode, bias, bidirectional, batch_first, save, implementation or ""
+        y, hn, cn, *_ = torch.ops.perfkit.rnn(x, rows, h0, c0, flat, *options)
+        return y, hn, cn if mode == "LSTM" else None
+    if needs_grad and choice.implementation in torch_stack.KERNELS:
+        return torch_stack.Stack.apply(problem, choice, rows, batch_first, bias, recompute, x, h0, c0, *flat)
+    y, hn, cn = torch_stack.forward(problem, choice, x, rows, h0, c0, weights, batch_first)
+    if y.dtype != x.dtype:
+        y, hn, cn = y.to(x.dtype), hn.to(x.dtype), None if cn is None else cn.to(x.dtype)
+    return y, hn, cn
+
+
+def _observed(tensors: list[Tensor]) -> bool:
+    """Whether someone must see the call as an operator, or must be given other numbers than lie in memory."""
+    if torch.compiler.is_compiling():
+        return True
+    if not _PLAIN.issuperset(map(type, tensors)):
+        if stranger := next((tensor for tensor in tensors if not isinstance(tensor, Tensor)), None):
+            raise InvalidInputError(f"a {type(stranger).__name__} among the weights and states: expected torch tensors")
+        return True
+    if forward_ad._current_level >= 0 and torch._C._functorch.peek_interpreter_stack() is None:
+        for tensor in tensors:
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise UnsupportedError("perfkit's recurrent layers have no forward-mode derivative: use backward mode")
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or any(map(Tensor.is_neg, tensors))
+    )
+
+
+def _picked(x, rows, h0, c0, flat, form, implementation) -> tuple[Problem, Choice]:
+    """The problem, checked, and who computes it: found once for all calls with such tensors."""
+    states = tuple(None if given is None else _form(given) for given in (rows, h0, c0))
+    # the same key is the same answer as long as no table of measurements changes
+    tables = os.environ.get("PERFKIT_CACHE"), _autotune._generation
+    kind = (_form(x), states, tuple(map(_form, flat)), form, implementation, tables)
+    found = _known.get(kind)
+    if found is None:
+        problem = problem_of(x, rows, h0, c0, flat, *form)
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        found = _known[kind] = problem, op.choose(problem, implementation)
+    elif _op._traces.get():
+        op.choose(found[0], implementation)
+    return found
