@@ -40,7 +40,7 @@ _lock = threading.Lock()
 
 
 def load(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The shared library built from `source`, which may include the `_*.hpp` beside this file.
+    """The shared library built from `source`, which may include the `_*.hpp` beside this file and any beside itself.
 
     Args:
         flags: for the compiler, beside `FLAGS`, which they come after.
@@ -107,7 +107,7 @@ def _target(compiler: tuple[str, ...]) -> tuple[str, str]:
 
 def _key(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], macros: str) -> str:
     digest = hashlib.sha256(repr((compiler, flags, macros)).encode())
-    for file in (source, *sorted(HEADERS.glob("_*.hpp"))):
+    for file in (source, *sorted(HEADERS.glob("_*.hpp")), *sorted(source.parent.glob("*.hpp"))):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:20]
 

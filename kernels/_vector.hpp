@@ -5,6 +5,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 
@@ -36,8 +40,13 @@ INLINE To bits(From value) {
 INLINE Floats all(float value) { return Floats{} + value; }
 
 // NaN stays NaN: each comparison with it is false.
+#if PERFKIT_LANES == 16 && defined(__AVX512F__)
+INLINE Floats at_least(Floats low, Floats x) { return Floats(_mm512_max_ps(__m512(low), __m512(x))); }
+INLINE Floats at_most(Floats high, Floats x) { return Floats(_mm512_min_ps(__m512(high), __m512(x))); }
+#else
 INLINE Floats at_least(Floats low, Floats x) { return x < low ? low : x; }
 INLINE Floats at_most(Floats high, Floats x) { return x > high ? high : x; }
+#endif
 
 constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
 constexpr float LOG2_E = 1.44269504f;
@@ -64,18 +73,14 @@ INLINE Floats decay_twice(Floats x) { return exp2(x * (-2 * LOG2_E)); }
 
 constexpr i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
-// Where to cut the batch: slices of about equal numbers of row-steps, two at most per thread so that one which is held
-// up can be helped, but none much smaller than what makes good use of each load of the weights.
-inline std::vector<i64> cuts(const i64* batch_sizes, i64 steps, i64 batch, i64 threads) {
-    constexpr i64 FEWEST = 16;
+// Where to cut the batch for slices of about equal numbers of row-steps.
+inline std::vector<i64> cut(const i64* batch_sizes, i64 steps, i64 batch, i64 slices) {
     std::vector<i64> cumulated(batch + 1);  // row-steps of the rows before b
     for (i64 t = 0; t < steps; ++t) ++cumulated[batch_sizes[t]];
     i64 length = 0;
     for (i64 b = batch; b > 0; --b) length += cumulated[b], cumulated[b] = length;  // of row b - 1
     cumulated[0] = 0;
     for (i64 b = 0; b < batch; ++b) cumulated[b + 1] += cumulated[b];
-    i64 slices = threads;
-    if (batch >= 2 * FEWEST * threads) slices *= 2;
     if (slices > batch) slices = batch;
     std::vector<i64> found{0};
     for (i64 s = 1, b = 0; s < slices; ++s) {
@@ -84,6 +89,13 @@ inline std::vector<i64> cuts(const i64* batch_sizes, i64 steps, i64 batch, i64 t
     }
     found.push_back(batch);
     return found;
+}
+
+// Two slices at most per thread so that one which is held up can be helped, but none much smaller than what makes good use
+// of each load of the weights.
+inline std::vector<i64> cuts(const i64* batch_sizes, i64 steps, i64 batch, i64 threads) {
+    constexpr i64 FEWEST = 16;
+    return cut(batch_sizes, steps, batch, batch >= 2 * FEWEST * threads ? 2 * threads : threads);
 }
 
 }  // namespace perfkit

@@ -1,13 +1,14 @@
-"""The C++ kernel of `cpu_kernel.cpp`, called on torch tensors: layers and directions of a stack, one after the other.
+"""The C++ kernel of `cpu_core.hpp`, called on torch tensors: one call for a whole stack.
 
-It computes in float32, whatever the tensors' dtype: half precision saves memory here, not time.
+It computes in float32. bfloat16 tensors are read and written as they are, and multiplied so where the processor can;
+float16 ones are converted here.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from itertools import accumulate
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,58 +20,43 @@ from perfkit.kernels.rnn.problem import GATES, SAVED, Problem
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 MODES = tuple(GATES)
-DTYPES = ("float32", "bfloat16", "float16")
+RAGGED = ("no", "lengths", "packed")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
+"""What is read and written for tensors of a dtype."""
 FLAGS = ("-ffp-contract=fast",)
 """Products and sums may round once: there is no reference in other operations to be equal to bit for bit."""
 
 
-class Rows(NamedTuple):
-    """Where the rows of each step are; as `PerfkitRnn` wants it.
+class Stack(NamedTuple):
+    """`PerfkitRnn` of cpu_stack.hpp, every member 8 bytes; tensors as addresses, 0 for those that are not there."""
 
-    Args:
-        batch_sizes: (T,) how many of the rows, longest first, are there at each step.
-        starts: (T,) the place of a step's first row in packed data, 0 where rows are padded.
-        order: (B,) the row that each of them is.
-        step: rows from one step to the next in padded data, 0 in packed.
-        whole: every row is there at every step.
-    """
-
-    batch_sizes: ctypes.Array
-    starts: ctypes.Array
-    order: ctypes.Array
-    step: int
-    whole: bool
-
-
-class _Forward(ctypes.Structure):
-    """`PerfkitRnn` of cpu_kernel.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("cell", "steps", "batch", "inputs", "hidden")),
-        *((name, ctypes.c_void_p) for name in ("batch_sizes", "starts", "rows")),
-        *((name, ctypes.c_int64) for name in ("reverse", "saved_step")),
-        ("x", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("x_step", "x_row")),
-        ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("out_step", "out_row")),
-        *((name, ctypes.c_void_p) for name in ("w_ih", "w_hh", "bias", "bias_hn", "h", "c", "gates", "cells")),
-        ("threads", ctypes.c_int64),
-    )
+    cell: int
+    dtype: int
+    steps: int
+    batch: int
+    inputs: int
+    hidden: int
+    layers: int
+    directions: int
+    ragged: int
+    rows: int
+    threads: int
+    weights: int
+    h0: int
+    c0: int
+    x: int
+    x_step: int
+    x_row: int
+    y: int
+    y_step: int
+    y_row: int
+    gates: int
+    cells: int
+    inner: int
 
 
-class _Backward(ctypes.Structure):
-    """`PerfkitRnnBackward` of cpu_kernel.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("cell", "steps", "batch", "hidden")),
-        *((name, ctypes.c_void_p) for name in ("batch_sizes", "starts", "rows")),
-        *((name, ctypes.c_int64) for name in ("reverse", "saved_step")),
-        *((name, ctypes.c_void_p) for name in ("out", "d_out")),
-        *((name, ctypes.c_int64) for name in ("out_step", "out_row", "d_out_step", "d_out_row")),
-        *((name, ctypes.c_void_p) for name in ("w_hh", "h0", "c0", "gates", "cells")),
-        *((name, ctypes.c_void_p) for name in ("d_h", "d_c", "d_gates", "previous")),
-        ("threads", ctypes.c_int64),
-    )
+_FORWARD = struct.Struct(f"{len(Stack._fields) + 2}q")
+_BACKWARD = struct.Struct(f"{len(Stack._fields) + 13}q")
 
 
 def refusal(problem: Problem) -> str | None:
@@ -89,164 +75,144 @@ def library() -> ctypes.CDLL:
     Raises:
         UnsupportedError: there is no C++ compiler, or it fails.
     """
-    return _native.load(SOURCE, FLAGS)
+    found = _native.load(SOURCE, FLAGS)
+    found.perfkit_rnn_instructions.restype = ctypes.c_char_p
+    return found
+
+
+def instructions() -> str:
+    """What the products run on here, the fastest first: "AVX512-BF16, AVX-512" for instance, or "AVX2"."""
+    return library().perfkit_rnn_instructions().decode()
 
 
 def forward(problem: Problem, x, rows, h0, c0, weights, batch_first, gates, cells, inner):
-    """All layers and directions; see `torch_op` for the arguments. `gates`, `cells` and `inner` are filled if not None.
+    """All layers and directions; see `torch_stack` for the arguments. `gates`, `cells`, `inner` are filled if not None.
 
     Returns:
-        y, hn, cn, in float32; cn is None but for LSTM.
+        y, hn, cn, in x's dtype, float32 for float16; cn is None but for LSTM.
     """
-    mode, hidden, directions = problem.mode, problem.hidden, problem.directions
-    lay = place(problem, rows, batch_first)
-    h = h0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    c = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format) if mode == "LSTM" else None
-    layer_x = x.float()
-    for layer in range(problem.layers):
-        layer_x = layer_x if layer_x.stride(-1) == 1 else layer_x.contiguous()
-        shape = (*x.shape[:-1], hidden * directions)
-        out = layer_x.new_empty(shape) if lay.whole else layer_x.new_zeros(shape)
-        for way in range(directions):
-            i = layer * directions + way
-            w_ih, w_hh, bias, bias_hn = _weights(mode, hidden, weights[i])
-            arguments = _Forward(
-                **_shared(problem, lay, way),
-                inputs=layer_x.size(-1),
-                x=layer_x.data_ptr(),
-                out=out.data_ptr() + 4 * way * hidden,
-                w_ih=w_ih.data_ptr(),
-                w_hh=w_hh.data_ptr(),
-                bias=bias.data_ptr(),
-                bias_hn=_pointer(bias_hn),
-                h=h[i].data_ptr(),
-                c=_pointer(c if c is None else c[i]),
-                gates=_pointer(gates if gates is None else gates[i]),
-                cells=_pointer(cells if cells is None or mode != "LSTM" else cells[i]),
-            )
-            arguments.x_step, arguments.x_row = _strides(layer_x, batch_first)
-            arguments.out_step, arguments.out_row = _strides(out, batch_first)
-            _call(library().perfkit_rnn_forward, arguments, mode)
-        if inner is not None and layer < problem.layers - 1:
-            inner[layer].copy_(_by_rows(out, batch_first))
-        layer_x = out
-    return layer_x, h, c
+    dtype = DTYPES[problem.dtype]
+    lstm = problem.mode == "LSTM"
+    x, h0, c0 = _features(x, dtype), _dense(h0, dtype), _dense(c0, dtype) if lstm else None
+    weights, pointers = _weights(weights, dtype)
+    rows = None if rows is None else _dense(rows, torch.int64)
+    kept = None if gates is None else _like(gates, dtype)
+    between = None if inner is None else _like(inner, dtype)
+    y = x.new_empty((*x.shape[:-1], problem.hidden * problem.directions))
+    hn, cn = torch.empty_like(h0), torch.empty_like(h0) if lstm else None
+    stack = _stack(problem, rows, pointers, h0, c0, x, y, batch_first, kept, cells, between)
+    _call(library().perfkit_rnn_forward, _FORWARD.pack(*stack, hn.data_ptr(), _pointer(cn)))
+    for given, filled in ((gates, kept), (inner, between)):
+        if given is not filled:
+            given.copy_(filled)
+    return y, hn, cn
 
 
 def backward(problem: Problem, x, rows, h0, c0, weights, batch_first, y, gates, cells, inner, d_y, d_hn, d_cn):
-    """The gradients of `forward`, in float32.
+    """The gradients of `forward`, in x's dtype, float32 for float16; those of the biases in float32.
 
     Returns:
         d_x, d_h0, d_c0 (None but for LSTM), and of each layer and direction (w_ih, w_hh, b_ih, b_hh).
     """
-    mode, hidden, directions = problem.mode, problem.hidden, problem.directions
-    lay = place(problem, rows, batch_first)
-    d_h = d_hn.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    d_c = d_cn.to(torch.float32, copy=True, memory_format=torch.contiguous_format) if mode == "LSTM" else None
-    h0, c0 = h0.float().contiguous(), c0.float().contiguous() if mode == "LSTM" else None
-    gradients = [()] * (problem.layers * directions)
-    d_out = d_y.float()
-    for layer in reversed(range(problem.layers)):
-        last = layer == problem.layers - 1
-        out = y.float() if last else inner[layer].float()
-        first_last = batch_first and last  # inner outputs are kept time-major
-        d_first = batch_first and last
-        layer_x = _by_rows(x.float(), batch_first) if layer == 0 else inner[layer - 1].float()
-        d_x = torch.zeros_like(layer_x)
-        for way in range(directions):
-            i = layer * directions + way
-            make = torch.empty if lay.whole else torch.zeros
-            d_gates = make(layer_x.size(0), SAVED[mode], hidden)
-            previous = make(layer_x.size(0), hidden)
-            w_ih, w_hh, _, _ = _weights(mode, hidden, weights[i])
-            arguments = _Backward(
-                **_shared(problem, lay, way),
-                out=out.data_ptr() + 4 * way * hidden,
-                d_out=d_out.data_ptr() + 4 * way * hidden,
-                w_hh=w_hh.data_ptr(),
-                h0=h0[i].data_ptr(),
-                c0=_pointer(c0 if c0 is None else c0[i]),
-                gates=gates[i].data_ptr(),
-                cells=_pointer(cells[i] if mode == "LSTM" else None),
-                d_h=d_h[i].data_ptr(),
-                d_c=_pointer(d_c if d_c is None else d_c[i]),
-                d_gates=d_gates.data_ptr(),
-                previous=previous.data_ptr(),
-            )
-            arguments.out_step, arguments.out_row = _strides(out, first_last, lay)
-            arguments.d_out_step, arguments.d_out_row = _strides(d_out, d_first, lay)
-            _call(library().perfkit_rnn_backward, arguments, mode)
-            of_x = d_gates[:, : GATES[mode]].flatten(1)
-            of_h = d_gates[:, [0, 1, 3]].flatten(1) if mode == "GRU" else of_x
-            d_x.addmm_(of_x, w_ih)
-            gradients[i] = (of_x.t() @ layer_x, of_h.t() @ previous, of_x.sum(0), of_h.sum(0))
-        d_out = d_x
-    if batch_first:
-        d_x = d_x.view(problem.steps, problem.batch, -1).transpose(0, 1)
-    return d_x.reshape(x.shape), d_h, d_c, gradients
+    dtype, hidden, layers = DTYPES[problem.dtype], problem.hidden, problem.layers
+    lstm, stack_size, saved = problem.mode == "LSTM", layers * problem.directions, SAVED[problem.mode]
+    h0, d_hn, gates, inner = (_dense(each, dtype) for each in (h0, d_hn, gates, inner))
+    c0, d_cn = (_dense(each, dtype) if lstm else None for each in (c0, d_cn))
+    x, y, d_y = (_features(each, dtype) for each in (x, y, d_y))
+    weights, pointers = _weights(weights, dtype)
+    rows = None if rows is None else _dense(rows, torch.int64)
+    count = x.size(0) if problem.ragged == "packed" else problem.steps * problem.batch
+    d_x, d_h0, d_c0 = torch.empty_like(x), torch.empty_like(h0), torch.empty_like(h0) if lstm else None
+    d_gates, previous = x.new_empty((stack_size, count, saved, hidden)), x.new_empty((stack_size, count, hidden))
+    d_bias = torch.empty((stack_size, saved, hidden))
+    stack = _stack(problem, rows, pointers, h0, c0, x, y, batch_first, gates, cells if lstm else None, inner)
+    pointer_fields = (d_y.data_ptr(), *_strides(d_y, batch_first), d_hn.data_ptr(), _pointer(d_cn))
+    pointer_fields += (d_x.data_ptr(), *_strides(d_x, batch_first), d_h0.data_ptr(), _pointer(d_c0))
+    pointer_fields += (d_gates.data_ptr(), previous.data_ptr(), d_bias.data_ptr())
+    _call(library().perfkit_rnn_backward, _BACKWARD.pack(*stack, *pointer_fields))
+    inputs = [(x.transpose(0, 1) if batch_first and x.dim() == 3 else x).flatten(0, -2), *inner]
+    of_weights = [
+        _of_weights(problem.mode, d_gates[i], inputs[i // problem.directions], previous[i], d_bias[i])
+        for i in range(stack_size)
+    ]
+    return d_x, d_h0, d_c0, of_weights
 
 
-def place(problem: Problem, rows: Tensor | None, batch_first: bool) -> Rows:
-    """Where the rows of each step are."""
-    steps, batch = problem.steps, problem.batch
-    of_steps, of_rows = ctypes.c_int64 * steps, ctypes.c_int64 * batch
-    if problem.ragged == "packed":
-        sizes = rows.tolist()
-        starts = accumulate(sizes[:-1], initial=0)
-        return Rows(of_steps(*sizes), of_steps(*starts), of_rows(*range(batch)), 0, True)
-    if problem.ragged == "lengths":
-        lengths = rows.tolist()
-        order = sorted(range(batch), key=lambda row: -lengths[row])
-        sizes = [sum(length > step for length in lengths) for step in range(steps)]
-        return Rows(of_steps(*sizes), of_steps(), of_rows(*order), batch, min(lengths) == steps)
-    return Rows(of_steps(*[batch] * steps), of_steps(), of_rows(*range(batch)), batch, True)
-
-
-def _shared(problem: Problem, lay: Rows, way: int) -> dict[str, int]:
-    """What both directions of the pass are told."""
-    return {
-        "cell": MODES.index(problem.mode),
-        "steps": problem.steps,
-        "batch": problem.batch,
-        "hidden": problem.hidden,
-        "batch_sizes": ctypes.addressof(lay.batch_sizes),
-        "starts": ctypes.addressof(lay.starts),
-        "rows": ctypes.addressof(lay.order),
-        "reverse": way,
-        "saved_step": lay.step,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _weights(mode: str, hidden: int, weights: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A direction's weights as the kernel takes them: both biases summed, but for that of GRU's n."""
-    w_ih, w_hh, *biases = (weight.float().contiguous() for weight in weights)
-    if not biases:
-        biases = (w_ih.new_zeros(w_ih.size(0)), w_ih.new_zeros(w_ih.size(0)))
-    b_ih, b_hh = biases
+def _of_weights(mode: str, d_gates: Tensor, x: Tensor, previous: Tensor, d_bias: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of a direction's w_ih, w_hh, b_ih, b_hh; x: (R, inputs)."""
+    hidden = previous.size(-1)
+    of_all = d_gates.flatten(1).t()
     if mode != "GRU":
-        return w_ih, w_hh, b_ih + b_hh, None
-    bias = b_ih.clone()
-    bias[: 2 * hidden] += b_hh[: 2 * hidden]
-    return w_ih, w_hh, bias, b_hh[2 * hidden :]
+        bias = d_bias.flatten()
+        return of_all @ x, of_all @ previous, bias, bias
+    n, r_z = of_all[:hidden] @ x, of_all[hidden : 3 * hidden] @ x
+    return torch.cat([r_z, n]), of_all[hidden:] @ previous, d_bias[[1, 2, 0]].flatten(), d_bias[1:].flatten()
 
 
-def _strides(x: Tensor, batch_first: bool, lay: Rows | None = None) -> tuple[int, int]:
-    """From step to step and from row to row, in elements; time-major rows in one dimension where `lay` tells."""
+def _stack(problem, rows, weights, h0, c0, x, y, batch_first, gates, cells, inner) -> Stack:
+    """What forward and backward are both told."""
+    return Stack(
+        MODES.index(problem.mode),
+        int(x.dtype == torch.bfloat16),
+        problem.steps,
+        problem.batch,
+        problem.inputs,
+        problem.hidden,
+        problem.layers,
+        problem.directions,
+        RAGGED.index(problem.ragged),
+        _pointer(rows),
+        torch.get_num_threads(),
+        ctypes.addressof(weights),
+        h0.data_ptr(),
+        _pointer(c0),
+        x.data_ptr(),
+        *_strides(x, batch_first),
+        y.data_ptr(),
+        *_strides(y, batch_first),
+        _pointer(gates),
+        _pointer(cells),
+        _pointer(inner),
+    )
+
+
+def _weights(weights, dtype: torch.dtype) -> tuple[list[Tensor], ctypes.Array]:
+    """All of them contiguous and of one dtype, and their addresses; the list keeps them alive."""
+    kept = [_dense(weight, dtype) for direction in weights for weight in direction]
+    pointers = [weight.data_ptr() for weight in kept]
+    if len(weights[0]) == 2:
+        pointers = [each for i in range(0, len(kept), 2) for each in (*pointers[i : i + 2], 0, 0)]
+    return kept, (ctypes.c_void_p * len(pointers))(*pointers)
+
+
+def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _features(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, of the dtype, its features one after the other."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor, or room for one like it where it is of another dtype."""
+    return tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
+
+
+def _strides(x: Tensor, batch_first: bool) -> tuple[int, int]:
+    """From step to step and from row to row, in elements."""
     if x.dim() == 2:
-        return (lay.step if lay else 0) * x.stride(0), x.stride(0)
-    return (x.stride(1), x.stride(0)) if batch_first else (x.stride(0), x.stride(1))
+        return 0, x.stride(0)
+    first, second, _ = x.stride()
+    return (second, first) if batch_first else (first, second)
 
 
-def _by_rows(x: Tensor, batch_first: bool) -> Tensor:
-    """(rows, features), time-major."""
-    return (x.transpose(0, 1) if batch_first and x.dim() == 3 else x).flatten(0, -2)
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _call(function, arguments: ctypes.Structure, mode: str) -> None:
-    if function(ctypes.byref(arguments)):
-        raise MemoryError(f"the {mode} kernel found no memory for its working space")
+def _call(function, arguments: bytes) -> None:
+    if function(arguments):
+        raise MemoryError("the recurrent kernel found no memory for its working space")

@@ -1,0 +1,320 @@
+// A stack of recurrent layers, forward.
+#pragma once
+
+#include "cpu_stack.hpp"
+
+namespace perfkit {
+
+// One direction of one layer: its packed weights, and where it reads and writes.
+template <class Cell, class Data, class Operand>
+struct ForwardDirection {
+    Matrix<Operand, Cell::G, Cell::PANEL> ih, hh;
+    Array<float> bias, bias_hn;  // blocks, gates, L
+    i64 inputs;
+    Rows<const Data> x;
+    Rows<Data> out;
+};
+
+template <class Cell, class Data, class Operand, bool SAVE>
+class Forward {
+    static constexpr int G = Cell::G, S = Cell::S, V = Cell::PANEL;
+    static constexpr bool E = EXACT<Data>;
+    // GRU needs its state in float32 too.
+    static constexpr bool STATE = Cell::GRU && sizeof(Operand) < 4;
+    // So many rows of input parts at a time: enough to reuse each weight, few enough to stay in the second-level cache.
+    static constexpr i64 CHUNK = 64;
+
+  public:
+    Forward(const PerfkitRnnForward& call, bool tiles)
+        : call_(call), p_(call.stack), order_(p_), H_(p_.hidden), blocks_(blocks_of(H_)), panels_((blocks_ + V - 1) / V),
+          lines_of_slice_(p_.layers * p_.directions), tiles_(tiles && sizeof(Operand) < 4),
+          plan_(p_, order_, G, true, panels_), ways_(lines_of_slice_) {
+        const i64 width = H_ * p_.directions;
+        if (!p_.inner && p_.layers > 1) between_.allocate(std::min<i64>(2, p_.layers - 1) * order_.stored * width);
+        for (i64 i = 0; i < lines_of_slice_; ++i) {
+            auto& way = ways_[i];
+            const i64 layer = i / p_.directions, column = i % p_.directions * H_;
+            way.inputs = layer ? width : p_.inputs;
+            way.x = layer ? Rows<const Data>{inner(layer - 1), order_.step * width, width}
+                          : Rows<const Data>{static_cast<const Data*>(p_.x), p_.x_step, p_.x_row};
+            way.out = layer < p_.layers - 1 ? Rows<Data>{inner(layer) + column, order_.step * width, width}
+                                            : Rows<Data>{static_cast<Data*>(p_.y) + column, p_.y_step, p_.y_row};
+            way.ih.allocate(H_, round_up(way.inputs, GRAIN<Operand>));
+            way.hh.allocate(H_, round_up(H_, GRAIN<Operand>));
+            way.bias.allocate_zeros(blocks_ * G * L);
+            if (Cell::GRU) way.bias_hn.allocate_zeros(blocks_ * L);
+        }
+        // Lines of a layer before those of the next: what a line waits for has been begun before it.
+        const i64 slices = i64(plan_.cuts.size()) - 1;
+        lines_ = std::vector<Shared>(lines_of_slice_ * slices);
+        for (i64 i = 0; i < i64(lines_.size()); ++i) {
+            const i64 way = i / slices, slice = i % slices;
+            lines_[i].layer = way / p_.directions, lines_[i].way = way % p_.directions;
+            lines_[i].first = plan_.cuts[slice], lines_[i].last = plan_.cuts[slice + 1];
+            if (plan_.parts > 1) lines_[i].prepare(*this, plan_.parts);
+        }
+    }
+
+    void run() {
+        const i64 packing = 2 * lines_of_slice_ * panels_, tasks = i64(lines_.size()) * plan_.parts;
+        in_order(packing + tasks, plan_.threads, failed_, [&](i64 i) {
+            if (i < packing) {
+                pack_panel(i);
+                packed_.fetch_add(1, std::memory_order_release);
+                return;
+            }
+            wait(failed_, [&] { return packed_.load(std::memory_order_acquire) == packing; });
+            const TileShape shape(tiles_);
+            Shared& line = lines_[(i - packing) / plan_.parts];
+            if (plan_.parts > 1) return sequence(line, line.space, (i - packing) % plan_.parts);
+            Space space(*this, line, 1);
+            sequence(line, space, 0);
+        });
+    }
+
+  private:
+    // What a line works on.
+    struct Space {
+        i64 chunk, x_stride, h_stride;
+        std::vector<Array<Operand>> x;  // of each part: (chunk, x_stride)
+        Array<float> sums;              // input parts with their biases: (blocks, chunk, G, L)
+        Array<Operand> h[2];            // before and after a step, by turns: (rows, h_stride)
+        Array<float> state, c;          // (blocks, rows, L)
+
+        Space() = default;
+        Space(const Forward& f, const Line& line, i64 parts) { allocate(f, line, parts); }
+        void allocate(const Forward& f, const Line& line, i64 parts) {
+            const PerfkitRnn& p = f.p_;
+            const i64 rows = line.last - line.first, padded = round_up(rows, TILE), W = line.layer * p.directions + line.way;
+            chunk = std::max(round_up(f.chunk_of(line), TILE), padded);
+            x_stride = f.ways_[W].ih.columns, h_stride = round_up(f.H_, std::max<i64>(L, GRAIN<Operand>));
+            for (i64 part = 0; part < parts; ++part) x.emplace_back(chunk * x_stride);
+            if (f.tiles_)
+                for (auto& of_part : x) std::memset(static_cast<void*>(of_part.data()), 0, chunk * x_stride * sizeof(Operand));
+            sums.allocate(f.blocks_ * chunk * G * L);
+            for (auto& states : h) states.allocate_zeros(padded * h_stride);
+            if (STATE) state.allocate_zeros(f.blocks_ * rows * L);
+            if (Cell::CELLS) c.allocate_zeros(f.blocks_ * rows * L);
+            for (i64 b = 0; b < rows; ++b) {
+                const i64 from = (W * p.batch + f.order_.order[line.first + b]) * f.H_;
+                if (p.h0) {
+                    const Data* h0 = static_cast<const Data*>(p.h0) + from;
+                    for (auto& states : h) copy_row(&states[b * h_stride], h0, f.H_, f.H_);
+                    if (STATE) f.spread_row(state, b, rows, h0);
+                }
+                if (Cell::CELLS && p.c0) f.spread_row(c, b, rows, static_cast<const Data*>(p.c0) + from);
+            }
+        }
+    };
+
+    // A line whose units several threads share. Each has its part of them, in every phase: the input parts of some steps,
+    // or one step; it takes those of others too if they were not seen the last time, or are late.
+    struct Shared : Line {
+        Space space;
+        i64 parts = 1;
+        std::unique_ptr<std::atomic<i64>[]> claimed, taker;  // of each part: the phases claimed; who did the last
+        std::atomic<i64> finished{0};                        // parts of all phases
+
+        void prepare(const Forward& f, i64 count) {
+            parts = count, space.allocate(f, *this, count);
+            claimed = std::make_unique<std::atomic<i64>[]>(count);
+            taker = std::make_unique<std::atomic<i64>[]>(count);
+            for (i64 part = 0; part < count; ++part) claimed[part] = 0, taker[part] = part;
+        }
+        template <class Work>
+        void phase(i64 number, i64 mine, const std::atomic<bool>& failed, Work work) {
+            if (parts == 1) return work(0);
+            const auto take = [&](i64 part) {
+                i64 expected = number;
+                if (!claimed[part].compare_exchange_strong(expected, number + 1)) return;
+                taker[part].store(mine, std::memory_order_relaxed);
+                work(part);
+                finished.fetch_add(1, std::memory_order_release);
+            };
+            take(mine);
+            for (i64 part = 0; part < parts; ++part)
+                if (part != mine && taker[part].load(std::memory_order_relaxed) != part) take(part);
+            int looks = 0;
+            wait(failed, [&] {
+                if (finished.load(std::memory_order_acquire) >= (number + 1) * parts) return true;
+                if (++looks % 2000 == 0)
+                    for (i64 part = 0; part < parts; ++part) take(part);
+                return false;
+            });
+        }
+    };
+
+    Data* inner(i64 layer) const {
+        const i64 size = order_.stored * H_ * p_.directions;
+        return p_.inner ? static_cast<Data*>(p_.inner) + layer * size : between_.data() + layer % 2 * size;
+    }
+    i64 chunk_of(const Line& line) const {
+        // Above another layer that runs at the same time, few steps: it waits for all of them.
+        const i64 rows = line.last - line.first;
+        return line.layer && plan_.beside ? std::max(rows, std::min(CHUNK, rows * std::max<i64>(1, p_.steps / 8))) : CHUNK;
+    }
+    void spread_row(const Array<float>& to, i64 b, i64 rows, const Data* from) const {
+        for (i64 u = 0; u < H_; u += L) store(&to[(u / L * rows + b) * L], get(from + u, H_ - u));
+    }
+
+    void pack_panel(i64 i) {
+        const i64 W = i / (2 * panels_), block = i % panels_ * V, last = std::min(block + V, blocks_);
+        auto& way = ways_[W];
+        const void* const* w = p_.weights + 4 * W;
+        if (i / panels_ % 2) {
+            pack(way.hh, block, static_cast<const Data*>(w[1]), H_);
+            return;
+        }
+        pack(way.ih, block, static_cast<const Data*>(w[0]), way.inputs);
+        if (!w[2]) return;
+        for (i64 at = block; at < last; ++at)
+            for (int g = 0; g < G; ++g) {
+                const auto bias = [&](int which) {
+                    return get(static_cast<const Data*>(w[which]) + g * H_ + at * L, H_ - at * L);
+                };
+                if (Cell::GRU && g == 2)
+                    store(&way.bias[(at * G + g) * L], bias(2)), store(&way.bias_hn[at * L], bias(3));
+                else
+                    store(&way.bias[(at * G + g) * L], bias(2) + bias(3));
+            }
+    }
+
+    // A line through all steps; `mine` is this thread's part of it.
+    void sequence(Shared& line, Space& space, i64 mine) {
+        const i64 T = p_.steps, W = line.layer * p_.directions + line.way;
+        if (mine == 0 && p_.ragged == 1) clear(line, ways_[W].out);
+        i64 phase = 0;
+        const auto time = [&](i64 step) { return line.way ? T - 1 - step : step; };
+        for (i64 step = 0; step < T;) {
+            i64 end = step, rows = 0;
+            for (; end < T; ++end) {
+                const i64 there = order_.there(time(end), line.first, line.last);
+                if (rows + there > space.chunk || (end > step && line.layer && plan_.beside && rows >= chunk_of(line))) break;
+                rows += there;
+            }
+            if (line.layer) wait_below(line, std::min(time(step), time(end - 1)), std::max(time(step), time(end - 1)));
+            line.phase(phase++, mine, failed_, [&](i64 part) { input_parts(line, space, part, step, end); });
+            for (i64 row = 0; step < end; ++step) {
+                const i64 t = time(step), there = order_.there(t, line.first, line.last);
+                const i64 staying = step + 1 < T ? order_.there(time(step + 1), line.first, line.last) : 0;
+                line.phase(phase++, mine, failed_, [&](i64 part) {
+                    one_step(line, space, part, step % 2, t, row, there, std::min(staying, there));
+                });
+                row += there;
+                advance(line, step + 1);
+            }
+        }
+    }
+
+    // Others may be a step ahead already.
+    void advance(Line& line, i64 steps) {
+        for (i64 done = line.done.load(); done < steps && !line.done.compare_exchange_weak(done, steps);) {
+        }
+    }
+
+    // Until the layer below has its outputs of times [first, last].
+    void wait_below(const Shared& line, i64 first, i64 last) {
+        const i64 slices = i64(lines_.size()) / lines_of_slice_, slice = (&line - lines_.data()) % slices;
+        for (i64 way = 0; way < p_.directions; ++way) {
+            const Line& below = lines_[((line.layer - 1) * p_.directions + way) * slices + slice];
+            const i64 steps = way ? p_.steps - first : last + 1;
+            wait(failed_, [&] { return below.done.load(std::memory_order_acquire) >= steps; });
+        }
+    }
+
+    void clear(const Line& line, const Rows<Data>& out) {
+        for (i64 t = 0; t < p_.steps; ++t)
+            for (i64 b = std::max(order_.sizes[t], line.first); b < line.last; ++b)
+                std::memset(static_cast<void*>(out.at(t, order_.place(t, b))), 0, H_ * sizeof(Data));
+    }
+
+    template <class Body>
+    void panels_of(i64 part, Body body) const {
+        const i64 parts = plan_.parts;
+        each_panel<G, V>(panels_ * part / parts * V, std::min(blocks_, panels_ * (part + 1) / parts * V), body);
+    }
+
+    // The input's parts of the gates of steps [first, last).
+    void input_parts(const Line& line, const Space& space, i64 part, i64 first, i64 last) {
+        const auto& way = ways_[line.layer * p_.directions + line.way];
+        const Array<Operand>& x = space.x[part];
+        i64 rows = 0;
+        for (i64 step = first; step < last; ++step) {
+            const i64 t = line.way ? p_.steps - 1 - step : step, there = order_.there(t, line.first, line.last);
+            for (i64 b = 0; b < there; ++b, ++rows)
+                copy_row(&x[rows * space.x_stride], way.x.at(t, order_.place(t, line.first + b)), way.inputs, space.x_stride);
+        }
+        panels_of(part, [&](auto vectors, i64 block) INLINE_LAMBDA {
+            constexpr int N = decltype(vectors)::value;
+            float* to = &space.sums[block * space.chunk * G * L];
+            const float* bias = &way.bias[block * G * L];
+            product<N>(
+                way.ih.panel(block), way.ih.columns, x.data(), space.x_stride, rows, tiles_,
+                [&](i64, int n) INLINE_LAMBDA { return load<Floats>(bias + n * L); },
+                [&](i64 row, const Floats* sums) INLINE_LAMBDA {
+                    for (int n = 0; n < N; ++n) store(to + ((n / G * space.chunk + row) * G + n % G) * L, sums[n]);
+                });
+        });
+    }
+
+    // The rows [0, there) of the line at time t; `row` is where their input parts begin. The states of those from
+    // `staying` on are final.
+    void one_step(const Line& line, const Space& space, i64 part, i64 turn, i64 t, i64 row, i64 there, i64 staying) {
+        const i64 W = line.layer * p_.directions + line.way, rows = line.last - line.first;
+        const auto& way = ways_[W];
+        const Array<Operand>&before = space.h[turn], &after = space.h[1 - turn];
+        panels_of(part, [&](auto vectors, i64 panel) INLINE_LAMBDA {
+            constexpr int N = decltype(vectors)::value;
+            const float* parts = &space.sums[(panel * space.chunk + row) * G * L];
+            const auto input = [&](i64 b, int n) INLINE_LAMBDA {
+                return load<Floats>(parts + ((n / G * space.chunk + b) * G + n % G) * L);
+            };
+            const auto starts = [&](i64 b, int n) INLINE_LAMBDA {
+                return Cell::GRU && n % G == 2 ? load<Floats>(&way.bias_hn[(panel + n / G) * L]) : input(b, n);
+            };
+            product<N>(way.hh.panel(panel), way.hh.columns, before.data(), space.h_stride, there, tiles_, starts,
+                       [&](i64 b, const Floats* sums) INLINE_LAMBDA {
+                           const i64 place = order_.place(t, line.first + b), at = t * order_.step + place;
+                           for (int v = 0; v < N / G; ++v) {
+                               const i64 block = panel + v, unit = block * L, width = H_ - unit;
+                               float* c_at = Cell::CELLS ? &space.c[(block * rows + b) * L] : nullptr;
+                               float* state = STATE ? &space.state[(block * rows + b) * L] : nullptr;
+                               Floats c{}, h_before{}, saved[S];
+                               if constexpr (Cell::CELLS) c = load<Floats>(c_at);
+                               if constexpr (Cell::GRU)
+                                   h_before = STATE ? load<Floats>(state) : get(&before[b * space.h_stride + unit]);
+                               const Floats n_input = Cell::GRU ? input(b, v * G + 2) : Floats{};
+                               const Floats h = Cell::template step<SAVE, E>(sums + v * G, n_input, h_before, c, saved);
+                               if constexpr (Cell::CELLS) store(c_at, c);
+                               if constexpr (STATE) store(state, h);
+                               put(&after[b * space.h_stride + unit], h);
+                               put(way.out.at(t, place) + unit, h, width);
+                               if constexpr (SAVE && S > 1) {
+                                   Data* gates = static_cast<Data*>(p_.gates) + (W * order_.stored + at) * S * H_ + unit;
+                                   for (int s = 0; s < S; ++s) put(gates + s * H_, saved[s], width);
+                                   if (Cell::CELLS) put(p_.cells + (W * order_.stored + at) * H_ + unit, c, width);
+                               }
+                               if (b >= staying) {
+                                   const i64 state_at = (W * p_.batch + order_.order[line.first + b]) * H_ + unit;
+                                   put(static_cast<Data*>(call_.hn) + state_at, h, width);
+                                   if (Cell::CELLS) put(static_cast<Data*>(call_.cn) + state_at, c, width);
+                               }
+                           }
+                       });
+        });
+    }
+
+    const PerfkitRnnForward& call_;
+    const PerfkitRnn& p_;
+    const Order order_;
+    const i64 H_, blocks_, panels_, lines_of_slice_;
+    const bool tiles_;
+    const Plan plan_;
+    std::vector<ForwardDirection<Cell, Data, Operand>> ways_;
+    std::vector<Shared> lines_;
+    Array<Data> between_;
+    std::atomic<i64> packed_{0};
+    std::atomic<bool> failed_{false};
+};
+
+}  // namespace perfkit

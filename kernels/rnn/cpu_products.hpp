@@ -1,0 +1,297 @@
+// Matrix products of recurrent kernels: weights packed for them, and sums of a few rows with a few vectors of columns.
+//
+// An operand is float32, or bfloat16 where the processor multiplies that. Its products are taken in words of 32 bits: one
+// float32, or two bfloat16 of neighbouring columns, whose products `vdpbf16ps` and AMX's tiles add up in float32.
+#pragma once
+
+#include "cpu_numbers.hpp"
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define TILES 1
+#else
+#define TILES 0
+#endif
+
+#if defined(__AVX512F__)
+#define REGISTERS 32
+#else
+#define REGISTERS 16
+#endif
+
+namespace perfkit {
+
+#if defined(__AVX512BF16__)
+using Low = Bf16;  // the operand for bfloat16 tensors
+#else
+using Low = float;
+#endif
+
+template <class Operand>
+constexpr int PAIR = 4 / sizeof(Operand);
+
+// What the number of columns is rounded up to: rows of tiles hold 64 bytes.
+template <class Operand>
+constexpr i64 GRAIN = PAIR<Operand> == 1 ? 1 : TILES ? 32 : 2;
+
+constexpr i64 blocks_of(i64 units) { return (units + L - 1) / L; }
+
+// Where words are multiplied L at a time: the word at `from` in all lanes, and the sum with its products.
+INLINE Floats spread(const float* from) { return all(*from); }
+INLINE Floats spread(const Bf16* from) { return bits<Floats>(Ints{} + load<std::int32_t>(from)); }
+INLINE Floats added(float, Floats sum, Floats a, Floats b) { return sum + a * b; }
+#if defined(__AVX512BF16__)
+INLINE Floats added(Bf16, Floats sum, Floats a, Floats b) {
+    return Floats(_mm512_dpbf16_ps(__m512(sum), bits<__m512bh>(a), bits<__m512bh>(b)));
+}
+#endif
+
+// ---- Packing ---------------------------------------------------------------------------------------------------------
+//
+// A matrix of G gates times H units (rows) and K columns, as panels of V blocks of L units, the last perhaps of fewer: for
+// each word of columns, for each block, for each gate: the words of the L units. Zeros beyond H and K.
+
+template <class Operand, int G, int V>
+struct Matrix {
+    i64 units = 0, columns = 0;  // columns rounded up to GRAIN
+    Array<Operand> values;
+
+    void allocate(i64 H, i64 K) {
+        units = H, columns = K;
+        values.allocate(blocks_of(H) * G * L * K);
+    }
+    Operand* panel(i64 block) const { return values.data() + block * G * L * columns; }  // block a multiple of V
+};
+
+// Lanes 0 to L - 1 of a, L to 2 L - 1 of b, as one stage of a transposition wants them.
+template <int S, bool HIGH>
+constexpr int lane(int j) {
+    return HIGH ? ((j & S) ? L + j : j + S) : ((j & S) ? L + j - S : j);
+}
+template <int S, bool HIGH, int... J>
+INLINE Floats mixed(Floats a, Floats b, std::integer_sequence<int, J...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, lane<S, HIGH>(J)...);
+#else
+    return __builtin_shuffle(a, b, Ints{lane<S, HIGH>(J)...});
+#endif
+}
+template <int S>
+INLINE void transpose(Floats (&rows)[L]) {
+    if constexpr (S > 0) {
+        constexpr auto lanes = std::make_integer_sequence<int, L>{};
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+            if (!(i & S)) {
+                const Floats a = rows[i], b = rows[i + S];
+                rows[i] = mixed<S, false>(a, b, lanes), rows[i + S] = mixed<S, true>(a, b, lanes);
+            }
+        transpose<S / 2>(rows);
+    }
+}
+
+// L words of a row, of which `count` numbers are there.
+template <class Operand, class Data>
+INLINE Floats words(const Data* from, i64 count) {
+    if constexpr (PAIR<Operand> == 1) {
+        return count > 0 ? get(from, count) : Floats{};
+    } else {
+        if (count >= 2 * L) return load<Floats>(from);
+        Floats value{};
+        if (count > 0) std::memcpy(&value, from, count * sizeof(Data));
+        return value;
+    }
+}
+
+// The panel that begins at `block` of w (G H, K).
+template <class Operand, int G, int V, class Data>
+void pack(const Matrix<Operand, G, V>& to, i64 block, const Data* w, i64 K) {
+    const i64 H = to.units, blocks = std::min<i64>(V, blocks_of(H) - block), N = blocks * G;
+    const i64 all_words = to.columns / PAIR<Operand>;
+    for (i64 v = 0; v < blocks; ++v)
+        for (int g = 0; g < G; ++g) {
+            const i64 first = (block + v) * L, there = std::min<i64>(L, H - first);
+            float* at = reinterpret_cast<float*>(to.panel(block)) + (v * G + g) * L;
+            for (i64 word = 0; word < all_words; word += L) {
+                const i64 k = word * PAIR<Operand>, wide = std::min<i64>(L, all_words - word);
+                Floats rows[L];
+                for (int u = 0; u < L; ++u)
+                    rows[u] = u < there ? words<Operand>(w + (g * H + first + u) * K + k, K - k) : Floats{};
+                transpose<L / 2>(rows);
+                for (i64 j = 0; j < wide; ++j) store(at + (word + j) * N * L, rows[j]);
+            }
+        }
+}
+
+// The panel that begins at `block` of the transpose of w (G H, units): column s * HS + h of the packed matrix is row h of
+// gate (s + first_gate) % G of w.
+template <class Operand, int V, class Data>
+void pack_transpose(const Matrix<Operand, 1, V>& to, i64 block, const Data* w, i64 H, i64 HS, int G, int first_gate) {
+    const i64 units = to.units, N = std::min<i64>(V, blocks_of(units) - block);
+    float* at = reinterpret_cast<float*>(to.panel(block));
+    const auto row = [&](i64 k, i64 unit) INLINE_LAMBDA {
+        const i64 h = k % HS;
+        return h < H ? get(w + ((k / HS + first_gate) % G * H + h) * units + unit, units - unit) : Floats{};
+    };
+    for (i64 k = 0; k < to.columns; k += PAIR<Operand>)
+        for (i64 v = 0; v < N; ++v, at += L) {
+            const i64 unit = (block + v) * L;
+            if constexpr (PAIR<Operand> == 1) {
+                store(at, row(k, unit));
+            } else {
+                const Floats odd = k + 1 < to.columns ? row(k + 1, unit) : Floats{};
+                store(at, bits<Unsigned>(odd) | (bits<Unsigned>(row(k, unit)) >> 16));
+            }
+        }
+}
+
+// ---- Sums of products ------------------------------------------------------------------------------------------------
+
+// As many rows as leave the registers room for a vector of weights and a word of each row.
+template <int N>
+constexpr int MOST_ROWS = (REGISTERS - 1) / (N + 1) < 8 ? (REGISTERS - 1) / (N + 1) : 8;
+
+// sums[r] = starts(r, n) plus the product of row r with the n-th vector of the panel w.
+template <int R, int N, class Operand, class Starts>
+INLINE void dot(const Operand* x, i64 stride, const Operand* w, i64 columns, Floats (*sums)[N], Starts starts) {
+    // Few sums are made of several chains each: every product would wait for the last one's result.
+    constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 3 ? 2 : 8 / (R * N);
+    constexpr int P = PAIR<Operand>;
+    Floats found[CHAINS][R][N] = {};
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) found[0][r][n] = starts(r, n);
+    const auto add = [&](Floats(&to)[R][N], i64 k) INLINE_LAMBDA {
+        Floats number[R];
+        for (int r = 0; r < R; ++r) number[r] = spread(x + r * stride + k);
+        for (int n = 0; n < N; ++n) {
+            const Floats weights = load<Floats>(w + (k * N + n * P) * L);
+            for (int r = 0; r < R; ++r) to[r][n] = added(Operand{}, to[r][n], number[r], weights);
+        }
+    };
+    i64 k = 0;
+    for (; k + CHAINS * P <= columns; k += CHAINS * P)
+        for (int chain = 0; chain < CHAINS; ++chain) add(found[chain], k + chain * P);
+    for (; k < columns; k += P) add(found[0], k);
+    for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) {
+            for (int chain = 1; chain < CHAINS; ++chain) found[0][r][n] += found[chain][r][n];
+            sums[r][n] = found[0][r][n];
+        }
+}
+
+constexpr int TILE = 16;
+
+#if TILES
+// How the tiles are shaped on this thread while this lives: all eight of them 16 rows of 64 bytes.
+class TileShape {
+  public:
+    explicit TileShape(bool used) : used_(used) {
+        if (!used) return;
+        struct alignas(64) {
+            std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            std::uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
+        } shape;
+        _tile_loadconfig(&shape);
+    }
+    ~TileShape() {
+        if (used_) _tile_release();
+    }
+    TileShape(const TileShape&) = delete;
+
+  private:
+    const bool used_;
+};
+
+// The sums of 16 rows, from nothing.
+template <int N>
+INLINE void dot_tiles(const Bf16* x, i64 stride, const Bf16* w, i64 columns, Floats (*sums)[N]) {
+    static_assert(N <= 4 && L == TILE);
+    _tile_zero(0);
+    if constexpr (N > 1) _tile_zero(1);
+    if constexpr (N > 2) _tile_zero(2);
+    if constexpr (N > 3) _tile_zero(3);
+    for (i64 k = 0; k < columns; k += 32) {
+        const Bf16* weights = w + k * N * L;
+        _tile_loadd(4, x + k, stride * sizeof(Bf16));
+        _tile_loadd(5, weights, N * 64);
+        _tile_dpbf16ps(0, 4, 5);
+        if constexpr (N > 1) {
+            _tile_loadd(6, weights + 2 * L, N * 64);
+            _tile_dpbf16ps(1, 4, 6);
+        }
+        if constexpr (N > 2) {
+            _tile_loadd(7, weights + 4 * L, N * 64);
+            _tile_dpbf16ps(2, 4, 7);
+        }
+        if constexpr (N > 3) {
+            _tile_loadd(5, weights + 6 * L, N * 64);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+    }
+    _tile_stored(0, &sums[0][0], N * 64);
+    if constexpr (N > 1) _tile_stored(1, &sums[0][1], N * 64);
+    if constexpr (N > 2) _tile_stored(2, &sums[0][2], N * 64);
+    if constexpr (N > 3) _tile_stored(3, &sums[0][3], N * 64);
+}
+#else
+struct TileShape {
+    explicit TileShape(bool) {}
+};
+#endif
+
+// Calls use(row, sums) for each of `rows`: sums[n] = starts(row, n) plus the product of that row of x with the n-th vector
+// of the panel w. With `tiles` x has rows to the next multiple of 16; what is in those that are not `rows` is not used.
+template <int N, class Operand, class Starts, class Use>
+INLINE void product(const Operand* w, i64 columns, const Operand* x, i64 stride, i64 rows, bool tiles, Starts starts,
+                    Use use) {
+    alignas(64) Floats sums[TILE][N];
+    for (i64 row = 0; row < rows;) {
+        const auto block = [&](auto count) INLINE_LAMBDA {
+            constexpr int R = decltype(count)::value;
+            dot<R, N>(x + row * stride, stride, w, columns, sums,
+                      [&](int r, int n) INLINE_LAMBDA { return starts(row + r, n); });
+            return R;
+        };
+        constexpr int MOST = MOST_ROWS<N>;
+        const i64 left = rows - row;
+        int count;
+#if TILES
+        if constexpr (PAIR<Operand> == 2)
+            if (tiles && left >= TILE / 2) {
+                dot_tiles<N>(x + row * stride, stride, w, columns, sums);
+                count = left < TILE ? int(left) : TILE;
+                for (int r = 0; r < count; ++r)
+                    for (int n = 0; n < N; ++n) sums[r][n] += starts(row + r, n);
+                for (int r = 0; r < count; ++r) use(row + r, sums[r]);
+                row += count;
+                continue;
+            }
+#endif
+        if (left >= MOST)
+            count = block(std::integral_constant<int, MOST>{});
+        else if (MOST > 4 && left >= 4)
+            count = block(std::integral_constant<int, 4>{});
+        else if (MOST > 2 && left >= 2)
+            count = block(std::integral_constant<int, 2>{});
+        else
+            count = block(std::integral_constant<int, 1>{});
+        for (int r = 0; r < count; ++r) use(row + r, sums[r]);
+        row += count;
+    }
+    (void)tiles;
+}
+
+// Calls body(vectors, block) for each panel of V blocks in [first, last), `vectors` a constant: G times its blocks.
+template <int G, int V, class Body>
+INLINE void each_panel(i64 first, i64 last, Body body) {
+    i64 block = first;
+    for (; block + V <= last; block += V) body(std::integral_constant<int, G * V>{}, block);
+    if constexpr (V > 3)
+        if (last - block == 3) return body(std::integral_constant<int, G * 3>{}, block);
+    if constexpr (V > 2)
+        if (last - block == 2) return body(std::integral_constant<int, G * 2>{}, block);
+    if constexpr (V > 1)
+        if (last - block == 1) return body(std::integral_constant<int, G>{}, block);
+}
+
+}  // namespace perfkit

@@ -1,0 +1,167 @@
+// What both passes share: the call as a binding gives it, where rows are, how the work is divided, how threads wait.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "_thread_pool.hpp"
+#include "cpu_cells.hpp"
+#include "cpu_products.hpp"
+
+namespace {
+using perfkit::i64;
+}
+
+// One call: T steps of B rows, a stack of layers, each in one or two directions; W = layers * directions, the directions
+// of layer 0 first. R rows are stored of what has no strides: T * B of them time-major, or the P of packed data.
+// `Data`, the type of all that is not said to be another, is float or bfloat16, which `dtype` tells.
+extern "C" struct PerfkitRnn {
+    i64 cell;   // 0 LSTM, 1 GRU, 2 RNN tanh, 3 RNN relu; G = 4, 3, 1, 1 gates, S = 4, 4, 1, 1 of them saved
+    i64 dtype;  // 0 float32, 1 bfloat16
+    i64 steps, batch, inputs, hidden, layers, directions;
+    i64 ragged;       // 0: every row has T steps; 1: rows have their own lengths; 2: they are packed, and sorted by length
+    const i64* rows;  // ragged 1: (B,), lengths in 1..T; 2: (T,), batch sizes, never rising, the first B; 0: not used
+    i64 threads;      // at most so many work
+    const void* const* weights;  // (W, 4): w_ih (G H, I), w_hh (G H, H), b_ih, b_hh (G H,); biases may be null
+    const void *h0, *c0;         // (W, B, H), null for zeros; c0 for LSTM only
+    const void* x;               // row b of step t at x + t * x_step + b * x_row, features are contiguous; packed: row p at
+    i64 x_step, x_row;           // x + p * x_row
+    void* y;                     // forward: written, zeros past a row's length; backward: as forward left it
+    i64 y_step, y_row;
+    void* gates;   // (W, R, S, H), what the backward pass needs; forward: null to save nothing
+    float* cells;  // (W, R, H), LSTM only
+    void* inner;   // (layers - 1, R, H directions), outputs between layers; forward: may be null
+};
+
+extern "C" struct PerfkitRnnForward {
+    PerfkitRnn stack;
+    void *hn, *cn;  // (W, B, H); cn for LSTM only
+};
+
+// Gradients, d_ for each of what has one. Those of the weights are left to matrix products of the binding's library, over
+// all R rows: w_ih's of direction w is d_gates[w]^T (G H, R) times the layer's input (R, I), w_hh's d_gates[w]^T times
+// previous[w] (R, H). GRU's four gates are n r z m, m being n's hidden part: w_ih (r z n) takes r z of 1..2 and n of 0,
+// w_hh r z m of 1..3.
+extern "C" struct PerfkitRnnBackward {
+    PerfkitRnn stack;  // x is not used
+    const void* d_y;
+    i64 d_y_step, d_y_row;
+    const void *d_hn, *d_cn;  // (W, B, H), null for zeros
+    void* d_x;                // may be null
+    i64 d_x_step, d_x_row;
+    void *d_h0, *d_c0;  // (W, B, H)
+    void* d_gates;      // (W, R, S, H), zeros in rows that are not there
+    void* previous;     // (W, R, H), the hidden state that each step began with; zeros likewise
+    float* d_bias;      // (W, S, H), d_gates summed over its rows
+};
+
+namespace perfkit {
+
+// The rows are sorted by length, longest first: at step t the sorted rows [0, sizes[t]) are there, and the sorted row b is
+// row order[b] of the states. Its place at step t is starts[t] + order[b] where rows have strides, and t * step more in
+// what is stored without.
+struct Order {
+    std::vector<i64> sizes, starts, order;
+    i64 step, stored;
+
+    explicit Order(const PerfkitRnn& p)
+        : sizes(p.steps, p.batch), starts(p.steps, 0), order(p.batch), step(p.batch), stored(p.steps * p.batch) {
+        std::iota(order.begin(), order.end(), 0);
+        if (p.ragged == 1) {
+            std::stable_sort(order.begin(), order.end(), [&](i64 a, i64 b) { return p.rows[a] > p.rows[b]; });
+            for (i64 t = 0, b = p.batch; t < p.steps; ++t) {
+                while (b > 0 && p.rows[order[b - 1]] <= t) --b;
+                sizes[t] = b;
+            }
+        } else if (p.ragged == 2) {
+            std::copy(p.rows, p.rows + p.steps, sizes.begin());
+            std::partial_sum(sizes.begin(), sizes.end() - 1, starts.begin() + 1);
+            step = 0, stored = starts.back() + sizes.back();
+        }
+    }
+    i64 place(i64 t, i64 b) const { return starts[t] + order[b]; }
+    i64 stored_at(i64 t, i64 b) const { return t * step + place(t, b); }
+    // How many of the sorted rows [first, last) are there at time t.
+    i64 there(i64 t, i64 first, i64 last) const { return std::clamp<i64>(sizes[t] - first, 0, last - first); }
+};
+
+// The steps of one layer, one direction and some of the rows: `done` of them, in the order in which they are computed.
+struct Line {
+    i64 layer, way, first, last;
+    std::atomic<i64> done{0};
+};
+
+class Failed {};  // another thread's task has failed
+
+// Waits for other threads: soon they are done, or they do not run, and get this processor.
+template <class Ready>
+void wait(const std::atomic<bool>& failed, Ready ready) {
+    for (int spins = 0; !ready(); ++spins) {
+        if (failed.load(std::memory_order_relaxed)) throw Failed();
+        if (spins < 2000) {
+#if defined(__x86_64__) || defined(__i386__)
+            _mm_pause();
+#endif
+        } else {
+            std::this_thread::yield();
+        }
+    }
+}
+
+// How a call is divided. Batch rows are independent of each other: lines of a slice of them each need nothing of the other
+// slices. Where there are fewer slices than threads, a line runs beside the line of the layer below, some steps behind it,
+// or of the other direction; and where those are still too few, `parts` threads share the units of a line.
+struct Plan {
+    std::vector<i64> cuts;
+    i64 threads, parts;
+    bool beside;  // lines of one slice run at the same time
+
+    Plan(const PerfkitRnn& p, const Order& order, int gates, bool may_share, i64 panels) {
+        // Rows of a slice share each load of the weights; beyond 64 of them there is nothing to gain.
+        constexpr i64 FEWEST = 4, MOST = 64;
+        const double row = double(gates) * double(p.hidden * p.hidden);
+        const double work = 2 * row * double(order.stored) * double(p.layers * p.directions);
+        threads = work < WORTH_WAKING ? 1 : std::max<i64>(1, p.threads);
+        const i64 lines = p.layers * p.directions;
+        i64 slices = (p.batch + MOST * threads - 1) / (MOST * threads) * threads;
+        if (p.batch >= 2 * 16 * threads && slices == threads) slices *= 2;  // one that is held up can be helped
+        if (threads == 1) slices = (p.batch + MOST - 1) / MOST;
+        slices = std::clamp<i64>(p.batch / (lines > 1 ? FEWEST : FEWEST / 2), 1, slices);
+        beside = slices < threads;
+        parts = 1;
+        if (may_share && slices * lines < threads && row > WORTH_SHARING)
+            parts = std::min(threads / (slices * lines), panels);
+        cuts = cut(order.sizes.data(), p.steps, p.batch, slices);
+    }
+
+    // Multiplications: about 20 microseconds of one thread; about 1 microsecond of it, a few exchanges between threads.
+    static constexpr double WORTH_WAKING = 1e6, WORTH_SHARING = 1e5;
+};
+
+// Calls task(i) for i in [0, tasks) on the pool's threads; they are begun in order, so one may wait for an earlier one.
+// Throws std::bad_alloc.
+template <class Task>
+void in_order(i64 tasks, i64 threads, std::atomic<bool>& failed, Task task) {
+    struct Work {
+        Task& task;
+        std::atomic<bool>& failed;
+    } work{task, failed};
+    const auto run = [](void* context, long i) {
+        Work& work = *static_cast<Work*>(context);
+        if (work.failed) return;
+        try {
+            work.task(i);
+        } catch (const std::bad_alloc&) {
+            work.failed = true;
+        } catch (const Failed&) {
+        }
+    };
+    ThreadPool::instance().run(long(tasks), int(threads), run, &work);
+    if (failed) throw std::bad_alloc();
+}
+
+}  // namespace perfkit

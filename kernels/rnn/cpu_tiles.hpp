@@ -1,0 +1,73 @@
+// Whether AMX's tiles are used, and the names of the instructions.
+#pragma once
+
+#include "cpu_products.hpp"
+
+#if TILES && !defined(PERFKIT_TILES_EMULATED)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace perfkit {
+
+#if TILES
+// The system lends the tiles' registers to a process that asks for them.
+inline bool tiles_granted() {
+#if defined(PERFKIT_TILES_EMULATED)
+    return true;
+#else
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#endif
+}
+
+// Whether a small product is what `vdpbf16ps` makes of it. The numbers are small integers, so that the order of sums changes
+// no bit.
+inline bool tiles_are_right() {
+    constexpr int N = 4, K = 64;
+    alignas(64) Bf16 x[TILE * K], w[K * N * L];
+    const auto fill = [](Bf16* to, int count, unsigned seed) {
+        for (int i = 0; i < count; ++i) {
+            seed = seed * 1664525u + 1013904223u;
+            const float value = float(int(seed >> 28) - 8);
+            std::uint32_t word;
+            std::memcpy(&word, &value, 4);
+            to[i].bits = std::uint16_t(word >> 16);
+        }
+    };
+    fill(x, TILE * K, 1), fill(w, K * N * L, 2);
+    alignas(64) Floats expected[TILE][N], found[TILE][N];
+    for (int row = 0; row < TILE; ++row)
+        dot<1, N>(x + row * K, K, w, K, expected + row, [](int, int) { return Floats{}; });
+    const TileShape shape(true);
+    dot_tiles<N>(x, K, w, K, found);
+    return std::memcmp(expected, found, sizeof found) == 0;
+}
+#endif
+
+// Asked for once in a process.
+inline bool have_tiles() {
+#if TILES
+    static const bool have = tiles_granted() && tiles_are_right();
+    return have;
+#else
+    return false;
+#endif
+}
+
+// What the products of bfloat16 run on; those of float32 on the vectors of the last name.
+inline const char* instructions() {
+#if defined(__AVX512BF16__)
+    return have_tiles() ? "AMX-BF16, AVX512-BF16, AVX-512" : "AVX512-BF16, AVX-512";
+#elif defined(__AVX512F__)
+    return "AVX-512";
+#elif defined(__AVX2__) && defined(__FMA__)
+    return "AVX2";
+#elif defined(__ARM_NEON)
+    return "NEON";
+#else
+    return "plain C++";
+#endif
+}
+
+}  // namespace perfkit
