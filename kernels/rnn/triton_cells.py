@@ -1,0 +1,132 @@
+"""What both Triton kernels of the recurrent op are made of: activations, products, tiles of gates, waiting.
+
+Nothing here but what Triton's interpreter can run too: no libdevice, no inline assembly.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+HAS_POLL = tl.constexpr(hasattr(tl, "atomic_poll"))
+"""Triton 3.9 has one operation that waits for a value."""
+
+# tanh(x) / x - 1 by powers of x^2, for |x| < 0.55: least squares on Chebyshev points
+TANH_1 = tl.constexpr(-0.333332837)
+TANH_2 = tl.constexpr(0.133280382)
+TANH_3 = tl.constexpr(-0.0530990735)
+TANH_4 = tl.constexpr(0.01716928)
+TANH_NEAR = tl.constexpr(0.3025)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """Relative error below 3e-7 in float32; near 0 too, where a formula of exponentials alone has no digits left."""
+    square = x * x
+    near = (((TANH_4 * square + TANH_3) * square + TANH_2) * square + TANH_1) * square * x + x
+    decay = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - decay) / (1.0 + decay)
+    return tl.where(square < TANH_NEAR, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def multiply_add(a, b, sums, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """a b + sums in float32. WIDEN is for the interpreter, which multiplies bfloat16 as if it were integers."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def block(w, rows, mask, k, H: tl.constexpr, STRIDE: tl.constexpr):
+    """Columns `k` of a matrix of H columns, STRIDE apart, whose rows start at `rows`."""
+    return tl.load(w + rows[:, None] + k[None, :] * STRIDE, mask=mask[:, None] & (k < H)[None, :], other=0.0)
+
+
+@triton.jit
+def blocks(w, rows, mask, H: tl.constexpr, BLOCK_K: tl.constexpr, STRIDE: tl.constexpr):
+    """All columns, BLOCK_K at a time: a product of more at once would hold too much in registers."""
+    found = ()
+    for i in tl.static_range((H + BLOCK_K - 1) // BLOCK_K):
+        k = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        found = found + (block(w, rows, mask, k, H, STRIDE),)  # noqa: RUF005 - no star in Triton
+    return found
+
+
+@triton.jit
+def product(
+    sums, w_blocks, w, rows, mask, source, there,
+    H: tl.constexpr, BLOCK_K: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """sums + W s^T: W as `blocks` gave it, or read again if that is None; s are rows that `source` points to."""
+    if w_blocks is None:
+        for start in range(0, H, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            right = transposed(source, there, k, H)
+            sums = multiply_add(block(w, rows, mask, k, H, STRIDE), right, sums, PRECISION, WIDEN)
+    else:
+        for i in tl.static_range((H + BLOCK_K - 1) // BLOCK_K):
+            right = transposed(source, there, i * BLOCK_K + tl.arange(0, BLOCK_K), H)
+            sums = multiply_add(w_blocks[i], right, sums, PRECISION, WIDEN)
+    return sums
+
+
+@triton.jit
+def transposed(source, there, k, H: tl.constexpr):
+    """Columns `k` of rows that `source` points to, as rows.
+
+    They come past the first-level cache, which may hold what was there before another program wrote them.
+    """
+    mask = (k < H)[:, None] & there[None, :]
+    return tl.load(source[None, :] + k[:, None], mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def apart(tile, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """(4 BLOCK_H, BLOCK_B) with the four rows of a unit next to each other, as four (BLOCK_H, BLOCK_B)."""
+    even, odd = tl.split(tl.permute(tl.reshape(tile, (BLOCK_H, 2, 2, BLOCK_B)), (0, 3, 1, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def wait(counter, arrivals):
+    """Until `arrivals` programs have called `arrive`; what they stored before is seen after."""
+    if HAS_POLL:
+        tl.atomic_poll(counter, arrivals, sem="acquire")
+    else:
+        while tl.atomic_add(counter, 0, sem="acquire") < arrivals:
+            pass
+
+
+@triton.jit
+def arrive(counter):
+    """Tell those who `wait` that all threads of this program have stored what they had to."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release")
+
+
+@triton.jit
+def place(t, starts, steps, step, row):
+    """Where step `t` starts, in elements, int64: rows are `row` apart, steps `step`, or as `starts` tells, in rows.
+
+    Steps that are not there have some place that nothing may be read from.
+    """
+    if starts is None:
+        offset = tl.cast(t, tl.int64) * step
+    else:
+        offset = tl.load(starts + t, mask=(t >= 0) & (t < steps), other=0) * row
+    return offset
+
+
+@triton.jit
+def states_at(t, length, y, y_row, h0, b, H):
+    """Pointers to the state of each row after step `t`: to step t's `y`, or to h0 where that is none of the row's."""
+    there = (t >= 0) & (t < length)
+    return tl.where(there, y + b * y_row, h0 + b * H)
