@@ -6,8 +6,7 @@
 // Lanes are pooled outputs. What tap t in window w needs of L neighbouring outputs lies in x with a step of P * stride
 // between them; it is copied once into a plane of its own, which all output channels then read as whole vectors. Taps and
 // windows that look at the same place share a plane: 3x3 taps in 2x2 windows have 16 planes, not 36. Padding, strides,
-// dilation, layout and dtype are all dealt with by that copy. Planes lie group after group: L outputs of each of the Q
-// planes, so that one vector of outputs needs contiguous memory.
+// dilation, layout and dtype are all dealt with by that copy.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -21,10 +20,12 @@
 #define PERFKIT_LANES 16
 #define CHANNELS 4
 #define PAIRED 2
+#define NEAR 1  // registers for sixteen planes
 #else
 #define PERFKIT_LANES 8
 #define CHANNELS 2
 #define PAIRED 1
+#define NEAR 0
 #endif
 
 #include "_thread_pool.hpp"
@@ -72,11 +73,10 @@ INLINE Floats largest(Floats a, Floats b) {
 #endif
 }
 
-INLINE Floats rectified(Floats x) { return x < 0.0f ? Floats{} : x; }
-
-INLINE Floats shuffled(Floats a, Floats b, Ints from) {
+template <class V>
+INLINE V shuffled(V a, V b, Ints from) {
 #if defined(__clang__)
-    Floats found;
+    V found;
     for (int lane = 0; lane < L; ++lane) found[lane] = from[lane] < L ? a[from[lane]] : b[from[lane] - L];
     return found;
 #else
@@ -93,9 +93,10 @@ constexpr Ints LOW = {0, 8, 1, 9, 2, 10, 3, 11};
 #endif
 
 // Rows become columns: each of log2(L) passes interleaves the first half of the rows with the second.
-INLINE void transpose(Floats (&rows)[L]) {
+template <class V>
+INLINE void transpose(V (&rows)[L]) {
     for (int pass = 1; pass < L; pass *= 2) {
-        Floats next[L];
+        V next[L];
         for (int i = 0; i < L / 2; ++i) {
             next[2 * i] = shuffled(rows[i], rows[i + L / 2], LOW);
             next[2 * i + 1] = shuffled(rows[i], rows[i + L / 2], LOW + L / 2);
@@ -113,40 +114,59 @@ INLINE Halves halved(Floats x) {
 
 INLINE float widened(std::uint16_t half) { return bits<float>(std::uint32_t(half) << 16); }
 
+// The first `count` lanes, fewer than all; the others are zero, or left as they were.
+INLINE Floats load_part(const float* from, i64 count) {
+#if defined(__AVX512F__)
+    return Floats(_mm512_maskz_loadu_ps(__mmask16((1 << count) - 1), from));
+#else
+    Floats value{};
+    for (int lane = 0; lane < count; ++lane) value[lane] = from[lane];
+    return value;
+#endif
+}
+INLINE void store_part(float* to, Floats value, i64 count) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(to, __mmask16((1 << count) - 1), __m512(value));
+#else
+    for (int lane = 0; lane < count; ++lane) to[lane] = value[lane];
+#endif
+}
+
 // Numbers of either dtype.
 struct Numbers {
     void* at;
     bool bfloat16;
 
-    float operator[](i64 i) const {
-        return bfloat16 ? widened(static_cast<const std::uint16_t*>(at)[i]) : static_cast<const float*>(at)[i];
-    }
+    float* floats() const { return static_cast<float*>(at); }
+    std::uint16_t* halves() const { return static_cast<std::uint16_t*>(at); }
+
+    float operator[](i64 i) const { return bfloat16 ? widened(halves()[i]) : floats()[i]; }
     void set(i64 i, float value) const {
         if (bfloat16)
-            static_cast<std::uint16_t*>(at)[i] = halved(same(value))[0];
+            halves()[i] = halved(same(value))[0];
         else
-            static_cast<float*>(at)[i] = value;
+            floats()[i] = value;
     }
+    // The first `count` lanes, or all if there are more than those.
     INLINE void put(i64 i, Floats value, i64 count) const {
         if (bfloat16) {
-            const Halves halves = halved(value);
-            std::memcpy(static_cast<std::uint16_t*>(at) + i, &halves, count < L ? 2 * count : sizeof halves);
-        } else if (count < L) {
-            std::memcpy(static_cast<float*>(at) + i, &value, 4 * count);
+            const Halves rounded = halved(value);
+            if (count >= L) return store(halves() + i, rounded);
+            for (int lane = 0; lane < count; ++lane) halves()[i + lane] = rounded[lane];
+        } else if (count >= L) {
+            store(floats() + i, value);
         } else {
-            store(static_cast<float*>(at) + i, value);
+            store_part(floats() + i, value, count);
         }
     }
     INLINE Floats take(i64 i, i64 count) const {  // zeros beyond
-        if (!bfloat16) {
-            if (count >= L) return load<Floats>(static_cast<const float*>(at) + i);
-            Floats value{};
-            std::memcpy(&value, static_cast<const float*>(at) + i, 4 * count);
-            return value;
-        }
-        Halves halves{};
-        std::memcpy(&halves, static_cast<const std::uint16_t*>(at) + i, count < L ? 2 * count : sizeof halves);
-        return bits<Floats>(__builtin_convertvector(halves, Ints) << 16);
+        if (!bfloat16) return count >= L ? load<Floats>(floats() + i) : load_part(floats() + i, count);
+        Halves taken{};
+        if (count >= L)
+            taken = load<Halves>(halves() + i);
+        else
+            for (int lane = 0; lane < count; ++lane) taken[lane] = halves()[i + lane];
+        return bits<Floats>(__builtin_convertvector(taken, Ints) << 16);
     }
 };
 
@@ -180,26 +200,30 @@ struct Shape : PerfkitConv2d {
     i64 places, Q;                   // how many of them, and planes: one for each place and input channel
     i64 streams;
     std::vector<i64> offsets;        // of tap t's plane in window w, in floats: [t * streams + w]. One window: in vector w
+    bool near;                       // 3x3 taps in 2x2 windows: sixteen places
     i64 chunk_rows, chunk_columns, chunks;  // the largest chunk, and how many of them an image has
     i64 high, wide;                         // what it sees of x
     i64 most;                               // its outputs, in whole vectors
+    i64 plane;  // from one plane to the next: an odd number of cache lines, so that they do not crowd out each other
 
     explicit Shape(const PerfkitConv2d& p)
         : PerfkitConv2d(p), I(inputs / groups), O(outputs / groups), T(I * kernel_height * kernel_width), W(pool * pool),
           step_h(pool * stride_h), step_w(pool * stride_w), downs(seen(kernel_height, stride_h, dilation_h)),
           rights(seen(kernel_width, stride_w, dilation_w)), places(downs.size() * rights.size()), Q(I * places),
-          streams(W == 1 ? STREAMS : W), offsets(T * streams) {
-        const i64 taps = kernel_height * kernel_width;
-        for (i64 t = 0; t < T; ++t)
-            for (i64 w = 0; w < streams; ++w)
-                offsets[t * streams + w] =
-                    (t / taps * places + (W == 1 ? place(t % taps, 0) + w * Q : place(t % taps, w))) * L;
+          streams(W == 1 ? STREAMS : W), offsets(T * streams),
+          near(kernel_height == 3 && kernel_width == 3 && pool == 2 && downs.back() == 3 && rights.back() == 3) {
         chunk_columns = std::min(out_width, std::max<i64>(L, CACHED / Q / L * L));
         chunk_rows = chunk_columns < out_width ? 1 : std::min(out_height, std::max<i64>(1, CACHED / Q / out_width));
         chunks = parts(out_height, chunk_rows) * parts(out_width, chunk_columns);
         high = (chunk_rows - 1) * step_h + downs.back() + 1;
         wide = (chunk_columns - 1) * step_w + rights.back() + 1;
         most = round_up(chunk_rows * chunk_columns, L);
+        plane = (most + 16) / 32 * 32 + 16;
+        const i64 taps = kernel_height * kernel_width;
+        for (i64 t = 0; t < T; ++t)
+            for (i64 w = 0; w < streams; ++w)
+                offsets[t * streams + w] =
+                    (t / taps * places + place(t % taps, W == 1 ? 0 : w)) * plane + (W == 1 ? w * L : 0);
     }
 
     static i64 parts(i64 length, i64 each) { return (length + each - 1) / each; }
@@ -249,45 +273,60 @@ struct Shape : PerfkitConv2d {
 
 };
 
+// Whole cache lines of floats.
+struct Release {
+    void operator()(float* at) const { ::operator delete(at, std::align_val_t{64}); }
+};
+using Lines = std::unique_ptr<float[], Release>;
+
+Lines lines(i64 floats) {
+    return Lines(static_cast<float*>(::operator new(sizeof(float) * floats, std::align_val_t{64})));
+}
+
 // What a chunk sees of one group's input channels.
 struct Planes {
     const Shape& p;
     const i64 row;  // from one row of `seen` to the next, with slack: whole vectors are read
-    std::unique_ptr<float[]> seen, line, planes;
+    Lines seen, planes;
 
     explicit Planes(const Shape& shape)
-        : p(shape), row(shape.wide + 2 * L), seen(new float[shape.I * shape.high * row]()),
-          line(new float[shape.most + 2 * L]), planes(new float[shape.most * shape.Q]) {}
+        : p(shape), row(round_up(shape.wide + 2 * L, L)), seen(lines(shape.I * shape.high * row)),
+          planes(lines(shape.Q * shape.plane + L)) {
+        std::fill(seen.get(), seen.get() + p.I * p.high * row, 0.0f);
+    }
 
     // Lanes beyond the chunk's outputs are zero. Returns how many vectors of outputs there are.
     i64 fill(const Numbers& x, i64 group, const Chunk& chunk) {
         copy(x, group, chunk);
-        const i64 outputs = chunk.rows * chunk.columns, vectors = Shape::parts(outputs, L);
+        if (p.step_w == 1)
+            thin(chunk, [](const float* from, i64 c) INLINE_LAMBDA { return load<Floats>(from + c); });
+        else if (p.step_w == 2)
+            thin(chunk, [](const float* from, i64 c) INLINE_LAMBDA {
+                return shuffled(load<Floats>(from + 2 * c), load<Floats>(from + 2 * c + L), EVEN);
+            });
+        else
+            thin(chunk, [step = p.step_w, end = seen.get() + p.I * p.high * row](const float* from, i64 c) {
+                Floats found{};
+                for (i64 lane = 0; lane < L && from + (c + lane) * step < end; ++lane) found[lane] = from[(c + lane) * step];
+                return found;
+            });
+        return Shape::parts(chunk.rows * chunk.columns, L);
+    }
+
+  private:
+    // Every step_w-th number of `seen`, by vectors: what one writes too much, the next row overwrites.
+    template <class Take>
+    void thin(const Chunk& chunk, Take take) {
         float* to = planes.get();
         for (i64 i = 0; i < p.I; ++i)
             for (i64 down : p.downs)
                 for (i64 right : p.rights) {
-                    for (i64 r = 0; r < chunk.rows; ++r)
-                        thin(&seen[(i * p.high + r * p.step_h + down) * row + right], &line[r * chunk.columns],
-                             chunk.columns);
-                    store(&line[outputs], Floats{});
-                    for (i64 v = 0; v < vectors; ++v) store(to + v * p.Q * L, load<Floats>(&line[v * L]));
-                    to += L;
+                    const float* from = &seen[(i * p.high + down) * row + right];
+                    for (i64 r = 0; r < chunk.rows; ++r, from += p.step_h * row)
+                        for (i64 c = 0; c < chunk.columns; c += L) store(to + r * chunk.columns + c, take(from, c));
+                    store(to + chunk.rows * chunk.columns, Floats{});
+                    to += p.plane;
                 }
-        return vectors;
-    }
-
-  private:
-    // Every step_w-th number; writes whole vectors.
-    INLINE void thin(const float* from, float* to, i64 count) const {
-        if (p.step_w == 1) {
-            for (i64 c = 0; c < count; c += L) store(to + c, load<Floats>(from + c));
-        } else if (p.step_w == 2) {
-            for (i64 c = 0; c < count; c += L)
-                store(to + c, shuffled(load<Floats>(from + 2 * c), load<Floats>(from + 2 * c + L), EVEN));
-        } else {
-            for (i64 c = 0; c < count; ++c) to[c] = from[c * p.step_w];
-        }
     }
 
     // x into `seen`, zeros where it is padded.
@@ -319,130 +358,162 @@ struct Planes {
 
 // ---- Forward ---------------------------------------------------------------------------------------------------------
 
-// sums[n][c] += the products of stream n, a vector of outputs in one window, with the taps of channel c.
-template <int N, int C>
-INLINE void multiply(const Shape& p, const float* x, const i64* offsets, const float* const (&weights)[C],
-                     Floats (&sums)[N][C]) {
-    Floats found[N][C];  // in registers: the weights might, for all the compiler knows, lie where `sums` does
-    for (int n = 0; n < N; ++n)
-        for (int c = 0; c < C; ++c) found[n][c] = sums[n][c];
+// Up to L channels of a vector of outputs each, or of several where there is no pool, before ReLU.
+struct Tile {
+    Floats values[STREAMS][L];
+    Ints windows[STREAMS][L];  // that the values come from
+};
+
+// sums[c][n] += the products of stream n, a vector of outputs in one window, with the taps of channel c.
+template <int C, int N>
+INLINE void multiply(const Shape& p, const float* x, const i64* offsets, const float* weights, Floats (&sums)[C][N]) {
     for (i64 t = 0; t < p.T; ++t, offsets += p.streams) {
         Floats here[N];
         for (int n = 0; n < N; ++n) here[n] = load<Floats>(x + offsets[n]);
         for (int c = 0; c < C; ++c) {
-            const Floats weight = same(weights[c][t]);
-            for (int n = 0; n < N; ++n) found[n][c] += here[n] * weight;
+            const Floats weight = same(weights[c * p.T + t]);
+            for (int n = 0; n < N; ++n) sums[c][n] += here[n] * weight;
         }
     }
-    for (int n = 0; n < N; ++n)
-        for (int c = 0; c < C; ++c) sums[n][c] = found[n][c];
 }
 
-// emit(vector, channel, value, code) for each of `vectors` of outputs (one, unless there is no pool) and of C channels.
-template <bool SAVE, int C, class Emit>
-INLINE void outputs(const Shape& p, const float* x, const float* const (&weights)[C], const float (&bias)[C],
-                    i64 vectors, Emit emit) {
-    const auto finish = [&](int n, int c, Floats value, Ints code) INLINE_LAMBDA {
-        if (SAVE && p.relu) code = value <= 0.0f ? Ints{} + DEAD : code;
-        emit(n, c, p.relu ? rectified(value) : value, code);
-    };
-    const auto start = [&](auto& sums) INLINE_LAMBDA {
-        for (auto& of_channels : sums)
-            for (int c = 0; c < C; ++c) of_channels[c] = same(bias[c]);
-    };
-    if (p.W == 1)
-        return counted<STREAMS>(vectors, [&](auto count) INLINE_LAMBDA {
-            constexpr int N = decltype(count)::value;
-            Floats sums[N][C];
-            start(sums);
-            multiply<N, C>(p, x, p.offsets.data(), weights, sums);
-            for (int n = 0; n < N; ++n)
-                for (int c = 0; c < C; ++c) finish(n, c, sums[n][c], Ints{});
-        });
-    Floats best[C];
-    Ints code[C];
-    for (int c = 0; c < C; ++c) best[c] = same(-__builtin_inff()), code[c] = Ints{};
-    for (i64 w = 0; w < p.W; w += STREAMS)
-        counted<STREAMS>(std::min<i64>(STREAMS, p.W - w), [&](auto count) INLINE_LAMBDA {
-            constexpr int N = decltype(count)::value;
-            Floats sums[N][C];
-            start(sums);
-            multiply<N, C>(p, x, p.offsets.data() + w, weights, sums);
-            for (int n = 0; n < N; ++n)
-                for (int c = 0; c < C; ++c) {
-                    if (SAVE) {
-                        const Ints better = (sums[n][c] > best[c]) | (sums[n][c] != sums[n][c]);
-                        code[c] = better ? Ints{} + std::int32_t(w + n) : code[c];
-                        best[c] = better ? sums[n][c] : best[c];
-                    } else {
-                        best[c] = largest(best[c], sums[n][c]);
+// The same for 3x3 taps in 2x2 windows of one input channel, whose sixteen planes are in registers.
+template <int C>
+INLINE void multiply_near(const Floats (&seen)[16], const float* weights, i64 T, Floats (&sums)[C][4]) {
+#pragma GCC unroll 9
+    for (int t = 0; t < 9; ++t)
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) {
+            const Floats weight = same(weights[c * T + t]);
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n) sums[c][n] += seen[4 * (n / 2 + t / 3) + n % 2 + t % 3] * weight;
+        }
+}
+
+INLINE void see(const float* x, i64 plane, Floats (&seen)[16]) {
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; ++k) seen[k] = load<Floats>(x + k * plane);
+}
+
+// The largest of the sums of windows w, w + 1, ..., and of what was the largest before those: the first one of equals.
+template <bool SAVE, int N>
+INLINE void reduce(const Floats (&sums)[N], i64 w, Floats& value, Ints& window) {
+    if (!SAVE) {
+        Floats most = sums[0];
+        if constexpr (N == 4)
+            most = largest(largest(sums[0], sums[1]), largest(sums[2], sums[3]));
+        else
+            for (int n = 1; n < N; ++n) most = largest(most, sums[n]);
+        value = w == 0 ? most : largest(value, most);
+        return;
+    }
+    if (w == 0) value = sums[0], window = Ints{};
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+        if (w + n == 0) continue;
+        const Ints better = (sums[n] > value) | (sums[n] != sums[n]);
+        window = better ? Ints{} + std::int32_t(w + n) : window;
+        value = better ? sums[n] : value;
+    }
+}
+
+// `count` channels of `vectors` of outputs; there is one vector unless there is no pool.
+template <bool SAVE>
+void convolve(const Shape& p, const float* x, i64 vectors, const float* weights, const float* bias, i64 count, Tile& tile) {
+    if (NEAR && p.near) {
+        Floats seen[16];
+        see(x, p.plane, seen);
+        for (i64 o = 0; p.I == 1 && o < count; ++o) {
+            Floats sums[1][4];
+            for (int n = 0; n < 4; ++n) sums[0][n] = same(bias[o]);
+            multiply_near<1>(seen, weights + o * p.T, p.T, sums);
+            reduce<SAVE>(sums[0], 0, tile.values[0][o], tile.windows[0][o]);
+        }
+        for (i64 o = 0; p.I > 1 && o < count; o += 2) {
+            Floats sums[2][4];
+            const i64 second = o + 1 < count;  // the last one stands in for a channel that is not there
+            for (int n = 0; n < 4; ++n) sums[0][n] = same(bias[o]), sums[1][n] = same(bias[o + second]);
+            const float* of = weights + o * p.T;
+            for (i64 i = 0; i < p.I; ++i) {
+                see(x + i * 16 * p.plane, p.plane, seen);
+                multiply_near<2>(seen, of + i * 9, second * p.T, sums);
+            }
+            reduce<SAVE>(sums[0], 0, tile.values[0][o], tile.windows[0][o]);
+            reduce<SAVE>(sums[1], 0, tile.values[0][o + second], tile.windows[0][o + second]);
+        }
+        return;
+    }
+    for (i64 o = 0; o < count; o += CHANNELS)
+        counted<CHANNELS>(std::min<i64>(CHANNELS, count - o), [&](auto channels) INLINE_LAMBDA {
+            constexpr int C = decltype(channels)::value;
+            for (i64 w = 0; w < p.W; w += STREAMS)
+                counted<STREAMS>(p.W == 1 ? vectors : std::min<i64>(STREAMS, p.W - w), [&](auto streams) INLINE_LAMBDA {
+                    constexpr int N = decltype(streams)::value;
+                    Floats sums[C][N];
+                    for (int c = 0; c < C; ++c)
+                        for (int n = 0; n < N; ++n) sums[c][n] = same(bias[o + c]);
+                    multiply<C, N>(p, x, p.offsets.data() + w, weights + o * p.T, sums);
+#pragma GCC unroll 4
+                    for (int c = 0; c < C; ++c) {
+                        if (p.W > 1) {
+                            reduce<SAVE>(sums[c], w, tile.values[0][o + c], tile.windows[0][o + c]);
+                            continue;
+                        }
+                        for (int n = 0; n < N; ++n) tile.values[n][o + c] = sums[c][n], tile.windows[n][o + c] = Ints{};
                     }
-                }
+                });
         });
-    for (int c = 0; c < C; ++c) finish(0, c, best[c], code[c]);
 }
 
 struct Forward {
     const Shape& p;
     Numbers x, y;
-    const float* weights;
-    Numbers bias;
+    const float *weights, *bias;  // (O, T) and (O) of all groups
     std::uint8_t* argmax;
 
     template <bool SAVE>
     void run(const Chunk& chunk, Planes& planes) const {
+        const i64 done = chunk.row * p.out_width + chunk.column, outputs = chunk.rows * chunk.columns;
+        Tile tile;
         for (i64 group = 0; group < p.groups; ++group) {
-            const i64 vectors = planes.fill(x, group, chunk), block = p.W == 1 ? STREAMS : 1;
-            for (i64 v = 0; v < vectors; v += block)
-                for (i64 o = 0; o < p.O; o += L)
-                    channels<SAVE>(chunk, &planes.planes[v * p.Q * L], v, std::min(block, vectors - v),
-                                   group * p.O + o, std::min<i64>(L, p.O - o));
+            const i64 all = planes.fill(x, group, chunk), most = p.W == 1 ? STREAMS : 1;
+            for (i64 v = 0; v < all; v += most)
+                for (i64 o = 0; o < p.O; o += L) {
+                    const i64 first = group * p.O + o, count = std::min<i64>(L, p.O - o);
+                    const i64 vectors = std::min(most, all - v);
+                    convolve<SAVE>(p, &planes.planes[v * L], vectors, weights + first * p.T, bias + first, count, tile);
+                    for (i64 n = 0; n < vectors; ++n)
+                        put<SAVE>(tile.values[n], tile.windows[n], chunk.image, first, count, done + (v + n) * L,
+                                  std::min<i64>(L, outputs - (v + n) * L));
+                }
         }
     }
 
   private:
-    // Up to L channels of `vectors` of outputs, the first of which is number v of the chunk.
+    // Into y: `count` channels of `many` outputs, the first of them number `place` of the image.
     template <bool SAVE>
-    void channels(const Chunk& chunk, const float* x_, i64 v, i64 vectors, i64 first, i64 count) const {
-        const i64 done = chunk.row * p.out_width + chunk.column + v * L;  // outputs of the image before
-        const i64 left = chunk.rows * chunk.columns - v * L;
-        Floats values[STREAMS][L];
-        Ints codes[STREAMS][L];
-        for (i64 o = 0; o < count; o += CHANNELS)
-            counted<CHANNELS>(std::min<i64>(CHANNELS, count - o), [&](auto many) INLINE_LAMBDA {
-                constexpr int C = decltype(many)::value;
-                const float* of[C];
-                float start[C];
-                for (int c = 0; c < C; ++c)
-                    of[c] = weights + (first + o + c) * p.T, start[c] = bias.at ? bias[first + o + c] : 0.0f;
-                outputs<SAVE, C>(p, x_, of, start, vectors, [&](int n, int c, Floats value, Ints code) INLINE_LAMBDA {
-                    if (p.channels_last) {
-                        values[n][o + c] = value;
-                        if (SAVE) codes[n][o + c] = code;
-                        return;
-                    }
-                    const i64 at = (chunk.image * p.outputs + first + o + c) * p.area() + done + n * L;
-                    y.put(at, value, left - n * L);
-                    if (SAVE) keep(at, code, left - n * L);
-                });
-            });
-        if (!p.channels_last) return;
-        for (i64 n = 0; n < vectors; ++n) {
-            const i64 at = (chunk.image * p.area() + done + n * L) * p.outputs + first;
-            transpose(values[n]);
-            for (i64 i = 0; i < std::min<i64>(L, left - n * L); ++i) y.put(at + i * p.outputs, values[n][i], count);
-            if (!SAVE) continue;
-            Floats turned[L];
-            for (int c = 0; c < L; ++c) turned[c] = bits<Floats>(codes[n][c]);
-            transpose(turned);
-            for (i64 i = 0; i < std::min<i64>(L, left - n * L); ++i)
-                keep(at + i * p.outputs, bits<Ints>(turned[i]), count);
-        }
+    INLINE void put(Floats (&values)[L], Ints (&windows)[L], i64 image, i64 first, i64 count, i64 place, i64 many) const {
+        if (!p.channels_last) return rows<SAVE>(values, windows, (image * p.outputs + first) * p.area() + place,
+                                                p.area(), count, many);
+        transpose(values);
+        if (SAVE) transpose(windows);
+        rows<SAVE>(values, windows, (image * p.area() + place) * p.outputs + first, p.outputs, many, count);
     }
 
-    INLINE void keep(i64 at, Ints code, i64 count) const {
-        const Bytes bytes = __builtin_convertvector(code, Bytes);
-        std::memcpy(argmax + at, &bytes, count < L ? count : L);
+    // ReLU, and `count` rows of `many` numbers.
+    template <bool SAVE>
+    INLINE void rows(const Floats (&values)[L], const Ints (&windows)[L], i64 at, i64 step, i64 count, i64 many) const {
+        const Floats low = same(p.relu ? 0.0f : -__builtin_inff());
+        const Ints cut = Ints{} - std::int32_t(p.relu);
+        for (i64 i = 0; i < count; ++i, at += step) {
+            y.put(at, at_least(low, values[i]), many);
+            if (!SAVE) continue;
+            const Bytes bytes = __builtin_convertvector((values[i] <= 0.0f) & cut ? Ints{} + DEAD : windows[i], Bytes);
+            if (many == L)
+                store(argmax + at, bytes);
+            else
+                for (int lane = 0; lane < many; ++lane) argmax[at + lane] = bytes[lane];
+        }
     }
 };
 
@@ -476,29 +547,31 @@ struct Returned {
         }
     }
 
-    // Gradients of vector v of channel o that belong to window w.
-    INLINE Floats of(i64 o, i64 v, i64 w) const {
-        const i64 at = o * p.most + v * L;
-        const Ints window = __builtin_convertvector(load<Bytes>(&windows[at]), Ints);
-        return window == std::int32_t(w) ? load<Floats>(&gradients[at]) : Floats{};
+    INLINE Floats gradient(i64 o, i64 v) const { return load<Floats>(&gradients[o * p.most + v * L]); }
+    INLINE Ints window(i64 o, i64 v) const {
+        return __builtin_convertvector(load<Bytes>(&windows[o * p.most + v * L]), Ints);
     }
 
   private:
     void turn(const Chunk& chunk, i64 done, i64 group, i64 v, i64 count, i64 o, i64 channels) {
-        Floats values[L], codes[L];
+        Floats values[L];
+        Ints codes[L];
         for (i64 i = 0; i < L; ++i) {
-            values[i] = codes[i] = Floats{};
+            values[i] = Floats{}, codes[i] = Ints{};
             if (i >= count) continue;
             const i64 at = (chunk.image * p.area() + done + v + i) * p.outputs + group * p.O + o;
             values[i] = d_y.take(at, channels);
             Bytes bytes{};
-            if (argmax) std::memcpy(&bytes, argmax + at, channels);
-            codes[i] = bits<Floats>(__builtin_convertvector(bytes, Ints));
+            if (argmax && channels == L)
+                bytes = load<Bytes>(argmax + at);
+            else if (argmax)
+                std::memcpy(&bytes, argmax + at, channels);
+            codes[i] = __builtin_convertvector(bytes, Ints);
         }
         transpose(values), transpose(codes);
         for (i64 c = 0; c < channels; ++c) {
             store(&gradients[(o + c) * p.most + v], values[c]);
-            store(&windows[(o + c) * p.most + v], __builtin_convertvector(bits<Ints>(codes[c]), Bytes));
+            store(&windows[(o + c) * p.most + v], __builtin_convertvector(codes[c], Bytes));
         }
     }
 };
@@ -519,8 +592,14 @@ struct Partial {
             for (i64 o = 0; o < p.O; ++o) {
                 Floats sum = load<Floats>(&bias[(group * p.O + o) * L]);
                 for (i64 v = 0; v < vectors; ++v)
-                    for (i64 w = 0; w < p.W; ++w) sum += returned.of(o, v, w);
+                    sum += returned.window(o, v) == DEAD ? Floats{} : returned.gradient(o, v);
                 store(&bias[(group * p.O + o) * L], sum);
+            }
+            if (NEAR && p.near) {
+                for (i64 o = 0; o < p.O; ++o)
+                    for (i64 i = 0; i < p.I; ++i)
+                        correlate_near(p, vectors, o, i, &weights[((group * p.O + o) * p.T + 9 * i) * L]);
+                continue;
             }
             for (i64 o = 0; o < p.O; o += PAIRED)
                 for (i64 t = 0; t < p.T; t += TAPS)
@@ -541,10 +620,11 @@ struct Partial {
         for (int c = 0; c < C; ++c)
             for (int k = 0; k < K; ++k) found[c][k] = load<Floats>(sums + (c * p.T + k) * L);
         const float* x = planes.planes.get();
-        for (i64 v = 0; v < vectors; ++v, x += p.Q * L)
+        for (i64 v = 0; v < vectors; ++v, x += L)
             for (i64 w = 0; w < p.W; ++w) {
                 Floats back[C];
-                for (int c = 0; c < C; ++c) back[c] = returned.of(o + c, v, w);
+                for (int c = 0; c < C; ++c)
+                    back[c] = returned.window(o + c, v) == std::int32_t(w) ? returned.gradient(o + c, v) : Floats{};
                 for (int k = 0; k < K; ++k) {
                     const Floats here = load<Floats>(x + offsets[k * p.streams + w]);
                     for (int c = 0; c < C; ++c) found[c][k] += back[c] * here;
@@ -553,12 +633,33 @@ struct Partial {
         for (int c = 0; c < C; ++c)
             for (int k = 0; k < K; ++k) store(sums + (c * p.T + k) * L, found[c][k]);
     }
+
+    // The same for 3x3 taps in 2x2 windows of input channel i.
+    void correlate_near(const Shape& p, i64 vectors, i64 o, i64 i, float* sums) const {
+        Floats found[9];
+#pragma GCC unroll 9
+        for (int t = 0; t < 9; ++t) found[t] = load<Floats>(sums + t * L);
+        for (i64 v = 0; v < vectors; ++v) {
+            const Floats gradient = returned.gradient(o, v);
+            const Ints window = returned.window(o, v);
+            Floats seen[16];
+            see(&planes.planes[i * 16 * p.plane + v * L], p.plane, seen);
+#pragma GCC unroll 4
+            for (int w = 0; w < 4; ++w) {
+                const Floats back = window == w ? gradient : Floats{};
+#pragma GCC unroll 9
+                for (int t = 0; t < 9; ++t) found[t] += back * seen[4 * (w / 2 + t / 3) + w % 2 + t % 3];
+            }
+        }
+#pragma GCC unroll 9
+        for (int t = 0; t < 9; ++t) store(sums + t * L, found[t]);
+    }
 };
 
 void weight_gradients(const Shape& p, const Numbers& x, const std::uint8_t* argmax, const Numbers& d_y, float* d_weight,
                       float* d_bias, i64 threads) {
     const i64 chunks = p.batch * p.chunks, fit = std::max<i64>(1, PARTIAL / (p.outputs * p.T * L));
-    const i64 slices = std::min({chunks, SLICES, fit});
+    const i64 slices = std::min({chunks, SLICES, fit, 2 * p.work() / WORTH + 1});
     std::vector<std::unique_ptr<Partial>> partial;
     for (i64 s = 0; s < slices; ++s) partial.push_back(std::make_unique<Partial>(p, d_y, argmax));
     parallel(slices, threads, p.work(), [&](i64 s) {
@@ -607,7 +708,9 @@ struct ImageGradient {
                     for (i64 w = 0; w < p.W; ++w)
                         for (i64 o = 0; o < p.O; ++o)
                             for (int i = 0; i < N; ++i)
-                                store(&back[((w * p.O + o) * N + i) * L], returned.of(o, v + i, w));
+                                store(&back[((w * p.O + o) * N + i) * L],
+                                      returned.window(o, v + i) == std::int32_t(w) ? returned.gradient(o, v + i)
+                                                                                   : Floats{});
                     counted<STREAMS>(channels, [&](auto of) INLINE_LAMBDA {
                         for (i64 place = 0; place < p.places; ++place)
                             gather<N, decltype(of)::value>(v, place, weights, pairs[place]);
@@ -684,8 +787,9 @@ extern "C" int perfkit_conv2d_forward(const PerfkitConv2d* problem, void* x, voi
                                       std::uint8_t* argmax, std::int64_t threads) try {
     const Shape p(*problem);
     const bool half = p.bfloat16;
-    std::vector<float> own;
-    const Forward pass{p, {x, half}, {y, half}, p.weights({weight, half}, own), {bias, half}, argmax};
+    std::vector<float> own, biases(p.outputs);
+    for (i64 o = 0; bias && o < p.outputs; ++o) biases[o] = Numbers{bias, half}[o];
+    const Forward pass{p, {x, half}, {y, half}, p.weights({weight, half}, own), biases.data(), argmax};
     const i64 chunks = p.batch * p.chunks, useful = std::min(threads, p.work() / WORTH + 1);
     const i64 slices = std::min(chunks, useful > 1 ? 4 * useful : 1);
     std::vector<Planes> planes;
