@@ -62,20 +62,22 @@ def configure(problem: Problem) -> dict[str, int]:
     inputs, outputs = problem.inputs // problem.groups, problem.outputs // problem.groups
     most = 32 if precise else 64
     width = 1 if problem.pool % 2 else 4
-    rows = 64 if precise or width == 1 else 128
+    rows = 128 // (2 if precise else 1) // (2 if width == 1 else 1)
     positions = problem.batch * problem.out_size[0] * problem.out_size[1]
     if positions * width // rows * problem.groups < PROGRAMS // 2:
         rows //= 2
-    flat = _flat(problem)
+    flat, uneven = _flat(problem), inputs % 16 != 0
     # what would take more registers than there are: sums kept over rounds, and addresses that are not side by side
-    wide = width == 1 or (problem.taps > 16 if flat else not problem.channels_last)
+    wide = not precise and (width == 1 or (problem.taps > 16 if flat else uneven or not problem.channels_last))
+    uneven_back = not flat and (uneven or outputs % 16 != 0)
+    deep = 16 if precise and (uneven_back or width == 1) and not flat else most
     return {
         "width": width,
         "block_m": max(rows // width, 16),
         "block_n": _power(outputs, most if width > 1 else 32),
-        "block_k": _power(problem.taps if flat else inputs, 16 if precise and width == 1 else most),
+        "block_k": _power(problem.taps if flat else inputs, deep),
         "num_warps": 8 if wide else 4,
-        "num_stages": 2 if precise or flat else 3,
+        "num_stages": 1 if precise and width == 1 else 2 if precise or flat else 3,
         "weight_block_m": _power(outputs, most),
         "weight_block_n": _power(problem.taps if flat else inputs, most),
         "weight_block_k": 32 if precise else 64,
@@ -83,8 +85,8 @@ def configure(problem: Problem) -> dict[str, int]:
         "weight_num_stages": 2,
         "input_block_m": 64,
         "input_block_n": _power(inputs, most),
-        "input_block_k": _power(outputs, most),
-        "input_num_warps": 4,
+        "input_block_k": _power(outputs, deep),
+        "input_num_warps": 8 if uneven_back and not precise else 4,
         "input_num_stages": 2,
     }
 
@@ -157,6 +159,10 @@ def compilations() -> list[Compilation]:
         ("bfloat16", 64, 64, 2, 1, True),
         ("float16", 64, 128, 2, 1, False),
         ("bfloat16", 64, 64, 3, 2, True),
+        ("float32", 3, 32, 2, 1, False),
+        ("float16", 20, 50, 2, 1, False),
+        ("float32", 32, 64, 3, 1, True),
+        ("float32", 20, 50, 2, 1, False),
         ("float32", 20, 50, 3, 2, False),
     ):
         problem = Problem(
