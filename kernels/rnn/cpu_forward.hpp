@@ -30,15 +30,16 @@ class Forward {
           lines_of_slice_(p_.layers * p_.directions), tiles_(tiles && sizeof(Operand) < 4),
           plan_(p_, order_, G, true, panels_), ways_(lines_of_slice_) {
         const i64 width = H_ * p_.directions;
-        if (!p_.inner && p_.layers > 1) between_.allocate(std::min<i64>(2, p_.layers - 1) * order_.stored * width);
+        if (!p_.inner && p_.layers > 1 && p_.directions == 2) between_.allocate(order_.stored * width);
         for (i64 i = 0; i < lines_of_slice_; ++i) {
             auto& way = ways_[i];
-            const i64 layer = i / p_.directions, column = i % p_.directions * H_;
+            const i64 layer = i / p_.directions;
             way.inputs = layer ? width : p_.inputs;
-            way.x = layer ? Rows<const Data>{inner(layer - 1), order_.step * width, width}
+            const Rows<Data> below = output(layer - 1);
+            way.x = layer ? Rows<const Data>{below.data, below.step, below.row}
                           : Rows<const Data>{static_cast<const Data*>(p_.x), p_.x_step, p_.x_row};
-            way.out = layer < p_.layers - 1 ? Rows<Data>{inner(layer) + column, order_.step * width, width}
-                                            : Rows<Data>{static_cast<Data*>(p_.y) + column, p_.y_step, p_.y_row};
+            way.out = output(layer);
+            way.out.data += i % p_.directions * H_;
             way.ih.allocate(H_, round_up(way.inputs, GRAIN<Operand>));
             way.hh.allocate(H_, round_up(H_, GRAIN<Operand>));
             way.bias.allocate_zeros(blocks_ * G * L);
@@ -144,9 +145,16 @@ class Forward {
         }
     };
 
-    Data* inner(i64 layer) const {
-        const i64 size = order_.stored * H_ * p_.directions;
-        return p_.inner ? static_cast<Data*>(p_.inner) + layer * size : between_.data() + layer % 2 * size;
+    // Where a layer's outputs go. If nobody wants those between layers they are in y for a while: a layer reads what the one
+    // below has left of some steps before it writes over them. With two directions it does not: layers take turns.
+    Rows<Data> output(i64 layer) const {
+        const i64 width = H_ * p_.directions;
+        const Rows<Data> y{static_cast<Data*>(p_.y), p_.y_step, p_.y_row};
+        if (layer == p_.layers - 1) return y;
+        if (p_.inner)
+            return {static_cast<Data*>(p_.inner) + layer * order_.stored * width, order_.step * width, width};
+        if (p_.directions == 1 || (p_.layers - layer) % 2) return y;
+        return {between_.data(), order_.step * width, width};
     }
     i64 chunk_of(const Line& line) const {
         // Above another layer that runs at the same time, few steps: it waits for all of them.
