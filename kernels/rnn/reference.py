@@ -41,10 +41,7 @@ def forward(
             h_n.append(h)
             c_n.append(c)
         steps = [torch.cat(step, 1) for step in zip(*sides, strict=True)]
-    if problem.ragged == "packed":
-        y = torch.cat(steps)
-    else:
-        y = torch.stack(steps, 1 if batch_first else 0)
+    y = torch.cat(steps) if problem.ragged == "packed" else torch.stack(steps, 1 if batch_first else 0)
     cn = torch.stack(c_n).to(x.dtype) if problem.mode == "LSTM" else None
     return y.to(x.dtype), torch.stack(h_n).to(x.dtype), cn
 

@@ -1,8 +1,8 @@
 """What `lstm`, `gru` and `rnn` do with torch tensors: the shortest way to who computes that keeps all promises.
 
 An implementation is called as it is where no gradient is wanted and nothing looks on; a kernel is one step of autograd
-where a gradient is; and all is `torch.ops.perfkit.rnn` under torch.compile, torch.export, torch.func, dispatch modes and
-tensor subclasses. A small model's call takes microseconds, so what a kind of call is found to be is remembered.
+where a gradient is; and all is `torch.ops.perfkit.rnn` under torch.compile, torch.export, torch.func, dispatch modes
+and tensor subclasses. A small model's call takes microseconds: what a kind of call is found to be is remembered.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def run(
     data, sizes, order, back = x
     if order is not None:  # rows are sorted: states on the way in, and back on the way out
         h0, c0 = (None if state is None else state.index_select(-2, order) for state in (h0, c0))
-    batch = int(sizes[0]) if back is None else back.size(0)
-    h0 = data.new_zeros(len(weights), batch, weights[0][1].size(-1)) if h0 is None else h0
+    if h0 is None:
+        batch = int(sizes[0]) if back is None else back.size(0)
+        torch._check(batch >= 1)  # a compiler is not told what sizes holds
+        h0 = data.new_zeros(len(weights), batch, weights[0][1].size(-1))
     y, hn, cn = _layers(data, sizes, h0, c0, weights, dropout if training else 0.0, False, *options)
     if back is not None:
         hn, cn = (None if state is None else state.index_select(1, back) for state in (hn, cn))
@@ -75,7 +77,7 @@ def _has_bias(weights: Sequence[Sequence[Tensor]]) -> bool:
         return counts == {4}
     raise InvalidInputError(
         f"weights are {len(weights)} groups of {' or '.join(map(str, sorted(counts))) or 'no'} tensors: expected "
-        "(w_ih, w_hh) or (w_ih, w_hh, b_ih, b_hh) for each layer and direction, all alike; projections are not supported"
+        "(w_ih, w_hh) or (w_ih, w_hh, b_ih, b_hh) for each layer and direction, all alike, and no projections"
     )
 
 
@@ -117,7 +119,7 @@ def _stack(x, rows, h0, c0, weights, batch_first, mode, bias, bidirectional, rec
         with torch.autocast(device, enabled=False):
             return _stack(x, rows, h0, c0, weights, *options)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    observed = _observed(tensors)
+    observed = _observed(tensors, implementation)
     if not observed:
         found = _picked(x, rows, h0, c0, flat, (mode, bias, bidirectional, batch_first, needs_grad), implementation)
         problem, choice = found
@@ -131,7 +133,10 @@ def _stack(x, rows, h0, c0, weights, batch_first, mode, bias, bidirectional, rec
     if observed:
         save = needs_grad and not recompute and implementation not in ("library", "reference")
         options = mode, bias, bidirectional, batch_first, save, implementation or ""
-        y, hn, cn, *_ = torch.ops.perfkit.rnn(x, rows, h0, c0, flat, *options)
+        if observed == "transformed":
+            y, hn, cn, *_ = torch_op.Rnn.apply(*options, x, rows, h0, c0, *flat)
+        else:
+            y, hn, cn, *_ = torch.ops.perfkit.rnn(x, rows, h0, c0, flat, *options)
         return y, hn, cn if mode == "LSTM" else None
     if needs_grad and choice.implementation in torch_stack.KERNELS:
         return torch_stack.Stack.apply(problem, choice, rows, batch_first, bias, recompute, x, h0, c0, *flat)
@@ -141,24 +146,25 @@ def _stack(x, rows, h0, c0, weights, batch_first, mode, bias, bidirectional, rec
     return y, hn, cn
 
 
-def _observed(tensors: list[Tensor]) -> bool:
-    """Whether someone must see the call as an operator, or must be given other numbers than lie in memory."""
+def _observed(tensors: list[Tensor], implementation: str | None) -> str | None:
+    """Who must see the call as one operation, or be given other numbers than lie in memory; None for nobody."""
+    every_way = implementation == "reference"  # it is differentiated in every way that torch knows
     if torch.compiler.is_compiling():
-        return True
+        return "compiled"
     if not _PLAIN.issuperset(map(type, tensors)):
-        if stranger := next((tensor for tensor in tensors if not isinstance(tensor, Tensor)), None):
-            raise InvalidInputError(f"a {type(stranger).__name__} among the weights and states: expected torch tensors")
-        return True
-    if forward_ad._current_level >= 0 and torch._C._functorch.peek_interpreter_stack() is None:
+        if strangers := [tensor for tensor in tensors if not isinstance(tensor, Tensor)]:
+            kind = type(strangers[0]).__name__
+            raise InvalidInputError(f"a {kind} among the weights and states: expected torch tensors")
+        return "subclassed"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return None if every_way else "transformed"
+    if forward_ad._current_level >= 0 and not every_way:
         for tensor in tensors:
             if forward_ad.unpack_dual(tensor).tangent is not None:
-                raise UnsupportedError("perfkit's recurrent layers have no forward-mode derivative: use backward mode")
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or any(map(Tensor.is_neg, tensors))
-    )
+                raise UnsupportedError(torch_op.ONLY_BACKWARD)
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return "traced"
+    return "negated" if any(map(Tensor.is_neg, tensors)) else None
 
 
 def _picked(x, rows, h0, c0, flat, form, implementation) -> tuple[Problem, Choice]:

@@ -1,8 +1,8 @@
 """`torch.ops.perfkit.rnn` and its gradient: a stack of recurrent layers as one operator, with everything registered.
 
 torch.compile and torch.export keep it whole; autocast casts its tensors; vmap folds what it can into the batch;
-autograd and torch.func.grad run `torch.ops.perfkit.rnn_backward`. `torch_call.run` comes here wherever something more
-than plain autograd looks on. The arguments:
+autograd and torch.func run `torch.ops.perfkit.rnn_backward`. `torch_call.run` comes here wherever something more than
+plain autograd looks on. The arguments:
 
     x               (T, B, I), or (B, T, I) if batch_first, or the (P, I) data of a PackedSequence
     rows            None; or lengths (B,) of padded rows; or batch_sizes (T,) of packed ones; int64, on the CPU
@@ -12,7 +12,7 @@ than plain autograd looks on. The arguments:
     save            keep what the backward pass needs; else it runs the forward pass again
     implementation  who computes; "" to have it picked
 
-It returns y, hn, cn (empty but for LSTM) in x's dtype and, if `save`, the `torch_stack.Saved`, else three empty tensors.
+It returns y, hn, cn (empty but for LSTM), in x's dtype, and three tensors: `torch_stack.Saved` if `save`, else empty.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ from perfkit.kernels import rnn as op
 from perfkit.kernels.rnn import torch_stack
 from perfkit.kernels.rnn.torch_problem import check_rows, problem_of
 from perfkit.kernels.rnn.torch_stack import Saved, grouped
+
+ONLY_BACKWARD = (
+    "perfkit's recurrent kernels have a first derivative in backward mode, and no other: pass "
+    "implementation='reference', whose plain operations torch differentiates in every way"
+)
 
 _INPUTS = "Tensor x, Tensor? rows, Tensor h0, Tensor? c0, Tensor[] weights"
 _SAVED = "Tensor? y, Tensor? gates, Tensor? cells, Tensor? inner"
@@ -44,6 +49,8 @@ def _rnn(x, rows, h0, c0, weights, mode, bias, bidirectional, batch_first, save,
     asked = implementation or (torch_stack.first_able(problem) if save else None)
     choice = op.choose(problem, asked)
     saved = torch_stack.empty_saved(problem, x) if save else None
+    if save and (problem.ragged == "lengths" or asked not in torch_stack.KERNELS or mode.startswith("RNN")):
+        saved = Saved(*(kept.zero_() for kept in saved))  # what nobody fills: an operator's results are told apart
     found = torch_stack.forward(problem, choice, x, rows, h0, c0, grouped(weights, bias), batch_first, saved)
     outputs = [x.new_empty(0) if state is None else state.to(x.dtype).contiguous() for state in found]
     return *outputs, *(saved or _nothing(x))
@@ -67,10 +74,20 @@ def _rnn_backward(
 ):
     problem = problem_of(x, rows, h0, c0, weights, mode, bias, bidirectional, batch_first, True)
     choice = torch_stack.unrecorded(problem, asked or torch_stack.first_able(problem))
-    saved = None if y is None else Saved(gates, cells, inner)
+    saved = None if y is None else Saved(*(kept.contiguous() for kept in (gates, cells, inner)))
     weights = grouped(weights, bias)
-    gradients = torch_stack.backward(problem, choice, x, rows, h0, c0, weights, batch_first, y, saved, d_y, d_hn, d_cn)
-    return [gradient.contiguous() for gradient in gradients]
+    found = torch_stack.backward(problem, choice, x, rows, h0, c0, weights, batch_first, y, saved, d_y, d_hn, d_cn)
+    return _apart(found)
+
+
+def _apart(tensors: list[Tensor]) -> list[Tensor]:
+    """Contiguous, each in memory of its own, as those who plan an operator's memory take for granted."""
+    seen, found = set(), []
+    for tensor in tensors:
+        where = tensor.untyped_storage().data_ptr()
+        found.append(tensor.clone(memory_format=torch.contiguous_format) if where in seen else tensor.contiguous())
+        seen.add(where)
+    return found
 
 
 @torch.library.register_fake("perfkit::rnn_backward", lib=_LIBRARY)
@@ -79,39 +96,94 @@ def _rnn_backward_fake(x, _rows, h0, c0, weights, *_rest):
 
 
 # ---- Autograd --------------------------------------------------------------------------------------------------------
+#
+# Functions of the form that torch.func can transform, which torch.library.register_autograd's are not. The options come
+# first, as weights are of any number.
 
 
-def _setup_context(ctx, inputs, output):
-    x, rows, h0, c0, weights, mode, bias, bidirectional, batch_first, save, implementation = inputs
-    y, hn, _, *saved = output
-    ctx.options = mode, bias, bidirectional, batch_first, implementation
-    ctx.shapes = y.shape, hn.shape
-    ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)  # those of what is saved would be large
-    ctx.save_for_backward(x, rows, h0, c0, *([y, *saved] if save else [None] * 4), *weights)
+class Rnn(torch.autograd.Function):
+    """`torch.ops.perfkit.rnn` as a step of autograd and of torch.func's transformations."""
+
+    @staticmethod
+    def forward(mode, bias, bidirectional, batch_first, save, implementation, x, rows, h0, c0, *weights):
+        options = mode, bias, bidirectional, batch_first, save, implementation
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.perfkit.rnn(x, rows, h0, c0, weights, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *options, save, implementation, x, rows, h0, c0 = inputs[:10]
+        y, hn, _, *saved = output
+        ctx.options = *options, implementation
+        ctx.shapes = y.shape, hn.shape
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # those of what is saved would be large
+        ctx.save_for_backward(x, rows, h0, c0, *([y, *saved] if save else [None] * 4), *inputs[10:])
+
+    @staticmethod
+    def backward(ctx, d_y, d_hn, d_cn, *_of_saved):
+        x, rows, h0, c0, *rest = ctx.saved_tensors
+        of_y, of_state = ctx.shapes
+        d_y = x.new_zeros(of_y) if d_y is None else d_y
+        d_hn, d_cn = (x.new_zeros(of_state) if given is None else given for given in (d_hn, d_cn))
+        d_cn = None if c0 is None else d_cn
+        found = RnnBackward.apply(*ctx.options, x, rows, h0, c0, *rest[:4], d_y, d_hn, d_cn, *rest[4:])
+        d_x, d_h0, *rest = found
+        d_c0, *of_weights = rest if c0 is not None else (None, *rest)
+        return *[None] * 6, d_x, None, d_h0, d_c0, *of_weights
+
+    @staticmethod
+    def jvp(_ctx, *_tangents):
+        raise UnsupportedError(ONLY_BACKWARD)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _rnn_vmap(info, [*in_dims[6:10], in_dims[10:]], *inputs[6:10], inputs[10:], *inputs[:6])
 
 
-def _gradient(ctx, d_y, d_hn, d_cn, *_of_saved):
-    x, rows, h0, c0, *rest = ctx.saved_tensors
-    saved, weights = rest[:4], rest[4:]
-    of_y, of_state = ctx.shapes
-    d_y = x.new_zeros(of_y) if d_y is None else d_y
-    d_hn, d_cn = (x.new_zeros(of_state) if given is None else given for given in (d_hn, d_cn))
-    d_cn = None if c0 is None else d_cn
-    d_x, d_h0, *rest = torch.ops.perfkit.rnn_backward(x, rows, h0, c0, weights, *saved, d_y, d_hn, d_cn, *ctx.options)
-    d_c0, *of_weights = rest if c0 is not None else (None, *rest)
-    return d_x, None, d_h0, d_c0, of_weights, *[None] * 6
+class RnnBackward(torch.autograd.Function):
+    """`torch.ops.perfkit.rnn_backward`, which has no derivative."""
+
+    @staticmethod
+    def forward(mode, bias, bidirectional, batch_first, implementation, x, rows, h0, c0, *rest):
+        saved_and_given, weights = rest[:7], rest[7:]
+        options = mode, bias, bidirectional, batch_first, implementation
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(torch.ops.perfkit.rnn_backward(x, rows, h0, c0, weights, *saved_and_given, *options))
+
+    @staticmethod
+    def setup_context(_ctx, _inputs, _output):
+        pass
+
+    @staticmethod
+    def backward(_ctx, *_gradients):
+        raise UnsupportedError(ONLY_BACKWARD)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(info, in_dims, inputs, RnnBackward.apply)
 
 
-def _no_second_gradient(ctx, *_gradients):
-    raise UnsupportedError(
-        "the second derivative of perfkit's recurrent kernels is not there: pass implementation='reference', whose plain "
-        "operations torch differentiates as often as wanted"
-    )
+def _autograd(x, rows, h0, c0, weights, *options):
+    _refuse_transformations()
+    return Rnn.apply(*options, x, rows, h0, c0, *weights)
 
 
-torch.library.register_autograd("perfkit::rnn", _gradient, setup_context=_setup_context, lib=_LIBRARY)
-torch.library.register_autograd("perfkit::rnn_backward", _no_second_gradient, lib=_LIBRARY)
+def _backward_autograd(x, rows, h0, c0, weights, *rest):
+    _refuse_transformations()
+    saved_and_given, options = rest[:7], rest[7:]
+    return list(RnnBackward.apply(*options, x, rows, h0, c0, *saved_and_given, *weights))
+
+
+def _refuse_transformations():
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            "torch.func differentiates perfkit.kernels.rnn's functions, and not torch.ops.perfkit.rnn: call those"
+        )
+
+
+_LIBRARY.impl("rnn", _autograd, "Autograd")
+_LIBRARY.impl("rnn_backward", _backward_autograd, "Autograd")
 
 
 # ---- Autocast --------------------------------------------------------------------------------------------------------
@@ -141,51 +213,50 @@ for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 # ---- vmap ------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.register_vmap("perfkit::rnn", lib=_LIBRARY)
-def _rnn_vmap(info, in_dims, *arguments):
+def _rnn_vmap(info, in_dims, x, rows, h0, c0, weights, *options):
     """Rows of all calls become one batch, where the weights are the same for all and nothing is packed."""
-    x, rows, h0, c0, weights, mode, _bias, _bidirectional, batch_first, save, _implementation = arguments
-    calls, (x_dim, rows_dim, h_dim, c_dim, weight_dims) = info.batch_size, in_dims[:5]
+    mode, _bias, _bidirectional, batch_first, save, _implementation = options
+    x_dim, rows_dim, h_dim, c_dim, weight_dims = in_dims[:5]
     packed = rows is not None and x.dim() - (x_dim is not None) == 2
     if packed or any(dim is not None for dim in weight_dims):
-        return _one_by_one(info, in_dims, arguments, torch.ops.perfkit.rnn)
+        dims = *[None] * 6, x_dim, rows_dim, h_dim, c_dim, *weight_dims
+        return _one_by_one(info, dims, (*options, x, rows, h0, c0, *weights), Rnn.apply)
+    calls, at = info.batch_size, 0 if batch_first else 1
 
     def folded(tensor, dim, at):
-        """The calls before the batch, which is number `at` of the other dimensions, and one with it."""
+        """The calls and the batch, number `at` of a single call's dimensions, as one."""
         if tensor is None:
             return None
-        tensor = tensor.unsqueeze(at).expand(*tensor.shape[:at], calls, *tensor.shape[at:]) if dim is None else (
-            tensor.movedim(dim, at))  # fmt: skip
-        return tensor.flatten(at, at + 1)
+        tensor = tensor.unsqueeze(0).expand(calls, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return tensor.movedim(0, at).flatten(at, at + 1)
 
-    at = 0 if batch_first else 1
-    many = folded(x, x_dim, at), folded(rows, rows_dim, 0), folded(h0, h_dim, 1), folded(c0, c_dim, 1)
-    y, hn, cn, *saved = torch.ops.perfkit.rnn(*many, weights, *arguments[5:])
-    split = (calls, -1)
-    found, dims = [y.unflatten(at, split), hn.unflatten(1, split)], [at, 1]
-    found, dims = [*found, cn.unflatten(1, split) if mode == "LSTM" else cn], [*dims, 1 if mode == "LSTM" else None]
+    x, rows, h0, c0 = folded(x, x_dim, at), folded(rows, rows_dim, 0), folded(h0, h_dim, 1), folded(c0, c_dim, 1)
+    y, hn, cn, *saved = Rnn.apply(*options, x, rows, h0, c0, *weights)
+    steps, split = x.size(1 - at), (calls, -1)
+    found = [(y.unflatten(at, split), at), (hn.unflatten(1, split), 1)]
+    found.append((cn.unflatten(1, split), 1) if mode == "LSTM" else (cn, None))
     for kept in saved:  # (stack, T * calls * B, ...) to (calls, stack, T * B, ...)
         there = save and kept.dim() > 1
-        steps = x.size(0 if x_dim is None or x_dim > 0 else 1)
-        found.append(kept.unflatten(1, (steps, calls, -1)).movedim(2, 0).flatten(2, 3) if there else kept)
-        dims.append(0 if there else None)
-    return tuple(found), tuple(dims)
+        found.append((kept.unflatten(1, (steps, calls, -1)).movedim(2, 0).flatten(2, 3), 0) if there else (kept, None))
+    return tuple(zip(*found, strict=True))
 
 
-@torch.library.register_vmap("perfkit::rnn_backward", lib=_LIBRARY)
-def _rnn_backward_vmap(info, in_dims, *arguments):
-    return _one_by_one(info, in_dims, arguments, torch.ops.perfkit.rnn_backward)
+def _rnn_backward_vmap(info, in_dims, x, rows, h0, c0, weights, *rest):
+    saved_and_given, options = rest[:7], rest[7:]
+    dims = *in_dims[12:], *in_dims[:4], *in_dims[5:12], *in_dims[4]
+    found, dims = _one_by_one(info, dims, (*options, x, rows, h0, c0, *saved_and_given, *weights), RnnBackward.apply)
+    return list(found), list(dims)
 
 
 def _one_by_one(info, in_dims, arguments, run):
-    def pick(argument, dim, call):
-        if isinstance(argument, (list, tuple)):
-            return [pick(each, of_it, call) for each, of_it in zip(argument, dim, strict=True)]
-        return argument if dim is None else argument.select(dim, call)
+    """Call after call, the results stacked."""
+    calls = []
+    for call in range(info.batch_size):
+        pairs = zip(arguments, in_dims, strict=True)
+        calls.append(run(*(given if dim is None else given.select(dim, call) for given, dim in pairs)))
+    found = tuple(torch.stack(each) for each in zip(*calls, strict=True))
+    return found, (0,) * len(found)
 
-    calls = [
-        run(*(pick(argument, dim, call) for argument, dim in zip(arguments, in_dims, strict=True)))
-        for call in range(info.batch_size)
-    ]
-    found = [torch.stack(each) for each in zip(*calls, strict=True)]
-    return (found, [0] * len(found)) if isinstance(calls[0], list) else (tuple(found), (0,) * len(found))
+
+torch.library.register_vmap("perfkit::rnn", _rnn_vmap, lib=_LIBRARY)
+torch.library.register_vmap("perfkit::rnn_backward", _rnn_backward_vmap, lib=_LIBRARY)

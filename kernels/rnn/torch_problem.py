@@ -82,7 +82,7 @@ def problem_of(
 
 
 def check_rows(problem: Problem, rows: Tensor | None, count: int) -> None:
-    """Refuse lengths, or batch sizes, that lead outside of the `count` rows of x. They are numbers: asked at every call.
+    """Refuse lengths, or batch sizes, that lead outside of the `count` rows of x: at every call, as they are numbers.
 
     Raises:
         InvalidInputError: lengths not in 1..T; batch sizes that rise, or whose sum is not the number of rows.
@@ -98,10 +98,10 @@ def check_rows(problem: Problem, rows: Tensor | None, count: int) -> None:
         sizes = rows.tolist()
         falling = all(sizes[t] >= sizes[t + 1] for t in range(len(sizes) - 1))
         if not falling or sizes[-1] < 1 or sizes[0] != problem.batch or sum(sizes) != count:
+            told = sizes if len(sizes) < 9 else [*sizes[:4], "...", *sizes[-4:]]
             raise InvalidInputError(
-                f"batch_sizes are {sizes if len(sizes) < 9 else [*sizes[:4], '...', *sizes[-4:]]}: expected to fall from "
-                f"the batch of {problem.batch} to 1 or more, never to rise, and to sum to x's {count} rows; "
-                "torch.nn.utils.rnn.pack_padded_sequence makes such"
+                f"batch_sizes are {told}: expected to begin with the batch of {problem.batch}, never to rise, to end "
+                f"with 1 or more, and to sum to x's {count} rows; torch.nn.utils.rnn.pack_padded_sequence makes such"
             )
 
 

@@ -34,12 +34,12 @@ Weights = Sequence[Sequence[Tensor]]
 
 
 class Saved(NamedTuple):
-    """What a kernel keeps for the backward pass.
+    """What a kernel keeps for the backward pass: contiguous, of x's dtype but for cells, and float16 not on a CPU.
 
     Args:
-        gates: (layers * directions, R, S, H), float32, S of `problem.SAVED`.
+        gates: (layers * directions, R, S, H), S of `problem.SAVED`.
         cells: (layers * directions, R, H), float32; empty but for LSTM.
-        inner: (layers - 1, R, H * directions), the outputs between layers; float32 on the CPU, elsewhere of x's dtype.
+        inner: (layers - 1, R, H * directions), the outputs between layers.
     """
 
     gates: Tensor
@@ -51,11 +51,11 @@ def empty_saved(problem: Problem, x: Tensor) -> Saved:
     """Room for what a kernel keeps."""
     rows = x.size(0) if problem.ragged == "packed" else problem.steps * problem.batch
     stack, hidden = problem.layers * problem.directions, problem.hidden
-    inner = torch.float32 if problem.device == "cpu" else x.dtype
+    dtype = torch.float32 if problem.device == "cpu" and x.dtype == torch.float16 else x.dtype
     return Saved(
-        x.new_empty((stack, rows, SAVED[problem.mode], hidden), dtype=torch.float32),
+        x.new_empty((stack, rows, SAVED[problem.mode], hidden), dtype=dtype),
         x.new_empty((stack, rows, hidden) if problem.mode == "LSTM" else (0,), dtype=torch.float32),
-        x.new_empty((problem.layers - 1, rows, hidden * problem.directions), dtype=inner),
+        x.new_empty((problem.layers - 1, rows, hidden * problem.directions), dtype=dtype),
     )
 
 
@@ -151,9 +151,13 @@ def _by_torch(problem, choice, inputs, rows, bias, batch_first, d_y, d_hn, d_cn)
         found = forward(problem, choice, x, rows, h0, c0, grouped(inputs[states:], bias), batch_first)
         return found[:states]
 
-    _, pull = torch.func.vjp(run, *inputs)
-    # copies: gradients of two biases may be one tensor
-    return [gradient.clone() for gradient in pull((d_y, d_hn, d_cn)[:states])]
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # torch.func cannot differentiate oneDNN's LSTM
+    try:
+        _, pull = torch.func.vjp(run, *inputs)
+        return list(pull((d_y, d_hn, d_cn)[:states]))
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _options(choice: Choice) -> dict[str, Any]:
@@ -178,14 +182,13 @@ class Stack(torch.autograd.Function):
         x, rows, h0, c0, y, *rest = ctx.saved_tensors
         saved, weights = rest[:3], rest[3:]
         d_cn = None if c0 is None else d_cn
+        kept = None if y is None else Saved(*saved)
         if torch.is_grad_enabled():  # with create_graph=True: the operator refuses a second derivative by name
             options = problem.mode, bias, problem.directions == 2, batch_first, choice.implementation
             found = torch.ops.perfkit.rnn_backward(x, rows, h0, c0, weights, y, *saved, d_y, d_hn, d_cn, *options)
         else:
-            kept = None if y is None else Saved(*saved)
-            found = backward(
-                problem, choice, x, rows, h0, c0, grouped(weights, bias), batch_first, y, kept, d_y, d_hn, d_cn
-            )
+            weights = grouped(weights, bias)
+            found = backward(problem, choice, x, rows, h0, c0, weights, batch_first, y, kept, d_y, d_hn, d_cn)
         d_x, d_h0, *rest = found
         d_c0, *of_weights = rest if c0 is not None else (None, *rest)
         return None, None, None, None, None, None, d_x, d_h0, d_c0, *of_weights
