@@ -99,7 +99,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Options:
-    """What a call of `conv2d` says beside its arrays, in the form of `Problem`'s fields; `padding` may await sizes."""
+    """What a call of `conv2d` says beside its arrays, in the form of `Problem`'s fields; "same" awaits sizes."""
 
     stride: tuple[int, int]
     padding: tuple[int, int, int, int] | str
@@ -148,12 +148,7 @@ def problem(
     Raises:
         InvalidInputError: ranks, sizes or dtypes that do not go together, or an empty output.
     """
-    if len(image) != 4 or len(kernel) != 4:
-        layouts = ("(N, C, H, W)", "(O, I, H, W)") if framework == "torch" else ("(N, H, W, C)", "(H, W, I, O)")
-        raise InvalidInputError(
-            f"x has {len(image)} dimensions and weight {len(kernel)}: expected {layouts[0]} and {layouts[1]}; "
-            "give a single image a batch of one"
-        )
+    check_ranks(framework, len(image), len(kernel))
     if len(set(dtypes.values())) > 1 or dtypes["x"] not in DTYPES:
         told = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
         raise InvalidInputError(f"dtypes are {told}: expected one of {', '.join(DTYPES)} for all of them")
@@ -197,12 +192,20 @@ def problem(
     return made
 
 
+def check_ranks(framework: str, image: int, kernel: int) -> None:
+    """x and weight have four dimensions."""
+    if image != 4 or kernel != 4:
+        layouts = ("(N, C, H, W)", "(O, I, H, W)") if framework == "torch" else ("(N, H, W, C)", "(H, W, I, O)")
+        raise InvalidInputError(
+            f"x has {image} dimensions and weight {kernel}: expected {layouts[0]} and {layouts[1]}; give a single "
+            "image a batch of one"
+        )
+
+
 def resolved(given: Options, image: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int, int, int]:
     """The padding in numbers. "same" makes ceil(size / stride) outputs, the odd zero behind: torch's rule and XLA's."""
     if isinstance(given.padding, tuple):
         return given.padding
-    if given.padding == "valid":
-        return 0, 0, 0, 0
     sides: list[int] = []
     for size, length, stride, dilation in zip(image, kernel, given.stride, given.dilation, strict=True):
         wanted = -(-size // stride)
@@ -230,7 +233,7 @@ def _padding(value: Any) -> tuple[int, int, int, int] | str:
     if isinstance(value, str):
         if value.lower() not in ("same", "valid"):
             raise InvalidInputError(f"padding is {value!r}: expected 'same', 'valid' or numbers")
-        return value.lower()
+        return "same" if value.lower() == "same" else (0, 0, 0, 0)
     sides = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if len(sides) == 2 and any(isinstance(side, (tuple, list)) for side in sides):
         vertical, horizontal = (_pair("padding", side, 0) for side in sides)
