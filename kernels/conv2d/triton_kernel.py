@@ -74,10 +74,10 @@ def configure(problem: Problem) -> dict[str, int]:
     return {
         "width": width,
         "block_m": max(rows // width, 16),
-        "block_n": _power(outputs, most if width > 1 else 32),
+        "block_n": _power(outputs, most if width > 1 else most // 2),
         "block_k": _power(problem.taps if flat else inputs, deep),
         "num_warps": 8 if wide else 4,
-        "num_stages": 1 if precise and width == 1 else 2 if precise or flat else 3,
+        "num_stages": 2 if precise or flat else 3,
         "weight_block_m": _power(outputs, most),
         "weight_block_n": _power(problem.taps if flat else inputs, most),
         "weight_block_k": 32 if precise else 64,

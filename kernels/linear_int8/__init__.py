@@ -3,7 +3,7 @@
     y = act(s_x s_w (q_x · q_wᵀ) + bias)
 
 q_w, the weight, is int8 with one scale for each output. q_x is int8 with one scale, or one for each row; or is made
-here of a float x, row by row, in float32: s_x = max|x| / 127, q_x = x · (127 / max|x|) rounded to nearest, ties to even.
+here of a float x, row by row, in float32: s_x = max|x| / 127, q_x = x · (127 / max|x|) rounded to nearest, then even.
 A row that holds an infinite or NaN number gives NaN everywhere, and a row below 1e-30 gives act(bias).
 
 - `problem.py`: one call without its numbers, checked once.
