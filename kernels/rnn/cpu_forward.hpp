@@ -9,7 +9,7 @@ namespace perfkit {
 template <class Cell, class Data, class Operand>
 struct ForwardDirection {
     Matrix<Operand, Cell::G, Cell::PANEL> ih, hh;
-    Array<float> bias, bias_hn;  // blocks, gates, L
+    Array<float> bias;  // (blocks, KEPT, L), see Forward
     i64 inputs;
     Rows<const Data> x;
     Rows<Data> out;
@@ -19,6 +19,9 @@ template <class Cell, class Data, class Operand, bool SAVE>
 class Forward {
     static constexpr int G = Cell::G, S = Cell::S, V = Cell::PANEL;
     static constexpr bool E = EXACT<Data>;
+    // What a step adds to the gates' hidden parts, in vectors: G input parts with their biases; but GRU's n has its hidden
+    // part's bias in the third place, and its input part in a fourth.
+    static constexpr int KEPT = Cell::GRU ? 4 : G, WIDTH = V * KEPT * L;
     // GRU needs its state in float32 too.
     static constexpr bool STATE = Cell::GRU && sizeof(Operand) < 4;
     // So many rows of input parts at a time: enough to reuse each weight, few enough to stay in the second-level cache.
@@ -42,8 +45,7 @@ class Forward {
             way.out.data += i % p_.directions * H_;
             way.ih.allocate(H_, round_up(way.inputs, GRAIN<Operand>));
             way.hh.allocate(H_, round_up(H_, GRAIN<Operand>));
-            way.bias.allocate_zeros(blocks_ * G * L);
-            if (Cell::GRU) way.bias_hn.allocate_zeros(blocks_ * L);
+            way.bias.allocate_zeros(blocks_ * KEPT * L);
         }
         // Lines of a layer before those of the next: what a line waits for has been begun before it.
         const i64 slices = i64(plan_.cuts.size()) - 1;
@@ -78,7 +80,7 @@ class Forward {
     struct Space {
         i64 chunk, x_stride, h_stride;
         std::vector<Array<Operand>> x;  // of each part: (chunk, x_stride)
-        Array<float> sums;              // input parts with their biases: (blocks, chunk, G, L)
+        Array<float> sums;              // (panels, chunk, V, KEPT, L)
         Array<Operand> h[2];            // before and after a step, by turns: (rows, h_stride)
         Array<float> state, c;          // (blocks, rows, L)
 
@@ -92,7 +94,7 @@ class Forward {
             for (i64 part = 0; part < parts; ++part) x.emplace_back(chunk * x_stride);
             if (f.tiles_)
                 for (auto& of_part : x) std::memset(static_cast<void*>(of_part.data()), 0, chunk * x_stride * sizeof(Operand));
-            sums.allocate(f.blocks_ * chunk * G * L);
+            sums.allocate(f.panels_ * chunk * WIDTH);
             for (auto& states : h) states.allocate_zeros(padded * h_stride);
             if (STATE) state.allocate_zeros(f.blocks_ * rows * L);
             if (Cell::CELLS) c.allocate_zeros(f.blocks_ * rows * L);
@@ -180,10 +182,11 @@ class Forward {
                 const auto bias = [&](int which) {
                     return get(static_cast<const Data*>(w[which]) + g * H_ + at * L, H_ - at * L);
                 };
+                float* to = &way.bias[(at * KEPT + g) * L];
                 if (Cell::GRU && g == 2)
-                    store(&way.bias[(at * G + g) * L], bias(2)), store(&way.bias_hn[at * L], bias(3));
+                    store(to, bias(3)), store(to + L, bias(2));
                 else
-                    store(&way.bias[(at * G + g) * L], bias(2) + bias(3));
+                    store(to, bias(2) + bias(3));
             }
     }
 
@@ -254,14 +257,16 @@ class Forward {
         }
         panels_of(part, [&](auto vectors, i64 block) INLINE_LAMBDA {
             constexpr int N = decltype(vectors)::value;
-            float* to = &space.sums[block * space.chunk * G * L];
-            const float* bias = &way.bias[block * G * L];
-            product<N>(
-                way.ih.panel(block), way.ih.columns, x.data(), space.x_stride, rows, tiles_,
-                [&](i64, int n) INLINE_LAMBDA { return load<Floats>(bias + n * L); },
-                [&](i64 row, const Floats* sums) INLINE_LAMBDA {
-                    for (int n = 0; n < N; ++n) store(to + ((n / G * space.chunk + row) * G + n % G) * L, sums[n]);
-                });
+            float* to = &space.sums[block / V * space.chunk * WIDTH];
+            float bias[N * L];
+            std::memcpy(bias, &way.bias[block * KEPT * L], sizeof bias);
+            if (Cell::GRU) std::memcpy(bias + 2 * L, &way.bias[(block * KEPT + 3) * L], L * sizeof(float));
+            product<N>(way.ih.panel(block), way.ih.columns, x.data(), space.x_stride, rows, tiles_, bias, 0,
+                       [&](i64 row, const Floats* sums) INLINE_LAMBDA {
+                           float* at = to + row * WIDTH;
+                           for (int n = 0; n < N; ++n) store(at + (Cell::GRU && n == 2 ? 3 : n) * L, sums[n]);
+                           if (Cell::GRU) store(at + 2 * L, load<Floats>(&way.bias[(block * KEPT + 2) * L]));
+                       });
         });
     }
 
@@ -273,14 +278,8 @@ class Forward {
         const Array<Operand>&before = space.h[turn], &after = space.h[1 - turn];
         panels_of(part, [&](auto vectors, i64 panel) INLINE_LAMBDA {
             constexpr int N = decltype(vectors)::value;
-            const float* parts = &space.sums[(panel * space.chunk + row) * G * L];
-            const auto input = [&](i64 b, int n) INLINE_LAMBDA {
-                return load<Floats>(parts + ((n / G * space.chunk + b) * G + n % G) * L);
-            };
-            const auto starts = [&](i64 b, int n) INLINE_LAMBDA {
-                return Cell::GRU && n % G == 2 ? load<Floats>(&way.bias_hn[(panel + n / G) * L]) : input(b, n);
-            };
-            product<N>(way.hh.panel(panel), way.hh.columns, before.data(), space.h_stride, there, tiles_, starts,
+            const float* parts = &space.sums[(panel / V * space.chunk + row) * WIDTH];
+            product<N>(way.hh.panel(panel), way.hh.columns, before.data(), space.h_stride, there, tiles_, parts, WIDTH,
                        [&](i64 b, const Floats* sums) INLINE_LAMBDA {
                            const i64 place = order_.place(t, line.first + b), at = t * order_.step + place;
                            for (int v = 0; v < N / G; ++v) {
@@ -291,7 +290,7 @@ class Forward {
                                if constexpr (Cell::CELLS) c = load<Floats>(c_at);
                                if constexpr (Cell::GRU)
                                    h_before = STATE ? load<Floats>(state) : get(&before[b * space.h_stride + unit]);
-                               const Floats n_input = Cell::GRU ? input(b, v * G + 2) : Floats{};
+                               const Floats n_input = Cell::GRU ? load<Floats>(parts + b * WIDTH + 3 * L) : Floats{};
                                const Floats h = Cell::template step<SAVE, E>(sums + v * G, n_input, h_before, c, saved);
                                if constexpr (Cell::CELLS) store(c_at, c);
                                if constexpr (STATE) store(state, h);

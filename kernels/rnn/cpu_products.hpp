@@ -35,9 +35,12 @@ constexpr i64 GRAIN = PAIR<Operand> == 1 ? 1 : TILES ? 32 : 2;
 
 constexpr i64 blocks_of(i64 units) { return (units + L - 1) / L; }
 
-// Where words are multiplied L at a time: the word at `from` in all lanes, and the sum with its products.
-INLINE Floats spread(const float* from) { return all(*from); }
-INLINE Floats spread(const Bf16* from) { return bits<Floats>(Ints{} + load<std::int32_t>(from)); }
+// Where words are multiplied L at a time: the word at `from` in all lanes (as an integer: adding 0.0f would not be for
+// nothing, -0.0f being a number of its own), and the sum with its products.
+template <class Operand>
+INLINE Floats spread(const Operand* from) {
+    return bits<Floats>(Ints{} + load<std::int32_t>(from));
+}
 INLINE Floats added(float, Floats sum, Floats a, Floats b) { return sum + a * b; }
 #if defined(__AVX512BF16__)
 INLINE Floats added(Bf16, Floats sum, Floats a, Floats b) {
@@ -150,15 +153,17 @@ void pack_transpose(const Matrix<Operand, 1, V>& to, i64 block, const Data* w, i
 template <int N>
 constexpr int MOST_ROWS = (REGISTERS - 1) / (N + 1) < 8 ? (REGISTERS - 1) / (N + 1) : 8;
 
-// sums[r] = starts(r, n) plus the product of row r with the n-th vector of the panel w.
-template <int R, int N, class Operand, class Starts>
-INLINE void dot(const Operand* x, i64 stride, const Operand* w, i64 columns, Floats (*sums)[N], Starts starts) {
+// sums[r][n] = the n-th vector of row r of `starts`, plus the product of row r of x with the n-th vector of the panel w. Not
+// inlined: what the code around it keeps in registers would leave too few for the sums.
+template <int R, int N, class Operand>
+__attribute__((noinline)) void dot(const Operand* x, i64 stride, const Operand* w, i64 columns, const float* starts,
+                                   i64 starts_stride, Floats (*sums)[N]) {
     // Few sums are made of several chains each: every product would wait for the last one's result.
     constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 3 ? 2 : 8 / (R * N);
     constexpr int P = PAIR<Operand>;
     Floats found[CHAINS][R][N] = {};
     for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) found[0][r][n] = starts(r, n);
+        for (int n = 0; n < N; ++n) found[0][r][n] = load<Floats>(starts + r * starts_stride + n * L);
     const auto add = [&](Floats(&to)[R][N], i64 k) INLINE_LAMBDA {
         Floats number[R];
         for (int r = 0; r < R; ++r) number[r] = spread(x + r * stride + k);
@@ -202,9 +207,10 @@ class TileShape {
     const bool used_;
 };
 
-// The sums of 16 rows, from nothing.
+// The same for 16 rows, of which `rows` are wanted.
 template <int N>
-INLINE void dot_tiles(const Bf16* x, i64 stride, const Bf16* w, i64 columns, Floats (*sums)[N]) {
+__attribute__((noinline)) void dot_tiles(const Bf16* x, i64 stride, const Bf16* w, i64 columns, const float* starts,
+                                         i64 starts_stride, i64 rows, Floats (*sums)[N]) {
     static_assert(N <= 4 && L == TILE);
     _tile_zero(0);
     if constexpr (N > 1) _tile_zero(1);
@@ -232,6 +238,8 @@ INLINE void dot_tiles(const Bf16* x, i64 stride, const Bf16* w, i64 columns, Flo
     if constexpr (N > 1) _tile_stored(1, &sums[0][1], N * 64);
     if constexpr (N > 2) _tile_stored(2, &sums[0][2], N * 64);
     if constexpr (N > 3) _tile_stored(3, &sums[0][3], N * 64);
+    for (i64 r = 0; r < rows; ++r)
+        for (int n = 0; n < N; ++n) sums[r][n] += load<Floats>(starts + r * starts_stride + n * L);
 }
 #else
 struct TileShape {
@@ -239,43 +247,34 @@ struct TileShape {
 };
 #endif
 
-// Calls use(row, sums) for each of `rows`: sums[n] = starts(row, n) plus the product of that row of x with the n-th vector
-// of the panel w. With `tiles` x has rows to the next multiple of 16; what is in those that are not `rows` is not used.
-template <int N, class Operand, class Starts, class Use>
-INLINE void product(const Operand* w, i64 columns, const Operand* x, i64 stride, i64 rows, bool tiles, Starts starts,
-                    Use use) {
+// Calls use(row, sums) for each of `rows`, sums[n] as above. With `tiles` x has rows to the next multiple of 16; what is in
+// those that are not `rows` is not used.
+template <int N, class Operand, class Use>
+INLINE void product(const Operand* w, i64 columns, const Operand* x, i64 stride, i64 rows, bool tiles, const float* starts,
+                    i64 starts_stride, Use use) {
+    constexpr int MOST = MOST_ROWS<N>;
     alignas(64) Floats sums[TILE][N];
     for (i64 row = 0; row < rows;) {
-        const auto block = [&](auto count) INLINE_LAMBDA {
-            constexpr int R = decltype(count)::value;
-            dot<R, N>(x + row * stride, stride, w, columns, sums,
-                      [&](int r, int n) INLINE_LAMBDA { return starts(row + r, n); });
-            return R;
-        };
-        constexpr int MOST = MOST_ROWS<N>;
+        const Operand* from = x + row * stride;
+        const float* start = starts + row * starts_stride;
         const i64 left = rows - row;
-        int count;
+        i64 count = left >= MOST ? MOST : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 #if TILES
-        if constexpr (PAIR<Operand> == 2)
-            if (tiles && left >= TILE / 2) {
-                dot_tiles<N>(x + row * stride, stride, w, columns, sums);
-                count = left < TILE ? int(left) : TILE;
-                for (int r = 0; r < count; ++r)
-                    for (int n = 0; n < N; ++n) sums[r][n] += starts(row + r, n);
-                for (int r = 0; r < count; ++r) use(row + r, sums[r]);
-                row += count;
-                continue;
-            }
+        if (PAIR<Operand> == 2 && tiles && left >= TILE / 2) {
+            count = std::min<i64>(left, TILE);
+            dot_tiles<N>(reinterpret_cast<const Bf16*>(from), stride, reinterpret_cast<const Bf16*>(w), columns, start,
+                         starts_stride, count, sums);
+        } else
 #endif
-        if (left >= MOST)
-            count = block(std::integral_constant<int, MOST>{});
-        else if (MOST > 4 && left >= 4)
-            count = block(std::integral_constant<int, 4>{});
-        else if (MOST > 2 && left >= 2)
-            count = block(std::integral_constant<int, 2>{});
+            if (count == MOST)
+            dot<MOST, N>(from, stride, w, columns, start, starts_stride, sums);
+        else if (count == 4)
+            dot<4, N>(from, stride, w, columns, start, starts_stride, sums);
+        else if (count == 2)
+            dot<2, N>(from, stride, w, columns, start, starts_stride, sums);
         else
-            count = block(std::integral_constant<int, 1>{});
-        for (int r = 0; r < count; ++r) use(row + r, sums[r]);
+            dot<1, N>(from, stride, w, columns, start, starts_stride, sums);
+        for (i64 r = 0; r < count; ++r) use(row + r, sums[r]);
         row += count;
     }
     (void)tiles;

@@ -37,10 +37,11 @@ inline bool tiles_are_right() {
     };
     fill(x, TILE * K, 1), fill(w, K * N * L, 2);
     alignas(64) Floats expected[TILE][N], found[TILE][N];
+    const float nothing[N * L] = {};
     for (int row = 0; row < TILE; ++row)
-        dot<1, N>(x + row * K, K, w, K, expected + row, [](int, int) { return Floats{}; });
+        dot<1, N>(x + row * K, K, w, K, nothing, 0, expected + row);
     const TileShape shape(true);
-    dot_tiles<N>(x, K, w, K, found);
+    dot_tiles<N>(x, K, w, K, nothing, 0, TILE, found);
     return std::memcmp(expected, found, sizeof found) == 0;
 }
 #endif
