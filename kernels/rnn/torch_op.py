@@ -17,6 +17,8 @@ It returns y, hn, cn (empty but for LSTM), in x's dtype, and three tensors: `tor
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -138,7 +140,8 @@ class Rnn(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _rnn_vmap(info, [*in_dims[6:10], in_dims[10:]], *inputs[6:10], inputs[10:], *inputs[:6])
+        in_dims = *in_dims[6:10], in_dims[10:], *in_dims[:6]
+        return _rnn_vmap(_rnn_step, info, in_dims, *inputs[6:10], inputs[10:], *inputs[:6])
 
 
 class RnnBackward(torch.autograd.Function):
@@ -161,18 +164,20 @@ class RnnBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _one_by_one(info, in_dims, inputs, RnnBackward.apply)
+        def ordered(values):
+            return *values[5:9], values[16:], *values[9:16], *values[:5]
+
+        return _one_by_one(_backward_step, info, ordered(in_dims), *ordered(inputs))
 
 
-def _autograd(x, rows, h0, c0, weights, *options):
+def _autograd(*arguments):
     _refuse_transformations()
-    return Rnn.apply(*options, x, rows, h0, c0, *weights)
+    return _rnn_step(*arguments)
 
 
-def _backward_autograd(x, rows, h0, c0, weights, *rest):
+def _backward_autograd(*arguments):
     _refuse_transformations()
-    saved_and_given, options = rest[:7], rest[7:]
-    return list(RnnBackward.apply(*options, x, rows, h0, c0, *saved_and_given, *weights))
+    return list(_backward_step(*arguments))
 
 
 def _refuse_transformations():
@@ -211,16 +216,17 @@ for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
 
 # ---- vmap ------------------------------------------------------------------------------------------------------------
+#
+# `run` is the operator where it was called itself, and its step of autograd where torch.func came upon that.
 
 
-def _rnn_vmap(info, in_dims, x, rows, h0, c0, weights, *options):
+def _rnn_vmap(run, info, in_dims, x, rows, h0, c0, weights, *options):
     """Rows of all calls become one batch, where the weights are the same for all and nothing is packed."""
     mode, _bias, _bidirectional, batch_first, save, _implementation = options
     x_dim, rows_dim, h_dim, c_dim, weight_dims = in_dims[:5]
     packed = rows is not None and x.dim() - (x_dim is not None) == 2
     if packed or any(dim is not None for dim in weight_dims):
-        dims = *[None] * 6, x_dim, rows_dim, h_dim, c_dim, *weight_dims
-        return _one_by_one(info, dims, (*options, x, rows, h0, c0, *weights), Rnn.apply)
+        return _one_by_one(run, info, in_dims, x, rows, h0, c0, weights, *options)
     calls, at = info.batch_size, 0 if batch_first else 1
 
     def folded(tensor, dim, at):
@@ -231,7 +237,7 @@ def _rnn_vmap(info, in_dims, x, rows, h0, c0, weights, *options):
         return tensor.movedim(0, at).flatten(at, at + 1)
 
     x, rows, h0, c0 = folded(x, x_dim, at), folded(rows, rows_dim, 0), folded(h0, h_dim, 1), folded(c0, c_dim, 1)
-    y, hn, cn, *saved = Rnn.apply(*options, x, rows, h0, c0, *weights)
+    y, hn, cn, *saved = run(x, rows, h0, c0, weights, *options)
     steps, split = x.size(1 - at), (calls, -1)
     found = [(y.unflatten(at, split), at), (hn.unflatten(1, split), 1)]
     found.append((cn.unflatten(1, split), 1) if mode == "LSTM" else (cn, None))
@@ -241,22 +247,30 @@ def _rnn_vmap(info, in_dims, x, rows, h0, c0, weights, *options):
     return tuple(zip(*found, strict=True))
 
 
-def _rnn_backward_vmap(info, in_dims, x, rows, h0, c0, weights, *rest):
-    saved_and_given, options = rest[:7], rest[7:]
-    dims = *in_dims[12:], *in_dims[:4], *in_dims[5:12], *in_dims[4]
-    found, dims = _one_by_one(info, dims, (*options, x, rows, h0, c0, *saved_and_given, *weights), RnnBackward.apply)
-    return list(found), list(dims)
-
-
-def _one_by_one(info, in_dims, arguments, run):
+def _one_by_one(run, info, in_dims, *arguments):
     """Call after call, the results stacked."""
-    calls = []
-    for call in range(info.batch_size):
-        pairs = zip(arguments, in_dims, strict=True)
-        calls.append(run(*(given if dim is None else given.select(dim, call) for given, dim in pairs)))
-    found = tuple(torch.stack(each) for each in zip(*calls, strict=True))
-    return found, (0,) * len(found)
+
+    def pick(given, dim, call):
+        if isinstance(given, (list, tuple)):
+            return [pick(each, of_it, call) for each, of_it in zip(given, dim, strict=True)]
+        return given if dim is None else given.select(dim, call)
+
+    calls = [run(*map(functools.partial(pick, call=call), arguments, in_dims)) for call in range(info.batch_size)]
+    found = [torch.stack(each) for each in zip(*calls, strict=True)]
+    kind = type(calls[0])  # a list of tensors, or a tuple of outputs
+    return kind(found), kind([0] * len(found))
 
 
-torch.library.register_vmap("perfkit::rnn", _rnn_vmap, lib=_LIBRARY)
-torch.library.register_vmap("perfkit::rnn_backward", _rnn_backward_vmap, lib=_LIBRARY)
+def _rnn_step(x, rows, h0, c0, weights, *options):
+    return Rnn.apply(*options, x, rows, h0, c0, *weights)
+
+
+def _backward_step(x, rows, h0, c0, weights, *rest):
+    saved_and_given, options = rest[:7], rest[7:]
+    return RnnBackward.apply(*options, x, rows, h0, c0, *saved_and_given, *weights)
+
+
+torch.library.register_vmap("perfkit::rnn", functools.partial(_rnn_vmap, torch.ops.perfkit.rnn), lib=_LIBRARY)
+torch.library.register_vmap(
+    "perfkit::rnn_backward", functools.partial(_one_by_one, torch.ops.perfkit.rnn_backward), lib=_LIBRARY
+)
