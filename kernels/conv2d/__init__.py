@@ -93,9 +93,9 @@ def conv2d(
 
 
 def _cpu(problem: Problem) -> str | None:
-    from perfkit.kernels.conv2d import cpu_kernel
+    from perfkit.kernels.conv2d import cpu_shape
 
-    return cpu_kernel.refusal(problem)
+    return _shared(problem) or cpu_shape.refusal(problem)
 
 
 def _triton(problem: Problem) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Case:
@@ -72,3 +74,16 @@ BENCHMARKS = (
     Case(32, 64, 112, 112, 128, (3, 3), _fused(2, padding=1)),
 )
 """The document's models' convolutions at several batch sizes, and VGG's first ones."""
+
+
+def whole(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """x (N, C, H, W), weight (O, I, H, W) and bias of small whole numbers, float32.
+
+    All sums of them are exact in float32, in any order: implementations can be compared bit for bit, and windows hold
+    many equal numbers. Exact in bfloat16 too, as long as nothing is summed in that.
+    """
+    random = np.random.default_rng(seed)
+    x, weight, bias = (
+        random.integers(-3, 4, size).astype(np.float32) for size in (case.image, case.weight, case.outputs)
+    )
+    return x, weight, bias if case.bias else None

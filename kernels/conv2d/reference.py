@@ -1,7 +1,7 @@
 """`conv2d` in plain operations that torch and JAX have alike: what the other implementations are tested against.
 
-Gradients are those of its own operations, and so follow the contract as well: of equal numbers in a window the first one
-wins, a NaN beats every number, and ReLU has no gradient where its output is zero.
+Gradients are those of its own operations, and so follow the contract as well: of equal numbers in a window the first
+one wins, a NaN beats every number, and ReLU has no gradient where its output is zero.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups, activation, pool,
     """See `perfkit.kernels.conv2d.conv2d`."""
     if torch.compiler.is_compiling():
         given = options(stride, padding, dilation, groups, activation, pool)
-        _check_tensors(x, weight, bias)
+        _check_tensors(weight, bias)
         check_ranks("torch", x.dim(), weight.dim())
         padding = resolved(given, x.shape[2:], weight.shape[2:])
         rest = given.dilation, given.groups, given.activation, given.pool, implementation
@@ -78,7 +78,7 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups, activation, pool,
         if run is not None and weight.is_contiguous() and _nothing_on(x, weight, bias):
             return run(x, weight, bias)[0]
     given = options(stride, padding, dilation, groups, activation, pool)
-    _check_tensors(x, weight, bias)
+    _check_tensors(weight, bias)
     y = _call(x, weight, bias, given, implementation)
     if key is not None and x.is_cpu and _nothing_on(x, weight, bias):
         _remember(key, x, weight, bias, given, implementation)
@@ -107,7 +107,7 @@ def _remember(key, x, weight, bias, given, implementation) -> None:
         _direct[key] = _kernel("cpu").caller(made)
 
 
-def _check_tensors(x: Tensor, weight: Any, bias: Any) -> None:
+def _check_tensors(weight: Any, bias: Any) -> None:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "weight"):
             raise InvalidInputError(f"{name} is a {type(tensor).__name__}: expected a torch tensor, as x is")

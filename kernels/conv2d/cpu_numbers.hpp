@@ -1,0 +1,173 @@
+// Vectors of numbers in float32, and numbers in memory that are float32 or bfloat16.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX512F__)
+#define PERFKIT_LANES 16
+#define CHANNELS 4
+#define PAIRED 2
+#define NEAR 1  // registers for sixteen planes
+#else
+#define PERFKIT_LANES 8
+#define CHANNELS 2
+#define PAIRED 1
+#define NEAR 0
+#endif
+
+#include "_thread_pool.hpp"
+#include "_vector.hpp"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using namespace perfkit;
+
+using Bytes = std::uint8_t __attribute__((vector_size(L)));
+using Halves = std::uint16_t __attribute__((vector_size(2 * L)));
+
+constexpr int DEAD = 255;
+constexpr int STREAMS = 4;         // vectors of outputs, or windows of one, that are summed at once
+constexpr int TAPS = 9;            // whose gradients are summed at once
+constexpr i64 CACHED = 1 << 16;    // floats of planes that are made at a time: they stay in the second-level cache
+constexpr i64 WORTH = 1 << 20;     // multiply-adds that are worth waking a thread for
+constexpr i64 SLICES = 16;         // partial sums of the weights' gradients: as many whatever the number of threads,
+constexpr i64 PARTIAL = 1 << 22;   // and so many floats at most
+
+// Subtracting zero changes no number, adding it would change -0: so this is a broadcast and no more.
+INLINE Floats same(float value) { return value - Floats{}; }
+
+// NaN where either is.
+INLINE Floats largest(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    const __m512 most = _mm512_max_ps(__m512(a), __m512(b));
+    return Floats(_mm512_mask_add_ps(most, _mm512_cmp_ps_mask(__m512(a), __m512(b), _CMP_UNORD_Q), __m512(a), __m512(b)));
+#else
+    return (b > a) | (b != b) ? b : a;
+#endif
+}
+
+template <class V>
+INLINE V shuffled(V a, V b, Ints from) {
+#if defined(__clang__)
+    V found;
+    for (int lane = 0; lane < L; ++lane) found[lane] = from[lane] < L ? a[from[lane]] : b[from[lane] - L];
+    return found;
+#else
+    return __builtin_shuffle(a, b, from);
+#endif
+}
+
+#if PERFKIT_LANES == 16
+constexpr Ints EVEN = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+constexpr Ints LOW = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#else
+constexpr Ints EVEN = {0, 2, 4, 6, 8, 10, 12, 14};
+constexpr Ints LOW = {0, 8, 1, 9, 2, 10, 3, 11};
+#endif
+
+// Rows become columns: each of log2(L) passes interleaves the first half of the rows with the second.
+template <class V>
+INLINE void transpose(V (&rows)[L]) {
+    for (int pass = 1; pass < L; pass *= 2) {
+        V next[L];
+        for (int i = 0; i < L / 2; ++i) {
+            next[2 * i] = shuffled(rows[i], rows[i + L / 2], LOW);
+            next[2 * i + 1] = shuffled(rows[i], rows[i + L / 2], LOW + L / 2);
+        }
+        for (int i = 0; i < L; ++i) rows[i] = next[i];
+    }
+}
+
+// To the nearest, ties to even; a NaN stays one.
+INLINE Halves halved(Floats x) {
+    const Ints whole = bits<Ints>(x);
+    const Ints rounded = (whole + 0x7fff + ((whole >> 16) & 1)) >> 16;
+    return __builtin_convertvector((x != x ? Ints{} + 0x7fc0 : rounded) & 0xffff, Halves);
+}
+
+INLINE float widened(std::uint16_t half) { return bits<float>(std::uint32_t(half) << 16); }
+
+// The first `count` lanes, fewer than all; the others are zero, or left as they were.
+INLINE Floats load_part(const float* from, i64 count) {
+#if defined(__AVX512F__)
+    return Floats(_mm512_maskz_loadu_ps(__mmask16((1 << count) - 1), from));
+#else
+    Floats value{};
+    for (int lane = 0; lane < count; ++lane) value[lane] = from[lane];
+    return value;
+#endif
+}
+INLINE void store_part(float* to, Floats value, i64 count) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(to, __mmask16((1 << count) - 1), __m512(value));
+#else
+    for (int lane = 0; lane < count; ++lane) to[lane] = value[lane];
+#endif
+}
+
+// Numbers of either dtype.
+struct Numbers {
+    void* at;
+    bool bfloat16;
+
+    float* floats() const { return static_cast<float*>(at); }
+    std::uint16_t* halves() const { return static_cast<std::uint16_t*>(at); }
+
+    float operator[](i64 i) const { return bfloat16 ? widened(halves()[i]) : floats()[i]; }
+    void set(i64 i, float value) const {
+        if (bfloat16)
+            halves()[i] = halved(same(value))[0];
+        else
+            floats()[i] = value;
+    }
+    // The first `count` lanes, or all if there are more than those.
+    INLINE void put(i64 i, Floats value, i64 count) const {
+        if (bfloat16) {
+            const Halves rounded = halved(value);
+            if (count >= L) return store(halves() + i, rounded);
+            for (int lane = 0; lane < count; ++lane) halves()[i + lane] = rounded[lane];
+        } else if (count >= L) {
+            store(floats() + i, value);
+        } else {
+            store_part(floats() + i, value, count);
+        }
+    }
+    INLINE Floats take(i64 i, i64 count) const {  // zeros beyond
+        if (!bfloat16) return count >= L ? load<Floats>(floats() + i) : load_part(floats() + i, count);
+        Halves taken{};
+        if (count >= L)
+            taken = load<Halves>(halves() + i);
+        else
+            for (int lane = 0; lane < count; ++lane) taken[lane] = halves()[i + lane];
+        return bits<Floats>(__builtin_convertvector(taken, Ints) << 16);
+    }
+};
+
+// use(std::integral_constant<int, count>()), for 1 <= count <= MOST.
+template <int MOST, class Use>
+INLINE void counted(i64 count, Use use) {
+    if constexpr (MOST > 1)
+        if (count < MOST) return counted<MOST - 1>(count, use);
+    use(std::integral_constant<int, MOST>());
+}
+
+// task(index) for each, on as many threads as the work is worth.
+template <class Task>
+void parallel(i64 tasks, i64 threads, i64 work, Task task) {
+    ThreadPool::instance().run(
+        tasks, int(std::min(threads, work / WORTH + 1)),
+        [](void* context, long index) { (*static_cast<Task*>(context))(index); }, &task);
+}
+
+}  // namespace

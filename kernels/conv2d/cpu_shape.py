@@ -1,0 +1,36 @@
+"""What the CPU kernel takes, and what it is told of a problem; imports no framework."""
+
+from __future__ import annotations
+
+from perfkit.kernels import _native
+from perfkit.kernels.conv2d.problem import Problem
+
+DTYPES = ("float32", "bfloat16")
+FLAGS = ("-ffp-contract=fast",)
+"""Products and sums may round once: there is no reference in other operations to be equal to bit for bit."""
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why the kernel cannot take `problem`; None where it can."""
+    if problem.dtype not in DTYPES:
+        return f"it takes {' and '.join(DTYPES)}, and the arrays are {problem.dtype}"
+    if _native.find_compiler() is None:
+        return "there is no C++ compiler to build it with (Debian, Ubuntu: apt install g++), or CXX does not name one"
+    return None
+
+
+def shape(problem: Problem) -> list[int]:
+    """The fields of `PerfkitConv2d`, in order, for x dense in the problem's layout and dense weights, OIHW or HWIO."""
+    inputs, height, width, outputs = problem.inputs, problem.height, problem.width, problem.outputs
+    kernel, of_group = problem.kernel_height * problem.kernel_width, problem.inputs // problem.groups
+    x_strides = (1, width * inputs, inputs) if problem.channels_last else (height * width, width, 1)
+    if problem.framework == "torch":
+        weight_strides = problem.taps, kernel, problem.kernel_width, 1
+    else:
+        weight_strides = 1, outputs, problem.kernel_width * of_group * outputs, of_group * outputs
+    return [
+        *(problem.batch, inputs, height, width, outputs, problem.kernel_height, problem.kernel_width),
+        *(*problem.stride, problem.padding[0], problem.padding[2], *problem.dilation, problem.groups, problem.pool),
+        *(*problem.out_size, problem.activation == "relu", problem.dtype == "bfloat16", problem.channels_last),
+        *(inputs * height * width, *x_strides, *weight_strides),
+    ]
