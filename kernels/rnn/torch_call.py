@@ -59,15 +59,20 @@ def run(
         raise InvalidInputError("a PackedSequence knows its lengths: leave out lengths")
     data, sizes, order, back = x
     if order is not None:  # rows are sorted: states on the way in, and back on the way out
-        h0, c0 = (None if state is None else state.index_select(-2, order) for state in (h0, c0))
+        h0, c0 = (_reordered(state, order) for state in (h0, c0))
     if h0 is None:
         batch = int(sizes[0]) if back is None else back.size(0)
         torch._check(batch >= 1)  # a compiler is not told what sizes holds
         h0 = data.new_zeros(len(weights), batch, weights[0][1].size(-1))
     y, hn, cn = _layers(data, sizes, h0, c0, weights, dropout if training else 0.0, False, *options)
     if back is not None:
-        hn, cn = (None if state is None else state.index_select(1, back) for state in (hn, cn))
+        hn, cn = (_reordered(state, back) for state in (hn, cn))
     return PackedSequence(y, sizes, order, back), hn, cn
+
+
+def _reordered(state: Tensor | None, order: Tensor) -> Tensor | None:
+    """Its rows in another order, where it is a state; what else it may be is told later."""
+    return state.index_select(1, order) if isinstance(state, Tensor) and state.dim() == 3 else state
 
 
 def _has_bias(weights: Sequence[Sequence[Tensor]]) -> bool:
@@ -118,8 +123,8 @@ def _stack(x, rows, h0, c0, weights, batch_first, mode, bias, bidirectional, rec
         options = batch_first, mode, bias, bidirectional, recompute, implementation
         with torch.autocast(device, enabled=False):
             return _stack(x, rows, h0, c0, weights, *options)
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     observed = _observed(tensors, implementation)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not observed:
         found = _picked(x, rows, h0, c0, flat, (mode, bias, bidirectional, batch_first, needs_grad), implementation)
         problem, choice = found

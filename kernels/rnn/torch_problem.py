@@ -49,7 +49,7 @@ def problem_of(
         kind = "batch_sizes" if packed else "lengths"
         raise InvalidInputError(f"{kind} are {_told(rows)}: expected one dimension of torch.int64 on cpu")
     if packed:
-        steps, batch = rows.size(0), h0.size(1) if h0 is not None else int(rows[0])
+        steps, batch = rows.size(0), h0.size(1) if h0 is not None and h0.dim() == 3 else int(rows[0])
     else:
         batch, steps = (x.size(0), x.size(1)) if batch_first else (x.size(1), x.size(0))
         if rows is not None and rows.size(0) != batch:
