@@ -88,44 +88,39 @@ def configure(
 ) -> Configuration:
     """What to run `problem` with, `given` values before those of the rules here.
 
-    The rules: up to 128 hidden units one program has them all, and its rows of the batch never wait for others. Above,
-    a program has 16 units, whose 64 rows of W_hh fill a tensor core's instruction; more where there are not enough
+    The rules: up to 128 hidden units one program has them all, and never waits for others. Above, a program has 16
+    units, whose 64 rows of W_hh fill an instruction of the tensor cores, and more units where there are not enough
     processors to hold all programs at once. W_hh stays in shared memory where it fits. float32 without tensor cores
-    reads it again in each step, in small blocks, as its products go through registers. Several layers run as a
-    wavefront where both their matrices fit.
+    reads it again in each step, in small blocks, as its products go through registers. Layers run as a wavefront where
+    both their matrices fit and that makes fewer steps.
 
     Raises:
         InvalidInputError: a given name or value that is none.
     """
-    units = problem.hidden
-    cores = problem.dtype != "float32" or tf32 or device.exact_float32
-    wavefront = problem.layers > 1 and problem.directions == 1
-    forward = _tiles(problem, device, cores, wavefront and units > SINGLE // 2, False)
-    if wavefront and not _fits(problem, device, forward, 2, False):
-        wavefront, forward = False, _tiles(problem, device, cores, False, False)
-    backward = _tiles(problem, device, cores, False, True)
-    chosen = Configuration(*forward, *backward, int(wavefront))
+    forward, wavefront = _tiles(problem, device, tf32, 1, False), False
+    if problem.layers > 1 and problem.directions == 1:
+        both = _tiles(problem, device, tf32, 2, False)
+        fewer = _steps_in_turn(problem, device, both, True) < _steps_in_turn(problem, device, forward, False)
+        if fewer and _fits(problem, device, both, 2, False):
+            forward, wavefront = both, True
+    chosen = Configuration(*forward, *_tiles(problem, device, tf32, 1, True), int(wavefront))
     return _checked(problem, chosen, given or {})
 
 
 def candidates(problem: Problem, device: Device, tf32: bool = False) -> Iterator[tuple[tuple[str, int], ...]]:
-    """The configurations that a tuner may try, the one of `configure` first."""
+    """The configurations that a tuner may try, the one of `configure` first. Some may not compile on every device."""
     first = configure(problem, device, tf32)
-    yield first.pairs
-    for block_b in (8, 16, 32):
-        for warps in (4, 8):
-            tried = replace(first, block_b=block_b, warps=warps, back_b=block_b, back_warps=warps)
-            if tried != first:
-                yield tried.pairs
-    for block_h in (16, 32, 64):
-        tried = replace(first, block_h=block_h, back_h=block_h, block_k=min(first.block_k, 256))
-        layers = 2 if tried.wavefront else 1
-        fit = _fits(problem, device, tried.forward, layers, False)
-        fit = fit and _fits(problem, device, tried.backward, 1, True)
-        if tried != first and fit and block_h <= padded(problem.hidden):
-            yield tried.pairs
-    if first.wavefront:
-        yield replace(first, wavefront=0).pairs
+    layers = 2 if first.wavefront else 1
+    tried = [first]
+    tried += [replace(first, block_b=rows, back_b=rows) for rows in (8, 32)]
+    tried += [replace(first, warps=warps, back_warps=warps) for warps in (4, 8)]
+    for units in (16, 32, 64):
+        many = replace(first, block_h=units, back_h=units)
+        fit = _fits(problem, device, many.forward, layers, False) and _fits(problem, device, many.backward, 1, True)
+        tried += [many] if fit and units < padded(problem.hidden) else []
+    tried += [replace(first, block_k=columns) for columns in (64, 128) if columns < first.block_k]
+    tried += [replace(first, wavefront=0)] if first.wavefront else []
+    yield from dict.fromkeys(chosen.pairs for chosen in tried)
 
 
 def padded(size: int) -> int:
@@ -144,36 +139,43 @@ def shared_bytes(problem: Problem, tiles: Tiles, matrices: int, backward: bool) 
 
 
 def _fits(problem: Problem, device: Device, tiles: Tiles, matrices: int, backward: bool) -> bool:
-    parts = -(-problem.hidden // tiles[0])
+    """All programs that wait for each other run at once, and have what they need of shared memory."""
+    parts = -(-problem.hidden // tiles.block_h)
     jobs = problem.layers if matrices > 1 else problem.directions
     enough = parts * jobs <= device.processors or (parts == 1 and matrices == 1)
-    return enough and shared_bytes(problem, tiles, matrices, backward) <= device.shared_bytes
+    # AMD's compiler keeps W of the backward pass in registers, and has room for about half as much there
+    limit = device.shared_bytes // 2 if device.exact_float32 and backward else device.shared_bytes
+    return enough and shared_bytes(problem, tiles, matrices, backward) <= limit
 
 
-def _tiles(problem: Problem, device: Device, cores: bool, spread: bool, backward: bool) -> Tiles:
-    """Tile sizes of one pass. `spread`: on several programs, whatever the size."""
-    units, matrices = problem.hidden, 2 if spread else 1
-    plain = GATES[problem.mode] == 1
-    if not cores:
-        return Tiles(16 if not plain or backward else 64, 16, 16, 0, 4)
-    if units <= SINGLE and not spread:
-        size = padded(units)
-        alone = Tiles(size, 16, size, 1, 4 if size <= 32 else size // 8)
-        if _fits(problem, device, alone, 1, backward):
+def _tiles(problem: Problem, device: Device, tf32: bool, matrices: int, backward: bool) -> Tiles:
+    """Tile sizes of one pass, of programs that hold one matrix, or in a wavefront two."""
+    units, size = problem.hidden, padded(problem.hidden)
+    plain = GATES[problem.mode] == 1 and not backward  # one row of W for each unit
+    if problem.dtype == "float32" and not tf32 and not device.exact_float32:
+        block_h = 64 if plain else 16
+        return Tiles(block_h, 16, 32, 0, 8) if backward else Tiles(block_h, 16, 16 * matrices, 0, 4)
+    if units <= SINGLE:
+        alone = Tiles(size, 16, size, 1, max(4, size // (16 if backward else 8)))
+        if _fits(problem, device, alone, matrices, backward):
             return alone
-    block_k = min((256, 128, 64), key=lambda k: (-(-units // k) * k, -k))
-    block_k = min(block_k, padded(units))
-    for block_h in (16, 32, 64, 128):
-        if plain and not backward and block_h < 64 and units >= 64:
-            continue
-        tiles = Tiles(block_h, 16, block_k, 1, 8 if block_h > 32 or units > 512 else 4)
+    # the fewest columns past H; the backward pass has four products at once
+    block_k = 64 if backward else min((256, 128, 64), key=lambda k: (-(-units // k) * k, -k))
+    sizes = (64, 128) if plain and units >= 64 else (16, 32, 64, 128)
+    for block_h in sizes:
+        tiles = Tiles(block_h, 16, min(block_k, size), 1, 8 if backward or block_h > 32 or units > 512 else 4)
         if _fits(problem, device, tiles, matrices, backward):
             return tiles
-    for block_h in (16, 32, 64, 128):
-        tiles = Tiles(block_h, 16, 64, 0, 4)
-        if -(-units // block_h) * problem.directions <= device.processors:
-            return tiles
-    return Tiles(16, 16, 64, 0, 4)
+    streamed = [Tiles(block_h, 16, 64, 0, 8) for block_h in sizes]
+    return next((tiles for tiles in streamed if _fits(problem, device, tiles, matrices, backward)), streamed[0])
+
+
+def _steps_in_turn(problem: Problem, device: Device, tiles: Tiles, wavefront: bool) -> int:
+    """How many steps of the forward pass come after each other."""
+    parts, blocks = -(-problem.hidden // tiles.block_h), -(-problem.batch // tiles.block_b)
+    jobs = problem.layers if wavefront else problem.directions
+    rounds = -(-blocks // max(1, device.processors // (parts * jobs)))
+    return rounds * (problem.steps + problem.layers - 1 if wavefront else problem.steps * problem.layers)
 
 
 def _checked(problem: Problem, chosen: Configuration, given: Mapping[str, int]) -> Configuration:
