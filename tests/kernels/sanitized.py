@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from perfkit.kernels.conv2d import cases, conv2d
 from perfkit.quantization.torch_rnn_int8 import quantize_rnn
 
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
@@ -23,6 +24,22 @@ def rnn_int8():
             yield
 
 
+def conv2d_and_gradients():
+    chunked = cases.Case(2, 16, 40, 43, 5, (3, 3), {"activation": "relu", "pool": 2, "padding": 1})
+    for case in (*cases.CASES, chunked):
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(case.image, dtype=dtype).to(memory_format=layout).requires_grad_()
+                weight, bias = (
+                    torch.randn(size, dtype=dtype, requires_grad=True) for size in (case.weight, case.outputs)
+                )
+                y = conv2d(x, weight, bias if case.bias else None, **case.options, implementation="cpu")
+                y.sum().backward()
+                with torch.no_grad():
+                    conv2d(x, weight, bias if case.bias else None, **case.options, implementation="cpu")
+            yield
+
+
 def main():
-    count = sum(1 for kernel in (rnn_int8,) for _ in kernel())
+    count = sum(1 for kernel in (rnn_int8, conv2d_and_gradients) for _ in kernel())
     print(count, "cases, all of their calls under AddressSanitizer")

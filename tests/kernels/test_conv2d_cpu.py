@@ -1,0 +1,153 @@
+"""The CPU kernel of conv2d itself: threads, chunks, rounding, numbers that are none, other instruction sets."""
+
+import dataclasses
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from perfkit.kernels import _native  # noqa: E402 - after the skip
+from perfkit.kernels.conv2d import cases, cpu_kernel, reference, torch_op  # noqa: E402
+from perfkit.measure._hardware import cpu  # noqa: E402
+
+if _native.find_compiler() is None:
+    pytest.skip("no C++ compiler is installed", allow_module_level=True)
+
+
+def problem_of(case, tensors):
+    """The case's, for training."""
+    given = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "activation": None, "pool": None} | case.options
+    return torch_op.problem_of(*tensors, torch_op.options(**given), True)
+
+
+def run(made, x, weight, bias, d_y=None):
+    """y, d_x, d_weight, d_bias; what comes back is all ones unless given."""
+    y, argmax = cpu_kernel.forward(made, x, weight, bias)
+    d_y = torch.ones_like(y) if d_y is None else d_y
+    return y, *cpu_kernel.backward(made, x, weight, argmax, d_y, (True, True, True))
+
+
+def expected(made, x, weight, bias, d_y=None):
+    """The same by the reference in float64, on the same numbers."""
+    wide = [None if each is None else each.double().requires_grad_() for each in (x, weight, bias)]
+    x, weight, bias = wide
+    made = dataclasses.replace(made, dtype="float64")
+    y = reference.conv2d(made, x.permute(0, 2, 3, 1), weight.permute(2, 3, 1, 0), bias).permute(0, 3, 1, 2)
+    there = [each for each in wide if each is not None]
+    d_y = torch.ones_like(y) if d_y is None else d_y.double()
+    found = iter(torch.autograd.grad(y, there, d_y))
+    return y.detach(), *(None if each is None else next(found) for each in wide)
+
+
+def whole(case, layout=torch.contiguous_format):
+    x, *rest = (None if each is None else torch.from_numpy(each) for each in cases.whole(case))
+    return x.to(memory_format=layout), *rest
+
+
+def assert_equal(found, wanted):
+    for each, other in zip(found, wanted, strict=True):
+        if other is None:
+            assert each is None
+        else:
+            torch.testing.assert_close(each, other.to(each.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+CHUNKED = (
+    cases.Case(1, 64, 7, 140, 3, (3, 3), {"activation": "relu", "pool": 2}),
+    cases.Case(2, 16, 40, 43, 5, (3, 3), {"activation": "relu", "pool": 2, "padding": 1}),
+    cases.Case(1, 24, 30, 260, 3, (5, 3), {"padding": (2, 1)}, bias=False),
+    cases.Case(1, 16, 65, 61, 3, (3, 3), {"stride": 2, "pool": 3, "groups": 1}),
+)
+"""More than a processor's cache is taken to hold: parts of rows, and several rows, at a time."""
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("case", CHUNKED, ids=lambda case: case.name)
+def test_large_images_are_done_in_chunks(case, layout):
+    tensors = whole(case, layout)
+    made = problem_of(case, tensors)
+    assert_equal(run(made, *tensors), expected(made, *tensors))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+def test_any_number_of_threads_gives_the_same_bits(batch, threads):
+    torch.manual_seed(0)
+    case = cases.Case(batch, 9, 70, 45, 21, (3, 3), {"activation": "relu", "pool": 2})
+    tensors = torch.randn(case.image), torch.randn(case.weight), torch.randn(case.outputs)
+    made, d_y = problem_of(case, tensors), None
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        y, argmax = cpu_kernel.forward(made, *tensors)
+        d_y = torch.randn_like(y) if d_y is None else d_y
+        found.append((y, argmax, *cpu_kernel.backward(made, *tensors[:2], argmax, d_y, (True, True, True))))
+    assert made.batch * made.outputs * math.prod(made.out_size) * made.pool**2 * made.taps > 3 << 20  # worth 3 threads
+    for other in found[1:]:
+        assert_equal(other, found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [cases.CASES[1], cases.CASES[3], cases.CASES[8]], ids=lambda case: case.name)
+def test_rounding(case, dtype):
+    """A float32 sum of n terms is within n 2^-24 of the sum of their magnitudes; then it is rounded once to x's dtype.
+
+    bfloat16 has eight bits. The largest of a window is as close as the largest bound in it.
+    """
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(size).to(dtype) for size in (case.image, case.weight, case.outputs))
+    bias = bias if case.bias else None
+    made = problem_of(case, (x, weight, bias))
+    y, _ = cpu_kernel.forward(made, x, weight, bias)
+    wanted = expected(made, x, weight, bias)[0]
+    magnitude = expected(made, x.abs(), weight.abs(), None if bias is None else bias.abs())[0]
+    last = 2.0**-8 if dtype == torch.bfloat16 else 0.0
+    bound = (made.taps + 1) * 2.0**-24 * magnitude
+    assert ((y.double() - wanted).abs() <= bound + last * (wanted.abs() + bound)).all()
+
+
+def test_what_is_no_number():
+    """As in the framework's layers: NaN beats all, its gradient passes; infinities are numbers."""
+    case = cases.Case(1, 1, 8, 34, 3, (1, 1), {"activation": "relu", "pool": 2})
+    x, weight, bias = whole(case)
+    x[0, 0, 0, ::5] = math.nan
+    x[0, 0, 3, ::3] = math.inf
+    x[0, 0, 4, ::3] = -math.inf
+    x[0, 0, 6:8, :4] = -math.inf
+    weight[:] = torch.tensor([1.0, -2.0, 3.0]).view(3, 1, 1, 1)
+    made = problem_of(case, (x, weight, bias))
+    inputs = [each.clone().requires_grad_() for each in (x, weight, bias)]
+    y = torch.nn.functional.max_pool2d(torch.nn.functional.conv2d(*inputs).relu(), 2)
+    wanted = y.detach(), *torch.autograd.grad(y.where(y.isfinite() | y.isnan(), 0).sum(), inputs)
+    d_y = (y.isfinite() | y.isnan()).float()
+    assert y.isnan().any()
+    assert y.isinf().any()
+    assert_equal(run(made, x, weight, bias, d_y), wanted)
+    unsaved, _ = cpu_kernel.forward(dataclasses.replace(made, needs_grad=False), x, weight, bias)
+    assert_equal([unsaved], [wanted[0]])
+
+
+@pytest.mark.skipif("avx512f" not in cpu()[1], reason="a CPU without AVX-512, which runs that code in every test here")
+def test_without_avx512(tmp_path, monkeypatch):
+    source = tmp_path / "variant" / "cpu_kernel.cpp"
+    source.parent.mkdir()
+    source.write_text(f'#undef __AVX512F__\n#include "{cpu_kernel.SOURCE}"\n')
+    monkeypatch.setattr(cpu_kernel, "SOURCE", source)
+    for cached in (cpu_kernel.library, cpu_kernel.caller):
+        cached.cache_clear()
+    try:
+        for case in (*cases.CASES[:6], CHUNKED[0]):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                tensors = whole(case, layout)
+                made = problem_of(case, tensors)
+                assert_equal(run(made, *tensors), expected(made, *tensors))
+    finally:
+        for cached in (cpu_kernel.library, cpu_kernel.caller):
+            cached.cache_clear()
