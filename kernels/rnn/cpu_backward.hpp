@@ -161,10 +161,7 @@ class Backward {
             each_panel<1, V>(0, blocks_of(H_), [&](auto vectors, i64 block) INLINE_LAMBDA {
                 constexpr int N = decltype(vectors)::value;
                 float* to = &d_h[block * L];
-                product<N>(way.hh.panel(block), way.hh.columns, hidden, stride, there, tiles_, to, padded_,
-                           [&](i64 b, const Floats* sums) INLINE_LAMBDA {
-                               for (int n = 0; n < N; ++n) store(to + b * padded_ + n * L, sums[n]);
-                           });
+                product<N>(way.hh.panel(block), way.hh.columns, hidden, stride, there, tiles_, to, padded_, to, padded_);
             });
             filled += there;
         }
@@ -226,16 +223,17 @@ class Backward {
     void flush(Line& line, const Direction& way, const Array<Operand>& gates, i64 stride, const std::vector<Data*>& targets,
                i64& filled, i64 steps) {
         const float nothing[V * L] = {};
+        const Array<float> found(filled * V * L);
         if (way.d_x.data)
             each_panel<1, V>(0, blocks_of(way.inputs), [&](auto vectors, i64 block) INLINE_LAMBDA {
                 constexpr int N = decltype(vectors)::value;
-                product<N>(way.ih.panel(block), way.ih.columns, gates.data(), stride, filled, tiles_, nothing, 0,
-                           [&](i64 row, const Floats* sums) INLINE_LAMBDA {
-                               for (int n = 0; n < N; ++n) {
-                                   const i64 unit = (block + n) * L;
-                                   put(targets[row] + unit, sums[n], way.inputs - unit);
-                               }
-                           });
+                product<N>(way.ih.panel(block), way.ih.columns, gates.data(), stride, filled, tiles_, nothing, 0, found.data(),
+                           N * L);
+                for (i64 row = 0; row < filled; ++row)
+                    for (int n = 0; n < N; ++n) {
+                        const i64 unit = (block + n) * L;
+                        put(targets[row] + unit, load<Floats>(&found[(row * N + n) * L]), way.inputs - unit);
+                    }
             });
         filled = 0;
         line.done.store(steps, std::memory_order_release);

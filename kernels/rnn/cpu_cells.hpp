@@ -60,7 +60,7 @@ INLINE Floats tanh(Floats x) {
 // A cell has G gates and keeps S numbers of a unit and step for the backward pass.
 //
 // step: a[g] is the g-th gate before its function, both parts and their biases; but for GRU's n, of which a[2] is the
-// hidden part and n_input the input part. h is the unit's state before (GRU alone), c its cell, updated. Returns its new
+// hidden part and a[3] the input part. h is the unit's state before (GRU alone), c its cell, updated. Returns its new
 // state. With SAVE, saved[s] gets what the backward pass needs.
 //
 // back: dh and dc are gradients of the unit's states after the step; dc and `through`, the part of dh that reaches the
@@ -73,7 +73,7 @@ struct Lstm {
     static constexpr bool CELLS = true, GRU = false;
 
     template <bool SAVE, bool E>
-    static INLINE Floats step(const Floats* a, Floats, Floats, Floats& c, Floats* saved) {
+    static INLINE Floats step(const Floats* a, Floats, Floats& c, Floats* saved) {
         if constexpr (SAVE) {
             saved[0] = sigmoid<E>(a[0]), saved[1] = sigmoid<E>(a[1]);
             saved[2] = tanh<E>(a[2]), saved[3] = sigmoid<E>(a[3]);
@@ -105,8 +105,8 @@ struct Gru {
     static constexpr bool CELLS = false, GRU = true;
 
     template <bool SAVE, bool E>
-    static INLINE Floats step(const Floats* a, Floats n_input, Floats h, Floats&, Floats* saved) {
-        const Floats r = sigmoid<E>(a[0]), z = sigmoid<E>(a[1]), n = tanh<E>(n_input + r * a[2]);
+    static INLINE Floats step(const Floats* a, Floats h, Floats&, Floats* saved) {
+        const Floats r = sigmoid<E>(a[0]), z = sigmoid<E>(a[1]), n = tanh<E>(a[3] + r * a[2]);
         if constexpr (SAVE) saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = a[2];
         return n + z * (h - n);
     }
@@ -127,7 +127,7 @@ struct Rnn {
     static constexpr bool CELLS = false, GRU = false;
 
     template <bool SAVE, bool E>
-    static INLINE Floats step(const Floats* a, Floats, Floats, Floats&, Floats*) {
+    static INLINE Floats step(const Floats* a, Floats, Floats&, Floats*) {
         return RELU ? at_least(Floats{}, a[0]) : tanh<E>(a[0]);
     }
     template <bool E>

@@ -44,10 +44,7 @@ int run_call(const Call& call) {
 template <class Cell, class Data, class Operand>
 struct RunForward {
     static int run(const PerfkitRnnForward& call) {
-        if (call.stack.gates)
-            Forward<Cell, Data, Operand, true>(call, have_tiles()).run();
-        else
-            Forward<Cell, Data, Operand, false>(call, have_tiles()).run();
+        Forward<Cell, Data, Operand>(call, have_tiles()).run();
         return 0;
     }
 };

@@ -15,7 +15,7 @@ struct ForwardDirection {
     Rows<Data> out;
 };
 
-template <class Cell, class Data, class Operand, bool SAVE>
+template <class Cell, class Data, class Operand>
 class Forward {
     static constexpr int G = Cell::G, S = Cell::S, V = Cell::PANEL;
     static constexpr bool E = EXACT<Data>;
@@ -208,8 +208,9 @@ class Forward {
             for (i64 row = 0; step < end; ++step) {
                 const i64 t = time(step), there = order_.there(t, line.first, line.last);
                 const i64 staying = step + 1 < T ? order_.there(time(step + 1), line.first, line.last) : 0;
+                const auto one_step = p_.gates ? &Forward::one_step<true> : &Forward::one_step<false>;
                 line.phase(phase++, mine, failed_, [&](i64 part) {
-                    one_step(line, space, part, step % 2, t, row, there, std::min(staying, there));
+                    (this->*one_step)(line, space, part, step % 2, t, row, there, std::min(staying, there));
                 });
                 row += there;
                 advance(line, step + 1);
@@ -239,10 +240,9 @@ class Forward {
                 std::memset(static_cast<void*>(out.at(t, order_.place(t, b))), 0, H_ * sizeof(Data));
     }
 
-    template <class Body>
-    void panels_of(i64 part, Body body) const {
+    std::pair<i64, i64> blocks_of_part(i64 part) const {
         const i64 parts = plan_.parts;
-        each_panel<G, V>(panels_ * part / parts * V, std::min(blocks_, panels_ * (part + 1) / parts * V), body);
+        return {panels_ * part / parts * V, std::min(blocks_, panels_ * (part + 1) / parts * V)};
     }
 
     // The input's parts of the gates of steps [first, last).
@@ -255,60 +255,70 @@ class Forward {
             for (i64 b = 0; b < there; ++b, ++rows)
                 copy_row(&x[rows * space.x_stride], way.x.at(t, order_.place(t, line.first + b)), way.inputs, space.x_stride);
         }
-        panels_of(part, [&](auto vectors, i64 block) INLINE_LAMBDA {
+        const auto [from, to] = blocks_of_part(part);
+        each_panel<G, V>(from, to, [&](auto vectors, i64 block) INLINE_LAMBDA {
             constexpr int N = decltype(vectors)::value;
-            float* to = &space.sums[block / V * space.chunk * WIDTH];
-            float bias[N * L];
-            std::memcpy(bias, &way.bias[block * KEPT * L], sizeof bias);
-            if (Cell::GRU) std::memcpy(bias + 2 * L, &way.bias[(block * KEPT + 3) * L], L * sizeof(float));
-            product<N>(way.ih.panel(block), way.ih.columns, x.data(), space.x_stride, rows, tiles_, bias, 0,
-                       [&](i64 row, const Floats* sums) INLINE_LAMBDA {
-                           float* at = to + row * WIDTH;
-                           for (int n = 0; n < N; ++n) store(at + (Cell::GRU && n == 2 ? 3 : n) * L, sums[n]);
-                           if (Cell::GRU) store(at + 2 * L, load<Floats>(&way.bias[(block * KEPT + 2) * L]));
-                       });
+            float* sums = &space.sums[block / V * space.chunk * WIDTH];
+            const float* bias = &way.bias[block * KEPT * L];
+            float of_input[N * L];
+            std::memcpy(of_input, bias, sizeof of_input);
+            if constexpr (Cell::GRU) std::memcpy(of_input + 2 * L, bias + 3 * L, L * sizeof(float));
+            product<N>(way.ih.panel(block), way.ih.columns, x.data(), space.x_stride, rows, tiles_, of_input, 0, sums, WIDTH);
+            if constexpr (Cell::GRU)
+                for (float* row = sums; row < sums + rows * WIDTH; row += WIDTH)
+                    store(row + 3 * L, load<Floats>(row + 2 * L)), store(row + 2 * L, load<Floats>(bias + 2 * L));
         });
     }
 
     // The rows [0, there) of the line at time t; `row` is where their input parts begin. The states of those from
     // `staying` on are final.
+    template <bool SAVE>
     void one_step(const Line& line, const Space& space, i64 part, i64 turn, i64 t, i64 row, i64 there, i64 staying) {
         const i64 W = line.layer * p_.directions + line.way, rows = line.last - line.first;
         const auto& way = ways_[W];
         const Array<Operand>&before = space.h[turn], &after = space.h[1 - turn];
-        panels_of(part, [&](auto vectors, i64 panel) INLINE_LAMBDA {
+        const auto sums_of = [&](i64 panel) { return &space.sums[(panel / V * space.chunk + row) * WIDTH]; };
+        const auto multiply = [&](auto vectors, i64 panel) INLINE_LAMBDA {
             constexpr int N = decltype(vectors)::value;
-            const float* parts = &space.sums[(panel / V * space.chunk + row) * WIDTH];
-            product<N>(way.hh.panel(panel), way.hh.columns, before.data(), space.h_stride, there, tiles_, parts, WIDTH,
-                       [&](i64 b, const Floats* sums) INLINE_LAMBDA {
-                           const i64 place = order_.place(t, line.first + b), at = t * order_.step + place;
-                           for (int v = 0; v < N / G; ++v) {
-                               const i64 block = panel + v, unit = block * L, width = H_ - unit;
-                               float* c_at = Cell::CELLS ? &space.c[(block * rows + b) * L] : nullptr;
-                               float* state = STATE ? &space.state[(block * rows + b) * L] : nullptr;
-                               Floats c{}, h_before{}, saved[S];
-                               if constexpr (Cell::CELLS) c = load<Floats>(c_at);
-                               if constexpr (Cell::GRU)
-                                   h_before = STATE ? load<Floats>(state) : get(&before[b * space.h_stride + unit]);
-                               const Floats n_input = Cell::GRU ? load<Floats>(parts + b * WIDTH + 3 * L) : Floats{};
-                               const Floats h = Cell::template step<SAVE, E>(sums + v * G, n_input, h_before, c, saved);
-                               if constexpr (Cell::CELLS) store(c_at, c);
-                               if constexpr (STATE) store(state, h);
-                               put(&after[b * space.h_stride + unit], h);
-                               put(way.out.at(t, place) + unit, h, width);
-                               if constexpr (SAVE && S > 1) {
-                                   Data* gates = static_cast<Data*>(p_.gates) + (W * order_.stored + at) * S * H_ + unit;
-                                   for (int s = 0; s < S; ++s) put(gates + s * H_, saved[s], width);
-                                   if (Cell::CELLS) put(p_.cells + (W * order_.stored + at) * H_ + unit, c, width);
-                               }
-                               if (b >= staying) {
-                                   const i64 state_at = (W * p_.batch + order_.order[line.first + b]) * H_ + unit;
-                                   put(static_cast<Data*>(call_.hn) + state_at, h, width);
-                                   if (Cell::CELLS) put(static_cast<Data*>(call_.cn) + state_at, c, width);
-                               }
-                           }
-                       });
-        });
+            float* sums = sums_of(panel);
+            product<N>(way.hh.panel(panel), way.hh.columns, before.data(), space.h_stride, there, tiles_, sums, WIDTH, sums,
+                       WIDTH);
+        };
+        const auto finish = [&](i64 block, i64 b) INLINE_LAMBDA {
+            const i64 place = order_.place(t, line.first + b), at = W * order_.stored + t * order_.step + place;
+            const i64 unit = block * L, width = H_ - unit, own = (block * rows + b) * L;
+            const float* from = sums_of(block) + b * WIDTH + block % V * KEPT * L;
+            Floats a[KEPT], c{}, h_before{}, saved[S];
+            for (int g = 0; g < KEPT; ++g) a[g] = load<Floats>(from + g * L);
+            if constexpr (Cell::CELLS) c = load<Floats>(&space.c[own]);
+            if constexpr (Cell::GRU)
+                h_before = STATE ? load<Floats>(&space.state[own]) : get(&before[b * space.h_stride + unit]);
+            const Floats h = Cell::template step<SAVE, E>(a, h_before, c, saved);
+            if constexpr (Cell::CELLS) store(&space.c[own], c);
+            if constexpr (STATE) store(&space.state[own], h);
+            put(&after[b * space.h_stride + unit], h);
+            put(way.out.at(t, place) + unit, h, width);
+            if constexpr (SAVE && S > 1) {
+                Data* gates = static_cast<Data*>(p_.gates) + at * S * H_ + unit;
+                for (int s = 0; s < S; ++s) put(gates + s * H_, saved[s], width);
+                if (Cell::CELLS) put(p_.cells + at * H_ + unit, c, width);
+            }
+            if (b >= staying) {
+                const i64 state = (W * p_.batch + order_.order[line.first + b]) * H_ + unit;
+                put(static_cast<Data*>(call_.hn) + state, h, width);
+                if (Cell::CELLS) put(static_cast<Data*>(call_.cn) + state, c, width);
+            }
+        };
+        // Gates are long chains of operations: the processor needs some at a time to have something to do meanwhile. With
+        // few rows those of all units come after all products.
+        const auto [first, last] = blocks_of_part(part);
+        const i64 group = there < 8 ? last - first : V;
+        for (i64 from = first; from < last; from += group) {
+            const i64 to = std::min(from + group, last);
+            each_panel<G, V>(from, to, multiply);
+            for (i64 block = from; block < to; ++block)
+                for (i64 b = 0; b < there; ++b) finish(block, b);
+        }
     }
 
     const PerfkitRnnForward& call_;

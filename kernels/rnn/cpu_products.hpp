@@ -153,11 +153,11 @@ void pack_transpose(const Matrix<Operand, 1, V>& to, i64 block, const Data* w, i
 template <int N>
 constexpr int MOST_ROWS = (REGISTERS - 1) / (N + 1) < 8 ? (REGISTERS - 1) / (N + 1) : 8;
 
-// sums[r][n] = the n-th vector of row r of `starts`, plus the product of row r of x with the n-th vector of the panel w. Not
-// inlined: what the code around it keeps in registers would leave too few for the sums.
+// Sums are rows of N vectors; row r becomes that of `starts` plus the product of row r of x with the panel w. They may lie
+// where the starts are. Not inlined: what the code around it keeps in registers would leave too few for the sums.
 template <int R, int N, class Operand>
 __attribute__((noinline)) void dot(const Operand* x, i64 stride, const Operand* w, i64 columns, const float* starts,
-                                   i64 starts_stride, Floats (*sums)[N]) {
+                                   i64 starts_stride, float* sums, i64 sums_stride) {
     // Few sums are made of several chains each: every product would wait for the last one's result.
     constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 3 ? 2 : 8 / (R * N);
     constexpr int P = PAIR<Operand>;
@@ -179,7 +179,7 @@ __attribute__((noinline)) void dot(const Operand* x, i64 stride, const Operand* 
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) {
             for (int chain = 1; chain < CHAINS; ++chain) found[0][r][n] += found[chain][r][n];
-            sums[r][n] = found[0][r][n];
+            store(sums + r * sums_stride + n * L, found[0][r][n]);
         }
 }
 
@@ -209,9 +209,10 @@ class TileShape {
 
 // The same for 16 rows, of which `rows` are wanted.
 template <int N>
-__attribute__((noinline)) void dot_tiles(const Bf16* x, i64 stride, const Bf16* w, i64 columns, const float* starts,
-                                         i64 starts_stride, i64 rows, Floats (*sums)[N]) {
+__attribute__((noinline)) void dot_tiles(i64 rows, const Bf16* x, i64 stride, const Bf16* w, i64 columns,
+                                         const float* starts, i64 starts_stride, float* sums, i64 sums_stride) {
     static_assert(N <= 4 && L == TILE);
+    alignas(64) float found[TILE][N][L];
     _tile_zero(0);
     if constexpr (N > 1) _tile_zero(1);
     if constexpr (N > 2) _tile_zero(2);
@@ -234,12 +235,14 @@ __attribute__((noinline)) void dot_tiles(const Bf16* x, i64 stride, const Bf16* 
             _tile_dpbf16ps(3, 4, 5);
         }
     }
-    _tile_stored(0, &sums[0][0], N * 64);
-    if constexpr (N > 1) _tile_stored(1, &sums[0][1], N * 64);
-    if constexpr (N > 2) _tile_stored(2, &sums[0][2], N * 64);
-    if constexpr (N > 3) _tile_stored(3, &sums[0][3], N * 64);
+    _tile_stored(0, &found[0][0], N * 64);
+    if constexpr (N > 1) _tile_stored(1, &found[0][1], N * 64);
+    if constexpr (N > 2) _tile_stored(2, &found[0][2], N * 64);
+    if constexpr (N > 3) _tile_stored(3, &found[0][3], N * 64);
     for (i64 r = 0; r < rows; ++r)
-        for (int n = 0; n < N; ++n) sums[r][n] += load<Floats>(starts + r * starts_stride + n * L);
+        for (int n = 0; n < N; ++n)
+            store(sums + r * sums_stride + n * L,
+                  load<Floats>(found[r][n]) + load<Floats>(starts + r * starts_stride + n * L));
 }
 #else
 struct TileShape {
@@ -247,37 +250,28 @@ struct TileShape {
 };
 #endif
 
-// Calls use(row, sums) for each of `rows`, sums[n] as above. With `tiles` x has rows to the next multiple of 16; what is in
-// those that are not `rows` is not used.
-template <int N, class Operand, class Use>
-INLINE void product(const Operand* w, i64 columns, const Operand* x, i64 stride, i64 rows, bool tiles, const float* starts,
-                    i64 starts_stride, Use use) {
-    constexpr int MOST = MOST_ROWS<N>;
-    alignas(64) Floats sums[TILE][N];
-    for (i64 row = 0; row < rows;) {
-        const Operand* from = x + row * stride;
-        const float* start = starts + row * starts_stride;
-        const i64 left = rows - row;
-        i64 count = left >= MOST ? MOST : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+// The same for any number of rows. With `tiles` x has rows to the next multiple of 16; what is in those that are not `rows`
+// is not used.
+template <int N, class Operand>
+void product(const Operand* w, i64 columns, const Operand* x, i64 stride, i64 rows, bool tiles, const float* starts,
+             i64 starts_stride, float* sums, i64 sums_stride) {
+    const auto next = [&](auto run, i64 count) INLINE_LAMBDA {
+        run(x, stride, w, columns, starts, starts_stride, sums, sums_stride);
+        x += count * stride, starts += count * starts_stride, sums += count * sums_stride, rows -= count;
+    };
 #if TILES
-        if (PAIR<Operand> == 2 && tiles && left >= TILE / 2) {
-            count = std::min<i64>(left, TILE);
-            dot_tiles<N>(reinterpret_cast<const Bf16*>(from), stride, reinterpret_cast<const Bf16*>(w), columns, start,
-                         starts_stride, count, sums);
-        } else
+    if constexpr (PAIR<Operand> == 2)
+        while (tiles && rows >= TILE / 2) {
+            const i64 count = std::min<i64>(rows, TILE);
+            next([&](auto... rest) { dot_tiles<N>(count, rest...); }, count);
+        }
 #endif
-            if (count == MOST)
-            dot<MOST, N>(from, stride, w, columns, start, starts_stride, sums);
-        else if (count == 4)
-            dot<4, N>(from, stride, w, columns, start, starts_stride, sums);
-        else if (count == 2)
-            dot<2, N>(from, stride, w, columns, start, starts_stride, sums);
-        else
-            dot<1, N>(from, stride, w, columns, start, starts_stride, sums);
-        for (i64 r = 0; r < count; ++r) use(row + r, sums[r]);
-        row += count;
-    }
     (void)tiles;
+    constexpr int MOST = MOST_ROWS<N>;
+    while (rows >= MOST) next(dot<MOST, N, Operand>, MOST);
+    while (rows >= 4) next(dot<4, N, Operand>, 4);
+    while (rows >= 2) next(dot<2, N, Operand>, 2);
+    if (rows) next(dot<1, N, Operand>, 1);
 }
 
 // Calls body(vectors, block) for each panel of V blocks in [first, last), `vectors` a constant: G times its blocks.

@@ -36,12 +36,11 @@ inline bool tiles_are_right() {
         }
     };
     fill(x, TILE * K, 1), fill(w, K * N * L, 2);
-    alignas(64) Floats expected[TILE][N], found[TILE][N];
+    alignas(64) float expected[TILE][N * L], found[TILE][N * L];
     const float nothing[N * L] = {};
-    for (int row = 0; row < TILE; ++row)
-        dot<1, N>(x + row * K, K, w, K, nothing, 0, expected + row);
+    for (int row = 0; row < TILE; ++row) dot<1, N>(x + row * K, K, w, K, nothing, 0, expected[row], N * L);
     const TileShape shape(true);
-    dot_tiles<N>(x, K, w, K, nothing, 0, TILE, found);
+    dot_tiles<N>(TILE, x, K, w, K, nothing, 0, found[0], N * L);
     return std::memcmp(expected, found, sizeof found) == 0;
 }
 #endif
