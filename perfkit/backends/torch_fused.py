@@ -1,0 +1,169 @@
+"""perfkit's kernels in torch models: which layers get them, found by running the model once.
+
+A layer is swapped where, on the example inputs, a kernel of ours is picked for it; the others are told with the reason.
+Without example inputs every layer that could be is swapped, and each call picks its own implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from perfkit._report import Effect
+from perfkit._workload import Workload
+from perfkit.backends import torch_fused_conv as convolutions
+from perfkit.backends import torch_fused_rnn as recurrent
+from perfkit.backends.fused_layers import LEFT, UNKNOWN, Layer, effect
+from perfkit.backends.torch_regroup import Unreadable
+from perfkit.backends.torch_surgery import copied, derive
+from perfkit.kernels._op import trace
+
+if TYPE_CHECKING:
+    from perfkit.recipes.fused_kernels import FusedKernels
+
+_LAYERS = (nn.Conv2d, nn.RNNBase)
+
+
+@dataclass(kw_only=True)
+class Part(Layer):
+    """A layer, and the module that it is."""
+
+    name: str
+    module: nn.Module
+
+
+def fused(work: Workload, recipe: FusedKernels) -> tuple[Workload, Effect]:
+    """Swap, in place, the layers for which a kernel of ours is picked.
+
+    Raises:
+        InvalidInputError: a pattern of include or exclude matches no layer.
+    """
+    layers = {
+        name or type(module).__name__: Part(name=name, module=module)
+        for name, module in work.model.named_modules()
+        if isinstance(module, _LAYERS)
+    }
+    if not layers:
+        return work, effect(layers)
+    wanted = recipe.selected(layers)
+    for called, layer in layers.items():
+        layer.refused = _refusal(layer.module) if called in wanted else LEFT
+    owners = _watched(work, layers) if work.inputs is not None else _unwatched(work.model, layers)
+    _swap(work.model, layers, owners)
+    return work, effect(layers)
+
+
+def _refusal(module: nn.Module) -> str:
+    """Why a layer cannot be swapped, whatever it is called with; empty where it can."""
+    if isinstance(module, nn.RNNBase):
+        return recurrent.refusal(module) or ""
+    if not convolutions.may_begin(module):
+        return f"this {module._get_name()} has a forward of its own, which would be lost"
+    return ""
+
+
+def _watched(work: Workload, layers: dict[str, Part]) -> set[str]:
+    """Run a copy as it would be and note what runs where. Returns the modules whose groups run together."""
+    twin = copied(work.model)
+    parts = dict(twin.named_modules())
+    layer_of = {id(parts[layer.name]): layer for layer in layers.values() if not layer.refused}
+    owners: set[str] = set()
+
+    def watching(owner: str) -> Callable[[tuple, Any], Any]:
+        def run(links: tuple, x: Any) -> Any:
+            layer = layer_of.get(id(links[-1]))
+            if layer is None:
+                return convolutions.apart(links, x)
+            read = convolutions.reading(links, x)
+            if isinstance(read, str):
+                layer.misses[read] = None
+                return convolutions.apart(links, x)
+            with trace() as choices:
+                y = convolutions.together(links[-1], read, x)
+            if layer.saw(str(read), choices):
+                owners.add(owner)
+            return convolutions.apart(links[: read.rest], y)
+
+        return run
+
+    for name, (forward, _) in _rewritten(twin, layers, watching).items():
+        derive(twin.get_submodule(name), forward=forward)
+    for layer in layers.values():
+        if isinstance(layer.module, nn.RNNBase) and not layer.refused:
+            _watch_recurrent(parts[layer.name], layer)
+    with torch.random.fork_rng(), torch.set_grad_enabled(work.trains):
+        torch.manual_seed(work.seed)
+        twin(*work.inputs.args, **work.inputs.kwargs)
+    return owners
+
+
+def _watch_recurrent(module: nn.RNNBase, layer: Part) -> None:
+    recurrent.fuse(module)
+    forward = type(module).forward
+
+    def watched(self, input, hx=None):
+        with trace() as choices:
+            results = forward(self, input, hx)
+        if not choices:
+            layer.misses["the kernels do not take what it is called with"] = None
+        layer.saw(module._get_name(), choices)
+        return results
+
+    derive(module, forward=watched)
+
+
+def _unwatched(model: nn.Module, layers: dict[str, Part]) -> set[str]:
+    """Without inputs: everything that could be swapped is. Returns the modules whose groups run together."""
+    layer_of = {id(layer.module): layer for layer in layers.values() if not layer.refused}
+    rewritten = _rewritten(model, layers, lambda _: convolutions.group)
+    begun = [conv for _, convs in rewritten.values() for conv in convs]
+    for layer in layer_of.values():
+        if isinstance(layer.module, nn.RNNBase) or any(layer.module is conv for conv in begun):
+            layer.runs[UNKNOWN] = None
+    return set(rewritten)
+
+
+def _rewritten(
+    model: nn.Module, layers: dict[str, Part], run: Callable[[str], Callable[[tuple, Any], Any]]
+) -> dict[str, tuple[Callable, list[nn.Module]]]:
+    """By each module that calls convolutions in groups: its forward with those handed to `run(its name)`."""
+    callers: dict[str, list[Part]] = {}
+    for layer in layers.values():
+        if isinstance(layer.module, nn.Conv2d) and not layer.refused:
+            name = layer.name
+            while name:
+                name = name.rpartition(".")[0]
+                callers.setdefault(name, [])
+                if not isinstance(model.get_submodule(name), (nn.ModuleList, nn.ModuleDict)):
+                    break
+            callers[name].append(layer)
+    found = {}
+    for name, called in callers.items():
+        module = model.get_submodule(name)
+        kind = f"{type(module).__name__}.forward"
+        reason = f"nothing that could run together with it directly follows it in {kind}, or it is not called there"
+        try:
+            if rewritten := convolutions.rewritten(module, run(name)):
+                found[name] = rewritten
+        except Unreadable as error:
+            reason = f"{kind}: {error}"
+        for layer in called:
+            layer.unseen = reason
+    return found
+
+
+def _swap(model: nn.Module, layers: dict[str, Part], owners: set[str]) -> None:
+    for layer in layers.values():
+        if layer.why_not:
+            continue
+        if isinstance(layer.module, nn.RNNBase):
+            recurrent.fuse(layer.module)
+        else:
+            convolutions.fuse(layer.module)
+    for name, (forward, _) in _rewritten(model, layers, lambda _: convolutions.group).items():
+        if name in owners:
+            derive(model.get_submodule(name), forward=forward)

@@ -1,0 +1,325 @@
+"""Convolutions with the batch norm, ReLU and max-pool that follow them, as one call of `perfkit.kernels.conv2d`.
+
+Where a module calls a convolution, its forward hands over what follows as one group (`torch_regroup.py`; the forward of
+`nn.Sequential` is known). A group looks at what it was given each time it runs: what it knows runs together, anything
+else (hooks, a norm that trains, another padding, a module that was replaced since) as it was written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
+
+from perfkit.backends.torch_regroup import METHODS, Unreadable, regrouped
+from perfkit.backends.torch_surgery import derive
+from perfkit.kernels.conv2d import conv2d
+
+FUSES = "_perfkit_fuses"
+"""Marks the classes of the convolutions whose groups run together."""
+
+_ROOMS = tuple(f"perfkit.{room}." for room in ("backends", "recipes", "quantization", "pruning"))
+FOLDED = "_perfkit_folded"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", "cuda")
+_RELU = (F.relu, F.relu_, torch.relu, torch.relu_, *METHODS.values())
+_POOL = (F.max_pool2d, torch.max_pool2d)
+_POOL_OPTIONS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_GLOBAL_HOOKS = [getattr(all_modules, name) for name in vars(all_modules) if name.startswith("_global_") and
+                 name.endswith("_hooks")]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What of a group runs together.
+
+    Args:
+        norm: the batch norm to fold into the weights.
+        activation, pool: as `conv2d` takes them.
+        rest: how many of the outermost links are left to run after it.
+    """
+
+    norm: nn.BatchNorm2d | None
+    activation: str | None
+    pool: int | None
+    rest: int
+
+    def __str__(self) -> str:
+        parts = ["batch norm"] * (self.norm is not None) + ["ReLU"] * (self.activation is not None)
+        return " + ".join(["conv", *parts, *([f"{self.pool}×{self.pool} max-pool"] if self.pool else [])])
+
+
+def may_begin(thing: Any) -> bool:
+    return isinstance(thing, nn.Conv2d) and type(thing).forward is nn.Conv2d.forward
+
+
+def may_follow(thing: Any) -> bool:
+    return type(thing) in _MODULES or (callable(thing) and not isinstance(thing, nn.Module) and _is_in(thing, _KNOWN))
+
+
+def group(links: tuple, x: Any) -> Any:
+    """Run the links, outermost first, on `x`: together what can be, if the first convolution is marked `FUSES`."""
+    conv = links[-1]
+    if getattr(type(conv), FUSES, False) and not isinstance(read := reading(links, x), str):
+        x = together(conv, read, x)
+        links = links[: read.rest]
+    return apart(links, x)
+
+
+def apart(links: tuple, x: Any) -> Any:
+    """Run the links as they were written."""
+    for link in reversed(links):
+        x = link[0](x, *link[1], **link[2]) if isinstance(link, tuple) else link(x)
+    return x
+
+
+def reading(links: tuple, x: Any) -> Group | str:
+    """What of a group can run together on `x`; or why nothing can."""
+    conv = links[-1]
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.dtype not in DTYPES or x.device.type not in DEVICES:
+        return "it was not called on a batch of float images on CPU or CUDA"
+    if x.dtype != conv.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"its weight is {_short(conv.weight.dtype)} and its input {_short(x.dtype)}"
+    if not x.numel():
+        return "its input is empty"
+    if conv.padding_mode != "zeros":
+        return f"it pads with padding_mode={conv.padding_mode!r}, and the kernel with zeros"
+    if hooked(conv):
+        return "it has hooks, which see the convolution's own output"
+    norm = activation = pool = None
+    at, why = len(links) - 1, ""
+    while at:
+        link = links[at - 1]
+        kind, given = _step(link)
+        if kind == "norm" and norm is activation is pool is None:
+            norm = link
+        elif kind == "relu" and activation is None:
+            activation = "relu"
+        elif kind == "pool" and pool is None:
+            pool = given
+        else:
+            why = given if kind == "no" else ""
+            break
+        at -= 1
+    if norm is activation is pool is None:
+        return why or "nothing that follows it runs in the kernel"
+    return Group(norm, activation, pool, at)
+
+
+def together(conv: nn.Conv2d, read: Group, x: Tensor) -> Tensor:
+    """What a group computes, by one call."""
+    weight, bias = conv.weight, conv.bias
+    if read.norm is not None:
+        weight, bias = folded(conv, read.norm)
+    return conv2d(
+        x,
+        weight,
+        bias,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        activation=read.activation,
+        pool=read.pool,
+    )
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether anything else than its forward runs when it is called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or any(_GLOBAL_HOOKS)
+    )
+
+
+def _step(link: Any) -> tuple[str, Any]:
+    """What a link is: "relu", "pool" and its size, "norm", or "no" and why."""
+    if (read := _MODULES.get(type(link))) is not None:
+        return ("no", f"the {type(link).__name__} behind it has hooks") if hooked(link) else read(link)
+    function, arguments, options = link if isinstance(link, tuple) else (link, (), {})
+    if _is_in(function, _RELU):
+        return "relu", None
+    if _is_in(function, _POOL):
+        options = dict(zip(_POOL_OPTIONS, arguments, strict=False)) | dict(options)
+        return _pool(**options) if options.keys() <= set(_POOL_OPTIONS) else ("no", "its max-pool has other options")
+    return "no", "what follows it is no ReLU, max-pool or batch norm"
+
+
+def _is_in(function: Any, functions: tuple) -> bool:
+    return any(function is one for one in functions)
+
+
+def _pool(
+    kernel_size: Any = None,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> tuple[str, Any]:
+    size, step = _pair(kernel_size), _pair(kernel_size if stride is None or stride == () else stride)
+    if size != step or size[0] != size[1] or _pair(padding) != (0, 0) or _pair(dilation) != (1, 1):
+        return "no", "the max-pool behind it overlaps, pads, is dilated or not square"
+    if ceil_mode or return_indices:
+        return "no", "the max-pool behind it rounds its size up or returns indices"
+    return "pool", size[0]
+
+
+def _pair(value: Any) -> tuple:
+    return tuple(value) * (2 // len(value)) if isinstance(value, (tuple, list)) else (value, value)
+
+
+def _norm(module: nn.BatchNorm2d) -> tuple[str, Any]:
+    if module.training or module.running_mean is None:
+        return "no", "the batch norm behind it computes with its batch's own statistics"
+    return "norm", None
+
+
+_MODULES: dict[type, Callable[[Any], tuple[str, Any]]] = {
+    nn.ReLU: lambda _: ("relu", None),
+    nn.MaxPool2d: lambda each: _pool(*(getattr(each, name) for name in _POOL_OPTIONS)),
+    nn.BatchNorm2d: _norm,
+}
+_KNOWN = (*_RELU, *_POOL)
+
+
+class _Folded:
+    """A weight and bias with a norm folded in, and what they were made of. Copies are empty."""
+
+    def __init__(self):
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.sources: list[tuple[Tensor, int]] = []
+
+    def __deepcopy__(self, memo: Any) -> _Folded:
+        return _Folded()
+
+    def __reduce__(self):
+        return _Folded, ()
+
+    def holds(self, sources: list[Tensor]) -> bool:
+        """Whether nothing was written to the sources since."""
+        return len(sources) == len(self.sources) and all(
+            new.data_ptr() == old.data_ptr() and new._version == version
+            for new, (old, version) in zip(sources, self.sources, strict=True)
+        )
+
+
+def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution that computes `norm(conv(x))`, for a norm that uses its running statistics.
+
+    Kept between calls without gradients, until one of the tensors is written to or replaced. Writes through
+    `parameter.data` leave no trace in torch and are the one way that is not seen.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _fold(conv, norm)
+    tensors = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    sources = [tensor for tensor in tensors if tensor is not None]
+    if type(conv.weight) is not nn.Parameter or any(tensor.is_inference() for tensor in sources):
+        return _fold(conv, norm)
+    kept = vars(conv).setdefault(FOLDED, _Folded())
+    if not kept.holds(sources):
+        kept.weight, kept.bias = _fold(conv, norm)
+        kept.sources = [
+            (tensor.detach(), tensor._version) for tensor in sources
+        ]  # keeps their memory from being reused
+    return kept.weight, kept.bias
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    shift = shift * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    return (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype), shift.to(conv.weight.dtype)
+
+
+def sequential(run: Callable[[tuple, Any], Any]) -> Callable:
+    """The forward of `nn.Sequential`, with its groups handed to `run`."""
+
+    def forward(self: nn.Sequential, input: Any) -> Any:
+        modules = tuple(self._modules.values())
+        at = 0
+        while at < len(modules):
+            end = at + 1
+            if isinstance(modules[at], nn.Conv2d):
+                while end < len(modules) and type(modules[end]) in _MODULES:
+                    end += 1
+            input = modules[at](input) if end == at + 1 else run(modules[at:end][::-1], input)
+            at = end
+        return input
+
+    return forward
+
+
+def rewritten(owner: nn.Module, run: Callable[[tuple, Any], Any]) -> tuple[Callable, list[nn.Module]] | None:
+    """The forward of a module with its groups handed to `run`, and the convolutions that they are known to begin with.
+
+    None where it has no groups.
+
+    Raises:
+        Unreadable: its source is not there, or is not what runs.
+    """
+    own = written(owner)
+    if own is nn.Sequential.forward:
+        pairs = itertools.pairwise(owner)
+        begun = [one for one, other in pairs if may_begin(one) and type(other) in _MODULES]
+        found = (sequential(run), begun) if begun else None
+    else:
+        found = regrouped(owner, own, may_begin, may_follow, run)
+    if found is None:
+        return None
+    if (forward := _replaced(type(owner).forward, own, found[0])) is None:
+        raise Unreadable("its forward is wrapped")
+    return forward, found[1]
+
+
+def written(owner: nn.Module) -> Callable:
+    """The forward that the caller's class has, below what perfkit put around it."""
+    forwards = [vars(kind)["forward"] for kind in type(owner).__mro__ if "forward" in vars(kind)]
+    return next(each for each in forwards if not _is_ours(each))
+
+
+def _is_ours(function: Any) -> bool:
+    return getattr(function, "__module__", "").startswith(_ROOMS)
+
+
+def _replaced(function: Any, old: Callable, new: Callable) -> Callable | None:
+    """`function`, one of ours around `old`, around `new`; None where it is not around `old`."""
+    if function is old:
+        return new
+    if not (isinstance(function, types.FunctionType) and _is_ours(function) and function.__closure__):
+        return None
+    cells = [cell.cell_contents for cell in function.__closure__]
+    for at, value in enumerate(cells):
+        if (inside := _replaced(value, old, new)) is not None:
+            cells[at] = inside
+            closure = tuple(map(types.CellType, cells))
+            copy = types.FunctionType(
+                function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
+            )
+            copy.__kwdefaults__ = function.__kwdefaults__
+            return copy
+    return None
+
+
+def fuse(conv: nn.Conv2d) -> None:
+    """Let the groups that begin with `conv` run together."""
+    derive(conv, **{FUSES: True})
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,101 @@
+"""nn.LSTM, nn.GRU and nn.RNN whose forward is `perfkit.kernels.rnn`: the same module, parameters and interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from perfkit.backends.torch_surgery import derive
+from perfkit.kernels.rnn import gru, lstm, rnn
+
+FORWARDS = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED = "_perfkit_fused"
+"""Marks the classes of the modules whose forward is ours."""
+
+
+def refusal(module: nn.RNNBase) -> str | None:
+    """Why `fuse` cannot take this module; None where it can."""
+    if is_fused(module):
+        return "it runs in perfkit's kernels already"
+    if type(module).forward not in FORWARDS:
+        return f"this {module._get_name()} has a forward of its own, which would be lost"
+    if module.proj_size:
+        return f"it projects its hidden state (proj_size={module.proj_size}), which the kernels do not"
+    missing = [name for name in module._flat_weights_names if name not in module._parameters]
+    if missing:
+        return f"its {missing[0]} is computed (a parametrization), which nn.{module._get_name()} reads in its own way"
+    dtypes = {module._parameters[name].dtype for name in module._flat_weights_names}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        return f"its weights are {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
+    return None
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether `fuse` was here."""
+    return getattr(type(module), FUSED, False)
+
+
+def fuse(module: nn.RNNBase) -> None:
+    """Give `module` a forward that calls `perfkit.kernels.rnn` with its parameters as they are at each call.
+
+    What the kernels do not take (other dtypes, an empty batch) goes the module's own way.
+    """
+    base = type(module)
+    each = 4 if module.bias else 2
+    names = module._flat_weights_names
+    groups = [tuple(names[at : at + each]) for at in range(0, len(names), each)]
+
+    def forward(self, input, hx=None):
+        parameters = self._parameters
+        return _forward(self, input, hx, [[parameters[name] for name in group] for group in groups], base.forward)
+
+    derive(module, forward=forward, **{FUSED: True})
+
+
+def _forward(module: nn.RNNBase, given: Any, hx: Any, weights: list, own: Any) -> Any:
+    """What nn.RNNBase's forwards do around their kernels: unbatched input, states, packed sequences."""
+    packed = isinstance(given, PackedSequence)
+    x = given.data if packed else given
+    if not _usual(x, weights[0][0], 2 if packed else 3):
+        if not packed and _usual(x, weights[0][0], 2):
+            return _unbatched(module, x, hx)
+        return own(module, given, hx)
+    options = {
+        "batch_first": module.batch_first,
+        "bidirectional": module.bidirectional,
+        "dropout": module.dropout,
+        "training": module.training,
+    }
+    if module.mode == "LSTM":
+        h0, c0 = (None, None) if hx is None else hx
+        y, hn, cn = lstm(given, weights, h0, c0, **options)
+        return y, (hn, cn)
+    if module.mode == "GRU":
+        return gru(given, weights, hx, **options)
+    return rnn(given, weights, hx, nonlinearity=module.nonlinearity, **options)
+
+
+def _usual(x: Any, weight: Tensor, dims: int) -> bool:
+    """Whether the kernels may take it; torch says what is wrong with the rest."""
+    if not isinstance(x, Tensor) or x.dim() != dims or x.dtype not in DTYPES or not x.numel():
+        return False
+    return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+
+
+def _unbatched(module: nn.RNNBase, x: Tensor, hx: Any) -> Any:
+    """One sequence, (T, I), as a batch of one."""
+    if hx is not None:
+        states = hx if module.mode == "LSTM" else (hx,)
+        for state in states:
+            if state.dim() != 2:
+                raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {state.dim()}-D tensor")
+        hx = tuple(state.unsqueeze(1) for state in states)
+        hx = hx if module.mode == "LSTM" else hx[0]
+    batch = 0 if module.batch_first else 1
+    y, states = module.forward(x.unsqueeze(batch), hx)
+    states = tuple(state.squeeze(1) for state in states) if module.mode == "LSTM" else states.squeeze(1)
+    return y.squeeze(batch), states

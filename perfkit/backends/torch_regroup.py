@@ -1,0 +1,322 @@
+"""A module's forward with the calls that follow a convolution handed over as one group, everything else as written.
+
+    x = self.pool(F.relu(self.conv(x)))      becomes      x = group((self.pool, F.relu, self.conv), x)
+
+`group` may run the calls as they stand or together: the value in between is nobody else's. That holds for calls
+written inside of each other, and for statements that follow each other where the second one is the last to read the
+variable. The rest of the function stays Python, so branches, loops and attributes go on meaning what they mean. A
+function is rewritten only where compiling its source as it is gives the code that runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+FUTURE = 0x1FF0000
+"""The bits of a code object's flags that `from __future__ import` sets."""
+
+_GROUP = "_perfkit_group"
+_OUTER = "_perfkit_outer"
+_MODULE = types.ModuleType
+
+
+class Unreadable(Exception):
+    """Why a function cannot be rewritten."""
+
+
+class Method:
+    """A call of a method, as a callable of the object: `Method("relu")(x)` is `x.relu()`."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(x, self.name)(*args, **kwargs)
+
+
+METHODS = {name: Method(name) for name in ("relu", "relu_")}
+_METHODS_BY_NAME = {f"_perfkit_{name}": method for name, method in METHODS.items()}
+
+
+def regrouped(
+    owner: nn.Module, function: Any, first: Callable[[Any], bool], later: Callable[[Any], bool], group: Callable
+) -> tuple[types.FunctionType, list[Any]] | None:
+    """The forward of `owner` with its groups handed to `group(links, x)`; None where it has none.
+
+    Args:
+        owner: the module whose submodules the function calls.
+        function: its forward.
+        first: whether something that the function calls ("self.conv", "self.convs[0]") may begin a group. The variables
+            of its for loops always may: what they are shows when it runs.
+        later: the same for what may go on with one ("self.pool", "F.relu").
+        group: called with the links, outermost first, and the first one's argument. A link is a callable, or a tuple
+            (callable, arguments beside the first, keywords).
+
+    Returns:
+        The function, and the submodules that its groups begin with, as far as that can be told.
+
+    Raises:
+        Unreadable: its source is not there, or is not what runs.
+    """
+    if not isinstance(function, types.FunctionType):
+        raise Unreadable("its forward is no plain function")
+    tree, imports = _source(function)
+
+    def leads(path: ast.expr, to: Callable[[Any], bool]) -> bool:
+        found = _found(path, tree, owner, function.__globals__)
+        return found is not None and to(found)
+
+    finder = _Groups(tree, lambda path: leads(path, first), lambda path: leads(path, later))
+    tree = finder.visit(tree)
+    if not finder.found:
+        return None
+    code = _compiled(tree, imports, function, (_GROUP, *_METHODS_BY_NAME))
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    cells |= {name: types.CellType(value) for name, value in {_GROUP: group, **_METHODS_BY_NAME}.items()}
+    closure = tuple(cells[name] for name in code.co_freevars)
+    new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    new.__kwdefaults__ = function.__kwdefaults__
+    begun = [_found(path, tree, owner, function.__globals__) for path in finder.found]
+    return new, [each for each in begun if isinstance(each, nn.Module)]
+
+
+def _found(path: ast.expr, tree: ast.FunctionDef, owner: nn.Module, names: dict[str, Any]) -> Any:
+    """The submodule, or the function of an imported module, that a path in the function leads to; None for others."""
+    if isinstance(path, ast.Name):
+        parameters = [*tree.args.posonlyargs, *tree.args.args]
+        return owner if parameters and path.id == parameters[0].arg else names.get(path.id)
+    assert isinstance(path, (ast.Attribute, ast.Subscript)), "see _Groups._leads"
+    held = _found(path.value, tree, owner, names)
+    if isinstance(path, ast.Attribute):
+        inside = held._modules if isinstance(held, nn.Module) else vars(held) if isinstance(held, _MODULE) else {}
+        return inside.get(path.attr)
+    index = path.slice.value if isinstance(path.slice, ast.Constant) else None
+    if isinstance(held, (nn.ModuleList, nn.Sequential)) and isinstance(index, int) and index < len(held):
+        return held[index]
+    return held[index] if isinstance(held, nn.ModuleDict) and index in held else None
+
+
+def _source(function: types.FunctionType) -> tuple[ast.FunctionDef, list[ast.stmt]]:
+    """The function's source as a tree, with the line numbers of its file, and the imports of that file.
+
+    Python compiles a call of what is imported in the same file in another way than one of what is not.
+    """
+    try:
+        lines, start = inspect.getsourcelines(function)
+        tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
+        file = ast.parse("".join(inspect.findsource(function)[0]))
+    except (OSError, TypeError, SyntaxError, IndexError) as error:
+        raise Unreadable(f"the source of its forward cannot be read ({type(error).__name__})") from error
+    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
+        raise Unreadable("its forward is decorated, asynchronous or no plain function")
+    ast.increment_lineno(tree, start - 1)
+    if any(isinstance(node, (ast.NamedExpr, ast.Yield, ast.YieldFrom, ast.Await)) for node in ast.walk(tree)):
+        raise Unreadable("its forward assigns inside of expressions, or is a generator")
+    for argument in _arguments(tree):
+        argument.annotation = None
+    tree.returns = None
+    tree.args.defaults = [ast.Constant(None) for _ in tree.args.defaults]  # the function's own are put back
+    tree.args.kw_defaults = [default and ast.Constant(None) for default in tree.args.kw_defaults]
+    imports = list(_imports(file.body))
+    if not _same(_compiled(tree, imports, function), function.__code__):
+        raise Unreadable("the source of its forward is not the code that runs")
+    return tree, imports
+
+
+def _imports(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The imports outside of classes and functions."""
+    for statement in statements:
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            if getattr(statement, "module", None) != "__future__":
+                yield statement
+        elif not isinstance(statement, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            for field in ("body", "orelse", "finalbody", "handlers"):
+                yield from _imports(getattr(statement, field, []))
+
+
+def _arguments(tree: ast.FunctionDef) -> list[ast.arg]:
+    """All parameters, the first one first."""
+    given = tree.args
+    return [*filter(None, (*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg))]
+
+
+def _compiled(
+    tree: ast.FunctionDef, imports: list[ast.stmt], function: types.FunctionType, names: tuple[str, ...] = ()
+) -> types.CodeType:
+    """The code of the function, with its own free variables and those in `names`."""
+    free = [ast.arg(name) for name in (*function.__code__.co_freevars, *names)]
+    empty: dict[str, Any] = {"posonlyargs": [], "kwonlyargs": [], "kw_defaults": [], "defaults": []}
+    outer = ast.FunctionDef(_OUTER, ast.arguments(args=free, **empty), [tree], [])
+    if "type_params" in ast.FunctionDef._fields:
+        outer.type_params = []
+    module = ast.fix_missing_locations(ast.Module([*imports, ast.copy_location(outer, tree)], []))
+    flags = function.__code__.co_flags & FUTURE
+    code = compile(module, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
+    return _inner(_inner(code, _OUTER), tree.name)
+
+
+def _inner(code: types.CodeType, name: str) -> types.CodeType:
+    return next(part for part in code.co_consts if isinstance(part, types.CodeType) and part.co_name == name)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two code objects compute the same; of other constants whether they are equal."""
+    if not isinstance(one, types.CodeType):
+        return type(one) is type(other) and repr(one) == repr(other)
+    if not isinstance(other, types.CodeType):
+        return False
+    return all(
+        getattr(one, field) == getattr(other, field)
+        for field in ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount")
+    ) and all(map(_same, one.co_consts, other.co_consts)) and len(one.co_consts) == len(other.co_consts)  # fmt: skip
+
+
+class _Groups(ast.NodeTransformer):
+    """Finds the groups of one function and replaces them."""
+
+    def __init__(self, tree: ast.FunctionDef, first: Callable[[ast.expr], bool], later: Callable[[ast.expr], bool]):
+        self.first, self.later = first, later
+        self.found: list[ast.expr] = []
+        nodes = list(ast.walk(tree))
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        added = {id(node.target) for node in nodes if isinstance(node, ast.AugAssign)}  # read, and written
+        self.loads = [node for node in names if isinstance(node.ctx, ast.Load) or id(node) in added]
+        self.stored = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        self.in_loops = 0
+        self.looped = {
+            name.id for node in nodes if isinstance(node, (ast.For, ast.comprehension))
+            for name in ast.walk(node.target) if isinstance(name, ast.Name)
+        }  # fmt: skip
+        # Where more than one way leads on from a statement, or a function sees the variables, statements stay apart.
+        apart = (ast.Try, ast.With, ast.FunctionDef, ast.Lambda, ast.Delete, ast.Global, ast.Nonlocal)
+        calls = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        self.joins = not any(isinstance(node, apart) for node in nodes if node is not tree)
+        self.joins &= not calls & {"locals", "vars", "eval", "exec", "dir"}
+        self.local = {*self.stored, *(argument.arg for argument in _arguments(tree)[1:])}
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        looping = isinstance(node, (ast.For, ast.While))
+        self.in_loops += looping
+        for field in ("body", "orelse"):
+            if self.joins and isinstance(statements := getattr(node, field, None), list):
+                setattr(node, field, self._joined(statements))
+        node = super().generic_visit(node)
+        self.in_loops -= looping
+        return node
+
+    def _joined(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        """The statements, where one only goes on with what the one before began, as one."""
+        kept: list[ast.stmt] = []
+        for statement in statements:
+            if kept and (joined := self._join(kept[-1], statement)):
+                kept[-1] = joined
+            else:
+                kept.append(statement)
+        return kept
+
+    def _join(self, one: ast.stmt, other: ast.stmt) -> ast.stmt | None:
+        if not (isinstance(one, ast.Assign) and isinstance(other, (ast.Assign, ast.Return)) and other.value):
+            return None
+        if len(one.targets) != 1 or not isinstance(one.targets[0], ast.Name) or not self._begun(one.value):
+            return None
+        name = one.targets[0].id
+        held, links = other.value, 0
+        while (inner := self._inside(held)) is not None:
+            last, held, links = held, inner, links + 1
+        if not links or not isinstance(held, ast.Name) or held.id != name:
+            return None
+        if sum(isinstance(node, ast.Name) and node.id == name for node in ast.walk(other.value)) != 1:
+            return None
+        again = isinstance(other, ast.Assign) and ast.dump(other.targets[0]) == ast.dump(one.targets[0])
+        if not (again or isinstance(other, ast.Return) or self._dead(name, other)):
+            return None
+        if isinstance(last.func, ast.Attribute) and last.func.value is held:
+            last.func.value = one.value
+        else:
+            last.args[0] = one.value
+        return other
+
+    def _dead(self, name: str, statement: ast.stmt) -> bool:
+        """Whether nothing that may run after a statement reads a variable. Of loops that is not known."""
+        ends = statement.end_lineno, statement.end_col_offset
+        others = [load for load in self.loads if load.id == name and (load.lineno, load.col_offset) > ends]
+        return not others and not self.in_loops
+
+    def _begun(self, node: ast.expr) -> bool:
+        """Whether this is a group, or the call that begins one."""
+        while not self._starts(node):
+            node = self._inside(node)
+            if node is None:
+                return False
+        return True
+
+    def _starts(self, node: ast.expr | None) -> bool:
+        if not (isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords):
+            return False
+        return not isinstance(node.args[0], ast.Starred) and self._leads(node.func, self.first)
+
+    def _inside(self, node: ast.expr) -> ast.expr | None:
+        """What a call that may go on with a group is called on; None where it is no such call."""
+        if not isinstance(node, ast.Call):
+            return None
+        if not all(map(_plain, (*node.args[1:], *(keyword.value for keyword in node.keywords)))):
+            return None
+        if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS and not node.args and not node.keywords:
+            return node.func.value
+        if not node.args or isinstance(node.args[0], ast.Starred) or not self._leads(node.func, self.later):
+            return None
+        return node.args[0] if all(keyword.arg for keyword in node.keywords) else None
+
+    def _leads(self, node: ast.expr, to: Callable[[ast.expr], bool]) -> bool:
+        root = node
+        while isinstance(root, (ast.Attribute, ast.Subscript)):
+            root = root.value
+        if not isinstance(root, ast.Name):
+            return False
+        if root is node and root.id in self.looped:
+            return True  # what it is shows when it runs
+        return root.id not in self.local and to(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        calls, held = [], node
+        while held is not None:
+            calls.append(held)
+            held = self._inside(held)
+        starts = [at for at, call in enumerate(calls) if at and self._starts(call)]
+        if not starts:
+            return self.generic_visit(node)
+        first = calls[starts[-1]]
+        self.found.append(first.func)
+        links = [*map(self._link, calls[: starts[-1]]), first.func]
+        called = ast.Call(_name(_GROUP), [ast.Tuple(links, ast.Load()), self.visit(first.args[0])], [])
+        return ast.copy_location(called, first)
+
+    def _link(self, node: ast.Call) -> ast.expr:
+        if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS and not node.args:
+            return _name(f"_perfkit_{node.func.attr}")
+        if len(node.args) == 1 and not node.keywords:
+            return node.func
+        keywords = ast.Dict([ast.Constant(item.arg) for item in node.keywords], [item.value for item in node.keywords])
+        return ast.Tuple([node.func, ast.Tuple(node.args[1:], ast.Load()), keywords], ast.Load())
+
+
+def _name(name: str) -> ast.Name:
+    return ast.Name(name, ast.Load())
+
+
+def _plain(node: ast.expr) -> bool:
+    """An expression that gives the same whenever it is evaluated: numbers, names, attributes, and tuples of them."""
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return all(map(_plain, node.elts))
+    if isinstance(node, ast.UnaryOp):
+        return _plain(node.operand)
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return isinstance(node, (ast.Constant, ast.Name))
