@@ -1,4 +1,4 @@
-"""`python -m bench.aot`: compile every Triton kernel that is shipped for the GPUs we name, without one, and refuse spills.
+"""`python -m bench.aot`: compile every shipped Triton kernel for the GPUs we name, without one, and refuse spills.
 
 Each `Compilation` of each op's `triton_kernel.compilations()` is compiled to machine code for sm_80, sm_90, sm_100 and
 gfx942. What goes wrong silently on a GPU fails here: registers that spill to memory, more shared memory than a device
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
+import datetime as dt
 import functools
 import io
 import json
@@ -206,11 +206,31 @@ def _row(job: Job) -> dict[str, Any]:
     compilation = listed(op)[number]
     row = {"op": op, "name": compilation.name, "target": target}
     try:
-        figures = compiled(compilation, target)
+        with _complaints() as complaints:
+            figures = compiled(compilation, target)
     except Exception as error:  # of whatever kind: it is one row's, and the others are still to be seen
-        told = next(iter(str(error).strip().splitlines()), "")
-        return row | {"faults": [f"does not compile: {type(error).__name__}: {told}"]}
+        told = [line for line in complaints if "error: " in line or "Assertion" in line] + str(
+            error
+        ).strip().splitlines()
+        return row | {"faults": [f"does not compile: {type(error).__name__}: {told[0] if told else ''}"]}
     return row | vars(figures) | {"faults": faults(compilation, target, figures)}
+
+
+@contextlib.contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """What the compiler writes to standard error inside, line by line, once it is left: whole programs, at times."""
+    lines: list[str] = []
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            lines += file.read().splitlines()
 
 
 def _attributes(compilation: Compilation, name: str, device: Target) -> list[list[Any]]:
@@ -249,7 +269,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def _document(rows: list[dict[str, Any]]) -> str:
     """The file's text: one kernel a line, so that a change is seen where it is."""
-    about = {"date": datetime.date.today().isoformat(), "triton": version("triton"), "torch": version("torch")}
+    about = {"date": dt.date.today().isoformat(), "triton": version("triton"), "torch": version("torch")}
     lines = [json.dumps({key: value for key, value in row.items() if key != "faults"}) for row in rows]
     return f'{{"environment": {json.dumps(about)},\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]}\n"
 
