@@ -4,7 +4,7 @@
      "entries": {"rnn/torch/bfloat16/<bucket>": {"implementation": "triton", "configuration": {"block_b": 16},
                                                  "ms": 0.41, "others_ms": {"library": 0.93}}}}
 
-What the user's own machine measured comes before what is shipped for its kind.
+What the user's own machine measured comes before what is shipped for its kind. `_tune.py` measures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,14 @@ from typing import Any
 from perfkit._errors import InvalidInputError
 from perfkit.kernels._cache import cache_folder
 
+Configuration = tuple[tuple[str, int], ...]
+"""Tile sizes and the like, as sorted (name, value) pairs."""
+
 SHIPPED = Path(__file__).parent / "tuned"
 
 _lock = threading.Lock()
 _generation = 0
+_assumed: dict[str, tuple[str, Configuration]] = {}
 
 
 @dataclass(frozen=True)
@@ -36,18 +41,20 @@ class Tuned:
 
     Args:
         implementation: its name.
-        configuration: tile sizes and the like, as sorted (name, value) pairs.
+        configuration: that it ran with; empty for its own rule.
         device: where that was measured, as the device names itself.
     """
 
     implementation: str
-    configuration: tuple[tuple[str, int], ...]
+    configuration: Configuration
     device: str
 
 
 def lookup(op: str, problem: Any) -> Tuned | None:
     """What was measured best for such a problem on this device; None where nothing was."""
     device = device_name(problem.framework, problem.device)
+    if assumed := _assumed.get(key(op, problem)):
+        return Tuned(*assumed, device)
     table = _table(slug(device), *state())
     entry = table.get(key(op, problem))
     if entry is None:
@@ -55,13 +62,38 @@ def lookup(op: str, problem: Any) -> Tuned | None:
     return Tuned(entry["implementation"], tuple(sorted(entry.get("configuration", {}).items())), device)
 
 
+@contextmanager
+def assume(op: str, problem: Any, implementation: str, configuration: Configuration) -> Iterator[None]:
+    """Inside, `lookup` answers this for such problems, in every thread: how a configuration is tried."""
+    global _generation
+    name = key(op, problem)
+    with _lock:
+        before = _assumed.get(name)
+        _assumed[name] = implementation, configuration
+        _generation += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            if before is None:
+                del _assumed[name]
+            else:
+                _assumed[name] = before
+            _generation += 1
+
+
 def record(
-    op: str, problem: Any, times_ms: Mapping[tuple[str, tuple[tuple[str, int], ...]], float], **about: Any
+    op: str,
+    problem: Any,
+    times_ms: Mapping[tuple[str, Configuration], float],
+    folder: Path | None = None,
+    **about: Any,
 ) -> None:
-    """Keep the fastest of what was timed for `problem` in the user's table, written whole or not at all.
+    """Keep the fastest of what was timed for `problem` in a table, written whole or not at all.
 
     Args:
         times_ms: latency by (implementation, configuration).
+        folder: where the device's table is; None for the user's.
         about: more fields for the table's head: environment, date.
 
     Raises:
@@ -77,7 +109,7 @@ def record(
             others[name] = min(ms, others.get(name, ms))
     entry = {"implementation": best[0], "configuration": dict(best[1]), "ms": times_ms[best], "others_ms": others}
     device = device_name(problem.framework, problem.device)
-    path = cache_folder("tuned") / f"{slug(device)}.json"
+    path = (folder or cache_folder("tuned")) / f"{slug(device)}.json"
     with _lock:
         written = _read(path) if path.exists() else {"device": device, "entries": {}}
         written.update(about)
