@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from perfkit.kernels import _triton
+from perfkit.kernels._launch import Launch, power_of_2
 from perfkit.kernels._triton import Compilation
 from perfkit.kernels.conv2d.problem import DEAD, Problem
 
@@ -54,60 +55,79 @@ def refusal(problem: Problem) -> str | None:
 def configure(problem: Problem) -> dict[str, int]:
     """Tile sizes by rule: the forward pass's, and with "weight_" and "input_" those of the gradients.
 
-    Tiles of 128 x 64 sums for tensor cores, 64 x 32 for float32, as wide as there are channels. "width" is how many of
-    a window's places are rows of one product: 4 where the pool is even, else one at a time. Where that makes too few
-    programs to fill a device, tiles hold half as many positions.
+    Tiles of 128 x 64 sums in half precision, and for float32 of 32 x 32: from 64 rows on, Triton 3.7 rounds float32 to
+    TF32 on sm_100 although told not to. "width" is how many of a window's places are rows of one product: 4 where the
+    pool is even, else one at a time. Where that makes too few programs to fill a device, tiles hold half as many rows.
     """
-    precise = problem.dtype == "float32"
-    inputs, outputs = problem.inputs // problem.groups, problem.outputs // problem.groups
-    most = 32 if precise else 64
     width = 1 if problem.pool % 2 else 4
-    rows = 128 // (2 if precise else 1) // (2 if width == 1 else 1)
+    rows = 32 if problem.dtype == "float32" else 128 // (2 if width == 1 else 1)
     positions = problem.batch * problem.out_size[0] * problem.out_size[1]
     if positions * width // rows * problem.groups < PROGRAMS // 2:
         rows //= 2
-    flat, uneven = _flat(problem), inputs % 16 != 0
-    # what would take more registers than there are: sums kept over rounds, and addresses that are not side by side
-    wide = not precise and (width == 1 or (problem.taps > 16 if flat else uneven or not problem.channels_last))
-    uneven_back = not flat and (uneven or outputs % 16 != 0)
-    deep = 16 if precise and (uneven_back or width == 1) and not flat else most
+    shared = {"width": width, "block_m": rows // width, "weight_num_stages": 2, "input_num_stages": 2}
+    return shared | (_float32 if problem.dtype == "float32" else _half)(problem, width)
+
+
+def _float32(problem: Problem, width: int) -> dict[str, int]:
+    inputs, outputs = problem.inputs // problem.groups, problem.outputs // problem.groups
+    flat = _flat(problem)
+    # shorter sums where more would take more registers than there are: sums kept over rounds, uneven addresses
+    deep = 16 if not flat and (width == 1 or inputs % 16 or outputs % 16) else 32
     return {
-        "width": width,
-        "block_m": max(rows // width, 16),
-        "block_n": _power(outputs, most if width > 1 else most // 2),
-        "block_k": _power(problem.taps if flat else inputs, deep),
+        "block_n": power_of_2(outputs, 16, 32 if width > 1 else 16),
+        "block_k": power_of_2(problem.taps if flat else inputs, 16, deep),
+        "num_warps": 4,
+        "num_stages": 2,
+        "weight_block_m": power_of_2(outputs, 16, 32),
+        "weight_block_n": power_of_2(problem.taps if flat else inputs, 16, 32),
+        "weight_block_k": 32,
+        "weight_num_warps": 4,
+        "input_block_m": 32,
+        "input_block_n": power_of_2(inputs, 16, 32),
+        "input_block_k": power_of_2(outputs, 16, deep),
+        "input_num_warps": 4,
+    }
+
+
+def _half(problem: Problem, width: int) -> dict[str, int]:
+    inputs, outputs = problem.inputs // problem.groups, problem.outputs // problem.groups
+    flat = _flat(problem)
+    # more warps, and so registers, for sums kept over rounds and for addresses that are not side by side
+    wide = width == 1 or (problem.taps > 16 if flat else inputs % 16 or not problem.channels_last)
+    uneven = not flat and (inputs % 16 or outputs % 16)
+    return {
+        "block_n": power_of_2(outputs, 16, 64 if width > 1 else 32),
+        "block_k": power_of_2(problem.taps if flat else inputs, 16, 64),
         "num_warps": 8 if wide else 4,
-        "num_stages": 2 if precise or flat else 3,
-        "weight_block_m": _power(outputs, most),
-        "weight_block_n": _power(problem.taps if flat else inputs, most),
-        "weight_block_k": 32 if precise else 64,
-        "weight_num_warps": 4 if precise else 8,
-        "weight_num_stages": 2,
+        "num_stages": 2 if flat else 3,
+        "weight_block_m": power_of_2(outputs, 16, 64),
+        "weight_block_n": power_of_2(problem.taps if flat else inputs, 16, 64),
+        "weight_block_k": 64,
+        "weight_num_warps": 8,
         "input_block_m": 64,
-        "input_block_n": _power(inputs, most),
-        "input_block_k": _power(outputs, deep),
-        "input_num_warps": 8 if uneven_back and not precise else 4,
-        "input_num_stages": 2,
+        "input_block_n": power_of_2(inputs, 16, 64),
+        "input_block_k": power_of_2(outputs, 16, 64),
+        "input_num_warps": 8 if uneven else 4,
     }
 
 
 def candidates(problem: Problem) -> list[Configuration]:
     """Configurations worth timing, the rule's first: each changes one of the passes."""
-    rule = configure(problem)
+    rule, half = configure(problem), problem.dtype != "float32"
     changes: list[dict[str, int]] = [
         {},
-        {"block_m": rule["block_m"] // 2} if rule["block_m"] > 16 else {"block_m": 32},
-        {"block_m": rule["block_m"] * 2, "num_warps": 8},
         {"block_n": max(rule["block_n"] // 2, 16)},
+        {"block_k": max(rule["block_k"] // 2, 16)},
         {"num_stages": rule["num_stages"] + 1},
-        {"block_k": max(rule["block_k"] // 2, 16), "num_stages": 4},
+        {"num_warps": 2 * rule["num_warps"]},
+        *([{"block_m": rule["block_m"] // 2}, {"block_m": 2 * rule["block_m"], "num_warps": 8}] if half else []),
     ]
     if problem.needs_grad:
         changes += [
-            {"weight_num_warps": 4},
+            {"weight_num_warps": 4 if half else 2},
             {"weight_block_k": 32, "weight_num_stages": 3},
-            {"input_block_m": 128, "input_num_warps": 8},
             {"input_num_stages": 3},
+            *([{"input_block_m": 128, "input_num_warps": 8}] if half else []),
         ]
     return list(dict.fromkeys(tuple(sorted((rule | change).items())) for change in changes))
 
@@ -202,7 +222,6 @@ def _compiled(problem: Problem, name: str, precision: str) -> Iterable[Compilati
 
 
 def _forward(problem, x, weight, bias, y, argmax, configuration, precision=None):
-    from perfkit.kernels._launch import Launch
     from perfkit.kernels.conv2d.triton_forward import conv_pool
 
     chosen = configure(problem) | dict(configuration)
@@ -224,7 +243,6 @@ def _forward(problem, x, weight, bias, y, argmax, configuration, precision=None)
 
 
 def _weight(problem, x, d_y, argmax, d_weight, d_bias, configuration, precision=None):
-    from perfkit.kernels._launch import Launch
     from perfkit.kernels.conv2d.triton_backward import conv_pool_weight
 
     chosen = configure(problem) | dict(configuration)
@@ -247,7 +265,6 @@ def _weight(problem, x, d_y, argmax, d_weight, d_bias, configuration, precision=
 
 
 def _input(problem, d_y, argmax, weight, d_x, configuration, precision=None):
-    from perfkit.kernels._launch import Launch
     from perfkit.kernels.conv2d.triton_backward import conv_pool_input
 
     chosen = configure(problem) | dict(configuration)
@@ -365,8 +382,3 @@ def _empty(problem: Problem, like: Tensor, channels: int, size: tuple[int, int],
 
 def _tiles(size: int, block: int) -> int:
     return -(-size // block)
-
-
-def _power(size: int, most: int) -> int:
-    """The smallest power of two that holds `size`, from 16, which is the least of a product, to `most`."""
-    return min(max(1 << (size - 1).bit_length(), 16), most)

@@ -1,10 +1,10 @@
 """Integer products on CPU through torch's own operators, which are exact or are not used.
 
-`torch._int_mm` is oneDNN's int8 product: on AVX512-VNNI it took a ninth of float32's time, where oneDNN's quantized
-linear layer (`torch.ops.onednn.qlinear_pointwise`), which takes an unsigned x in the int8 recipe, fell back to plain
-loops for a signed one. Without VNNI it adds pairs of products in 16 bits, which saturate: wrong numbers. So it is tried
-on the largest ones once. Where it fails, products run in float32, in pieces of K that float32 sums exactly: the same
-integers at float32's speed.
+`torch._int_mm`, oneDNN's int8 product, is several times faster than float32 where the CPU has VNNI. (Its quantized
+linear layer, `torch.ops.onednn.qlinear_pointwise`, which the int8 recipe reaches with an unsigned x, falls back to
+plain loops for a signed one.) Without VNNI oneDNN adds pairs of products in 16 bits, which saturate: wrong numbers. So
+it is tried on the largest ones once. Where it fails, products run in float32, in pieces of K that float32 sums exactly:
+the same integers at float32's speed.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from perfkit.kernels import _triton
+from perfkit.kernels._launch import Launch, power_of_2
 from perfkit.kernels._triton import Compilation
 from perfkit.kernels.linear_int8.problem import Problem
 
@@ -33,25 +34,25 @@ def configure(problem: Problem) -> dict[str, int]:
     as 16 for decoding, which reads weights and does little else: so it takes 256 inputs at a time, 4 deep. Where 16
     does not divide the inputs, loads are of single bytes, and tiles of 32 x 32 keep their addresses in registers.
     """
-    rows = _power(problem.rows, 16, 128)
+    rows = power_of_2(problem.rows, 16, 128)
     if problem.inputs % 16:
-        block_k = _power(problem.inputs, 32, 64)
-        return _tiles(min(rows, 32), _power(problem.outputs, 16, 32), block_k, 4, 2)
+        block_k = power_of_2(problem.inputs, 32, 64)
+        return _tiles(min(rows, 32), power_of_2(problem.outputs, 16, 32), block_k, 4, 2)
     if rows <= 32:
-        return _tiles(rows, _power(problem.outputs, 16, 32), _power(problem.inputs, 32, 256), 4, 4)
+        return _tiles(rows, power_of_2(problem.outputs, 16, 32), power_of_2(problem.inputs, 32, 256), 4, 4)
     large = -(-problem.rows // 128) * -(-problem.outputs // 128) >= PROCESSORS
     if large:
-        return _tiles(128, 128, _power(problem.inputs, 32, 128), 8, 3)
-    return _tiles(64, _power(problem.outputs, 16, 64), _power(problem.inputs, 32, 128), 4, 4)
+        return _tiles(128, 128, power_of_2(problem.inputs, 32, 128), 8, 3)
+    return _tiles(64, power_of_2(problem.outputs, 16, 64), power_of_2(problem.inputs, 32, 128), 4, 4)
 
 
 def candidates(problem: Problem) -> list[Configuration]:
     """Configurations worth timing, the rule's first."""
     tiles = [configure(problem)]
     if problem.inputs % 16 == 0:
-        block_k = _power(problem.inputs, 32, 128)
+        block_k = power_of_2(problem.inputs, 32, 128)
         if problem.rows <= 32:
-            rows = _power(problem.rows, 16, 32)
+            rows = power_of_2(problem.rows, 16, 32)
             tiles += [
                 _tiles(rows, 16, 2 * block_k, 4, 4),
                 _tiles(rows, 64, block_k, 4, 4),
@@ -116,20 +117,18 @@ def compilations() -> list[Compilation]:
 
 
 def _quantization(problem: Problem, x: Tensor, q: Tensor, scale: Tensor):
-    from perfkit.kernels._launch import Launch
     from perfkit.kernels.linear_int8.triton_product import quantize_rows
 
     return Launch(
         quantize_rows,
         problem.rows,
         {"x": x, "q": q, "scale": scale, "inputs": problem.inputs},
-        {"BLOCK_K": _power(problem.inputs, 128, 2048)},
+        {"BLOCK_K": power_of_2(problem.inputs, 128, 2048)},
         {"num_warps": 4, "num_stages": 1},
     )
 
 
 def _product(problem, x, x_scale, weight, weight_scale, bias, y, configuration=()):
-    from perfkit.kernels._launch import Launch
     from perfkit.kernels.linear_int8.triton_product import product
 
     chosen = configure(problem) | dict(configuration)
@@ -172,8 +171,3 @@ def _tiles(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages:
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _power(size: int, least: int, most: int) -> int:
-    """The smallest power of two that holds `size`, within bounds that are powers of two themselves."""
-    return min(max(1 << (size - 1).bit_length(), least), most)
