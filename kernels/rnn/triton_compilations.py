@@ -1,4 +1,4 @@
-"""The Triton kernels of the recurrent op at the configurations that they are shipped with, for `python -m bench.aot`."""
+"""The recurrent op's Triton kernels at the configurations that are shipped, for `python -m bench.aot`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEVICES = {
 """A100, H100, B200 and MI300X."""
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
-COUNTS = {name: "i32" for name in ("first_tile", "tiles", "first", "last", "steps", "batch")} | {"rows": "i64"}
+COUNTS = dict.fromkeys(("first_tile", "tiles", "first", "last", "steps", "batch"), "i32") | {"rows": "i64"}
 PLACES = {"lengths": "*i32", "starts": "*i64", "counters": "*i32"}
 STRIDES = ("inputs_row", "y_step", "y_row", "d_step", "d_row")
 

@@ -153,8 +153,9 @@ def _tiles(problem: Problem, device: Device, tf32: bool, matrices: int, backward
     units, size = problem.hidden, padded(problem.hidden)
     plain = GATES[problem.mode] == 1 and not backward  # one row of W for each unit
     if problem.dtype == "float32" and not tf32 and not device.exact_float32:
-        block_h = 64 if plain else 16
-        return Tiles(block_h, 16, 32, 0, 8) if backward else Tiles(block_h, 16, 16 * matrices, 0, 4)
+        columns, warps = (32, 8) if backward else (16 * matrices, 4)
+        streamed = [Tiles(block_h, 16, columns, 0, warps) for block_h in ((64,) if plain else (16, 32, 64))]
+        return next((tiles for tiles in streamed if _fits(problem, device, tiles, matrices, backward)), streamed[0])
     if units <= SINGLE:
         alone = Tiles(size, 16, size, 1, max(4, size // (16 if backward else 8)))
         if _fits(problem, device, alone, matrices, backward):

@@ -1,7 +1,7 @@
 """The recurrent op in Triton: `forward`, `backward` and `refusal` as `torch_stack` wants them, on a stack of layers.
 
 The product of the inputs with W_ih is one for all steps, before the kernel; those that give the gradients of weights
-and inputs come after it: the library's, all of them. Nothing is summed by atomic operations: results repeat bit for bit.
+and inputs come after it: the library's, all of them. No sum is made of atomic operations: results repeat bit for bit.
 
 - `triton_forward.py`, `triton_backward.py`: the kernels; `triton_cells.py`: what they share.
 - `triton_launch.py`: how they are launched; `triton_configuration.py`: their tile sizes.

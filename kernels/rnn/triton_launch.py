@@ -1,4 +1,4 @@
-"""How the kernels of `triton_forward` and `triton_backward` are launched on torch tensors: where rows are, and spans."""
+"""How the recurrent Triton kernels are launched on torch tensors: where rows are, and which spans of steps."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def place(problem: Problem, rows: Tensor | None, device: torch.device) -> Rows:
 
 
 def before(batch_sizes: Tensor) -> Tensor:
-    """(2, P): the row of the step before, and of the one after, of each row of packed data; itself where there is none."""
+    """(2, P): of each packed row, that of the step before and that of the one after; itself where there is none."""
     steps = batch_sizes.size(0)
     starts = batch_sizes.cumsum(0) - batch_sizes
     t = torch.repeat_interleave(torch.arange(steps), batch_sizes)
