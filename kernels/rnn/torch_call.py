@@ -116,7 +116,7 @@ def _stack(x, rows, h0, c0, weights, batch_first, mode, bias, bidirectional, rec
     flat = [weight for direction in weights for weight in direction]
     tensors = [x, *flat, *(state for state in (h0, c0) if state is not None)]
     device = x.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+    if torch_stack.autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         x, h0, c0 = (torch_op.cast(tensor, dtype) for tensor in (x, h0, c0))
         weights = [[torch_op.cast(weight, dtype) for weight in direction] for direction in weights]
@@ -125,13 +125,16 @@ def _stack(x, rows, h0, c0, weights, batch_first, mode, bias, bidirectional, rec
             return _stack(x, rows, h0, c0, weights, *options)
     observed = _observed(tensors, implementation)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    form = mode, bias, bidirectional, batch_first, needs_grad
     if not observed:
-        found = _picked(x, rows, h0, c0, flat, (mode, bias, bidirectional, batch_first, needs_grad), implementation)
-        problem, choice = found
+        problem, choice = _picked(x, rows, h0, c0, flat, form, implementation)
         if rows is not None:
             check_rows(problem, rows, x.size(0))
+    elif observed != "compiled":  # there the operator tells
+        problem_of(x, rows, h0, c0, flat, *form)
     if h0 is None or (c0 is None and mode == "LSTM"):
-        batch = x.size(0 if batch_first else 1) if h0 is c0 is None else (c0 if h0 is None else h0).size(1)
+        given = c0 if h0 is None else h0
+        batch = x.size(0 if batch_first else 1) if given is None else given.size(1)
         zeros = x.new_zeros(len(weights), batch, flat[1].size(-1))
         h0 = zeros if h0 is None else h0
         c0 = zeros if c0 is None and mode == "LSTM" else c0

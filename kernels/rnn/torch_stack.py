@@ -8,9 +8,10 @@ module, NAME_kernel.py, of two functions beside its `refusal`:
     backward(problem, x, rows, h0, c0, weights, batch_first, y, gates, cells, inner, d_y, d_hn, d_cn[, configuration])
         -> d_x, d_h0, d_c0, [(w_ih, w_hh, b_ih, b_hh), ...]
 
-`forward` fills gates, cells and inner where they are not None; `backward` only reads them, as it may be called again.
-`configuration` is what was measured to be best, by name. What they return may be of a wider dtype; cn and d_c0 are None
-but for LSTM. The library and the reference have a `forward` without the buffers, and torch differentiates it.
+x, the states, the weights and the gradients lie in memory in any way; rows on the CPU, as int64. `forward` fills gates,
+cells and inner where they are not None; `backward` only reads them, as it may be called again. `configuration` is what
+was measured to be best, by name. What they return may be of a wider dtype; cn and d_c0 are None but for LSTM. The
+library and the reference have a `forward` without the buffers, and torch differentiates it.
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ def empty_saved(problem: Problem, x: Tensor) -> Saved:
         x.new_empty((stack, rows, hidden) if problem.mode == "LSTM" else (0,), dtype=torch.float32),
         x.new_empty((problem.layers - 1, rows, hidden * problem.directions), dtype=dtype),
     )
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for such devices, of those that have it here."""
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
 def grouped(weights: Sequence[Tensor], bias: bool) -> list[tuple[Tensor, ...]]:
@@ -123,6 +129,9 @@ def backward(
     d_cn: Tensor | None,
 ) -> list[Tensor]:
     """The gradients of x, h0, c0 (LSTM only) and each weight, in their dtypes; without `saved`, forward runs again."""
+    if autocasts(problem.device):  # the products of a backward pass are in the forward pass's precision
+        with torch.autocast(problem.device, enabled=False):
+            return backward(problem, choice, x, rows, h0, c0, weights, batch_first, y, saved, d_y, d_hn, d_cn)
     inputs = [x, h0, *([] if c0 is None else [c0]), *(weight for direction in weights for weight in direction)]
     if choice.implementation not in KERNELS:
         return _by_torch(problem, choice, inputs, rows, len(weights[0]) == 4, batch_first, d_y, d_hn, d_cn)

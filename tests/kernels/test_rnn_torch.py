@@ -379,6 +379,17 @@ def test_autocast(x, dtype):
     assert_close(in_graph, (y, hn, cn))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_backward_pass_under_autocast_is_as_precise(x, recompute):
+    model = Layers(implementation="cpu", recompute=recompute)
+    expected = gradients(model, x)
+    y, hn, cn = model(x)
+    loss = y.square().sum() + hn.sum() + cn.sin().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = torch.autograd.grad(loss, list(model.parameters()))
+    assert_close(actual, expected)
+
+
 def parameters_and_loss(model):
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
