@@ -75,14 +75,14 @@ def library() -> ctypes.CDLL:
     Raises:
         UnsupportedError: there is no C++ compiler, or it fails.
     """
-    found = _native.load(SOURCE, FLAGS)
-    found.perfkit_rnn_instructions.restype = ctypes.c_char_p
-    return found
+    return _native.load(SOURCE, FLAGS)
 
 
 def instructions() -> str:
     """What the products run on here, the fastest first: "AVX512-BF16, AVX-512" for instance, or "AVX2"."""
-    return library().perfkit_rnn_instructions().decode()
+    name = library().perfkit_rnn_instructions
+    name.restype = ctypes.c_char_p
+    return name().decode()
 
 
 def forward(problem: Problem, x, rows, h0, c0, weights, batch_first, gates, cells, inner):
