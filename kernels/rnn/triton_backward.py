@@ -13,7 +13,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from perfkit.kernels.rnn.triton_cells import arrive, blocks, multiply_add, place, product, states_at, tanh, wait
+from perfkit.kernels.rnn.triton_cells import (
+    arrive,
+    blocks,
+    multiply_add,
+    place,
+    product,
+    sources,
+    tanh,
+    transposed,
+    wait,
+    within,
+)
+
+
+@triton.jit
+def of_gate(
+    sums, w_blocks, w, d, gate, plane, unit, own, there,
+    H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """sums + W^T d of one gate of W, whose gradients are at `plane` of the rows that `d` points to."""
+    w, d = w + gate * H * H, d + plane * H
+    return product(sums, w_blocks, w, unit, own, d, there, None, None, None, H, BLOCK_K, H, PRECISION, WIDEN)
 
 
 @triton.jit(do_not_specialize=["first_tile", "tiles", "first", "last", "steps", "batch", "rows"])
@@ -86,10 +107,11 @@ def backward_span(
 
     for s in range(begin, end):
         t = tl.where(reverse, s, steps - 1 - s)
-        there = (t >= 0) & (t < length)
+        there = within(t, length)
         mask = own[:, None] & there[None, :]
         row = job64 * rows + place(t, starts, steps, batch, 1)
-        before, after = t + back, t - back
+        before = t + back
+        seen, fresh, any_fresh = sources(before, there, length, lengths, steps)
         at = (row + row64[None, :]) * (EACH * H) + unit[:, None]
 
         # What does not depend on the other programs is asked for before the wait.
@@ -100,13 +122,13 @@ def backward_span(
             g3 = tl.load(gates + at + 3 * H, mask=mask, other=0.0).to(tl.float32)
         if MODE == "LSTM":
             c = tl.load(cells + (row + row64[None, :]) * H + unit[:, None], mask=mask, other=0.0).to(tl.float32)
-            row_before = job64 * rows + place(before, starts, steps, batch, 1)
-            source = states_at(before, length, cells + row_before * H, H, c0 + job64 * batch * H, row64, H)
-            c_before = tl.load(source[None, :] + unit[:, None], mask=mask, other=0.0).to(tl.float32)
+            of_before = cells + (job64 * rows + place(before, starts, steps, batch, 1) + row64) * H
+            first_c = c0 + (job64 * batch + row64) * H
+            c_before = transposed(of_before, seen, first_c, fresh, any_fresh, unit, H).to(tl.float32)
         if MODE == "GRU":
-            y_before = y + job64 * H + place(before, starts, steps, y_step, y_row)
-            source = states_at(before, length, y_before, y_row, h0 + job64 * batch * H, row64, H)
-            h_before = tl.load(source[None, :] + unit[:, None], mask=mask, other=0.0).to(tl.float32)
+            of_before = y + job64 * H + place(before, starts, steps, y_step, y_row) + row64 * y_row
+            first_h = h0 + (job64 * batch + row64) * H
+            h_before = transposed(of_before, seen, first_h, fresh, any_fresh, unit, H).to(tl.float32)
         of_y = d_y + job64 * H + place(t, starts, steps, d_step, d_row) + row64[None, :] * d_row + unit[:, None]
         dy = tl.load(of_y, mask=mask, other=0.0).to(tl.float32)
 
@@ -114,16 +136,15 @@ def backward_span(
             if PERSISTENT:  # noqa: SIM102 - a condition of the compiler's, and one of the program's
                 if s > begin:
                     wait(counter + s - 1, PARTS)
-            seen = (after >= 0) & (after < length)
-            d = d_gates + (job64 * rows + place(after, starts, steps, batch, 1) + row64) * (EACH * H)
+            after = within(t - back, length)
+            d = d_gates + (job64 * rows + place(t - back, starts, steps, batch, 1) + row64) * (EACH * H)
             sums = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
-            sums = product(sums, w0, w, unit, own, d, seen, H, BLOCK_K, H, PRECISION, WIDEN)
+            sums = of_gate(sums, w0, w, d, 0, 0, unit, own, after, H, BLOCK_K, PRECISION, WIDEN)
             if EACH == 4:
-                sums = product(sums, w1, w + H * H, unit, own, d + H, seen, H, BLOCK_K, H, PRECISION, WIDEN)
-                d_n = d + N_PLANE * H
-                sums = product(sums, w2, w + 2 * H * H, unit, own, d_n, seen, H, BLOCK_K, H, PRECISION, WIDEN)
+                sums = of_gate(sums, w1, w, d, 1, 1, unit, own, after, H, BLOCK_K, PRECISION, WIDEN)
+                sums = of_gate(sums, w2, w, d, 2, N_PLANE, unit, own, after, H, BLOCK_K, PRECISION, WIDEN)
             if MODE == "LSTM":
-                sums = product(sums, w3, w + 3 * H * H, unit, own, d + 3 * H, seen, H, BLOCK_K, H, PRECISION, WIDEN)
+                sums = of_gate(sums, w3, w, d, 3, 3, unit, own, after, H, BLOCK_K, PRECISION, WIDEN)
             dh += sums
 
         total = dh + dy

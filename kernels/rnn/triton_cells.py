@@ -60,30 +60,55 @@ def blocks(w, rows, mask, H: tl.constexpr, BLOCK_K: tl.constexpr, STRIDE: tl.con
 
 @triton.jit
 def product(
-    sums, w_blocks, w, rows, mask, source, there,
+    sums, w_blocks, w, rows, mask, source, there, first, fresh, any_fresh,
     H: tl.constexpr, BLOCK_K: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """sums + W s^T: W as `blocks` gave it, or read again if that is None; s are rows that `source` points to."""
+    """sums + W s^T: W as `blocks` gave it, or read again if that is None; s as `transposed` reads it."""
     if w_blocks is None:
         for start in range(0, H, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            right = transposed(source, there, k, H)
+            right = transposed(source, there, first, fresh, any_fresh, k, H)
             sums = multiply_add(block(w, rows, mask, k, H, STRIDE), right, sums, PRECISION, WIDEN)
     else:
         for i in tl.static_range((H + BLOCK_K - 1) // BLOCK_K):
-            right = transposed(source, there, i * BLOCK_K + tl.arange(0, BLOCK_K), H)
+            right = transposed(source, there, first, fresh, any_fresh, i * BLOCK_K + tl.arange(0, BLOCK_K), H)
             sums = multiply_add(w_blocks[i], right, sums, PRECISION, WIDEN)
     return sums
 
 
 @triton.jit
-def transposed(source, there, k, H: tl.constexpr):
-    """Columns `k` of rows that `source` points to, as rows.
+def transposed(source, there, first, fresh, any_fresh, k, H: tl.constexpr):
+    """Columns `k` of rows, as rows: of those that `source` points to where `there`, of those of `first` where `fresh`.
 
     They come past the first-level cache, which may hold what was there before another program wrote them.
     """
-    mask = (k < H)[:, None] & there[None, :]
-    return tl.load(source[None, :] + k[:, None], mask=mask, other=0.0, cache_modifier=".cg")
+    inside = (k < H)[:, None]
+    found = tl.load(source[None, :] + k[:, None], mask=inside & there[None, :], other=0.0, cache_modifier=".cg")
+    if first is not None:  # noqa: SIM102 - a condition of the compiler's, and one of the program's
+        if any_fresh:
+            # not pointers to one or the other: AMD's compiler does not take them
+            others = tl.load(first[None, :] + k[:, None], mask=inside & fresh[None, :], other=0.0)
+            found = tl.where(fresh[None, :], others, found)
+    return found
+
+
+@triton.jit
+def within(t, length):
+    """Which rows have a step `t`; a number for each row, as 3.9's interpreter combines no one condition with many."""
+    t = t + tl.zeros_like(length)
+    return (t >= 0) & (t < length)
+
+
+@triton.jit
+def sources(t, there, length, lengths, steps):
+    """Of the rows that are `there`: which have a step `t`; which start from the first state instead; if any do.
+
+    Of rows that all have the same length, all do or none.
+    """
+    seen = there & within(t, length)
+    fresh = there ^ seen
+    any_fresh = (t < 0) | (t >= steps) if lengths is None else tl.max(fresh.to(tl.int32), 0) > 0
+    return seen, fresh, any_fresh
 
 
 @triton.jit
@@ -123,10 +148,3 @@ def place(t, starts, steps, step, row):
     else:
         offset = tl.load(starts + t, mask=(t >= 0) & (t < steps), other=0) * row
     return offset
-
-
-@triton.jit
-def states_at(t, length, y, y_row, h0, b, H):
-    """Pointers to the state of each row after step `t`: to step t's `y`, or to h0 where that is none of the row's."""
-    there = (t >= 0) & (t < length)
-    return tl.where(there, y + b * y_row, h0 + b * H)

@@ -25,10 +25,11 @@ from perfkit.kernels.rnn.triton_cells import (
     place,
     product,
     sigmoid,
-    states_at,
+    sources,
     tanh,
     transposed,
     wait,
+    within,
 )
 
 
@@ -52,7 +53,7 @@ def forward_span(
         state: (J, B, H), float32: c, or h of a GRU, before the span, and after it. None for plain cells.
         h0: (J, B, H).
         w_hh: (J, G H, H).
-        w_ih: (J, G H, H), bias: (J, G, H), float32, of a wavefront, the first layer's unused; else None.
+        w_ih: (J, G H, H), bias: (J, G, H), float32, of a wavefront, the first layer's unused and zero; else None.
         bias_hn: (J, H), float32, of a GRU; else None.
         lengths: (B,), int32, how many steps a row has; None for all.
         starts: (T,), int64, the first row of each step of packed data; None where steps have B rows each.
@@ -101,7 +102,7 @@ def forward_span(
     if RESIDENT:
         w_h = blocks(w_hh, h_rows, of_h, H, BLOCK_K, 1)
         if WAVEFRONT:
-            w_x = blocks(w_ih, x_rows, of_x & (job > 0), H, BLOCK_K, 1)
+            w_x = blocks(w_ih, x_rows, of_x, H, BLOCK_K, 1)
     if MODE == "GRU":
         b_hn = tl.load(bias_hn + job * H + unit, mask=own, other=0.0)[:, None]
 
@@ -112,6 +113,9 @@ def forward_span(
     else:
         length = tl.load(lengths + b, mask=b < batch, other=0)
         longest = tl.max(length, 0)
+    x_length = length
+    if WAVEFRONT:  # layers above the first have no inputs from before
+        x_length = tl.where(job == 0, length, tl.zeros_like(length))
     lag = job if WAVEFRONT else 0
     begin = tl.maximum(first - lag, tl.where(reverse, steps - longest, 0))
     end = tl.minimum(last - lag, tl.where(reverse, steps, longest))
@@ -126,20 +130,19 @@ def forward_span(
         c = tl.load(state + states, mask=inside, other=0.0)
     if CARRY:
         t = tl.where(reverse, steps - 1 - begin, begin) + back
-        source = states_at(t, length, y_job + place(t, starts, steps, y_step, y_row), y_row, h0, row64, H)
-        h = transposed(source, b < batch, tl.arange(0, BLOCK_K), H)
+        seen, fresh, any_fresh = sources(t, length > 0, length, lengths, steps)
+        source = y_job + place(t, starts, steps, y_step, y_row) + row64 * y_row
+        h = transposed(source, seen, h0 + row64 * H, fresh, any_fresh, tl.arange(0, BLOCK_K), H)
 
     for s in range(begin, end):
         t = tl.where(reverse, steps - 1 - s, s)
-        there = t < length
+        there = within(t, length)
         mask = own[:, None] & there[None, :]
         row = place(t, starts, steps, batch, 1)
         y_now = y_job + place(t, starts, steps, y_step, y_row)
 
         # What does not depend on h is asked for before the wait.
-        x_mask = mask
-        if WAVEFRONT:
-            x_mask = mask & (job == 0)
+        x_mask = own[:, None] & within(t, x_length)[None, :]
         x = inputs + (job64 * rows + row + row64[None, :]) * inputs_row + unit[:, None]
         a0 = tl.load(x, mask=x_mask, other=0.0).to(tl.float32)
         if EACH == 4:
@@ -150,18 +153,18 @@ def forward_span(
         sums = tl.zeros((EACH * BLOCK_H, BLOCK_B), tl.float32)
         if WAVEFRONT:
             of_bias = bias + job * GATES * H + unit
-            a0 += tl.load(of_bias, mask=own & (job > 0), other=0.0)[:, None]
+            a0 += tl.load(of_bias, mask=own, other=0.0)[:, None]
             if EACH == 4:
-                a1 += tl.load(of_bias + H, mask=own & (job > 0), other=0.0)[:, None]
-                a2 += tl.load(of_bias + 2 * H, mask=own & (job > 0), other=0.0)[:, None]
+                a1 += tl.load(of_bias + H, mask=own, other=0.0)[:, None]
+                a2 += tl.load(of_bias + 2 * H, mask=own, other=0.0)[:, None]
             if MODE == "LSTM":
-                a3 += tl.load(of_bias + 3 * H, mask=own & (job > 0), other=0.0)[:, None]
+                a3 += tl.load(of_bias + 3 * H, mask=own, other=0.0)[:, None]
             if job > 0:
                 if PERSISTENT:
                     wait(counter - tl.cast(tiles, tl.int64) * steps + s, PARTS)
-                source = below + (row + row64) * H
                 sums = product(
-                    sums, w_x, w_ih, x_rows, of_x, source, there, H, BLOCK_K, 1, PRECISION, WIDEN
+                    sums, w_x, w_ih, x_rows, of_x, below + (row + row64) * H, there, None, None, None,
+                    H, BLOCK_K, 1, PRECISION, WIDEN,
                 )  # fmt: skip
 
         if CARRY:
@@ -170,10 +173,12 @@ def forward_span(
             if PERSISTENT and PARTS > 1:  # noqa: SIM102 - a condition of the compiler's, and one of the program's
                 if s > begin:
                     wait(counter + s - 1, PARTS)
-            before = t + back
-            y_before = y_job + place(before, starts, steps, y_step, y_row)
-            source = states_at(before, length, y_before, y_row, h0, row64, H)
-            sums = product(sums, w_h, w_hh, h_rows, of_h, source, there, H, BLOCK_K, 1, PRECISION, WIDEN)
+            seen, fresh, any_fresh = sources(t + back, there, length, lengths, steps)
+            source = y_job + place(t + back, starts, steps, y_step, y_row) + row64 * y_row
+            sums = product(
+                sums, w_h, w_hh, h_rows, of_h, source, seen, h0 + row64 * H, fresh, any_fresh,
+                H, BLOCK_K, 1, PRECISION, WIDEN,
+            )  # fmt: skip
 
         if MODE == "LSTM":
             s0, s1, s2, s3 = apart(sums, BLOCK_H, BLOCK_B)

@@ -102,8 +102,9 @@ def forward(
         out, out_first = (y, batch_first) if last else (inner[layer], False)
         more = {}
         if chosen.wavefront:
+            # the first layer's are in its inputs, and w_ih may have another size
             bias = torch.stack([_bias(problem, direction, h0) for direction in of_jobs])
-            # the first layer's w_ih is not used, and may have another size
+            bias[0] = 0
             w_ih = _stacked([direction[0] for direction in (of_jobs[1], *of_jobs[1:])])
             more = {"inner": inner, "w_ih": w_ih, "bias": bias.float()}
         launch.launch_forward(
