@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -29,11 +30,18 @@ class Trial:
 
     Args:
         block_medians_ms: the median call of each of its blocks, in ms, in the order taken.
-        refused: why it was not timed, or no longer; empty where it was.
+        wrong: what `verify` said of its first result.
+        refused: why else it was not timed.
     """
 
     block_medians_ms: list[float] = field(default_factory=list)
+    wrong: str = ""
     refused: str = ""
+
+    @property
+    def ms(self) -> float:
+        """Its score: the median of its blocks, infinite where there are none."""
+        return statistics.median(self.block_medians_ms) if self.block_medians_ms else math.inf
 
 
 def tune(
@@ -43,7 +51,7 @@ def tune(
     run: Callable[[str], Any],
     *,
     budget_s: float,
-    verify: Callable[[Any], str] | None = None,
+    verify: Callable[[str, Any], str] | None = None,
     folder: Path | None = None,
     **about: Any,
 ) -> dict[Candidate, Trial]:
@@ -59,7 +67,8 @@ def tune(
         run: one whole call by the implementation of that name, as users make it; the candidate's configuration is in
             force in it.
         budget_s: seconds for all of it.
-        verify: what is wrong with a first call's result, for people; empty where nothing is. What is wrong is dropped.
+        verify: what is wrong with the result of an implementation's first call, for people; empty where nothing is.
+            What is wrong is dropped.
         folder, about: as `_autotune.record` takes them.
 
     Returns:
@@ -82,13 +91,16 @@ def tune(
         try:
             with _autotune.assume(op, problem, *candidate):
                 result = run(candidate[0])
-                trial.refused = verify(result) if verify else ""
-                if not trial.refused:
+                trial.wrong = verify(candidate[0], result) if verify else ""
+                if not trial.wrong:
                     calls[candidate] = calls_per_block(lambda name=candidate[0]: run(name), problem.device)
         except Exception as error:  # a configuration that a device cannot run is no reason to stop
             trial.refused = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     if not calls:
-        told = "; ".join(f"{name}: {trial.refused}" for (name, _), trial in trials.items()) or "there was none"
+        told = (
+            "; ".join(f"{name}: {trial.wrong or trial.refused}" for (name, _), trial in trials.items())
+            or "there was none"
+        )
         raise InvalidInputError(f"no candidate for {op} could be timed ({told})")
     alive = list(calls)
     for _ in range(ROUNDS):
@@ -103,6 +115,5 @@ def tune(
             alive = [candidate for candidate in alive if min(trials[candidate].block_medians_ms) <= BEHIND * best]
         if time.monotonic() - began > budget_s:
             break
-    times_ms = {candidate: statistics.median(trials[candidate].block_medians_ms) for candidate in calls}
-    _autotune.record(op, problem, times_ms, folder, **about)
+    _autotune.record(op, problem, {candidate: trials[candidate].ms for candidate in calls}, folder, **about)
     return trials

@@ -1,0 +1,266 @@
+"""`python -m bench.gpu`: everything that needs a GPU, in one go: check, stress, tune, time.
+
+    check    every op's cases by every implementation, forward and every gradient, against float64
+    stress   programs that wait for each other on all processors, thousands of steps: the same bits as step by step
+    tune     implementations and tile sizes, timed; the fastest go into kernels/tuned/<device>.json
+    time     the ops as they are then dispatched, against cuDNN, torch.compile and what JAX has
+
+Kept in results/<device>-kernels.json, with what failed and what there was no time for. Each row runs in a process that
+is replaced when it dies or hangs. Exit code 0: all as it should be; 1: a row failed; 2: nothing here to run on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime as dt
+import functools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+SHARES = {"check": 0.25, "stress": 0.08, "tune": 0.32, "time": 0.35}
+"""Of the budget, for each part."""
+
+LEAST_S = {"check": 0.0, "stress": 5.0, "tune": 6.0, "time": 2.5}
+"""What a row is given at least, while there is time left for its part: less would be no use."""
+
+BUDGET_S = 460.0
+PATIENCE = 4.0
+PATIENCE_S = 90.0
+"""A row is taken to hang after the longer of these: times its budget, seconds."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if find_spec("torch") is None:
+        print("bench.gpu needs PyTorch: pip install 'perfkit[torch]'", file=sys.stderr)
+        return 2
+    if options.dry_run:
+        return _show(options)
+    if reason := missing():
+        print(f"bench.gpu cannot run here: {reason}\n--dry-run shows what it would do", file=sys.stderr)
+        return 2
+    import torch
+
+    from perfkit.kernels import _autotune
+
+    path = RESULTS / f"{_autotune.slug(torch.cuda.get_device_name())}-kernels.json"
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as cache:
+        # what this user's machine measured before is not what is to be tested
+        source = functools.partial(rows, options.only, options.match)
+        runner = Runner(source, "cuda", {"PERFKIT_CACHE": cache, **ENVIRONMENT})
+        try:
+            for part in options.only:
+                found += run_part(runner, part, options)
+                _write(path, found)
+        finally:
+            runner.close()
+    failed = [row for row in found if "failed" in row]
+    late = sum("skipped" in row for row in found)
+    print(f"{len(found)} rows, {len(failed)} failed, {late} left out for want of time; wrote {path}")
+    for row in failed:
+        print(f"FAILED {row['part']} {row['name']}: {row['failed']}")
+    return 1 if failed else 0
+
+
+def missing() -> str:
+    """What a run needs and is not there; empty where nothing is missing."""
+    import torch
+
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm, and the script's events and rivals are CUDA's"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA: install a CUDA build"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no NVIDIA GPU: is there one, and does nvidia-smi show it?"
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install 'perfkit[triton]'"
+    return ""
+
+
+def rows(parts: list[str], match: str = "") -> list[Any]:
+    """The rows of these parts whose names have that text, in the order in which they run."""
+    from bench import gpu_rows, gpu_time
+
+    made = {
+        "check": gpu_rows.check_rows,
+        "stress": gpu_rows.stress_rows,
+        "tune": gpu_rows.tune_rows,
+        "time": gpu_time.time_rows,
+    }
+    return [row for part in parts for row in made[part]() if match in row.name]
+
+
+def run_part(runner: Runner, part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of a part, within its share of the budget; those that it does not last for are told as skipped."""
+    end = time.monotonic() + options.budget_s * SHARES[part] / sum(SHARES[name] for name in options.only)
+    numbers = [number for number, row in enumerate(runner.rows) if row.part == part]
+    found = []
+    for done, number in enumerate(numbers):
+        left, name = end - time.monotonic(), runner.rows[number].name
+        row = {"part": part, "name": name}
+        if left <= 0:
+            row["skipped"] = "the part's share of the budget was spent"
+        else:
+            row |= runner.run(number, max(LEAST_S[part], left / (len(numbers) - done)))
+        print(f"{part} {done + 1}/{len(numbers)} {name}: {_told(row)}", flush=True)
+        found.append(row)
+    return found
+
+
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+"""Or JAX would take most of the device's memory, beside PyTorch."""
+
+
+class Runner:
+    """A process that runs rows, one at a time, and is replaced when it dies or does not answer.
+
+    Args:
+        source: makes the rows, here and in the process.
+        device: the rows'.
+        environment: of the process.
+    """
+
+    def __init__(self, source: Callable[[], list[Any]], device: str, environment: dict[str, str]):
+        self.rows = source()
+        self._started_with = source, device, environment
+        self._process: Any = None
+        self._pipe: Any = None
+
+    def run(self, number: int, budget_s: float) -> dict[str, Any]:
+        """What a row returns, or {"failed": why}."""
+        if self._process is None:
+            spawn = get_context("spawn")
+            self._pipe, theirs = spawn.Pipe()
+            self._process = spawn.Process(target=_serve, args=(theirs, *self._started_with), daemon=True)
+            self._process.start()
+            theirs.close()
+        self._pipe.send((number, budget_s))
+        limit_s = max(PATIENCE * budget_s, PATIENCE_S)
+        try:
+            if self._pipe.poll(limit_s):
+                found = self._pipe.recv()
+                if found.pop("lost", False):
+                    self.close()
+                return found
+            told = f"no answer in {limit_s:.0f} s"
+        except EOFError:
+            self._process.join(10)
+            told = f"its process died, with exit code {self._process.exitcode}"
+        self.close()
+        return {"failed": told}
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = None
+
+
+def _serve(pipe: Any, source: Callable[[], list[Any]], device: str, environment: dict[str, str]) -> None:
+    """What the process does: rows as their numbers come, until its parent is gone or its device can no more."""
+    os.environ.update(environment)
+    mine = source()
+    while True:
+        try:
+            number, budget_s = pipe.recv()
+        except EOFError:
+            return
+        try:
+            found = mine[number].run(device, budget_s)
+        except Exception as error:  # one row's: the others are still to be run
+            found = {"failed": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+        if device == "cuda":
+            found |= _cleared()
+        pipe.send(found)
+
+
+def _cleared() -> dict[str, Any]:
+    """Give memory back between rows; a device that cannot even do that is of no more use to this process."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        return {"failed": told, "lost": True}
+    return {}
+
+
+def _show(options: argparse.Namespace) -> int:
+    """Every row's problem, by the name under which it would be tuned."""
+    from perfkit.kernels import _autotune
+
+    for row in rows(options.only, options.match):
+        told = ""
+        if row.make is not None:
+            subject = row.make("meta")
+            told = ": " + _autotune.key(subject.op.name, dataclasses.replace(subject.problem, device="cuda"))
+        print(f"{row.part} {row.name}{told}")
+    return 0
+
+
+def _told(row: dict[str, Any]) -> str:
+    """A row for people."""
+    for word in ("failed", "refused", "skipped"):
+        if word in row:
+            return f"{word}: {row[word]}"
+    if "outcomes" in row:
+        return ", ".join(f"{name} {told.partition(':')[0]}" for name, told in row["outcomes"].items())
+    if "repeats" in row:
+        return f"{row['repeats']} times the same bits, {row['programs']} programs on {row['processors']} processors"
+    if "fastest" in row:
+        times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in row["ms"].items())
+        return f"{row['fastest']} {row['configuration'] or 'by its rule'} ({times})"
+    ratios = (
+        f"{rival} {found.get('refused') or '{ratio:.2f}x [{low:.2f}, {high:.2f}] {verdict}'.format(**found)}"
+        for rival, found in row["rivals"].items()
+    )
+    return f"{row['ran']} against {'; '.join(ratios)}"
+
+
+def _write(path: Path, found: list[dict[str, Any]]) -> None:
+    """The file: rows of other parts are kept, one row a line."""
+    from perfkit.measure.environment import environment
+
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    parts = {row["part"] for row in found}
+    lines = [json.dumps(row) for row in [*(row for row in kept if row["part"] not in parts), *found]]
+    about = {"environment": dataclasses.asdict(environment()), "date": dt.date.today().isoformat()}
+    head = json.dumps(about, indent=1, sort_keys=True).removesuffix("\n}")
+    path.write_text(f'{head},\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", type=_parts, default=list(SHARES), metavar="PARTS", help=f"some of {','.join(SHARES)}; default: all"
+    )
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, metavar="N", help="seconds for all; default: 460")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only rows whose name has this text")
+    parser.add_argument("--dry-run", action="store_true", help="run nothing, show what would run; needs no GPU")
+    return parser
+
+
+def _parts(text: str) -> list[str]:
+    asked = text.split(",")
+    if unknown := [part for part in asked if part not in SHARES]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {','.join(SHARES)}")
+    return [part for part in SHARES if part in asked]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""What `python -m bench.gpu` does on a GPU, as far as it can be seen without one: the same rows on a CPU's tensors."""
+
+import dataclasses
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import planted_gpu_rows  # noqa: E402 - after the skip
+
+from bench import gpu, gpu_rows, gpu_time  # noqa: E402
+from bench.gpu_cases import Conv, Linear, Rnn  # noqa: E402
+from perfkit import InvalidInputError  # noqa: E402
+from perfkit.kernels import _autotune  # noqa: E402
+from perfkit.kernels.conv2d.cases import Case as ConvCase  # noqa: E402
+from perfkit.kernels.linear_int8.cases import Case as LinearCase  # noqa: E402
+from perfkit.kernels.rnn.cases import Case as RnnCase  # noqa: E402
+
+SMALL = {
+    "packed": lambda: Rnn(RnnCase("LSTM", 5, 3, 4, 6, layers=2, bidirectional=True, ragged="packed"), True, "cpu"),
+    "lengths": lambda: Rnn(RnnCase("GRU", 5, 3, 4, 6, ragged="lengths", batch_first=True), True, "cpu"),
+    "relu": lambda: Rnn(RnnCase("RNN_RELU", 5, 3, 4, 6, initial=False, bias=False), False, "cpu"),
+    "conv": lambda: Conv(
+        ConvCase(2, 3, 9, 8, 8, (3, 3), {"activation": "relu", "pool": 2, "padding": "same"}),
+        *("bfloat16", True, True, True, "cpu"),
+    ),
+    "conv of normals": lambda: Conv(
+        ConvCase(2, 3, 9, 8, 8, (2, 3), {"pool": 2, "padding": "same"}, bias=False),
+        *("float32", False, False, True, "cpu"),
+    ),
+    "linear": lambda: Linear(LinearCase(5, 33, 7, "float32", activation="relu"), "cpu"),
+}
+
+
+def test_every_row_can_be_shown_without_a_gpu(capsys):
+    assert gpu.main(["--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for part in gpu.SHARES:
+        assert sum(line.startswith(f"{part} ") for line in lines) >= 4
+    assert "time rnn packed: rnn/torch/float32/LSTM-T1024-B32-I256-H256-1x1-packed-infer" in lines
+    assert len(set(lines)) == len(lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_what_is_missing(capsys):
+    assert gpu.main([]) == 2
+    told = capsys.readouterr().err
+    assert "bench.gpu cannot run here: PyTorch" in told
+    assert "--dry-run" in told
+
+
+def test_unknown_parts_are_an_error(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "check,tine"])
+    assert "tine: expected some of check,stress,tune,time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_right_numbers_pass_the_check(name):
+    found = gpu_rows.checked(SMALL[name]())
+    assert "failed" not in found, found
+    refused = "library" if name == "linear" else "triton"  # torch's product of int8 wants larger sizes
+    right = {each for each, told in found["outcomes"].items() if told == "right"}
+    assert {"library", "reference"} - {refused} <= right
+    assert found["outcomes"]["triton"] == "refused: it runs on cuda, and this call is on cpu"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_framework_layers_compute_the_same(name):
+    subject = SMALL[name]()
+    if name != "linear":  # which is in bfloat16 there
+        assert subject.wrong("library", subject.complete(subject.native)) == ""
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_planted_error_fails_the_check(name):
+    """In one number of the last result, by a hundredth of the largest."""
+    subject = SMALL[name]()
+    found = [tensor.detach().clone() for tensor in subject.call("reference")]
+    compared = found[0] if name == "conv of normals" else found[-1]
+    compared.view(-1)[0] += 0.02 * compared.abs().max() + 1e-3
+    assert "is off by" in subject.wrong("reference", found)
+
+
+def test_tuning_writes_a_table(tmp_path):
+    row = gpu_rows.tuned("conv2d", SMALL["conv"](), 2.0, tmp_path)
+    assert row["fastest"] in row["ms"]
+    assert row["tried"] >= 1
+    table = json.loads(next(tmp_path.iterdir()).read_text())
+    (key,) = table["entries"]
+    assert key.startswith("conv2d/torch/bfloat16/N2-I3-9x8-O8")
+    assert table["date"]
+
+
+def test_a_configuration_with_wrong_results_is_never_kept(tmp_path, monkeypatch):
+    subject = SMALL["relu"]()
+    right = subject.outputs
+    monkeypatch.setattr(subject, "outputs", lambda name: [y + (name == "library") for y in right(name)])
+    monkeypatch.setattr(subject, "able", lambda: {"library": None, "reference": None, "cpu": "planted"})
+    with pytest.raises(InvalidInputError, match="library: y is off by"):
+        gpu_rows.tuned("rnn", subject, 2.0, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_timing_tells_who_ran_and_how_fast(backward):
+    rivals = ("native", "library", "no such implementation")
+    row = gpu_time.timed(SMALL["conv"](), rivals, "cpu", 0.3, backward=backward)
+    assert row["ran"] in ("cpu", "library")
+    assert row["rivals"]["library"]["low"] <= row["rivals"]["library"]["ratio"] <= row["rivals"]["library"]["high"]
+    assert row["rivals"]["no such implementation"]["refused"].startswith("InvalidInputError")
+    assert row["ms"] > 0
+
+
+def test_a_loss_after_dispatch_fails_the_row(monkeypatch):
+    slow = dataclasses.replace(gpu_time.statistics.compare([1.0] * 20, [2.0] * 20, baseline="a", variant="b"))
+    monkeypatch.setattr(gpu_time, "paired", lambda *_arguments: (slow, 1.0, 2.0))
+    assert gpu_time.timed(SMALL["relu"](), ("native",), "cpu", 0.1)["failed"].startswith("0.50x after dispatch")
+    monkeypatch.setattr(gpu_time, "paired", lambda *_arguments: (dataclasses.replace(slow, high=0.96), 1.0, 2.0))
+    assert "failed" not in gpu_time.timed(SMALL["relu"](), ("native",), "cpu", 0.1)
+
+
+def test_jax_is_timed_against_its_own():
+    pytest.importorskip("jax")
+    row = gpu_time.jax_conv("cpu", 0.3, batch=2)
+    assert row["rivals"]["built in"]["pairs"] > 0
+    assert "jax runs on cpu here" in gpu_time.jax_lstm("cuda", 0.3, 2, 4)["refused"]
+
+
+class FullDevice:
+    """Stands in for the recurrent subject on a GPU of 132 processors; the third launch for all steps goes wrong."""
+
+    def __init__(self, case, training, device):
+        self.problem, self.launches = case.problem("torch", "cpu", training), 0
+
+    def call(self, implementation):
+        assert implementation == "triton"
+        persistent = dict(_autotune.lookup("rnn", self.problem).configuration)["persistent"]
+        self.launches += persistent
+        return [torch.zeros(3), torch.tensor([0.0, float(self.launches == 3)])]
+
+
+def test_a_race_in_the_stress_is_found(monkeypatch):
+    pytest.importorskip("triton")
+    from perfkit.kernels.rnn import triton_configuration, triton_kernel
+    from perfkit.kernels.rnn.triton_configuration import Device
+
+    monkeypatch.setattr(triton_kernel, "candidates", lambda made: list(triton_configuration.candidates(made, Device())))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: Device(processors=132))
+    monkeypatch.setattr(Device, "multi_processor_count", 132, raising=False)
+    monkeypatch.setattr(gpu_rows, "Rnn", FullDevice)
+    told = gpu_rows.stressed("cuda", 5.0, 256, 1, 1, True)
+    assert told["failed"] == "result 1 differs in repeat 2"
+    monkeypatch.setattr(FullDevice, "call", lambda self, implementation: [torch.zeros(3)])
+    for _, given in ((row.name, row.run) for row in gpu_rows.stress_rows()):
+        told = given("cuda", 5.0)
+        assert told["repeats"] == gpu_rows.REPEATS
+        assert 0.8 * 132 <= told["programs"] <= 132, told
+    assert "on a GPU alone" in gpu_rows.stressed("cpu", 1.0, 256, 1, 1, True)["refused"]
+
+
+def test_a_row_that_raises_dies_or_hangs_does_not_end_the_run(monkeypatch):
+    monkeypatch.setattr(gpu, "PATIENCE_S", 0.0)
+    runner = gpu.Runner(planted_gpu_rows.rows, "cpu", {"PERFKIT_CACHE": "planted"})
+    try:
+        first = runner.run(0, 30.0)
+        assert first["cache"] == "planted"
+        assert runner.run(1, 30.0) == {"failed": "ValueError: planted"}
+        assert runner.run(0, 30.0) == first
+        assert runner.run(2, 30.0) == {"failed": "its process died, with exit code 7"}
+        second = runner.run(0, 30.0)
+        assert second["process"] != first["process"]
+        assert runner.run(3, 0.2) == {"failed": "no answer in 1 s"}
+        assert runner.run(0, 30.0)["process"] not in (first["process"], second["process"])
+    finally:
+        runner.close()
+
+
+def test_a_part_keeps_to_its_budget_and_its_file(monkeypatch, tmp_path, capsys):
+    class Here:
+        """A runner in this process."""
+
+        rows = planted_gpu_rows.rows()
+
+        def run(self, number, budget_s):
+            return {"outcomes": {"library": "right"}}
+
+    options = gpu._parser().parse_args(["--only", "check", "--budget-s", "100"])
+    now = iter([0.0, 10.0, 60.0, 101.0, 102.0])
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(now))
+    found = gpu.run_part(Here(), "check", options)
+    assert [("skipped" in row) for row in found] == [False, False, True, True]
+    assert "check 1/4 well: library right" in capsys.readouterr().out
+    path = tmp_path / "device-kernels.json"
+    gpu._write(path, [{"part": "tune", "name": "kept"}, {"part": "check", "name": "old"}])
+    gpu._write(path, found)
+    assert [row["name"] for row in json.loads(path.read_text())["rows"]] == ["kept", *(row["name"] for row in found)]
