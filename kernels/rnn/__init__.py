@@ -52,7 +52,8 @@ _TRITON = Implementation("triton", "torch", _asked("triton_kernel"), ("cuda",))
 _LIBRARY = Implementation("library", "torch", _asked("library"))
 _OTHERS = (
     Implementation("reference", "torch", _never),
-    Implementation("pallas", "jax", _asked("pallas_kernel"), ("tpu",)),
+    Implementation("library", "jax", _asked("jax_op", "library_refusal"), ("cuda",)),
+    Implementation("pallas", "jax", _asked("pallas_kernel"), ("tpu", "cuda")),
     Implementation("cpu", "jax", _asked("jax_op", "cpu_refusal"), ("cpu",)),
     Implementation("reference", "jax", _never),
 )

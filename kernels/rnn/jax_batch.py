@@ -1,0 +1,137 @@
+"""Functions whose rows are independent of each other, made to be mapped by vmap and split by sharded programs.
+
+vmap of such a function is the function with more rows, and each device of a sharded program can have some of the rows:
+JAX knows neither of a kernel, which is a black box to it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+
+Axes = tuple[int | None, ...]
+"""The axis of the rows in each argument or result, or in all arrays of it; None where it has no rows, as weights."""
+
+
+def by_rows(function: Callable[..., tuple], axes: Axes, result_axes: tuple[int, ...]) -> Callable[..., tuple]:
+    """`function`, of which vmap maps more rows at once, and a sharded program some rows on each device.
+
+    Args:
+        function: takes and returns tuples of arrays, tuples of such, and None; has no gradient, and no global arrays.
+        axes, result_axes: of the rows. Results that have none could not be put together again.
+    """
+    split = _partitioned(function, axes, result_axes)
+
+    @custom_vmap
+    def call(*arguments):
+        return split(*arguments)
+
+    @call.def_vmap
+    def rule(size, mapped, *arguments):
+        rowless = [flags for flags, axis in zip(mapped, axes, strict=True) if axis is None]
+        if any(jax.tree.leaves(rowless)):
+            out = _one_by_one(call, mapped, arguments)
+        else:
+            folded = [
+                argument if axis is None else jax.tree.map(functools.partial(_fold, size, axis), argument, flags)
+                for argument, flags, axis in zip(arguments, mapped, axes, strict=True)
+            ]
+            unfold = functools.partial(_unfold, size)
+            out = _map(unfold, call(*folded), result_axes)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call
+
+
+def _map(change: Callable[[int, Array], Array], results: tuple, axes: tuple[int, ...]) -> tuple:
+    """`change(axis, array)` of each array."""
+    return tuple(
+        jax.tree.map(functools.partial(change, axis), result) for result, axis in zip(results, axes, strict=True)
+    )
+
+
+def _fold(size: int, axis: int, x: Array, mapped: bool) -> Array:
+    """The mapped axis, which is axis 0, as part of the rows."""
+    x = jnp.moveaxis(x, 0, axis) if mapped else jnp.broadcast_to(jnp.expand_dims(x, axis), _with(x.shape, axis, size))
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _unfold(size: int, axis: int, x: Array) -> Array:
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], size, -1, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _with(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    return (*shape[:axis], size, *shape[axis:])
+
+
+def _one_by_one(call: Callable[..., tuple], mapped: Any, arguments: tuple) -> tuple:
+    """One call after the other: each has weights of its own."""
+    leaves, structure = jax.tree.flatten(arguments)
+    flags = jax.tree.leaves(mapped)
+
+    def one(now):
+        now = iter(now)
+        given = [next(now) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
+        return call(*jax.tree.unflatten(structure, given))
+
+    return jax.lax.map(one, [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag])
+
+
+def _partitioned(function: Callable[..., tuple], axes: Axes, result_axes: tuple[int, ...]) -> Callable[..., tuple]:
+    """`function`, of which a sharded program's partitioner may split the rows and nothing else.
+
+    Without the Shardy partitioner, which JAX can be told not to use, each device computes everything.
+    """
+
+    def call(*arguments):
+        if not getattr(jax.config, "jax_use_shardy_partitioner", True):
+            return function(*arguments)
+        leaves, structure = jax.tree.flatten(arguments)
+        results = jax.eval_shape(function, *arguments)
+
+        def flat(*leaves):
+            return tuple(jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves))))
+
+        def partition(mesh, given, wanted):
+            return mesh, flat, tuple(each.sharding for each in wanted), tuple(each.sharding for each in given)
+
+        split = custom_partitioning(flat)
+        rule, whole = _sharding_rule(_ranks(arguments, axes), _ranks(results, result_axes))
+        split.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
+        return jax.tree.unflatten(jax.tree.structure(results), split(*leaves))
+
+    return call
+
+
+def _ranks(arrays: Any, axes: Axes) -> list[tuple[int, int | None]]:
+    """How many dimensions each array has, and which one is the rows'."""
+    return [
+        (len(leaf.shape), axis)
+        for argument, axis in zip(arrays, axes, strict=True)
+        for leaf in jax.tree.leaves(argument)
+    ]
+
+
+def _sharding_rule(
+    arguments: list[tuple[int, int | None]], results: list[tuple[int, int | None]]
+) -> tuple[str, tuple[str, ...]]:
+    """The rule of `custom_partitioning` in words, and the names in it of what must not be split: all but "rows"."""
+    whole: list[str] = []
+
+    def named(rank: int, rows: int | None) -> str:
+        names = []
+        for axis in range(rank):
+            if axis != rows:
+                whole.append(f"whole{len(whole)}")
+            names.append("rows" if axis == rows else whole[-1])
+        return " ".join(names)
+
+    left, right = (", ".join(named(*each) for each in side) for side in (arguments, results))
+    return f"{left} -> {right}", tuple(whole)
