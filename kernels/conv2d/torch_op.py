@@ -20,6 +20,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from perfkit.kernels import conv2d as op
 from perfkit.kernels._op import Choice
 from perfkit.kernels.conv2d import reference
 from perfkit.kernels.conv2d.problem import Options, Problem, check_ranks, options, problem, resolved
+from perfkit.kernels.conv2d.torch_batch import batched, batched_backward
 
 _OPTIONS = "int[] stride, SymInt[] padding, int[] dilation, int groups, str? activation, int pool"
 _LIBRARY = torch.library.Library("perfkit", "FRAGMENT")
@@ -120,16 +122,17 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor | None, given: Options, implem
         with torch.autocast(device, enabled=False):
             return _call(*(_cast(tensor, dtype) for tensor in (x, weight, bias)), given, implementation)
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    needs_grad = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     observed = _observed(tensors)
     made, choice = (_problem_and_choice if observed else _picked)(x, weight, bias, given, needs_grad, implementation)
     if choice.implementation in _FRAMEWORKS:
         return _FRAMEWORKS[choice.implementation](made, x, weight, bias)
     if not observed and not needs_grad:
         return _run(made, choice, x, weight, bias)[0]
-    rest = given.stride, made.padding, given.dilation, given.groups, given.activation, given.pool
+    if not observed:
+        return _Step.apply(x, weight, bias, made, choice)
     run = torch.ops.perfkit.conv2d if observed == "traced" else Conv2d.apply
-    return run(x, weight, bias, *rest, needs_grad, choice.implementation)[0]
+    return run(x, weight, bias, *_told(made), needs_grad, choice.implementation)[0]
 
 
 def _observed(tensors: tuple[Tensor, ...]) -> str | None:
@@ -144,7 +147,7 @@ def _observed(tensors: tuple[Tensor, ...]) -> str | None:
         )
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return "traced"
-    return "traced" if any([tensor.is_neg() for tensor in tensors]) else None
+    return "traced" if any(map(Tensor.is_neg, tensors)) else None
 
 
 # ---- Who computes ----------------------------------------------------------------------------------------------------
@@ -275,12 +278,17 @@ def _conv2d(x, weight, bias, stride, padding, dilation, groups, activation, pool
     return y, x.new_empty(0, dtype=torch.uint8) if argmax is None else argmax
 
 
-def _conv2d_fake(x, weight, bias, stride, padding, dilation, groups, activation, pool, save, implementation):
+def _conv2d_fake(x, weight, _bias, stride, padding, dilation, _groups, activation, pool, save, _implementation):
     size = (x.size(0), weight.size(0), *_pooled_size(x, weight, stride, padding, dilation, pool))
     layout = torch.channels_last if channels_last(x) else torch.contiguous_format
     saves = save and (pool > 1 or activation == "relu")
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
     return y, torch.empty_like(y, dtype=torch.uint8) if saves else x.new_empty(0, dtype=torch.uint8)
+
+
+def _told(made: Problem) -> tuple:
+    """The operators' options."""
+    return made.stride, made.padding, made.dilation, made.groups, made.activation, made.pool
 
 
 def _pooled_size(x, weight, stride, padding, dilation, pool):
@@ -294,19 +302,26 @@ def _backward(
 ):
     given = _given(stride, padding, dilation, groups, activation, pool)
     made, choice = _picked(x, weight, bias, given, True, implementation, recorded=False)
-    x, weight = _dense(made, x), weight.contiguous()
-    if made.saves_argmax and argmax.numel() == 0:
-        argmax = _run(made, choice, x, weight, bias)[1]
-    argmax = _dense(made, argmax) if made.saves_argmax else None
-    module = _kernel(choice.implementation)
-    found = module.backward(made, x, weight, argmax, _dense(made, d_y), tuple(wanted), choice.configuration)
+    argmax = argmax if argmax.numel() else None
+    found = _gradients(made, choice, x, weight, bias, argmax, d_y, tuple(wanted))
     return tuple(x.new_empty(0) if each is None else each for each in found)
 
 
-def _backward_fake(x, weight, bias, argmax, d_y, stride, padding, dilation, groups, activation, pool, wanted, _):
+def _gradients(made: Problem, choice: Choice, x, weight, bias, argmax, d_y, wanted):
+    """Of x, weight and bias by a kernel, None where it is not wanted; what was not saved is found again."""
+    x, weight = _dense(made, x), weight.contiguous()
+    if made.saves_argmax and argmax is None:
+        argmax = _run(made, choice, x, weight, bias)[1]
+    argmax = _dense(made, argmax) if made.saves_argmax else None
+    backward = _kernel(choice.implementation).backward
+    return backward(made, x, weight, argmax, _dense(made, d_y), wanted, choice.configuration)
+
+
+def _backward_fake(x, weight, bias, _argmax, _d_y, *rest):
     layout = torch.channels_last if channels_last(x) else torch.contiguous_format
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     likes = (d_x, weight.new_empty(weight.shape), None if bias is None else bias.new_empty(bias.shape))
+    wanted = rest[-2]
     return tuple(
         like if want and like is not None else x.new_empty(0) for like, want in zip(likes, wanted, strict=True)
     )
@@ -321,7 +336,31 @@ torch.library.register_fake("perfkit::conv2d_backward", _backward_fake, lib=_LIB
 
 # ---- Autograd --------------------------------------------------------------------------------------------------------
 #
-# Functions of the form that torch.func can transform, which torch.library.register_autograd's are not.
+# `Conv2d` and `Conv2dBackward` are of the form that torch.func can transform, which torch.library.register_autograd's
+# are not; `_Step` is the short form, for plain tensors.
+
+
+class _Step(torch.autograd.Function):
+    """A kernel as a step of autograd."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, made, choice):
+        y, argmax = _run(made, choice, x, weight, bias)
+        ctx.save_for_backward(x, weight, bias, argmax)
+        ctx.call = made, choice
+        return y
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, weight, bias, argmax = ctx.saved_tensors
+        (made, choice), wanted = ctx.call, ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() or _observed((x, weight, d_y)):
+            argmax = x.new_empty(0, dtype=torch.uint8) if argmax is None else argmax
+            rest = *_told(made), list(wanted), choice.implementation
+            found = Conv2dBackward.apply(x, weight, bias, argmax, d_y, *rest)
+        else:
+            found = _gradients(made, choice, x, weight, bias, argmax, d_y, wanted)
+        return *(each if want else None for each, want in zip(found, wanted, strict=True)), None, None
 
 
 class Conv2d(torch.autograd.Function):
@@ -352,7 +391,7 @@ class Conv2d(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, x, weight, bias, *rest):
-        return _vmap(info, in_dims, x, weight, bias, *rest, run=Conv2d.apply)
+        return batched(info, in_dims, x, weight, bias, *rest, run=Conv2d.apply)
 
 
 class Conv2dBackward(torch.autograd.Function):
@@ -378,22 +417,26 @@ class Conv2dBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, x, weight, bias, argmax, d_y, *rest):
-        return _backward_vmap(info, in_dims, x, weight, bias, argmax, d_y, *rest, run=Conv2dBackward.apply)
+        return batched_backward(info, in_dims, x, weight, bias, argmax, d_y, *rest, run=Conv2dBackward.apply)
 
 
-def _differentiable(function: type[torch.autograd.Function]):
+def _differentiable(function: type[torch.autograd.Function], operator: Any):
     def run(*arguments):
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise UnsupportedError(
                 "torch.func transforms perfkit.kernels.conv2d.conv2d, and not torch.ops.perfkit.conv2d: call that"
             )
-        return function.apply(*arguments)
+        tensors = (each for each in arguments if isinstance(each, Tensor))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
 
     return run
 
 
-_LIBRARY.impl("conv2d", _differentiable(Conv2d), "Autograd")
-_LIBRARY.impl("conv2d_backward", _differentiable(Conv2dBackward), "Autograd")
+_LIBRARY.impl("conv2d", _differentiable(Conv2d, torch.ops.perfkit.conv2d), "Autograd")
+_LIBRARY.impl("conv2d_backward", _differentiable(Conv2dBackward, torch.ops.perfkit.conv2d_backward), "Autograd")
 
 
 # ---- Autocast --------------------------------------------------------------------------------------------------------
@@ -419,59 +462,9 @@ _LIBRARY.impl("conv2d", _autocast("cuda"), "AutocastCUDA")
 
 
 # ---- vmap ------------------------------------------------------------------------------------------------------------
-#
-# Calls with weights of their own become groups of one call's channels; with the same weights, one batch.
 
-
-def _vmap(info, in_dims, x, weight, bias, stride, padding, dilation, groups, *rest, run=torch.ops.perfkit.conv2d):
-    calls, (x_dim, *weight_dims) = info.batch_size, in_dims[:3]
-    if x_dim is not None and not any(dim is not None for dim in weight_dims):
-        y, argmax = run(_batched(x, x_dim), weight, bias, stride, padding, dilation, groups, *rest)
-        split = [each.unflatten(0, (calls, -1)) if each.dim() > 1 else each for each in (y, argmax)]
-        return tuple(split), (0, 0 if argmax.dim() > 1 else None)
-    x, weight, bias = _grouped(calls, in_dims, x, weight, bias)
-    y, argmax = run(x, weight, bias, stride, padding, dilation, groups * calls, *rest)
-    split = [each.unflatten(1, (calls, -1)) if each.dim() > 1 else each for each in (y, argmax)]
-    return tuple(split), (1, 1 if argmax.dim() > 1 else None)
-
-
-def _backward_vmap(info, in_dims, x, weight, bias, argmax, d_y, stride, padding, dilation, groups, *rest, run=None):
-    calls, run = info.batch_size, run or torch.ops.perfkit.conv2d_backward
-    x, weight, bias = _grouped(calls, in_dims, x, weight, bias)
-    argmax, d_y = (_channels(calls, each, dim) for each, dim in zip((argmax, d_y), in_dims[3:5], strict=True))
-    found = run(x, weight, bias, argmax, d_y, stride, padding, dilation, groups * calls, *rest)
-    empty = [each.numel() == 0 for each in found]
-    at = (1, 0, 0)
-    split = [
-        each if not_there else each.unflatten(dim, (calls, -1))
-        for each, not_there, dim in zip(found, empty, at, strict=True)
-    ]
-    return tuple(split), tuple(None if not_there else dim for not_there, dim in zip(empty, at, strict=True))
-
-
-def _grouped(calls, in_dims, x, weight, bias):
-    weight, bias = (
-        None if each is None else _batched(_expanded(calls, each, dim), 0)
-        for each, dim in zip((weight, bias), in_dims[1:3], strict=True)
-    )
-    return _channels(calls, x, in_dims[0]), weight, bias
-
-
-def _expanded(calls: int, tensor: Tensor, dim: int | None) -> Tensor:
-    return tensor.expand(calls, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-
-def _batched(tensor: Tensor, dim: int) -> Tensor:
-    """The calls and the first dimension as one."""
-    return tensor.movedim(dim, 0).flatten(0, 1)
-
-
-def _channels(calls: int, tensor: Tensor, dim: int | None) -> Tensor:
-    """The calls and the channels as one; what is empty stays so."""
-    if tensor.dim() - (dim is not None) < 4:
-        return tensor.new_empty(0)
-    return _expanded(calls, tensor, dim).movedim(0, 1).flatten(1, 2)
-
-
-torch.library.register_vmap("perfkit::conv2d", _vmap, lib=_LIBRARY)
-torch.library.register_vmap("perfkit::conv2d_backward", _backward_vmap, lib=_LIBRARY)
+_operators = torch.ops.perfkit
+torch.library.register_vmap("perfkit::conv2d", partial(batched, run=_operators.conv2d), lib=_LIBRARY)
+torch.library.register_vmap(
+    "perfkit::conv2d_backward", partial(batched_backward, run=_operators.conv2d_backward), lib=_LIBRARY
+)

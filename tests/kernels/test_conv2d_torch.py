@@ -11,14 +11,30 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402 - after the skip
 
 from perfkit import InvalidInputError, UnsupportedError  # noqa: E402
-from perfkit.kernels import _autotune, _native, trace  # noqa: E402
-from perfkit.kernels.conv2d import OP, cases, conv2d, torch_op  # noqa: E402
+from perfkit.kernels import _autotune, _native, _op, trace  # noqa: E402
+from perfkit.kernels.conv2d import OP, cases, conv2d, cpu_shape, torch_op  # noqa: E402
 
 CASES = {case.name: case for case in cases.CASES}
 FUSED = cases.CASES[2]
 IMPLEMENTATIONS = ("reference", "library", "cpu")
 needs_compiler = pytest.mark.skipif(_native.find_compiler() is None, reason="no C++ compiler is installed")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+def forget():
+    """What was chosen under another rule."""
+    _op._choose.cache_clear()
+    torch_op._known.clear()
+    torch_op._direct.clear()
+
+
+@pytest.fixture(autouse=True)
+def any_speed(monkeypatch):
+    """The kernel takes every call that it can, whoever is faster."""
+    monkeypatch.setattr(cpu_shape, "slower", lambda problem: None)
+    forget()
+    yield
+    forget()
 
 
 def implementations(*names):
@@ -251,6 +267,29 @@ def test_who_computes(monkeypatch, tmp_path):
     with trace() as calls:
         conv2d(x, weight, bias, pool=3)
     assert calls[0].implementation == "library"
+
+
+@needs_compiler
+def test_where_the_library_is_faster(monkeypatch):
+    """Many products for an output, or no pool: the kernel refuses, and says why."""
+    monkeypatch.undo()
+    forget()
+    few, many = (torch.zeros(1, inputs, 8, 8) for inputs in (3, 40))
+
+    def choice(x, **options):
+        with trace() as calls:
+            conv2d(x, torch.zeros(2, x.size(1), 3, 3), **options)
+        return calls[0]
+
+    assert choice(few, pool=2).implementation == "cpu"
+    refused = choice(few)
+    assert refused.implementation == "library"
+    assert "saves no pass" in dict(refused.refused)["cpu"]
+    refused = choice(many, pool=2)
+    assert refused.implementation == "library"
+    assert "360 products for each output" in dict(refused.refused)["cpu"]
+    with pytest.raises(UnsupportedError, match="360 products"):
+        choice(many, pool=2, implementation="cpu")
 
 
 X, W = torch.zeros(2, 4, 6, 6), torch.zeros(8, 4, 3, 3)
