@@ -1,4 +1,4 @@
-// A stack of recurrent layers, backward through time; the weights' gradients but for the biases' are left to the binding.
+// A stack of recurrent layers, backward through time.
 #pragma once
 
 #include "cpu_stack.hpp"
@@ -9,8 +9,9 @@ template <class Cell, class Data, class Operand>
 class Backward {
     static constexpr int G = Cell::G, S = Cell::S, V = 4;
     static constexpr bool E = EXACT<Data>;
-    // So many rows of gate gradients are kept for the input's gradient, which reuses each weight on all of them.
-    static constexpr i64 CHUNK = 64;
+    // So many rows of gate gradients are gathered for the gradients of the input and of the weights, whose sums are read and
+    // written once for all of them; more of them where those sums are larger than the second-level cache.
+    static constexpr i64 CHUNK = 64, LARGE_CHUNK = 256, LARGE = 1 << 18;
 
     // One direction of one layer.
     struct Direction {
@@ -22,10 +23,10 @@ class Backward {
 
   public:
     Backward(const PerfkitRnnBackward& call, bool tiles)
-        : call_(call), p_(call.stack), order_(p_), H_(p_.hidden), HS_(round_up(H_, GRAIN<Operand>)),
+        : call_(call), p_(call.stack), order_(p_), H_(p_.hidden), HS_(round_up(H_, GRAIN<Operand>)), stride_(S * HS_),
           padded_(round_up(H_, L)), W_(p_.layers * p_.directions), tiles_(tiles && sizeof(Operand) < 4),
           plan_(p_, order_, G, false, 1), slices_(i64(plan_.cuts.size()) - 1), ways_(W_), lines_(W_ * slices_),
-          bias_(W_ * slices_ * S * padded_) {
+          added_(W_) {
         for (i64 W = 0; W < W_; ++W) {
             Direction& way = ways_[W];
             const bool bottom = W < p_.directions;
@@ -66,20 +67,41 @@ class Backward {
                 add_directions(i - tasks);
             }
         });
-        for (i64 i = 0; i < W_; ++i) {
-            float* to = call_.d_bias + (W_ - 1 - i) * S * H_;
-            for (i64 s = 0; s < S; ++s)
-                for (i64 u = 0; u < H_; ++u) {
-                    float sum = 0;
-                    for (i64 slice = 0; slice < slices_; ++slice) sum += bias_of(i * slices_ + slice)[s * padded_ + u];
-                    to[s * H_ + u] = sum;
-                }
-        }
     }
 
   private:
+    // The rows of some steps of a line: the gates' gradients, what they were made of and where the input's gradients go; and
+    // the sums of all such rows.
+    struct Gathered {
+        i64 rows = 0, most, columns;
+        std::vector<const Data*> x, h;  // null for zeros
+        std::vector<Data*> d_x;
+        Array<Operand> gates, transposed;  // (most, S, HS) and (S, HS, columns)
+        Array<Operand> panel;              // of x or h: (columns, V, L)
+        Array<float> found;                // gradients of x: (most, V, L)
+        Array<float> ih, hh, bias;         // the weights' gradients: see `weights`; (S, padded)
+
+        Gathered(const Backward& b, const Direction& way, i64 most_rows)
+            : most(most_rows), columns(round_up(most, L * PAIR<Operand>)), x(most), h(most), d_x(most) {
+            gates.allocate_zeros(most * b.stride_ + L);
+            transposed.allocate_zeros((b.stride_ + TILE) * columns);
+            panel.allocate(columns * V * L);
+            found.allocate(most * V * L);
+            ih.allocate_zeros(blocks_of(way.inputs) * L * G * b.HS_);
+            hh.allocate_zeros(blocks_of(b.H_) * L * G * b.HS_);
+            bias.allocate_zeros(S * b.padded_);
+        }
+    };
+
     static i64 panels_of(i64 units) { return (blocks_of(units) + V - 1) / V; }
-    float* bias_of(i64 line) const { return &bias_[line * S * padded_]; }
+
+    // The outputs of a layer, x below the first.
+    Rows<const Data> output(i64 layer) const {
+        const i64 width = H_ * p_.directions;
+        if (layer < 0) return {static_cast<const Data*>(p_.x), p_.x_step, p_.x_row};
+        if (layer == p_.layers - 1) return {static_cast<const Data*>(p_.y), p_.y_step, p_.y_row};
+        return {static_cast<const Data*>(p_.inner) + layer * order_.stored * width, order_.step * width, width};
+    }
 
     void pack_panel(i64 W, i64 i) {
         Direction& way = ways_[W];
@@ -122,17 +144,11 @@ class Backward {
     void sequence(Line& line, i64 index) {
         const i64 W = line.layer * p_.directions + line.way, T = p_.steps, rows = line.last - line.first;
         const Direction& way = ways_[W];
-        const i64 width = H_ * p_.directions, chunk = std::max(round_up(rows, TILE), CHUNK), stride = S * HS_;
-        const Rows<const Data> out =
-            line.layer == p_.layers - 1
-                ? Rows<const Data>{static_cast<const Data*>(p_.y) + line.way * H_, p_.y_step, p_.y_row}
-                : Rows<const Data>{static_cast<const Data*>(p_.inner) + line.layer * order_.stored * width + line.way * H_,
-                                   order_.step * width, width};
+        const Rows<const Data> below = output(line.layer - 1), of_layer = output(line.layer);
+        const Rows<const Data> out{of_layer.data + line.way * H_, of_layer.step, of_layer.row};
         const Rows<const float> cells{p_.cells + W * order_.stored * H_, order_.step * H_, H_};
-        Array<float> d_h(rows * padded_), d_c(Cell::CELLS ? rows * padded_ : 0), c_before(padded_), bias(S * padded_);
-        Array<Operand> gates;  // their gradients, (chunk, S, HS)
-        gates.allocate_zeros(chunk * stride + L);
-        std::memset(bias.data(), 0, S * padded_ * sizeof(float));
+        Array<float> d_h(rows * padded_), d_c(Cell::CELLS ? rows * padded_ : 0);
+        Gathered gathered(*this, way, std::max(round_up(rows, TILE), way.inputs * G * H_ > LARGE ? LARGE_CHUNK : CHUNK));
         const auto initial = [&](const Array<float>& to, const void* from) {
             for (i64 b = 0; b < rows; ++b)
                 for (i64 u = 0; u < padded_; u += L) {
@@ -142,30 +158,31 @@ class Backward {
         };
         initial(d_h, call_.d_hn);
         if (Cell::CELLS) initial(d_c, call_.d_cn);
-        if (p_.ragged == 1) clear(line, W);
-        std::vector<Data*> targets(chunk);
-        i64 filled = 0;
+        if (p_.ragged == 1 && way.d_x.data) clear(line, W);
         for (i64 step = 0; step < T; ++step) {
             const i64 t = line.way ? step : T - 1 - step, there = order_.there(t, line.first, line.last);
             wait_above(line, index % slices_, t);
-            if (filled + there > chunk) flush(line, way, gates, stride, targets, filled, step);
-            Operand* of_step = &gates[filled * stride];
+            if (gathered.rows + there > gathered.most) flush(line, way, gathered, step);
+            Operand* of_step = &gathered.gates[gathered.rows * stride_];
             for (i64 b = 0; b < there; ++b) {
-                const i64 place = order_.place(t, line.first + b), at = W * order_.stored + t * order_.step + place;
-                if (way.d_x.data) targets[filled + b] = way.d_x.at(t, place);
-                one_row(line, t, line.first + b, place, at, out, cells, &d_h[b * padded_],
-                        Cell::CELLS ? &d_c[b * padded_] : nullptr, of_step + b * stride, bias.data());
+                const i64 place = order_.place(t, line.first + b), row = gathered.rows + b;
+                gathered.d_x[row] = way.d_x.data ? way.d_x.at(t, place) : nullptr;
+                gathered.x[row] = below.at(t, place);
+                gathered.h[row] = before(line, static_cast<const Data*>(p_.h0), out, t, line.first + b);
+                one_row(line, t, line.first + b, place, out, cells, gathered.h[row], &d_h[b * padded_],
+                        Cell::CELLS ? &d_c[b * padded_] : nullptr, of_step + b * stride_, gathered.bias.data());
             }
             // GRU: the hidden part takes the last three.
             const Operand* hidden = of_step + (Cell::GRU ? HS_ : 0);
             each_panel<1, V>(0, blocks_of(H_), [&](auto vectors, i64 block) INLINE_LAMBDA {
                 constexpr int N = decltype(vectors)::value;
                 float* to = &d_h[block * L];
-                product<N>(way.hh.panel(block), way.hh.columns, hidden, stride, there, tiles_, to, padded_, to, padded_);
+                product<N>(way.hh.panel(block), way.hh.columns, hidden, stride_, there, tiles_, to, padded_, to,
+                           padded_);
             });
-            filled += there;
+            gathered.rows += there;
         }
-        flush(line, way, gates, stride, targets, filled, T);
+        flush(line, way, gathered, T);
         const auto final = [&](void* to, const Array<float>& from) {
             for (i64 b = 0; b < rows; ++b)
                 for (i64 u = 0; u < H_; u += L)
@@ -174,28 +191,24 @@ class Backward {
         };
         final(call_.d_h0, d_h);
         if (Cell::CELLS) final(call_.d_c0, d_c);
-        std::memcpy(bias_of(index), bias.data(), S * padded_ * sizeof(float));
+        wait(failed_, [&] { return added_[W].load(std::memory_order_acquire) == index % slices_; });
+        add_weights(W, way, gathered, index % slices_ == 0);
+        added_[W].fetch_add(1, std::memory_order_release);
     }
 
     // The gates' gradients of one row and step. d_h becomes the part of its gradient that goes past the weights.
-    INLINE void one_row(const Line& line, i64 t, i64 b, i64 place, i64 at, const Rows<const Data>& out,
-                        const Rows<const float>& cells, float* d_h, float* d_c, Operand* gates, float* bias) {
-        const i64 W = line.layer * p_.directions + line.way;
+    INLINE void one_row(const Line& line, i64 t, i64 b, i64 place, const Rows<const Data>& out,
+                        const Rows<const float>& cells, const Data* h_before, float* d_h, float* d_c, Operand* gates,
+                        float* bias) {
+        const i64 W = line.layer * p_.directions + line.way, at = W * order_.stored + t * order_.step + place;
         const Data* h_after = out.at(t, place);
-        const Data* h_before = before(line, static_cast<const Data*>(p_.h0), out, t, b);
         const float* c_before = nullptr;
         const Data* c_initial = nullptr;
         if constexpr (Cell::CELLS) {
             c_before = before<float>(line, nullptr, cells, t, b);
             if (!c_before && p_.c0) c_initial = static_cast<const Data*>(p_.c0) + (W * p_.batch + order_.order[b]) * H_;
         }
-        Data* previous = static_cast<Data*>(call_.previous) + at * H_;
-        if (h_before)
-            std::memcpy(static_cast<void*>(previous), h_before, H_ * sizeof(Data));
-        else
-            std::memset(static_cast<void*>(previous), 0, H_ * sizeof(Data));
         const Data* kept = static_cast<const Data*>(p_.gates) + at * S * H_;
-        Data* d_gates = static_cast<Data*>(call_.d_gates) + at * S * H_;
         for (i64 u = 0; u < H_; u += L) {
             const i64 width = H_ - u;
             Floats saved[S], d[S], after{}, earlier{}, c{}, c_earlier{}, dc{};
@@ -203,7 +216,7 @@ class Backward {
                 for (int s = 0; s < S; ++s) saved[s] = get(kept + s * H_ + u, width);
             else
                 after = get(h_after + u, width);
-            if constexpr (Cell::GRU) earlier = get(previous + u, width);
+            if constexpr (Cell::GRU) earlier = h_before ? get(h_before + u, width) : Floats{};
             if constexpr (Cell::CELLS) {
                 c = get(p_.cells + at * H_ + u, width), dc = load<Floats>(d_c + u);
                 c_earlier = c_before ? get(c_before + u, width) : c_initial ? get(c_initial + u, width) : Floats{};
@@ -213,40 +226,77 @@ class Backward {
             if constexpr (Cell::CELLS) store(d_c + u, dc);
             for (int s = 0; s < S; ++s) {
                 put(gates + s * HS_ + u, d[s], width);
-                put(d_gates + s * H_ + u, d[s], width);
                 store(bias + s * padded_ + u, load<Floats>(bias + s * padded_ + u) + d[s]);
             }
         }
     }
 
-    // The input's gradient of the rows that have gathered; `steps` are done then.
-    void flush(Line& line, const Direction& way, const Array<Operand>& gates, i64 stride, const std::vector<Data*>& targets,
-               i64& filled, i64 steps) {
-        const float nothing[V * L] = {};
-        const Array<float> found(filled * V * L);
-        if (way.d_x.data)
+    // The gradients of the input and the weights that follow from the rows that have gathered; `steps` are done then.
+    void flush(Line& line, const Direction& way, Gathered& gathered, i64 steps) {
+        if (way.d_x.data) {
+            const float nothing[V * L] = {};
             each_panel<1, V>(0, blocks_of(way.inputs), [&](auto vectors, i64 block) INLINE_LAMBDA {
                 constexpr int N = decltype(vectors)::value;
-                product<N>(way.ih.panel(block), way.ih.columns, gates.data(), stride, filled, tiles_, nothing, 0, found.data(),
-                           N * L);
-                for (i64 row = 0; row < filled; ++row)
+                product<N>(way.ih.panel(block), way.ih.columns, gathered.gates.data(), stride_, gathered.rows, tiles_, nothing,
+                           0, gathered.found.data(), N * L);
+                for (i64 row = 0; row < gathered.rows; ++row)
                     for (int n = 0; n < N; ++n) {
                         const i64 unit = (block + n) * L;
-                        put(targets[row] + unit, load<Floats>(&found[(row * N + n) * L]), way.inputs - unit);
+                        put(gathered.d_x[row] + unit, load<Floats>(&gathered.found[(row * N + n) * L]), way.inputs - unit);
                     }
             });
-        filled = 0;
-        line.done.store(steps, std::memory_order_release);
+            line.done.store(steps, std::memory_order_release);
+        }
+        transpose_rows(gathered.gates.data(), stride_, gathered.rows, S * HS_, gathered.transposed.data(), gathered.columns);
+        weights(gathered, gathered.x, way.inputs, 0, gathered.ih);
+        weights(gathered, gathered.h, H_, Cell::GRU ? 1 : 0, gathered.hh);
+        gathered.rows = 0;
+    }
+
+    // sums (panels, G, HS, V, L) += the gates' gradients, from `slot` on, times the rows that they were made of.
+    void weights(const Gathered& gathered, const std::vector<const Data*>& rows, i64 units, i64 slot,
+                 const Array<float>& sums) {
+        const i64 columns = round_up(gathered.rows, L * PAIR<Operand>);
+        each_panel<1, V>(0, blocks_of(units), [&](auto vectors, i64 block) INLINE_LAMBDA {
+            constexpr int N = decltype(vectors)::value;
+            pack_columns<Operand, V>(gathered.panel.data(), block, units, columns,
+                                     [&](i64 k) { return k < gathered.rows ? rows[k] : nullptr; });
+            float* to = &sums[block * L * G * HS_];
+            product<N>(gathered.panel.data(), columns, &gathered.transposed[slot * HS_ * gathered.columns], gathered.columns,
+                       G * HS_, tiles_, to, N * L, to, N * L);
+        });
+    }
+
+    // Adds a line's sums to the weights' gradients; the first of the lines writes them.
+    void add_weights(i64 W, const Direction& way, const Gathered& gathered, bool write) {
+        float* const* to = call_.d_weights + 4 * W;
+        const auto add = [&](float* at, Floats value, i64 width) INLINE_LAMBDA {
+            put(at, write ? value : value + get(at, width), width);
+        };
+        const auto matrix = [&](float* matrix, const Array<float>& sums, i64 units, int first_gate) {
+            for (i64 block = 0; block < blocks_of(units); ++block) {
+                const i64 panel = block / V * V, N = std::min<i64>(V, blocks_of(units) - panel), unit = block * L;
+                for (int s = 0; s < G; ++s)
+                    for (i64 h = 0; h < H_; ++h)
+                        add(matrix + ((s + first_gate) % G * H_ + h) * units + unit,
+                            load<Floats>(&sums[(panel * G * HS_ + (s * HS_ + h) * N + block - panel) * L]), units - unit);
+            }
+        };
+        matrix(to[0], gathered.ih, way.inputs, Cell::GRU ? 2 : 0);
+        matrix(to[1], gathered.hh, H_, 0);
+        for (int which = 2; which < 4; ++which)
+            for (int s = 0; to[which] && s < G; ++s)
+                for (i64 u = 0; u < H_; u += L) {
+                    const i64 gate = Cell::GRU && which == 2 ? (s + 2) % G : s, slot = Cell::GRU && which == 3 ? s + 1 : s;
+                    add(to[which] + gate * H_ + u, load<Floats>(&gathered.bias[slot * padded_ + u]), H_ - u);
+                }
     }
 
     void clear(const Line& line, i64 W) {
         for (i64 t = 0; t < p_.steps; ++t)
             for (i64 b = std::max(order_.sizes[t], line.first); b < line.last; ++b) {
-                const i64 place = order_.place(t, b), at = W * order_.stored + t * order_.step + place;
-                std::memset(static_cast<void*>(static_cast<Data*>(call_.d_gates) + at * S * H_), 0, S * H_ * sizeof(Data));
-                std::memset(static_cast<void*>(static_cast<Data*>(call_.previous) + at * H_), 0, H_ * sizeof(Data));
-                Data* d_x = ways_[W].d_x.data ? ways_[W].d_x.at(t, place) : nullptr;
-                if (d_x) std::memset(static_cast<void*>(d_x), 0, ways_[W].inputs * sizeof(Data));
+                const i64 place = order_.place(t, b);
+                std::memset(static_cast<void*>(ways_[W].d_x.at(t, place)), 0, ways_[W].inputs * sizeof(Data));
             }
     }
 
@@ -268,13 +318,13 @@ class Backward {
     const PerfkitRnnBackward& call_;
     const PerfkitRnn& p_;
     const Order order_;
-    const i64 H_, HS_, padded_, W_;
+    const i64 H_, HS_, stride_, padded_, W_;
     const bool tiles_;
     const Plan plan_;
     const i64 slices_;
     std::vector<Direction> ways_;
     std::vector<Line> lines_;
-    Array<float> bias_;
+    std::vector<std::atomic<i64>> added_;  // of each direction: the lines whose sums are in its weights' gradients
     std::atomic<i64> packed_{0};
     std::atomic<bool> failed_{false};
 };

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from perfkit.kernels import _native
-from perfkit.kernels.rnn.problem import GATES, SAVED, Problem
+from perfkit.kernels.rnn.problem import GATES, Problem
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 MODES = tuple(GATES)
@@ -56,7 +56,7 @@ class Stack(NamedTuple):
 
 
 _FORWARD = struct.Struct(f"{len(Stack._fields) + 2}q")
-_BACKWARD = struct.Struct(f"{len(Stack._fields) + 13}q")
+_BACKWARD = struct.Struct(f"{len(Stack._fields) + 11}q")
 
 
 def refusal(problem: Problem) -> str | None:
@@ -109,44 +109,26 @@ def forward(problem: Problem, x, rows, h0, c0, weights, batch_first, gates, cell
 
 
 def backward(problem: Problem, x, rows, h0, c0, weights, batch_first, y, gates, cells, inner, d_y, d_hn, d_cn):
-    """The gradients of `forward`, in x's dtype, float32 for float16; those of the biases in float32.
+    """The gradients of `forward`, in x's dtype, float32 for float16; those of the weights in float32.
 
     Returns:
-        d_x, d_h0, d_c0 (None but for LSTM), and of each layer and direction (w_ih, w_hh, b_ih, b_hh).
+        d_x, d_h0, d_c0 (None but for LSTM), and of each layer and direction those of its weights.
     """
-    dtype, hidden, layers = DTYPES[problem.dtype], problem.hidden, problem.layers
-    lstm, stack_size, saved = problem.mode == "LSTM", layers * problem.directions, SAVED[problem.mode]
+    dtype, lstm = DTYPES[problem.dtype], problem.mode == "LSTM"
     h0, d_hn, gates, inner = (_dense(each, dtype) for each in (h0, d_hn, gates, inner))
     c0, d_cn = (_dense(each, dtype) if lstm else None for each in (c0, d_cn))
     x, y, d_y = (_features(each, dtype) for each in (x, y, d_y))
     weights, pointers = _weights(weights, dtype)
     rows = None if rows is None else _dense(rows, torch.int64)
-    count = x.size(0) if problem.ragged == "packed" else problem.steps * problem.batch
     d_x, d_h0, d_c0 = torch.empty_like(x), torch.empty_like(h0), torch.empty_like(h0) if lstm else None
-    d_gates, previous = x.new_empty((stack_size, count, saved, hidden)), x.new_empty((stack_size, count, hidden))
-    d_bias = torch.empty((stack_size, saved, hidden))
+    d_x = d_x if d_x.stride(-1) == 1 else torch.empty(x.shape, dtype=dtype)
+    d_weights = [[torch.empty(weight.shape) for weight in direction] for direction in weights]
+    d_pointers = _pointers(d_weights)
     stack = _stack(problem, rows, pointers, h0, c0, x, y, batch_first, gates, cells if lstm else None, inner)
-    pointer_fields = (d_y.data_ptr(), *_strides(d_y, batch_first), d_hn.data_ptr(), _pointer(d_cn))
-    pointer_fields += (d_x.data_ptr(), *_strides(d_x, batch_first), d_h0.data_ptr(), _pointer(d_c0))
-    pointer_fields += (d_gates.data_ptr(), previous.data_ptr(), d_bias.data_ptr())
-    _call(library().perfkit_rnn_backward, _BACKWARD.pack(*stack, *pointer_fields))
-    inputs = [(x.transpose(0, 1) if batch_first and x.dim() == 3 else x).flatten(0, -2), *inner]
-    of_weights = [
-        _of_weights(problem.mode, d_gates[i], inputs[i // problem.directions], previous[i], d_bias[i])
-        for i in range(stack_size)
-    ]
-    return d_x, d_h0, d_c0, of_weights
-
-
-def _of_weights(mode: str, d_gates: Tensor, x: Tensor, previous: Tensor, d_bias: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of a direction's w_ih, w_hh, b_ih, b_hh; x: (R, inputs)."""
-    hidden = previous.size(-1)
-    of_all = d_gates.flatten(1).t()
-    if mode != "GRU":
-        bias = d_bias.flatten()
-        return of_all @ x, of_all @ previous, bias, bias
-    n, r_z = of_all[:hidden] @ x, of_all[hidden : 3 * hidden] @ x
-    return torch.cat([r_z, n]), of_all[hidden:] @ previous, d_bias[[1, 2, 0]].flatten(), d_bias[1:].flatten()
+    of_y = d_y.data_ptr(), *_strides(d_y, batch_first), d_hn.data_ptr(), _pointer(d_cn)
+    of_x = d_x.data_ptr(), *_strides(d_x, batch_first), d_h0.data_ptr(), _pointer(d_c0)
+    _call(library().perfkit_rnn_backward, _BACKWARD.pack(*stack, *of_y, *of_x, ctypes.addressof(d_pointers)))
+    return d_x, d_h0, d_c0, d_weights
 
 
 def _stack(problem, rows, weights, h0, c0, x, y, batch_first, gates, cells, inner) -> Stack:
@@ -176,13 +158,17 @@ def _stack(problem, rows, weights, h0, c0, x, y, batch_first, gates, cells, inne
     )
 
 
-def _weights(weights, dtype: torch.dtype) -> tuple[list[Tensor], ctypes.Array]:
-    """All of them contiguous and of one dtype, and their addresses; the list keeps them alive."""
-    kept = [_dense(weight, dtype) for direction in weights for weight in direction]
-    pointers = [weight.data_ptr() for weight in kept]
-    if len(weights[0]) == 2:
-        pointers = [each for i in range(0, len(kept), 2) for each in (*pointers[i : i + 2], 0, 0)]
-    return kept, (ctypes.c_void_p * len(pointers))(*pointers)
+def _weights(weights, dtype: torch.dtype) -> tuple[list[list[Tensor]], ctypes.Array]:
+    """All of them contiguous and of one dtype, and their addresses."""
+    kept = [[_dense(weight, dtype) for weight in direction] for direction in weights]
+    return kept, _pointers(kept)
+
+
+def _pointers(weights: list[list[Tensor]]) -> ctypes.Array:
+    """Four addresses for each direction, 0 for those of biases that are not there."""
+    missing = [0] * (4 - len(weights[0]))
+    pointers = [pointer for direction in weights for pointer in (*(each.data_ptr() for each in direction), *missing)]
+    return (ctypes.c_void_p * len(pointers))(*pointers)
 
 
 def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -125,25 +125,57 @@ void pack(const Matrix<Operand, G, V>& to, i64 block, const Data* w, i64 K) {
         }
 }
 
-// The panel that begins at `block` of the transpose of w (G H, units): column s * HS + h of the packed matrix is row h of
-// gate (s + first_gate) % G of w.
-template <class Operand, int V, class Data>
-void pack_transpose(const Matrix<Operand, 1, V>& to, i64 block, const Data* w, i64 H, i64 HS, int G, int first_gate) {
-    const i64 units = to.units, N = std::min<i64>(V, blocks_of(units) - block);
-    float* at = reinterpret_cast<float*>(to.panel(block));
-    const auto row = [&](i64 k, i64 unit) INLINE_LAMBDA {
-        const i64 h = k % HS;
-        return h < H ? get(w + ((k / HS + first_gate) % G * H + h) * units + unit, units - unit) : Floats{};
-    };
-    for (i64 k = 0; k < to.columns; k += PAIR<Operand>)
+// The panel that begins at `block` of a matrix of `columns` columns, units: row(k) is where column k's units are, null for
+// zeros.
+template <class Operand, int V, class Row>
+INLINE void pack_columns(Operand* panel, i64 block, i64 units, i64 columns, Row row) {
+    const i64 N = std::min<i64>(V, blocks_of(units) - block);
+    float* at = reinterpret_cast<float*>(panel);
+    for (i64 k = 0; k < columns; k += PAIR<Operand>) {
+        const auto *even = row(k), *odd = PAIR<Operand> == 2 ? row(k + 1) : nullptr;
         for (i64 v = 0; v < N; ++v, at += L) {
             const i64 unit = (block + v) * L;
+            const Floats one = even ? get(even + unit, units - unit) : Floats{};
             if constexpr (PAIR<Operand> == 1) {
-                store(at, row(k, unit));
+                store(at, one);
             } else {
-                const Floats odd = k + 1 < to.columns ? row(k + 1, unit) : Floats{};
-                store(at, bits<Unsigned>(odd) | (bits<Unsigned>(row(k, unit)) >> 16));
+                const Floats other = odd ? get(odd + unit, units - unit) : Floats{};
+                store(at, bits<Unsigned>(other) | (bits<Unsigned>(one) >> 16));
             }
+        }
+    }
+}
+
+// The same of the transpose of w (G H, units): column s * HS + h of the packed matrix is row h of gate (s + first_gate) % G.
+template <class Operand, int V, class Data>
+void pack_transpose(const Matrix<Operand, 1, V>& to, i64 block, const Data* w, i64 H, i64 HS, int G, int first_gate) {
+    pack_columns<Operand, V>(to.panel(block), block, to.units, to.columns, [&](i64 k) -> const Data* {
+        const i64 h = k % HS;
+        return k < G * HS && h < H ? w + ((k / HS + first_gate) % G * H + h) * to.units : nullptr;
+    });
+}
+
+// The transpose of `rows` rows, as `columns` rows of round_up(rows, L * PAIR), zeros beyond `rows`. What follows the last
+// row must be readable for L numbers.
+template <class Operand>
+void transpose_rows(const Operand* from, i64 stride, i64 rows, i64 columns, Operand* to, i64 to_stride) {
+    constexpr int P = PAIR<Operand>;
+    for (i64 u = 0; u < columns; u += L)
+        for (i64 k = 0; k < rows; k += L * P) {
+            Floats words[L];
+            for (int j = 0; j < L; ++j) {
+                const i64 row = k + j * P;
+                const Operand* at = from + row * stride + u;
+                if constexpr (P == 1) {
+                    words[j] = row < rows ? get(at) : Floats{};
+                } else {
+                    const Floats odd = row + 1 < rows ? get(at + stride) : Floats{};
+                    const Floats even = row < rows ? get(at) : Floats{};
+                    words[j] = bits<Floats>(bits<Unsigned>(odd) | (bits<Unsigned>(even) >> 16));
+                }
+            }
+            transpose<L / 2>(words);
+            for (i64 i = 0; i < L && u + i < columns; ++i) store(to + (u + i) * to_stride + k, words[i]);
         }
 }
 

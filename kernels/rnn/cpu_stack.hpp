@@ -42,21 +42,16 @@ extern "C" struct PerfkitRnnForward {
     void *hn, *cn;  // (W, B, H); cn for LSTM only
 };
 
-// Gradients, d_ for each of what has one. Those of the weights are left to matrix products of the binding's library, over
-// all R rows: w_ih's of direction w is d_gates[w]^T (G H, R) times the layer's input (R, I), w_hh's d_gates[w]^T times
-// previous[w] (R, H). GRU's four gates are n r z m, m being n's hidden part: w_ih (r z n) takes r z of 1..2 and n of 0,
-// w_hh r z m of 1..3.
+// Gradients, d_ for each of what has one.
 extern "C" struct PerfkitRnnBackward {
-    PerfkitRnn stack;  // x is not used
-    const void* d_y;
+    PerfkitRnn stack;
+    const void* d_y;  // what it holds past a row's length is not read
     i64 d_y_step, d_y_row;
     const void *d_hn, *d_cn;  // (W, B, H), null for zeros
-    void* d_x;                // may be null
+    void* d_x;                // may be null; zeros past a row's length
     i64 d_x_step, d_x_row;
-    void *d_h0, *d_c0;  // (W, B, H)
-    void* d_gates;      // (W, R, S, H), zeros in rows that are not there
-    void* previous;     // (W, R, H), the hidden state that each step began with; zeros likewise
-    float* d_bias;      // (W, S, H), d_gates summed over its rows
+    void *d_h0, *d_c0;         // (W, B, H)
+    float* const* d_weights;   // (W, 4), each of its weight's shape; those of biases may be null
 };
 
 namespace perfkit {
