@@ -1,13 +1,15 @@
 """`python -m bench.kernels`: what the kernels do for the reference models on this machine's CPU, and what others do.
 
 Kept in results/kernels-<device>.json. Speed is the ratio against the model as it was, eager float32, interleaved in one
-run; for JAX also against `jax.jit` of it. The peers (`bench/peers.py`) are timed against the same eager model.
+run; for JAX also against `jax.jit` of it. The peers (`bench/peers.py`) are timed against the same eager model, each
+in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime as dt
 import json
 import warnings
 from importlib.util import find_spec
@@ -16,10 +18,10 @@ from typing import Any
 import perfkit
 from bench.record import RESULTS, device_slug
 from perfkit import PerfkitError, PerfkitWarning, reference
-from perfkit.measure import timing
 from perfkit.measure.environment import environment
 
 BUDGET_S = 6.0
+QUICK_S = 0.2
 
 RECURRENT = ("fused_kernels", "bf16+fused_kernels")
 CONVOLUTION = ("compile", "fused_kernels", "fused_kernels+compile", "bf16+fused_kernels+compile")
@@ -37,13 +39,18 @@ TRAINING = {"text_lstm": RECURRENT, "lstm": RECURRENT, "cnn": CONVOLUTION}
 """Recipes by model, and batch size; training steps are of the reference task's own."""
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     there = [name for name in ("torch", "jax") if find_spec(name)]
     parser.add_argument("--frameworks", nargs="+", choices=there, default=there, help="rows of others are kept")
     parser.add_argument("--models", nargs="+", help="only these; rows of others are kept")
-    options = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="one small model, briefly: see it work, keep nothing")
+    options = parser.parse_args(arguments)
     warnings.simplefilter("ignore", PerfkitWarning)  # slower is a result here
+    if options.quick:
+        for framework in options.frameworks:
+            inference(framework, "lstm", 1, RECURRENT[:1], QUICK_S)
+        return
     path = RESULTS / f"kernels-{device_slug()}.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
 
@@ -58,25 +65,27 @@ def main() -> None:
         for model, recipes in TRAINING.items():
             if asked(framework, model):
                 rows += training(framework, model, recipes)
-    recorded = {"environment": dataclasses.asdict(environment()), "rows": rows}
+    recorded = {"environment": dataclasses.asdict(environment()), "date": dt.date.today().isoformat(), "rows": rows}
     path.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
     print(f"wrote {path}")
 
 
-def inference(framework: str, model: str, batch_size: int, recipes: tuple[str, ...]) -> list[dict[str, Any]]:
+def inference(
+    framework: str, model: str, batch_size: int, recipes: tuple[str, ...], budget_s: float = BUDGET_S
+) -> list[dict[str, Any]]:
     loaded = reference.load(model, framework=framework, batch_size=batch_size)
     about = {"framework": framework, "model": model, "batch_size": batch_size, "mode": "inference"}
-    arguments = {"model": loaded.model, "example_inputs": loaded.example_inputs}
+    arguments = {"model": loaded.model, "example_inputs": loaded.example_inputs, "budget_s": budget_s}
     rows = [about | optimized(recipe, **arguments) for recipe in recipes]
     if framework == "torch":
-        rows += [about | row for row in peers(loaded.model, loaded.example_inputs)]
+        rows += [about | row for row in peers(model, batch_size, budget_s)]
     return rows
 
 
 def training(framework: str, model: str, recipes: tuple[str, ...]) -> list[dict[str, Any]]:
     task = reference.task(model, framework=framework)
     names = ("model", "example_inputs", "targets", "loss", "optimizer")
-    arguments = {name: getattr(task, name) for name in names}
+    arguments = {name: getattr(task, name) for name in names} | {"budget_s": BUDGET_S}
     about = {"framework": framework, "model": model, "batch_size": 64, "mode": "training"}
     return [about | optimized(recipe, **arguments, mode="training") for recipe in recipes]
 
@@ -84,7 +93,7 @@ def training(framework: str, model: str, recipes: tuple[str, ...]) -> list[dict[
 def optimized(recipe: str, **arguments: Any) -> dict[str, Any]:
     """A recipe's row: its ratio and error, or why it does not apply."""
     try:
-        report = perfkit.optimize(recipe=recipe, **arguments, budget_s=BUDGET_S).report
+        report = perfkit.optimize(recipe=recipe, **arguments).report
     except PerfkitError as error:
         return told({"recipe": recipe, "refused": str(error).splitlines()[0]})
     row = {"recipe": recipe, "error": report.fidelity.relative_error} | speed(report.speedup)
@@ -93,21 +102,19 @@ def optimized(recipe: str, **arguments: Any) -> dict[str, Any]:
     return told(row)
 
 
-def peers(model: Any, inputs: tuple) -> list[dict[str, Any]]:
-    """What other runtimes do with the same model and inputs."""
-    from bench.peers import PEERS, eager
+def peers(model: str, batch_size: int, budget_s: float) -> list[dict[str, Any]]:
+    """What other runtimes do with the same model and inputs, and how far their outputs are from eager's."""
+    from bench.peers import PEERS, Refused, compared
 
-    rows, baseline = [], eager(model, inputs)
+    rows = []
     for peer in PEERS:
-        row = {"peer": peer.__name__}
+        row: dict[str, Any] = {"peer": peer.__name__}
         try:
-            call = peer(model, inputs)
-            call()
-        except Exception as error:  # whatever a runtime says of a model it cannot take is the finding
-            rows.append(told(row | {"refused": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}))
-            continue
-        names = {"baseline": "eager", "variant_name": peer.__name__}
-        rows.append(told(row | speed(timing.paired(baseline, call, **names, budget_s=BUDGET_S)[2])))
+            comparison, error = compared(model, batch_size, peer, budget_s)
+            row |= {"error": error} | speed(comparison)
+        except Refused as refused:
+            row["refused"] = str(refused)
+        rows.append(told(row))
     return rows
 
 
