@@ -1,4 +1,7 @@
 // Stacks of recurrent layers as custom calls of XLA's. What is not there is a buffer without elements.
+//
+// The kernel itself is in the library of cpu_kernel.cpp, which takes half a minute to build and is the same for both
+// frameworks: this one takes no more than types from the core, and is given the addresses of the functions.
 #include "cpu_core.hpp"
 
 #include "xla/ffi/api/ffi.h"
@@ -9,6 +12,9 @@ namespace ffi = xla::ffi;
 using In = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
 using Lengths = ffi::Buffer<ffi::S32>;
+
+int (*run_forward)(const PerfkitRnnForward*);
+int (*run_backward)(const PerfkitRnnBackward*);
 
 void* at(const In& buffer) { return buffer.element_count() ? buffer.untyped_data() : nullptr; }
 void* at(Out& buffer) { return at(*buffer); }
@@ -56,24 +62,29 @@ ffi::Error forward(i64 cell, i64 directions, bool batch_first, i64 threads, In x
     strides(x, batch_first, stack.x_step, stack.x_row);
     strides(*y, batch_first, stack.y_step, stack.y_row);
     stack.gates = at(gates), stack.cells = static_cast<float*>(at(cells)), stack.inner = at(inner);
-    return told(perfkit::run_forward({stack, at(hn), at(cn)}));
+    const PerfkitRnnForward all{stack, at(hn), at(cn)};
+    return told(run_forward(&all));
 }
 
-ffi::Error backward(i64 cell, i64 directions, bool batch_first, i64 threads, In y, In h0, In c0, Lengths lengths, In gates,
-                    In cells, In inner, In d_y, In d_hn, In d_cn, ffi::RemainingArgs weights, Out d_x, Out d_h0, Out d_c0,
-                    Out d_gates, Out previous, Out d_bias) {
-    Call call(cell, directions, batch_first, threads, *d_x, h0, c0, lengths, weights);
+ffi::Error backward(i64 cell, i64 directions, bool batch_first, i64 threads, In x, In y, In h0, In c0, Lengths lengths,
+                    In gates, In cells, In inner, In d_y, In d_hn, In d_cn, ffi::RemainingArgs weights, Out d_x, Out d_h0,
+                    Out d_c0, ffi::RemainingRets d_weights) {
+    Call call(cell, directions, batch_first, threads, x, h0, c0, lengths, weights);
     PerfkitRnn& stack = call.stack;
-    stack.y = at(y), stack.gates = at(gates), stack.cells = static_cast<float*>(at(cells)), stack.inner = at(inner);
+    stack.x = at(x), stack.y = at(y);
+    strides(x, batch_first, stack.x_step, stack.x_row);
     strides(y, batch_first, stack.y_step, stack.y_row);
+    stack.gates = at(gates), stack.cells = static_cast<float*>(at(cells)), stack.inner = at(inner);
+    std::vector<float*> targets;
+    for (std::size_t i = 0; i < d_weights.size(); ++i)
+        targets.push_back(static_cast<float*>((*d_weights.get<ffi::AnyBuffer>(i))->untyped_data()));
     PerfkitRnnBackward back{};
     back.stack = stack;
     back.d_y = at(d_y), back.d_hn = at(d_hn), back.d_cn = at(d_cn), back.d_x = at(d_x);
     strides(d_y, batch_first, back.d_y_step, back.d_y_row);
     strides(*d_x, batch_first, back.d_x_step, back.d_x_row);
-    back.d_h0 = at(d_h0), back.d_c0 = at(d_c0), back.d_gates = at(d_gates), back.previous = at(previous);
-    back.d_bias = static_cast<float*>(at(d_bias));
-    return told(perfkit::run_backward(back));
+    back.d_h0 = at(d_h0), back.d_c0 = at(d_c0), back.d_weights = targets.data();
+    return told(run_backward(&back));
 }
 
 auto bound() {
@@ -81,6 +92,12 @@ auto bound() {
 }
 
 }  // namespace
+
+// Before the first call: `perfkit_rnn_forward` and `perfkit_rnn_backward` of cpu_kernel.cpp.
+extern "C" void perfkit_rnn_xla_use(void* forward, void* backward) {
+    run_forward = reinterpret_cast<decltype(run_forward)>(forward);
+    run_backward = reinterpret_cast<decltype(run_backward)>(backward);
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(perfkit_rnn_xla_forward, forward,
                               bound()
@@ -101,6 +118,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(perfkit_rnn_xla_backward, backward,
                                   .Arg<In>()
                                   .Arg<In>()
                                   .Arg<In>()
+                                  .Arg<In>()
                                   .Arg<Lengths>()
                                   .Arg<In>()
                                   .Arg<In>()
@@ -112,6 +130,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(perfkit_rnn_xla_backward, backward,
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+                                  .RemainingRets());

@@ -20,12 +20,13 @@ Axes = tuple[int | None, ...]
 """The axis of the rows in each argument or result, or in all arrays of it; None where it has no rows, as weights."""
 
 
-def by_rows(function: Callable[..., tuple], axes: Axes, result_axes: tuple[int, ...]) -> Callable[..., tuple]:
+def by_rows(function: Callable[..., tuple], axes: Axes, result_axes: Axes) -> Callable[..., tuple]:
     """`function`, of which vmap maps more rows at once, and a sharded program some rows on each device.
 
     Args:
         function: takes and returns tuples of arrays, tuples of such, and None; has no gradient, and no global arrays.
-        axes, result_axes: of the rows. Results that have none could not be put together again.
+        axes, result_axes: of the rows. A result without is a sum over all rows: devices add theirs up, and vmap, which
+            wants a sum for each of what it maps, calls `function` one after the other.
     """
     split = _partitioned(function, axes, result_axes)
 
@@ -36,25 +37,20 @@ def by_rows(function: Callable[..., tuple], axes: Axes, result_axes: tuple[int, 
     @call.def_vmap
     def rule(size, mapped, *arguments):
         rowless = [flags for flags, axis in zip(mapped, axes, strict=True) if axis is None]
-        if any(jax.tree.leaves(rowless)):
+        if any(jax.tree.leaves(rowless)) or None in result_axes:
             out = _one_by_one(call, mapped, arguments)
         else:
             folded = [
                 argument if axis is None else jax.tree.map(functools.partial(_fold, size, axis), argument, flags)
                 for argument, flags, axis in zip(arguments, mapped, axes, strict=True)
             ]
-            unfold = functools.partial(_unfold, size)
-            out = _map(unfold, call(*folded), result_axes)
+            out = tuple(
+                jax.tree.map(functools.partial(_unfold, size, axis), result)
+                for result, axis in zip(call(*folded), result_axes, strict=True)
+            )
         return out, jax.tree.map(lambda _: True, out)
 
     return call
-
-
-def _map(change: Callable[[int, Array], Array], results: tuple, axes: tuple[int, ...]) -> tuple:
-    """`change(axis, array)` of each array."""
-    return tuple(
-        jax.tree.map(functools.partial(change, axis), result) for result, axis in zip(results, axes, strict=True)
-    )
 
 
 def _fold(size: int, axis: int, x: Array, mapped: bool) -> Array:
@@ -72,7 +68,7 @@ def _with(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
 
 
 def _one_by_one(call: Callable[..., tuple], mapped: Any, arguments: tuple) -> tuple:
-    """One call after the other: each has weights of its own."""
+    """One call after the other."""
     leaves, structure = jax.tree.flatten(arguments)
     flags = jax.tree.leaves(mapped)
 
@@ -84,7 +80,7 @@ def _one_by_one(call: Callable[..., tuple], mapped: Any, arguments: tuple) -> tu
     return jax.lax.map(one, [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag])
 
 
-def _partitioned(function: Callable[..., tuple], axes: Axes, result_axes: tuple[int, ...]) -> Callable[..., tuple]:
+def _partitioned(function: Callable[..., tuple], axes: Axes, result_axes: Axes) -> Callable[..., tuple]:
     """`function`, of which a sharded program's partitioner may split the rows and nothing else.
 
     Without the Shardy partitioner, which JAX can be told not to use, each device computes everything.
@@ -95,19 +91,35 @@ def _partitioned(function: Callable[..., tuple], axes: Axes, result_axes: tuple[
             return function(*arguments)
         leaves, structure = jax.tree.flatten(arguments)
         results = jax.eval_shape(function, *arguments)
+        given, wanted = _ranks(arguments, axes), _ranks(results, result_axes)
 
         def flat(*leaves):
             return tuple(jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves))))
 
-        def partition(mesh, given, wanted):
-            return mesh, flat, tuple(each.sharding for each in wanted), tuple(each.sharding for each in given)
+        def partition(mesh, arguments, results):
+            shardings = [tuple(each.sharding for each in side) for side in (arguments, results)]
+            over = _mesh_axes(shardings[0], given)
+
+            def of_some_rows(*leaves):
+                found = zip(flat(*leaves), wanted, strict=True)
+                return tuple(jax.lax.psum(x, over) if over and rows is None else x for x, (_, rows) in found)
+
+            return mesh, of_some_rows, shardings[1], shardings[0]
 
         split = custom_partitioning(flat)
-        rule, whole = _sharding_rule(_ranks(arguments, axes), _ranks(results, result_axes))
+        rule, whole = _sharding_rule(given, wanted)
         split.def_partition(partition, sharding_rule=rule, need_replication_factors=whole)
         return jax.tree.unflatten(jax.tree.structure(results), split(*leaves))
 
     return call
+
+
+def _mesh_axes(shardings: tuple[jax.sharding.NamedSharding, ...], ranks: list[tuple[int, int | None]]) -> Any:
+    """The axes of the mesh that the rows are split over: a name, several, or none."""
+    for sharding, (_, rows) in zip(shardings, ranks, strict=True):
+        if rows is not None:
+            return sharding.spec[rows] if rows < len(sharding.spec) else None
+    return None
 
 
 def _ranks(arrays: Any, axes: Axes) -> list[tuple[int, int | None]]:

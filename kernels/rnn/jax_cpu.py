@@ -1,13 +1,14 @@
 """The C++ kernel of `cpu_core.hpp`, called by XLA on a CPU: one custom call for a whole stack, one for its gradients.
 
 It computes in float32. bfloat16 arrays are read and written as they are, and multiplied so where the processor can;
-float16 ones are converted here. The weights' gradients are matrix products over all steps, left to XLA.
+float16 ones are converted here.
 
 Letters: T time steps, B batch rows, H hidden units, D directions, W = layers * D, S values saved of each unit and step.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Sequence
@@ -23,12 +24,12 @@ from perfkit.kernels.rnn.jax_batch import by_rows
 from perfkit.kernels.rnn.jax_layer import Weights
 from perfkit.kernels.rnn.problem import GATES, SAVED, Problem
 
-SOURCE = Path(__file__).with_name("cpu_ffi.cpp")
+SOURCE, KERNEL = (Path(__file__).with_name(name) for name in ("cpu_ffi.cpp", "cpu_kernel.cpp"))
 HANDLERS = ("perfkit_rnn_xla_forward", "perfkit_rnn_xla_backward")
 MODES = tuple(GATES)
 DTYPES = ("float32", "bfloat16", "float16")
 FLAGS = ("-ffp-contract=fast",)
-"""Products and sums may round once: there is no reference in other operations to be equal to bit for bit."""
+"""Of the kernel's build, as `cpu_kernel.py` has them: it is one for both frameworks."""
 
 
 def refusal(problem: Problem) -> str | None:
@@ -106,34 +107,12 @@ def _layers_backward(of: Stack, kept, gradients):
         y, _, _, saved = _forward(of, True)(x, weights, h0, c0, lengths)
     else:
         y, saved = done
-    d_x, d_h0, d_c0, d_gates, previous = _backward(of, x.shape[-1])(y, weights, h0, c0, lengths, saved, *gradients)
-    layer_x = jnp.swapaxes(x, 0, 1) if of.batch_first else x
-    if lengths is not None:  # zero times what x may hold there, a NaN for instance, is no zero
-        layer_x = jnp.where(jnp.arange(len(layer_x))[:, None, None] < lengths[:, None], layer_x, 0)
-    d_weights = []
-    for i in range(len(weights)):
-        if i >= of.directions and i % of.directions == 0:
-            layer_x = saved[2][i // of.directions - 1]
-        found = _of_weights(of.mode, d_gates[i], layer_x, previous[i])
-        d_weights.append(tuple(gradient.astype(x.dtype) for gradient in found))
-    return d_x, type(weights)(d_weights), d_h0, d_c0, None  # lengths are integers: they have no gradient
+    d_x, d_h0, d_c0, d_weights = _backward(of)(x, y, weights, h0, c0, lengths, saved, *gradients)
+    d_weights = jax.tree.map(lambda gradient: gradient.astype(x.dtype), d_weights)
+    return d_x, d_weights, d_h0, d_c0, None  # lengths are integers: they have no gradient
 
 
 layers.defvjp(_layers_forward, _layers_backward)
-
-
-def _of_weights(mode: str, d_gates: Array, x: Array, previous: Array) -> Weights:
-    """The gradients of a direction's weights, in float32, from those of its gates (T, B, S, H)."""
-    hidden = previous.shape[-1]
-    flat = d_gates.reshape(-1, d_gates.shape[-2] * hidden)
-    product = functools.partial(jnp.einsum, "rg,ri->gi", preferred_element_type=jnp.float32)
-    of_x, of_h = (product(flat, each.reshape(-1, each.shape[-1])) for each in (x, previous))
-    bias = jnp.sum(flat, 0, dtype=jnp.float32)
-    if mode != "GRU":
-        return of_x, of_h, bias, bias
-    # The kernel's order is n r z m, m being n's hidden part.
-    of_x, of_x_bias = (jnp.concatenate((each[hidden : 3 * hidden], each[:hidden])) for each in (of_x, bias))
-    return of_x, of_h[hidden:], of_x_bias, bias[hidden:]
 
 
 @functools.cache
@@ -155,7 +134,7 @@ def _forward(of: Stack, save: bool):
             shape((stack // of.directions - 1 if save else 0, steps, batch, width), kernel_dtype),
         )
         given = (*_arrays(kernel_dtype, x, h0, c0 if lstm else None), _lengths(lengths))
-        out = _call(HANDLERS[0], results, (*given, *_arrays(kernel_dtype, *_flat(weights))), of)
+        out = _call(HANDLERS[0], results, (*given, *_arrays(kernel_dtype, *jax.tree.leaves(weights))), of)
         y, hn, cn = (each.astype(dtype) for each in (*out[:2], out[2] if lstm else c0))
         return y, hn, cn, out[3:] if save else None
 
@@ -164,36 +143,36 @@ def _forward(of: Stack, save: bool):
 
 
 @functools.cache
-def _backward(of: Stack, inputs: int):
-    """(y, weights, h0, c0, lengths, saved, d_y, d_hn, d_cn) -> d_x, d_h0, d_c0, and for the weights: the gradients of the
-    gates (W, T, B, S, H) and the hidden states before each step (W, T, B, H), both zero past a row's length."""
+def _backward(of: Stack):
+    """(x, y, weights, h0, c0, lengths, saved, d_y, d_hn, d_cn) -> d_x, d_h0, d_c0, d_weights, the last in float32."""
 
-    def backward(y, weights, h0, c0, lengths, saved, d_y, d_hn, d_cn):
-        dtype, kernel_dtype = y.dtype, _kernel_dtype(y)
-        gates, cells, inner = saved
+    def backward(x, y, weights, h0, c0, lengths, saved, d_y, d_hn, d_cn):
+        dtype, kernel_dtype, lstm = y.dtype, _kernel_dtype(y), of.mode == "LSTM"
+        flat, structure = jax.tree.flatten(weights)
         shape = jax.ShapeDtypeStruct
-        lstm, (stack, steps, batch, values, hidden) = of.mode == "LSTM", gates.shape
-        results = (
-            shape((*y.shape[:-1], inputs), kernel_dtype),
-            shape(h0.shape, kernel_dtype),
-            shape(c0.shape if lstm else (0,), kernel_dtype),
-            shape(gates.shape, kernel_dtype),
-            shape((stack, steps, batch, hidden), kernel_dtype),
-            shape((stack, values, hidden), jnp.float32),
-        )
-        given = (*_arrays(kernel_dtype, y, h0, c0 if lstm else None), _lengths(lengths), gates, cells, inner)
+        results = (shape(x.shape, kernel_dtype), shape(h0.shape, kernel_dtype))
+        results += (shape(c0.shape if lstm else (0,), kernel_dtype), *(shape(w.shape, jnp.float32) for w in flat))
+        given = (*_arrays(kernel_dtype, x, y, h0, c0 if lstm else None), _lengths(lengths), *saved)
         given += _arrays(kernel_dtype, d_y, d_hn, d_cn if lstm else None)
-        out = _call(HANDLERS[1], results, (*given, *_arrays(kernel_dtype, *_flat(weights))), of)
-        d_x, d_h0, d_c0 = (each.astype(dtype) for each in (*out[:2], out[2] if lstm else d_cn))
-        return d_x, d_h0, d_c0, out[3], out[4]
+        d_x, d_h0, d_c0, *d_weights = _call(HANDLERS[1], results, (*given, *_arrays(kernel_dtype, *flat)), of)
+        d_x, d_h0, d_c0 = (each.astype(dtype) for each in (d_x, d_h0, d_c0 if lstm else d_cn))
+        return d_x, d_h0, d_c0, jax.tree.unflatten(structure, d_weights)
 
     rows = 0 if of.batch_first else 1
-    return by_rows(backward, (rows, None, 1, 1, 0, 2, rows, 1, 1), (rows, 1, 1, 2, 2))
+    return by_rows(backward, (rows, rows, None, 1, 1, 0, 2, rows, 1, 1), (rows, 1, 1, None))
 
 
 def _call(handler: str, results: tuple[jax.ShapeDtypeStruct, ...], arguments: tuple[Array, ...], of: Stack):
-    _ffi.register(SOURCE, HANDLERS, FLAGS)
+    _prepare()
     return tuple(jax.ffi.ffi_call(handler, results)(*arguments, **of.attributes))
+
+
+@functools.cache
+def _prepare() -> None:
+    """Build what is called, at the first use, and tell the one library of the other."""
+    kernel = _native.load(KERNEL, FLAGS)
+    passes = (ctypes.cast(run, ctypes.c_void_p) for run in (kernel.perfkit_rnn_forward, kernel.perfkit_rnn_backward))
+    _ffi.register(SOURCE, HANDLERS).perfkit_rnn_xla_use(*passes)
 
 
 def _kernel_dtype(x: Array):
@@ -207,7 +186,3 @@ def _arrays(dtype, *arrays: Array | None) -> tuple[Array, ...]:
 
 def _lengths(lengths: Array | None) -> Array:
     return jnp.zeros(0, jnp.int32) if lengths is None else lengths
-
-
-def _flat(weights: Sequence[Weights]) -> list[Array]:
-    return [part for group in weights for part in group]
