@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import functools
 import importlib
 import math
 import time
@@ -24,6 +25,7 @@ from perfkit.measure.environment import environment
 SHIPPED = _autotune.SHIPPED
 STRESS_STEPS = 5000
 REPEATS = 5
+NO_GRID = "programs of a grid run at once on a GPU alone"
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,32 @@ def checked(subject: Subject) -> dict[str, Any]:
 
 def stress_rows() -> Iterator[Row]:
     """Grids that fill the device, whose programs wait for each other at each of many steps."""
+    yield Row("stress", "small tiles on every processor", lambda device, _budget_s: stressed_barriers(device))
     for name, hidden, layers, directions, training in (
         ("one layer", 256, 1, 1, True),
         ("two directions", 256, 1, 2, True),
         ("a wavefront of four layers", 256, 4, 1, True),
-        ("small tiles of many units", 512, 1, 1, False),
+        ("many units", 512, 1, 1, False),
     ):
-        given = hidden, layers, directions, training
-        yield Row("stress", name, lambda device, budget_s, given=given: stressed(device, budget_s, *given))
+        run = functools.partial(stressed, hidden=hidden, layers=layers, directions=directions, training=training)
+        yield Row("stress", f"{name}, tiles by the rule", run)
+
+
+def stressed_barriers(device: str) -> dict[str, Any]:
+    """`perfkit.kernels.rnn.triton_stress`: as many programs as processors, of tiles as small as can be."""
+    if device != "cuda":
+        return {"refused": NO_GRID}
+    from perfkit.kernels.rnn.triton_stress import barrier_stress
+
+    found = barrier_stress(device, STRESS_STEPS)
+    row = {
+        "repeats": min(stress.repeats for stress in found),
+        "steps": STRESS_STEPS,
+        "programs": min(stress.programs for stress in found),
+        "processors": torch.cuda.get_device_properties(device).multi_processor_count,
+    }
+    unequal = [stress.kind for stress in found if not stress.equal]
+    return row | ({"failed": f"{', '.join(unequal)}: other bits than step by step"} if unequal else {})
 
 
 def stressed(
@@ -107,7 +127,7 @@ def stressed(
     The batch is as large as fills all processors with programs that wait.
     """
     if device != "cuda":
-        return {"refused": "programs of a grid run at once on a GPU alone"}
+        return {"refused": NO_GRID}
     from perfkit.kernels.rnn import triton_kernel
 
     processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -147,17 +148,28 @@ def test_a_race_in_the_stress_is_found(monkeypatch):
     from perfkit.kernels.rnn.triton_configuration import Device
 
     monkeypatch.setattr(triton_kernel, "candidates", lambda made: list(triton_configuration.candidates(made, Device())))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: Device(processors=132))
-    monkeypatch.setattr(Device, "multi_processor_count", 132, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(gpu_rows, "Rnn", FullDevice)
     told = gpu_rows.stressed("cuda", 5.0, 256, 1, 1, True)
     assert told["failed"] == "result 1 differs in repeat 2"
     monkeypatch.setattr(FullDevice, "call", lambda self, implementation: [torch.zeros(3)])
-    for _, given in ((row.name, row.run) for row in gpu_rows.stress_rows()):
-        told = given("cuda", 5.0)
+    for row in list(gpu_rows.stress_rows())[1:]:
+        told = row.run("cuda", 5.0)
         assert told["repeats"] == gpu_rows.REPEATS
         assert 0.8 * 132 <= told["programs"] <= 132, told
-    assert "on a GPU alone" in gpu_rows.stressed("cpu", 1.0, 256, 1, 1, True)["refused"]
+    assert {row.run("cpu", 1.0)["refused"] for row in gpu_rows.stress_rows()} == {gpu_rows.NO_GRID}
+
+
+def test_unequal_bits_of_the_kernels_own_stress_fail_the_row(monkeypatch):
+    pytest.importorskip("triton")
+    from perfkit.kernels.rnn import triton_stress
+
+    found = [triton_stress.Stress(kind, 132, 5000, 3, kind != "GRU") for kind in ("LSTM", "GRU")]
+    monkeypatch.setattr(triton_stress, "barrier_stress", lambda device, steps: found)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(multi_processor_count=132))
+    assert gpu_rows.stressed_barriers("cuda")["failed"] == "GRU: other bits than step by step"
+    found[1] = found[1]._replace(equal=True)
+    assert gpu_rows.stressed_barriers("cuda") == {"repeats": 3, "steps": 5000, "programs": 132, "processors": 132}
 
 
 def test_a_row_that_raises_dies_or_hangs_does_not_end_the_run(monkeypatch):
