@@ -22,7 +22,6 @@ class FusedKernels(LayerRecipe):
     """
 
     stage = Stage.KERNELS
-    provides = "kernels"
     tolerance = 1e-5  # the same sums in another order
 
     def torch(self, work):

@@ -154,21 +154,22 @@ class _Fuser:
                 values.update(zip(eqns[at].outvars, bind(eqns[at], map(read, eqns[at].invars)), strict=True))
 
     def _apply(self, eqn: Any, operands: list[Any], names: list[str], live: set) -> Sequence[Any]:
-        if eqn.primitive.name == "scan":
-            layer = self._layer([name for name in names if name], eqn)
-            try:
-                found = recurrence(eqn, operands, [var in live for var in eqn.outvars])
-            except Unlike as reason:
-                layer.misses[f"its loop is no recurrent layer that the kernels know: {reason}"] = None
-            else:
-                if not layer.refused:
-                    with kernels_called() as choices:
-                        results = found(eqn, operands, self.trains)
-                    if layer.saw(found.mode, choices):
-                        return results
-                return bind(eqn, operands)
-        if eqn.primitive.name in _INNER and _holds_candidates(eqn):
-            return self._inner(eqn, operands, names)
+        holds = eqn.primitive.name in _INNER and _holds_candidates(eqn)
+        if eqn.primitive.name == "scan" and not holds:
+            return self._scan(eqn, operands, self._layer(names, eqn), live)
+        return self._inner(eqn, operands, names) if holds else bind(eqn, operands)
+
+    def _scan(self, eqn: Any, operands: list[Any], layer: Layer, live: set) -> Sequence[Any]:
+        try:
+            found = recurrence(eqn, operands, [var in live for var in eqn.outvars])
+        except Unlike as reason:
+            layer.misses[f"its loop is no recurrent layer that the kernels know: {reason}"] = None
+            return bind(eqn, operands)
+        if not layer.refused:
+            with kernels_called() as choices:
+                results = found(eqn, operands, self.trains)
+            if layer.saw(found.mode, choices):
+                return results
         return bind(eqn, operands)
 
     def _inner(self, eqn: Any, operands: list[Any], names: list[str]) -> Sequence[Any]:

@@ -173,7 +173,7 @@ def is_relu(eqn: Any, made_by: Mapping) -> bool:
 
 
 def _has_relus_derivative(eqn: Any) -> bool:
-    """Whether the derivative is 0 up to x = 0 and 1 above. That of a bare maximum is 1/2 at 0; a rule may be anything."""
+    """Whether the derivative is 0 up to x = 0 and 1 above. A bare maximum has 1/2 at 0, and a rule may say anything."""
     if eqn.primitive.name not in _INSIDE:
         return False
     shape, dtype = eqn.invars[0].aval.shape, eqn.invars[0].aval.dtype

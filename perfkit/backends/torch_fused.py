@@ -167,3 +167,6 @@ def _swap(model: nn.Module, layers: dict[str, Part], owners: set[str]) -> None:
     for name, (forward, _) in _rewritten(model, layers, lambda _: convolutions.group).items():
         if name in owners:
             derive(model.get_submodule(name), forward=forward)
+    found = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    if found and all(map(recurrent.is_fused, found)):
+        recurrent.let_compile(model)

@@ -294,7 +294,7 @@ def written(owner: nn.Module) -> Callable:
 
 
 def _is_ours(function: Any) -> bool:
-    return getattr(function, "__module__", "").startswith(_ROOMS)
+    return (getattr(function, "__module__", None) or "").startswith(_ROOMS)
 
 
 def _replaced(function: Any, old: Callable, new: Callable) -> Callable | None:

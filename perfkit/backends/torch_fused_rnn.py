@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
+from torch._dynamo.callback import callback_handler
 from torch.nn.utils.rnn import PackedSequence
 
-from perfkit.backends.torch_surgery import derive
+from perfkit.backends.torch_surgery import around_call, derive
 from perfkit.kernels.rnn import gru, lstm, rnn
 
 FORWARDS = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
@@ -99,3 +102,39 @@ def _unbatched(module: nn.RNNBase, x: Tensor, hx: Any) -> Any:
     y, states = module.forward(x.unsqueeze(batch), hx)
     states = tuple(state.squeeze(1) for state in states) if module.mode == "LSTM" else states.squeeze(1)
     return y.squeeze(batch), states
+
+
+class _Traced:
+    """Within it torch.compile traces recurrent modules, which it otherwise breaks the graph at.
+
+    It knows them by their class, and that is still what they are. The setting is torch's own and global: it is changed
+    while something inside compiles, and not at each call.
+    """
+
+    def __enter__(self):
+        _calls.depth = getattr(_calls, "depth", 0) + 1
+        if _allow not in callback_handler.start_callbacks:  # the first time, or after torch.compiler.reset()
+            callback_handler.register_start_callback(_allow)
+            callback_handler.register_end_callback(_forbid)
+
+    def __exit__(self, *_):
+        _calls.depth -= 1
+
+
+_calls = threading.local()
+
+
+def _allow(_: Any) -> None:
+    if getattr(_calls, "depth", 0):
+        _calls.setting = torch._dynamo.config.patch(allow_rnn=True)
+        _calls.setting.__enter__()
+
+
+def _forbid(_: Any) -> None:
+    if setting := vars(_calls).pop("setting", None):
+        setting.__exit__(None, None, None)
+
+
+def let_compile(model: nn.Module) -> None:
+    """Let torch.compile trace `model` whole, whose recurrent modules all call kernels."""
+    around_call(model, _Traced)
