@@ -4,9 +4,10 @@
 
 - `problem.py`: sizes and options, checked once.
 - `reference.py`: the same in plain operations.
-- `cpu_kernel.cpp`: the kernel for CPU; `cpu_kernel.py` and `cpu_ffi.cpp` bind it to torch and JAX.
+- `cpu_kernel.cpp`: the kernel for CPU, in three headers; `cpu_kernel.py` and `cpu_ffi.cpp` bind it to torch and JAX.
+- `cpu_shape.py`: which calls it takes, and what it is told.
 - `triton_kernel.py`, `pallas_kernel.py`: for GPU and TPU.
-- `torch_op.py`, `jax_op.py`: gradients, and what compilers and transformations need to know.
+- `torch_op.py`, `torch_batch.py`, `jax_op.py`: gradients, and what compilers and transformations need to know.
 
 A kernel module has three functions; `problem` tells everything but the numbers:
 

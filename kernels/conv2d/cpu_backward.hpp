@@ -81,7 +81,7 @@ struct Partial {
                     sum += returned.window(o, v) == DEAD ? Floats{} : returned.gradient(o, v);
                 store(&bias[(group * p.O + o) * L], sum);
             }
-            if (NEAR && p.near) {
+            if (WIDE && p.near) {
                 for (i64 o = 0; o < p.O; ++o)
                     for (i64 i = 0; i < p.I; ++i)
                         correlate_near(p, vectors, o, i, &weights[((group * p.O + o) * p.T + 9 * i) * L]);
@@ -165,7 +165,7 @@ void weight_gradients(const Shape& p, const Numbers& x, const std::uint8_t* argm
     }
 }
 
-// The gradients of up to STREAMS input channels of one image: of planes first, which are then added up where they overlap.
+// The gradients of up to STREAMS input channels of one image: of planes first, which are added up where they overlap.
 struct ImageGradient {
     static constexpr int VECTORS = 2;  // of outputs, at once
 
@@ -208,7 +208,8 @@ struct ImageGradient {
             for (i64 h = 0; h < p.height; ++h) {
                 const i64 at = n * p.x_n + (group * p.I + first + c) * p.x_c + h * p.x_h;
                 const float* row = h + p.top < high ? &image[(c * high + h + p.top) * wide] : nullptr;
-                for (i64 w = 0; w < p.width; ++w) d_x.set(at + w * p.x_w, row && w + p.left < wide ? row[w + p.left] : 0);
+                for (i64 w = 0; w < p.width; ++w)
+                    d_x.set(at + w * p.x_w, row && w + p.left < wide ? row[w + p.left] : 0.0f);
             }
     }
 

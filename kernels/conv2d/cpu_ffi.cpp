@@ -1,4 +1,4 @@
-// The kernel of cpu_kernel.cpp as custom calls of XLA's. What is not there, or not wanted, is a buffer without elements.
+// The kernel of cpu_kernel.cpp as custom calls of XLA's. What is not there, or not wanted, is an empty buffer.
 #include "cpu_kernel.cpp"
 
 #include "xla/ffi/api/ffi.h"

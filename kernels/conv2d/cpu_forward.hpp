@@ -61,8 +61,9 @@ INLINE void reduce(const Floats (&sums)[N], i64 w, Floats& value, Ints& window) 
 
 // `count` channels of `vectors` of outputs; there is one vector unless there is no pool.
 template <bool SAVE>
-void convolve(const Shape& p, const float* x, i64 vectors, const float* weights, const float* bias, i64 count, Tile& tile) {
-    if (NEAR && p.near) {
+void convolve(const Shape& p, const float* x, i64 vectors, const float* weights, const float* bias, i64 count,
+              Tile& tile) {
+    if (WIDE && p.near) {
         Floats seen[16];
         see(x, p.plane, seen);
         for (i64 o = 0; p.I == 1 && o < count; ++o) {
@@ -134,9 +135,12 @@ struct Forward {
   private:
     // Into y: `count` channels of `many` outputs, the first of them number `place` of the image.
     template <bool SAVE>
-    INLINE void put(Floats (&values)[L], Ints (&windows)[L], i64 image, i64 first, i64 count, i64 place, i64 many) const {
-        if (!p.channels_last) return rows<SAVE>(values, windows, (image * p.outputs + first) * p.area() + place,
-                                                p.area(), count, many);
+    INLINE void put(Floats (&values)[L], Ints (&windows)[L], i64 image, i64 first, i64 count, i64 place,
+                    i64 many) const {
+        if (!p.channels_last) {
+            const i64 at = (image * p.outputs + first) * p.area() + place;
+            return rows<SAVE>(values, windows, at, p.area(), count, many);
+        }
         transpose(values);
         if (SAVE) transpose(windows);
         rows<SAVE>(values, windows, (image * p.area() + place) * p.outputs + first, p.outputs, many, count);

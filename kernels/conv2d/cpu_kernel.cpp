@@ -1,12 +1,12 @@
 // Convolution, bias, ReLU and max-pool in one loop over pooled outputs, and its gradients, in float32 sums.
 //
-// Letters: N images, I input channels of a group, O output channels, T taps (I times the kernel's size), P the pool's side,
-// W its P * P places ("windows"), L lanes of a vector, Q planes.
+// Letters: N images, I input channels of a group, O output channels, T taps (I times the kernel's size), P the pool's
+// side, W its P * P places ("windows"), L lanes of a vector, Q planes.
 //
 // Lanes are pooled outputs. What tap t in window w needs of L neighbouring outputs lies in x with a step of P * stride
-// between them; it is copied once into a plane of its own, which all output channels then read as whole vectors. Taps and
-// windows that look at the same place share a plane: 3x3 taps in 2x2 windows have 16 planes, not 36. Padding, strides,
-// dilation, layout and dtype are all dealt with by that copy.
+// between them; it is copied once into a plane of its own, which all output channels then read as whole vectors. Taps
+// and windows that look at the same place share a plane: 3x3 taps in 2x2 windows have 16 planes, not 36. Padding,
+// strides, dilation, layout and dtype are all dealt with by that copy.
 #include "cpu_backward.hpp"
 #include "cpu_forward.hpp"
 

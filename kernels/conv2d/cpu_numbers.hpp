@@ -12,14 +12,8 @@
 
 #if defined(__AVX512F__)
 #define PERFKIT_LANES 16
-#define CHANNELS 4
-#define PAIRED 2
-#define NEAR 1  // registers for sixteen planes
 #else
 #define PERFKIT_LANES 8
-#define CHANNELS 2
-#define PAIRED 1
-#define NEAR 0
 #endif
 
 #include "_thread_pool.hpp"
@@ -37,12 +31,15 @@ using Bytes = std::uint8_t __attribute__((vector_size(L)));
 using Halves = std::uint16_t __attribute__((vector_size(2 * L)));
 
 constexpr int DEAD = 255;
-constexpr int STREAMS = 4;         // vectors of outputs, or windows of one, that are summed at once
-constexpr int TAPS = 9;            // whose gradients are summed at once
-constexpr i64 CACHED = 1 << 16;    // floats of planes that are made at a time: they stay in the second-level cache
-constexpr i64 WORTH = 1 << 20;     // multiply-adds that are worth waking a thread for
-constexpr i64 SLICES = 16;         // partial sums of the weights' gradients: as many whatever the number of threads,
-constexpr i64 PARTIAL = 1 << 22;   // and so many floats at most
+constexpr bool WIDE = L == 16;          // AVX-512, which has 32 registers; else there are 16
+constexpr int STREAMS = 4;              // vectors of outputs, or windows of one, that are summed at once,
+constexpr int CHANNELS = WIDE ? 4 : 2;  // of so many output channels
+constexpr int TAPS = 9;                 // whose gradients are summed at once,
+constexpr int PAIRED = WIDE ? 2 : 1;    // of so many output channels
+constexpr i64 CACHED = 1 << 16;         // floats of planes made at a time: they stay in the second-level cache
+constexpr i64 WORTH = 1 << 20;          // multiply-adds that are worth waking a thread for
+constexpr i64 SLICES = 16;              // partial sums of the weights' gradients: as many whatever the threads,
+constexpr i64 PARTIAL = 1 << 22;        // and so many floats at most
 
 // Subtracting zero changes no number, adding it would change -0: so this is a broadcast and no more.
 INLINE Floats same(float value) { return value - Floats{}; }
@@ -51,7 +48,8 @@ INLINE Floats same(float value) { return value - Floats{}; }
 INLINE Floats largest(Floats a, Floats b) {
 #if defined(__AVX512F__)
     const __m512 most = _mm512_max_ps(__m512(a), __m512(b));
-    return Floats(_mm512_mask_add_ps(most, _mm512_cmp_ps_mask(__m512(a), __m512(b), _CMP_UNORD_Q), __m512(a), __m512(b)));
+    const __mmask16 spoilt = _mm512_cmp_ps_mask(__m512(a), __m512(b), _CMP_UNORD_Q);
+    return Floats(_mm512_mask_add_ps(most, spoilt, __m512(a), __m512(b)));
 #else
     return (b > a) | (b != b) ? b : a;
 #endif

@@ -3,8 +3,8 @@
 
 #include "cpu_numbers.hpp"
 
-// x[n][c][h][w] lies at x + n * x_n + c * x_c + h * x_h + w * x_w, weights likewise. y, argmax and d_y are dense, NCHW or
-// NHWC; their height and width are those after the pool. d_x lies as x, d_weight as weight.
+// x[n][c][h][w] lies at x + n * x_n + c * x_c + h * x_h + w * x_w, weights likewise. y, argmax and d_y are dense, NCHW
+// or NHWC; their height and width are those after the pool. d_x lies as x, d_weight as weight.
 extern "C" struct PerfkitConv2d {
     std::int64_t batch, inputs, height, width, outputs, kernel_height, kernel_width;
     std::int64_t stride_h, stride_w, top, left, dilation_h, dilation_w, groups, pool;
@@ -26,7 +26,7 @@ struct Shape : PerfkitConv2d {
     std::vector<i64> downs, rights;  // where in x, from an output's first number, there is something to see
     i64 places, Q;                   // how many of them, and planes: one for each place and input channel
     i64 streams;
-    std::vector<i64> offsets;        // of tap t's plane in window w, in floats: [t * streams + w]. One window: in vector w
+    std::vector<i64> offsets;        // of tap t's plane in window w, in floats: [t * streams + w]; of one: in vector w
     bool near;                       // 3x3 taps in 2x2 windows: sixteen places
     i64 chunk_rows, chunk_columns, chunks;  // the largest chunk, and how many of them an image has
     i64 high, wide;                         // what it sees of x
@@ -34,8 +34,8 @@ struct Shape : PerfkitConv2d {
     i64 plane;  // from one plane to the next: an odd number of cache lines, so that they do not crowd out each other
 
     explicit Shape(const PerfkitConv2d& p)
-        : PerfkitConv2d(p), I(inputs / groups), O(outputs / groups), T(I * kernel_height * kernel_width), W(pool * pool),
-          step_h(pool * stride_h), step_w(pool * stride_w), downs(seen(kernel_height, stride_h, dilation_h)),
+        : PerfkitConv2d(p), I(inputs / groups), O(outputs / groups), T(I * kernel_height * kernel_width),
+          W(pool * pool), step_h(pool * stride_h), step_w(pool * stride_w), downs(seen(kernel_height, stride_h, dilation_h)),
           rights(seen(kernel_width, stride_w, dilation_w)), places(downs.size() * rights.size()), Q(I * places),
           streams(W == 1 ? STREAMS : W), offsets(T * streams),
           near(kernel_height == 3 && kernel_width == 3 && pool == 2 && downs.back() == 3 && rights.back() == 3) {
@@ -134,7 +134,8 @@ struct Planes {
         else
             thin(chunk, [step = p.step_w, end = seen.get() + p.I * p.high * row](const float* from, i64 c) {
                 Floats found{};
-                for (i64 lane = 0; lane < L && from + (c + lane) * step < end; ++lane) found[lane] = from[(c + lane) * step];
+                for (i64 lane = 0; lane < L && from + (c + lane) * step < end; ++lane)
+                    found[lane] = from[(c + lane) * step];
                 return found;
             });
         return Shape::parts(chunk.rows * chunk.columns, L);
