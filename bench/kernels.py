@@ -40,12 +40,7 @@ TRAINING = {"text_lstm": RECURRENT, "lstm": RECURRENT, "cnn": CONVOLUTION}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    there = [name for name in ("torch", "jax") if find_spec(name)]
-    parser.add_argument("--frameworks", nargs="+", choices=there, default=there, help="rows of others are kept")
-    parser.add_argument("--models", nargs="+", help="only these; rows of others are kept")
-    parser.add_argument("--quick", action="store_true", help="one small model, briefly: see it work, keep nothing")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     warnings.simplefilter("ignore", PerfkitWarning)  # slower is a result here
     if options.quick:
         for framework in options.frameworks:
@@ -126,6 +121,16 @@ def speed(comparison: perfkit.Comparison) -> dict[str, Any]:
 def told(row: dict[str, Any]) -> dict[str, Any]:
     print(row, flush=True)
     return row
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    there = [name for name in ("torch", "jax") if find_spec(name)]
+    parser.add_argument("--frameworks", nargs="+", choices=there, default=there, help="rows of others are kept")
+    models = sorted({model for model, _ in INFERENCE})
+    parser.add_argument("--models", nargs="+", choices=models, help="only these; rows of others are kept")
+    parser.add_argument("--quick", action="store_true", help="one small model, briefly: see it work, keep nothing")
+    return parser
 
 
 if __name__ == "__main__":
