@@ -59,6 +59,10 @@ class Forward {
     }
 
     void run() {
+        if (p_.gates) {
+            ask_for_large_pages(p_.gates, lines_of_slice_ * order_.stored * S * H_ * i64(sizeof(Data)));
+            ask_for_large_pages(p_.cells, Cell::CELLS ? lines_of_slice_ * order_.stored * H_ * i64(sizeof(float)) : 0);
+        }
         const i64 packing = 2 * lines_of_slice_ * panels_, tasks = i64(lines_.size()) * plan_.parts;
         in_order(packing + tasks, plan_.threads, failed_, [&](i64 i) {
             if (i < packing) {

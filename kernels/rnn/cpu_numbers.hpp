@@ -3,7 +3,12 @@
 
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "_vector.hpp"
 
@@ -123,6 +128,19 @@ class Array {
     }
     T* data_ = nullptr;
 };
+
+// What is saved for the backward pass is new memory in each call, and giving it in pages of 4 KB costs the system as much
+// time as computing what is written there.
+inline void ask_for_large_pages(void* data, i64 bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t PAGE = 1 << 21;
+    const auto from = (reinterpret_cast<std::uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
+    const auto to = (reinterpret_cast<std::uintptr_t>(data) + bytes) / PAGE * PAGE;
+    if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // advice: it may be refused
+#else
+    (void)data, (void)bytes;
+#endif
+}
 
 // A view of rows that lie `step` numbers apart from time to time and `row` from row to row.
 template <class T>

@@ -1,9 +1,14 @@
 """What test_sanitizer.py runs in a process with AddressSanitizer: every CPU kernel on ragged sizes."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from perfkit.kernels.conv2d import cases, conv2d, cpu_shape
+from perfkit.kernels.rnn import cpu_kernel
+from perfkit.kernels.rnn.problem import Problem
+from perfkit.kernels.rnn.torch_stack import empty_saved
 from perfkit.quantization.torch_rnn_int8 import quantize_rnn
 
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
@@ -41,6 +46,34 @@ def conv2d_and_gradients():
             yield
 
 
+def rnn_and_gradients():
+    """Both dtypes, layers side by side, padded and packed rows; threads share the units of the last size."""
+    for kind in RECURRENT:
+        for inputs, hidden, batch, steps, layers in (*SIZES, (5, 330, 1, 3, 1)):
+            for dtype in (torch.float32, torch.bfloat16):
+                module = kind(inputs, hidden, layers, bidirectional=layers > 1).to(dtype)
+                stack = layers * (2 if layers > 1 else 1)
+                h0 = torch.zeros(stack, batch, hidden, dtype=dtype)
+                problem = Problem(
+                    "torch", "cpu", str(dtype)[6:], module.mode, steps, batch, inputs, hidden, layers, stack // layers
+                )
+                weights = [tuple(weight.detach() for weight in direction) for direction in module.all_weights]
+                x, lengths = torch.randn(steps, batch, inputs, dtype=dtype), torch.arange(batch).remainder(steps).add(1)
+                lengths[0] = steps
+                packed = nn.utils.rnn.pack_padded_sequence(x, lengths.sort(descending=True).values)
+                for ragged, x_, rows in (
+                    ("no", x, None),
+                    ("lengths", x, lengths),
+                    ("packed", packed.data, packed.batch_sizes),
+                ):
+                    call = replace(problem, ragged=ragged), x_, rows, h0, h0, weights, False
+                    saved = empty_saved(call[0], x_)
+                    cpu_kernel.forward(*call, None, None, None)
+                    y, hn, _ = cpu_kernel.forward(*call, *saved)
+                    cpu_kernel.backward(*call, y, *saved, torch.ones_like(y), hn, hn)
+            yield
+
+
 def main():
-    count = sum(1 for kernel in (rnn_int8, conv2d_and_gradients) for _ in kernel())
+    count = sum(1 for kernel in (rnn_int8, conv2d_and_gradients, rnn_and_gradients) for _ in kernel())
     print(count, "cases, all of their calls under AddressSanitizer")
