@@ -35,7 +35,8 @@ struct Shape : PerfkitConv2d {
 
     explicit Shape(const PerfkitConv2d& p)
         : PerfkitConv2d(p), I(inputs / groups), O(outputs / groups), T(I * kernel_height * kernel_width),
-          W(pool * pool), step_h(pool * stride_h), step_w(pool * stride_w), downs(seen(kernel_height, stride_h, dilation_h)),
+          W(pool * pool), step_h(pool * stride_h), step_w(pool * stride_w),
+          downs(seen(kernel_height, stride_h, dilation_h)),
           rights(seen(kernel_width, stride_w, dilation_w)), places(downs.size() * rights.size()), Q(I * places),
           streams(W == 1 ? STREAMS : W), offsets(T * streams),
           near(kernel_height == 3 && kernel_width == 3 && pool == 2 && downs.back() == 3 && rights.back() == 3) {
