@@ -17,10 +17,12 @@ import datetime as dt
 import functools
 import json
 import os
+import queue
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +35,9 @@ SHARES = {"check": 0.25, "stress": 0.08, "tune": 0.32, "time": 0.35}
 
 LEAST_S = {"check": 0.0, "stress": 5.0, "tune": 6.0, "time": 2.5}
 """What a row is given at least, while there is time left for its part: less would be no use."""
+
+CHECKERS = max(1, min(4, (os.cpu_count() or 1) // 2))
+"""Processes that check numbers at the same time: compiling kernels takes most of it."""
 
 BUDGET_S = 460.0
 PATIENCE = 4.0
@@ -59,13 +64,17 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as cache:
         # what this user's machine measured before is not what is to be tested
         source = functools.partial(rows, options.only, options.match)
-        runner = Runner(source, "cuda", {"PERFKIT_CACHE": cache, **ENVIRONMENT})
+        runners = [Runner(source, "cuda", {"PERFKIT_CACHE": cache, **ENVIRONMENT}) for _ in range(CHECKERS)]
         try:
             for part in options.only:
-                found += run_part(runner, part, options)
+                budget_s = options.budget_s * SHARES[part] / sum(SHARES[name] for name in options.only)
+                found += run_part(runners if part == "check" else runners[:1], part, budget_s)
                 _write(path, found)
+                for runner in runners[1:]:
+                    runner.close()  # nobody else on the device while it is timed
         finally:
-            runner.close()
+            for runner in runners:
+                runner.close()
     failed = [row for row in found if "failed" in row]
     late = sum("skipped" in row for row in found)
     print(f"{len(found)} rows, {len(failed)} failed, {late} left out for want of time; wrote {path}")
@@ -102,21 +111,34 @@ def rows(parts: list[str], match: str = "") -> list[Any]:
     return [row for part in parts for row in made[part]() if match in row.name]
 
 
-def run_part(runner: Runner, part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of a part, within its share of the budget; those that it does not last for are told as skipped."""
-    end = time.monotonic() + options.budget_s * SHARES[part] / sum(SHARES[name] for name in options.only)
-    numbers = [number for number, row in enumerate(runner.rows) if row.part == part]
-    found = []
-    for done, number in enumerate(numbers):
-        left, name = end - time.monotonic(), runner.rows[number].name
-        row = {"part": part, "name": name}
+def run_part(
+    runners: list[Runner], part: str, budget_s: float, clock: Callable[[], float] = time.monotonic
+) -> list[dict[str, Any]]:
+    """All rows of a part in `budget_s` seconds; those that it does not last for are told as skipped.
+
+    Where several runners are given they work at the same time: for what is not timed.
+    """
+    end, listed = clock() + budget_s, runners[0].rows
+    numbers = [number for number, row in enumerate(listed) if row.part == part]
+    free: queue.SimpleQueue[Runner] = queue.SimpleQueue()
+    for runner in runners:
+        free.put(runner)
+
+    def done(place: int) -> dict[str, Any]:
+        row = {"part": part, "name": listed[numbers[place]].name}
+        left = end - clock()
         if left <= 0:
             row["skipped"] = "the part's share of the budget was spent"
         else:
-            row |= runner.run(number, max(LEAST_S[part], left / (len(numbers) - done)))
-        print(f"{part} {done + 1}/{len(numbers)} {name}: {_told(row)}", flush=True)
-        found.append(row)
-    return found
+            runner = free.get()
+            share = left * len(runners) / (len(numbers) - place)
+            row |= runner.run(numbers[place], max(LEAST_S[part], share))
+            free.put(runner)
+        print(f"{part} {place + 1}/{len(numbers)} {row['name']}: {_told(row)}", flush=True)
+        return row
+
+    with ThreadPoolExecutor(len(runners)) as pool:
+        return list(pool.map(done, range(len(numbers))))
 
 
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

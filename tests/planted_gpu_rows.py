@@ -2,11 +2,28 @@
 
 import os
 import time
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 
 def rows():
     return [SimpleNamespace(part="check", name=run.__name__, run=run, make=None) for run in (well, raises, dies, hangs)]
+
+
+def pair():
+    """Two rows that both end well where they run at the same time."""
+    return [SimpleNamespace(part="check", name=name, run=partial(meets, name), make=None) for name in ("one", "other")]
+
+
+def meets(name, device, budget_s):
+    folder, end = Path(os.environ["PERFKIT_CACHE"]), time.monotonic() + budget_s
+    (folder / name).touch()
+    while len(list(folder.iterdir())) < 2:
+        if time.monotonic() > end:
+            return {"failed": "nobody came"}
+        time.sleep(0.01)
+    return {"outcomes": {}}
 
 
 def well(device, budget_s):

@@ -189,20 +189,32 @@ def test_a_row_that_raises_dies_or_hangs_does_not_end_the_run(monkeypatch):
         runner.close()
 
 
-def test_a_part_keeps_to_its_budget_and_its_file(monkeypatch, tmp_path, capsys):
+def test_runners_work_at_the_same_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "LEAST_S", {"check": 60.0})
+    runners = [gpu.Runner(planted_gpu_rows.pair, "cpu", {"PERFKIT_CACHE": str(tmp_path)}) for _ in range(2)]
+    try:
+        found = gpu.run_part(runners, "check", 60.0)
+    finally:
+        for runner in runners:
+            runner.close()
+    assert found == [{"part": "check", "name": name, "outcomes": {}} for name in ("one", "other")]
+
+
+def test_a_part_keeps_to_its_budget_and_its_file(tmp_path, capsys):
     class Here:
         """A runner in this process."""
 
-        rows = planted_gpu_rows.rows()
+        rows, budgets_s = planted_gpu_rows.rows(), []
 
         def run(self, number, budget_s):
+            self.budgets_s.append(budget_s)
             return {"outcomes": {"library": "right"}}
 
-    options = gpu._parser().parse_args(["--only", "check", "--budget-s", "100"])
     now = iter([0.0, 10.0, 60.0, 101.0, 102.0])
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(now))
-    found = gpu.run_part(Here(), "check", options)
+    here = Here()
+    found = gpu.run_part([here], "check", 100.0, clock=lambda: next(now))
     assert [("skipped" in row) for row in found] == [False, False, True, True]
+    assert here.budgets_s == [90.0 / 4, 40.0 / 3]
     assert "check 1/4 well: library right" in capsys.readouterr().out
     path = tmp_path / "device-kernels.json"
     gpu._write(path, [{"part": "tune", "name": "kept"}, {"part": "check", "name": "old"}])
