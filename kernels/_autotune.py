@@ -118,9 +118,9 @@ def record(
         _generation += 1
 
 
-def state() -> tuple[str, int]:
-    """Changes when the tables do: choices made before may no longer hold."""
-    return str(cache_folder("tuned")), _generation
+def state() -> tuple[str | None, str | None, int]:
+    """Changes when the tables do: choices made before may no longer hold. Quick, as every call asks for it."""
+    return os.environ.get("PERFKIT_CACHE"), os.environ.get("XDG_CACHE_HOME"), _generation
 
 
 def key(op: str, problem: Any) -> str:
@@ -147,10 +147,10 @@ def device_name(framework: str, device: str) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def _table(name: str, users: str, _generation: int) -> dict[str, Any]:
-    """The entries of both tables; the user's come first."""
+def _table(name: str, *_state: str | int | None) -> dict[str, Any]:
+    """The entries of both tables, of the `state()` that is given; the user's come first."""
     entries: dict[str, Any] = {}
-    for path in (SHIPPED / f"{name}.json", Path(users) / f"{name}.json"):
+    for path in (SHIPPED / f"{name}.json", cache_folder("tuned") / f"{name}.json"):
         if path.exists():
             entries.update(_read(path)["entries"])
     return entries

@@ -118,7 +118,7 @@ class Op:
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(op: Op, problem: Problem, implementation: str | None, _tables: tuple[str, int]) -> Choice:
+def _choose(op: Op, problem: Problem, implementation: str | None, _tables: tuple) -> Choice:
     if implementation is not None:
         if reason := op.named(problem, implementation).why_not(problem):
             raise UnsupportedError(f"{op.name} cannot run on implementation {implementation!r}: {reason}")
