@@ -100,10 +100,15 @@ def test_the_budget_is_kept(clock, monkeypatch):
     assert len(trials[CANDIDATES[0]].block_medians_ms) == 1
 
 
-def test_a_table_can_be_kept_elsewhere(clock, own_tables, tmp_path):
-    _tune.tune("product", Product(), CANDIDATES, run, budget_s=10, folder=tmp_path / "shipped")
+def test_what_is_shipped_is_followed_until_the_user_measures(clock, own_tables, tmp_path, monkeypatch):
+    shipped = tmp_path / "shipped"
+    monkeypatch.setattr(_autotune, "SHIPPED", shipped)
+    _tune.tune("product", Product(), CANDIDATES, run, budget_s=10, folder=shipped)
     assert not own_tables.exists()
-    assert len(list((tmp_path / "shipped").iterdir())) == 1
+    assert len(list(shipped.iterdir())) == 1
+    assert OP.choose(Product()).configuration == (("block", 16),)
+    _tune.tune("product", Product(), [("library", ())], run, budget_s=10)
+    assert OP.choose(Product()).implementation == "library"
 
 
 def test_what_is_assumed_ends_with_the_block():
