@@ -1,7 +1,8 @@
-"""`python -m bench.gpu`: everything that needs a GPU, in one go: check, stress, tune, time.
+"""`python -m bench.gpu`: everything that needs a GPU, in one go: check, stress, compile, tune, time.
 
     check    every op's cases by every implementation, forward and every gradient, against float64
     stress   programs that wait for each other on all processors, thousands of steps: the same bits as step by step
+    compile  what is to be tuned, by several processes
     tune     implementations and tile sizes, timed; the fastest go into kernels/tuned/<device>.json
     time     the ops as they are then dispatched, against cuDNN, torch.compile and what JAX has
 
@@ -30,14 +31,16 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
-SHARES = {"check": 0.25, "stress": 0.08, "tune": 0.32, "time": 0.35}
+SHARES = {"check": 0.25, "stress": 0.08, "compile": 0.17, "tune": 0.2, "time": 0.3}
 """Of the budget, for each part."""
 
-LEAST_S = {"check": 0.0, "stress": 5.0, "tune": 6.0, "time": 2.5}
+LEAST_S = {"check": 0.0, "stress": 5.0, "compile": 0.0, "tune": 3.0, "time": 2.5}
 """What a row is given at least, while there is time left for its part: less would be no use."""
 
-CHECKERS = max(1, min(4, (os.cpu_count() or 1) // 2))
-"""Processes that check numbers at the same time: compiling kernels takes most of it."""
+TOGETHER = ("check", "compile")
+"""Parts that several processes share, as nothing is timed: compiling takes most of them."""
+
+PROCESSES = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 BUDGET_S = 460.0
 PATIENCE = 4.0
@@ -64,11 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as cache:
         # what this user's machine measured before is not what is to be tested
         source = functools.partial(rows, options.only, options.match)
-        runners = [Runner(source, "cuda", {"PERFKIT_CACHE": cache, **ENVIRONMENT}) for _ in range(CHECKERS)]
+        runners = [Runner(source, "cuda", {"PERFKIT_CACHE": cache, **ENVIRONMENT}) for _ in range(PROCESSES)]
         try:
             for part in options.only:
                 budget_s = options.budget_s * SHARES[part] / sum(SHARES[name] for name in options.only)
-                found += run_part(runners if part == "check" else runners[:1], part, budget_s)
+                found += run_part(runners if part in TOGETHER else runners[:1], part, budget_s)
                 _write(path, found)
                 for runner in runners[1:]:
                     runner.close()  # nobody else on the device while it is timed
@@ -105,6 +108,7 @@ def rows(parts: list[str], match: str = "") -> list[Any]:
     made = {
         "check": gpu_rows.check_rows,
         "stress": gpu_rows.stress_rows,
+        "compile": gpu_rows.compile_rows,
         "tune": gpu_rows.tune_rows,
         "time": gpu_time.time_rows,
     }
@@ -244,6 +248,8 @@ def _told(row: dict[str, Any]) -> str:
         return ", ".join(f"{name} {told.partition(':')[0]}" for name, told in row["outcomes"].items())
     if "repeats" in row:
         return f"{row['repeats']} times the same bits, {row['programs']} programs on {row['processors']} processors"
+    if "compiled" in row:
+        return f"{row['compiled']} candidates compiled, {len(row['dropped'])} cannot run"
     if "fastest" in row:
         times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in row["ms"].items())
         return f"{row['fastest']} {row['configuration'] or 'by its rule'} ({times})"

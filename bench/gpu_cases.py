@@ -52,6 +52,11 @@ class Subject(ABC):
     def native(self) -> list[Tensor]:
         """The same by the framework's own layers, as its users call them."""
 
+    @property
+    @abstractmethod
+    def expected(self) -> Any:
+        """The results in float64, found once; what `wrong` compares with."""
+
     @abstractmethod
     def wrong(self, implementation: str, found: list[Tensor]) -> str:
         """What is wrong with the result of a call, for people; empty where nothing is."""
@@ -145,7 +150,7 @@ class Rnn(Subject):
         return [y, *(last if self.case.mode == "LSTM" else (last,))]
 
     @functools.cached_property
-    def _expected(self) -> list[Tensor]:
+    def expected(self) -> list[Tensor]:
         wide = {name: leaf.detach().double().requires_grad_(self.training) for name, leaf in self.leaves.items()}
         each, states = len(self.weights[0]), [wide[name] for name in ("h0", "c0") if name in wide]
         flat = list(wide.values())[1 + len(states) :]
@@ -161,7 +166,7 @@ class Rnn(Subject):
         count = 3 if self.case.mode == "LSTM" else 2
         names = [*("y", "hn", "cn")[:count], *(self.leaves if self.training else ())]
         told = []
-        for i, (name, actual, expected) in enumerate(zip(names, found, self._expected, strict=True)):
+        for i, (name, actual, expected) in enumerate(zip(names, found, self.expected, strict=True)):
             arrays = (tensor.detach().double().cpu().numpy() for tensor in (actual, expected))
             off, most = error(self.case, *arrays, gradient=i >= count), tolerance(self.case, gradient=i >= count)
             if not off <= most * self._rounding(implementation):
@@ -228,7 +233,7 @@ class Conv(Subject):
         return [F.max_pool2d(y, made.pool) if made.pool > 1 else y]
 
     @functools.cached_property
-    def _expected(self) -> list[Tensor]:
+    def expected(self) -> list[Tensor]:
         wide = {name: leaf.detach().double().requires_grad_(self.training) for name, leaf in self.leaves.items()}
         given = wide["x"], wide["weight"], wide.get("bias")
         with torch.set_grad_enabled(self.training):
@@ -240,7 +245,7 @@ class Conv(Subject):
     def wrong(self, implementation: str, found: list[Tensor]) -> str:
         """Of numbers that are no integers only y is compared: which places win among near ties is nobody's error."""
         names, told = ["y", *(self.leaves if self.training and self.integers else ())], []
-        for name, actual, expected in zip(names, found, self._expected, strict=False):
+        for name, actual, expected in zip(names, found, self.expected, strict=False):
             off = float((actual.detach().double() - expected.to(actual.dtype).double()).abs().max())
             most = self._most(implementation, expected)
             if not off <= most:
@@ -302,7 +307,7 @@ class Linear(Subject):
         return [F.relu(y) if self.case.activation == "relu" else y]
 
     @functools.cached_property
-    def _expected(self) -> tuple[Tensor, Tensor]:
+    def expected(self) -> tuple[Tensor, Tensor]:
         """The result in float64, and how large its terms are together."""
         x, scale = self.x, self.x_scale
         if scale is None:
@@ -316,7 +321,7 @@ class Linear(Subject):
 
     def wrong(self, implementation: str, found: list[Tensor]) -> str:
         """Four roundings: the sum as float32, two scales, the bias."""
-        expected, size = self._expected
+        expected, size = self.expected
         off = (found[0].double() - expected).abs()
         worst = float((off / (4 * ROUNDOFF["float32"] * size + 1e-37)).max())
         return "" if worst <= 1 else f"y is off by {worst:.1f} times what four roundings make"

@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu` does, row by row: numbers checked, barriers stressed, tile sizes tuned."""
+"""What `python -m bench.gpu` does, row by row: numbers checked, barriers stressed, tile sizes compiled and tuned."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Row:
     """One thing to do.
 
     Args:
-        part: "check", "stress", "tune" or "time".
+        part: "check", "stress", "compile", "tune" or "time".
         name: for people.
         run: does it, on a device, in about so many seconds; what it returns is written down. A row that failed has
             "failed" in it, one that does not apply "refused".
@@ -165,9 +165,7 @@ def tune_rows(folder: Path = SHIPPED) -> list[Row]:
     found: list[Row] = []
 
     def add(op: str, name: str, make: Callable[[str], Subject]) -> None:
-        found.append(
-            Row("tune", f"{op} {name}", lambda device, budget_s: tuned(op, make(device), budget_s, folder), make)
-        )
+        found.append(Row("tune", f"{op} {name}", lambda device, budget_s: tuned(make(device), budget_s, folder), make))
 
     for training in (False, True):
         told = "training" if training else "inference"
@@ -183,21 +181,46 @@ def tune_rows(folder: Path = SHIPPED) -> list[Row]:
     return sorted(found, key=lambda row: not any(word in row.name for word in first))
 
 
+def compile_rows() -> list[Row]:
+    """The rows of "tune", but that every candidate is called once, so that Triton's cache has its kernels."""
+    return [
+        dataclasses.replace(row, part="compile", run=lambda device, _s, make=row.make: compiled(make(device)))
+        for row in tune_rows()
+    ]
+
+
+def compiled(subject: Subject) -> dict[str, Any]:
+    """Call every candidate once; what cannot run is told, and is no fault: a device may be too small for it."""
+    refused = {}
+    tried = candidates(subject)
+    for name, configuration in tried:
+        try:
+            with _autotune.assume(subject.op.name, subject.problem, name, configuration):
+                subject.call(name)
+        except Exception as error:  # of whatever kind: the others are still to be compiled
+            refused[f"{name} {dict(configuration)}"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return {"compiled": len(tried) - len(refused), "dropped": refused}
+
+
 def wide_first(cases: dict[str, Any]) -> list[tuple[str, Any]]:
     """The recurrent cases made for GPUs before the reference models."""
     return sorted(cases.items(), key=lambda item: item[1].hidden <= 128)
 
 
-def tuned(op: str, subject: Subject, budget_s: float, folder: Path) -> dict[str, Any]:
+def tuned(subject: Subject, budget_s: float, folder: Path) -> dict[str, Any]:
     """Time an op's implementations, kernels in every configuration they propose; keep the fastest that is right."""
-    able = [name for name, reason in subject.able().items() if reason is None and name != "reference"]
-    tried: list[_tune.Candidate] = [(name, ()) for name in able]
-    for name in able:
-        # the first is the kernel's own rule
-        tried += [(name, tuple(found)) for found in list(_candidates(op, name)(subject.problem))[1:]]
+    tried = candidates(subject)
+    _ = subject.expected  # which takes its time, and is not to be taken from the budget
     about = {"environment": dataclasses.asdict(environment()), "date": dt.date.today().isoformat()}
     trials = _tune.tune(
-        op, subject.problem, tried, subject.call, budget_s=budget_s, verify=subject.wrong, folder=folder, **about
+        subject.op.name,
+        subject.problem,
+        tried,
+        subject.call,
+        budget_s=budget_s,
+        verify=subject.wrong,
+        folder=folder,
+        **about,
     )
     best = min(trials, key=lambda candidate: trials[candidate].ms)
     told = {f"{name} {dict(tiles)}": trial.wrong or trial.refused for (name, tiles), trial in trials.items()}
@@ -205,7 +228,7 @@ def tuned(op: str, subject: Subject, budget_s: float, folder: Path) -> dict[str,
         "problem": subject.problem.bucket,
         "fastest": best[0],
         "configuration": dict(best[1]),
-        "ms": {name: min(trials[found].ms for found in tried if found[0] == name) for name in able},
+        "ms": {name: min(trials[found].ms for found in tried if found[0] == name) for name, _ in tried},
         "tried": sum(trial.ms < math.inf for trial in trials.values()),
         "dropped": {name: reason for name, reason in told.items() if reason},
     }
@@ -215,9 +238,14 @@ def tuned(op: str, subject: Subject, budget_s: float, folder: Path) -> dict[str,
     return row | ({"failed": "; ".join(wrong)} if wrong else {})
 
 
-def _candidates(op: str, name: str) -> Callable[[Any], Any]:
-    """What a kernel proposes to be tried; the library proposes nothing."""
-    if name == "library":
-        return lambda _problem: ()
-    module = importlib.import_module(f"perfkit.kernels.{op}.{name}_kernel")
-    return getattr(module, "candidates", lambda _problem: ())
+def candidates(subject: Subject) -> list[_tune.Candidate]:
+    """Who can compute a call: each by its own rule, then the kernels with whatever else they propose."""
+    op = subject.op.name
+    able = [name for name, reason in subject.able().items() if reason is None and name != "reference"]
+    found: list[_tune.Candidate] = [(name, ()) for name in able]
+    for name in able:
+        if name != "library":
+            module = importlib.import_module(f"perfkit.kernels.{op}.{name}_kernel")
+            proposed = list(getattr(module, "candidates", lambda _problem: ())(subject.problem))
+            found += [(name, tuple(configuration)) for configuration in proposed[1:]]  # the first is the rule
+    return found

@@ -54,7 +54,7 @@ def test_without_a_gpu_it_says_what_is_missing(capsys):
 def test_unknown_parts_are_an_error(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--only", "check,tine"])
-    assert "tine: expected some of check,stress,tune,time" in capsys.readouterr().err
+    assert "tine: expected some of check,stress,compile,tune,time" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -85,7 +85,7 @@ def test_a_planted_error_fails_the_check(name):
 
 
 def test_tuning_writes_a_table(tmp_path):
-    row = gpu_rows.tuned("conv2d", SMALL["conv"](), 2.0, tmp_path)
+    row = gpu_rows.tuned(SMALL["conv"](), 2.0, tmp_path)
     assert row["fastest"] in row["ms"]
     assert row["tried"] >= 1
     table = json.loads(next(tmp_path.iterdir()).read_text())
@@ -94,13 +94,29 @@ def test_tuning_writes_a_table(tmp_path):
     assert table["date"]
 
 
+def test_every_candidate_is_called_once_before_tuning(monkeypatch):
+    subject, called = SMALL["relu"](), []
+    planted = [("cpu", ()), ("cpu", (("block", 8),)), ("library", ())]
+    monkeypatch.setattr(gpu_rows, "candidates", lambda _subject: planted)
+
+    def call(name):
+        called.append((name, _autotune.lookup("rnn", subject.problem).configuration))
+        if name == "library":
+            raise RuntimeError("too large\nand more")
+
+    monkeypatch.setattr(subject, "call", call)
+    assert gpu_rows.compiled(subject) == {"compiled": 2, "dropped": {"library {}": "RuntimeError: too large"}}
+    assert called == planted
+    assert [row.name for row in gpu_rows.compile_rows()] == [row.name for row in gpu_rows.tune_rows()]
+
+
 def test_a_configuration_with_wrong_results_is_never_kept(tmp_path, monkeypatch):
     subject = SMALL["relu"]()
     right = subject.outputs
     monkeypatch.setattr(subject, "outputs", lambda name: [y + (name == "library") for y in right(name)])
     monkeypatch.setattr(subject, "able", lambda: {"library": None, "reference": None, "cpu": "planted"})
     with pytest.raises(InvalidInputError, match="library: y is off by"):
-        gpu_rows.tuned("rnn", subject, 2.0, tmp_path)
+        gpu_rows.tuned(subject, 2.0, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
