@@ -13,6 +13,15 @@
 
 namespace perfkit {
 
+// What a thread does while it looks for something again and again.
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
 class ThreadPool {
   public:
     using Task = void (*)(void* context, long index);
@@ -56,6 +65,8 @@ class ThreadPool {
     }
 
   private:
+    static constexpr int LOOKS = 5000;  // about 0.1 ms
+
     // Have `wanted` threads if the system grants them; how many of them there are.
     int start(int wanted) {
         try {
@@ -66,9 +77,15 @@ class ThreadPool {
     }
 
     void help() {
-        std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
-            wake_.wait(lock, [this] { return places_ > 0; });
+            // Calls come one after the other, and waking a thread on an idle processor may take longer than a short one:
+            // also who was woken too late for this call looks for the next.
+            for (int looks = 0; places_.load(std::memory_order_relaxed) == 0 && looks < LOOKS; ++looks) relax();
+            std::unique_lock<std::mutex> lock(mutex_);
+            if (places_ == 0) {
+                wake_.wait(lock);
+                if (places_ == 0) continue;
+            }
             --places_, ++active_;
             lock.unlock();
             work();
@@ -89,7 +106,8 @@ class ThreadPool {
     void* context_ = nullptr;
     long tasks_ = 0;
     std::atomic<long> next_{0};
-    int started_ = 0, places_ = 0, active_ = 0;
+    int started_ = 0, active_ = 0;
+    std::atomic<int> places_{0};  // changed under the mutex
 };
 
 }  // namespace perfkit

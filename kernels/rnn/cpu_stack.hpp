@@ -97,13 +97,10 @@ template <class Ready>
 void wait(const std::atomic<bool>& failed, Ready ready) {
     for (int spins = 0; !ready(); ++spins) {
         if (failed.load(std::memory_order_relaxed)) throw Failed();
-        if (spins < 2000) {
-#if defined(__x86_64__) || defined(__i386__)
-            _mm_pause();
-#endif
-        } else {
+        if (spins < 2000)
+            relax();
+        else
             std::this_thread::yield();
-        }
     }
 }
 
