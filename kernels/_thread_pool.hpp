@@ -78,8 +78,8 @@ class ThreadPool {
 
     void help() {
         for (;;) {
-            // Calls come one after the other, and waking a thread on an idle processor may take longer than a short one:
-            // also who was woken too late for this call looks for the next.
+            // Calls come one after the other, and waking a thread on an idle processor may take longer than a short
+            // one: also who was woken too late for this call looks for the next.
             for (int looks = 0; places_.load(std::memory_order_relaxed) == 0 && looks < LOOKS; ++looks) relax();
             std::unique_lock<std::mutex> lock(mutex_);
             if (places_ == 0) {

@@ -91,8 +91,8 @@ inline std::vector<i64> cut(const i64* batch_sizes, i64 steps, i64 batch, i64 sl
     return found;
 }
 
-// Two slices at most per thread so that one which is held up can be helped, but none much smaller than what makes good use
-// of each load of the weights.
+// Two slices at most per thread so that one which is held up can be helped, but none much smaller than what makes good
+// use of each load of the weights.
 inline std::vector<i64> cuts(const i64* batch_sizes, i64 steps, i64 batch, i64 threads) {
     constexpr i64 FEWEST = 16;
     return cut(batch_sizes, steps, batch, batch >= 2 * FEWEST * threads ? 2 * threads : threads);

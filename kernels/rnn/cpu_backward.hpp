@@ -9,15 +9,15 @@ template <class Cell, class Data, class Operand>
 class Backward {
     static constexpr int G = Cell::G, S = Cell::S, V = 4;
     static constexpr bool E = EXACT<Data>;
-    // So many rows of gate gradients are gathered for the gradients of the input and of the weights, whose sums are read and
-    // written once for all of them; more of them where those sums are larger than the second-level cache.
+    // So many rows of gate gradients are gathered for the gradients of the input and of the weights, whose sums are
+    // read and written once for all of them; more of them where those sums are larger than the second-level cache.
     static constexpr i64 CHUNK = 64, LARGE_CHUNK = 256, LARGE = 1 << 18;
 
     // One direction of one layer.
     struct Direction {
         Matrix<Operand, 1, V> ih, hh;  // transposed
         i64 inputs;
-        Rows<Data> d_x;  // data is null where nobody wants it
+        Rows<Data> d_x;   // data is null where nobody wants it
         Array<Data> own;  // what d_x is in where it is between layers, or where two directions are to be added
     };
 
@@ -70,8 +70,8 @@ class Backward {
     }
 
   private:
-    // The rows of some steps of a line: the gates' gradients, what they were made of and where the input's gradients go; and
-    // the sums of all such rows.
+    // The rows of some steps of a line: the gates' gradients, what they were made of and where the input's gradients
+    // go; and the sums of all such rows.
     struct Gathered {
         i64 rows = 0, most, columns;
         std::vector<const Data*> x, h;  // null for zeros
@@ -83,7 +83,7 @@ class Backward {
 
         Gathered(const Backward& b, const Direction& way, i64 most_rows)
             : most(most_rows), columns(round_up(most, L * PAIR<Operand>)), x(most), h(most), d_x(most) {
-            gates.allocate_zeros(most * b.stride_ + L);
+            gates.allocate_zeros((most + TILE) * b.stride_ + L);  // a tile that begins in the last rows ends behind
             transposed.allocate_zeros((b.stride_ + TILE) * columns);
             panel.allocate(columns * V * L);
             found.allocate(most * V * L);
@@ -109,14 +109,17 @@ class Backward {
         if (i < panels_of(H_))
             pack_transpose(way.hh, i * V, static_cast<const Data*>(w[1]), H_, HS_, G, 0);
         else
-            pack_transpose(way.ih, (i - panels_of(H_)) * V, static_cast<const Data*>(w[0]), H_, HS_, G, Cell::GRU ? 2 : 0);
+            pack_transpose(way.ih, (i - panels_of(H_)) * V, static_cast<const Data*>(w[0]), H_, HS_, G,
+                           Cell::GRU ? 2 : 0);
     }
 
     // The gradient of an output: of y, or what the directions of the layer above have found.
     INLINE Floats d_out(const Line& line, i64 t, i64 place, i64 unit, i64 width) const {
         const i64 column = line.way * H_ + unit;
-        if (line.layer == p_.layers - 1)
-            return get(static_cast<const Data*>(call_.d_y) + t * call_.d_y_step + place * call_.d_y_row + column, width);
+        if (line.layer == p_.layers - 1) {
+            const Rows<const Data> d_y{static_cast<const Data*>(call_.d_y), call_.d_y_step, call_.d_y_row};
+            return get(d_y.at(t, place) + column, width);
+        }
         const Direction* above = &ways_[(line.layer + 1) * p_.directions];
         Floats found = get(above[0].d_x.at(t, place) + column, width);
         if (p_.directions == 2) found += get(above[1].d_x.at(t, place) + column, width);
@@ -136,7 +139,8 @@ class Backward {
     template <class T>
     const T* before(const Line& line, const T* initial, const Rows<const T>& rows, i64 t, i64 b) const {
         const i64 earlier = line.way ? t + 1 : t - 1;
-        if (earlier >= 0 && earlier < p_.steps && b < order_.sizes[earlier]) return rows.at(earlier, order_.place(earlier, b));
+        if (earlier >= 0 && earlier < p_.steps && b < order_.sizes[earlier])
+            return rows.at(earlier, order_.place(earlier, b));
         if (!initial) return nullptr;
         return initial + ((line.layer * p_.directions + line.way) * p_.batch + order_.order[b]) * H_;
     }
@@ -148,12 +152,13 @@ class Backward {
         const Rows<const Data> out{of_layer.data + line.way * H_, of_layer.step, of_layer.row};
         const Rows<const float> cells{p_.cells + W * order_.stored * H_, order_.step * H_, H_};
         Array<float> d_h(rows * padded_), d_c(Cell::CELLS ? rows * padded_ : 0);
-        Gathered gathered(*this, way, std::max(round_up(rows, TILE), way.inputs * G * H_ > LARGE ? LARGE_CHUNK : CHUNK));
+        const i64 chunk = way.inputs * G * H_ > LARGE ? LARGE_CHUNK : CHUNK;
+        Gathered gathered(*this, way, std::max(round_up(rows, TILE), chunk));
         const auto initial = [&](const Array<float>& to, const void* from) {
             for (i64 b = 0; b < rows; ++b)
                 for (i64 u = 0; u < padded_; u += L) {
-                    const auto* row = static_cast<const Data*>(from) + (W * p_.batch + order_.order[line.first + b]) * H_;
-                    store(&to[b * padded_ + u], from && u < H_ ? get(row + u, H_ - u) : Floats{});
+                    const i64 at = (W * p_.batch + order_.order[line.first + b]) * H_ + u;
+                    store(&to[b * padded_ + u], from ? get(static_cast<const Data*>(from) + at, H_ - u) : Floats{});
                 }
         };
         initial(d_h, call_.d_hn);
@@ -237,17 +242,19 @@ class Backward {
             const float nothing[V * L] = {};
             each_panel<1, V>(0, blocks_of(way.inputs), [&](auto vectors, i64 block) INLINE_LAMBDA {
                 constexpr int N = decltype(vectors)::value;
-                product<N>(way.ih.panel(block), way.ih.columns, gathered.gates.data(), stride_, gathered.rows, tiles_, nothing,
-                           0, gathered.found.data(), N * L);
+                product<N>(way.ih.panel(block), way.ih.columns, gathered.gates.data(), stride_, gathered.rows, tiles_,
+                           nothing, 0, gathered.found.data(), N * L);
                 for (i64 row = 0; row < gathered.rows; ++row)
                     for (int n = 0; n < N; ++n) {
                         const i64 unit = (block + n) * L;
-                        put(gathered.d_x[row] + unit, load<Floats>(&gathered.found[(row * N + n) * L]), way.inputs - unit);
+                        const Floats found = load<Floats>(&gathered.found[(row * N + n) * L]);
+                        put(gathered.d_x[row] + unit, found, way.inputs - unit);
                     }
             });
             line.done.store(steps, std::memory_order_release);
         }
-        transpose_rows(gathered.gates.data(), stride_, gathered.rows, S * HS_, gathered.transposed.data(), gathered.columns);
+        transpose_rows(gathered.gates.data(), stride_, gathered.rows, S * HS_, gathered.transposed.data(),
+                       gathered.columns);
         weights(gathered, gathered.x, way.inputs, 0, gathered.ih);
         weights(gathered, gathered.h, H_, Cell::GRU ? 1 : 0, gathered.hh);
         gathered.rows = 0;
@@ -262,8 +269,8 @@ class Backward {
             pack_columns<Operand, V>(gathered.panel.data(), block, units, columns,
                                      [&](i64 k) { return k < gathered.rows ? rows[k] : nullptr; });
             float* to = &sums[block * L * G * HS_];
-            product<N>(gathered.panel.data(), columns, &gathered.transposed[slot * HS_ * gathered.columns], gathered.columns,
-                       G * HS_, tiles_, to, N * L, to, N * L);
+            product<N>(gathered.panel.data(), columns, &gathered.transposed[slot * HS_ * gathered.columns],
+                       gathered.columns, G * HS_, tiles_, to, N * L, to, N * L);
         });
     }
 
@@ -277,9 +284,10 @@ class Backward {
             for (i64 block = 0; block < blocks_of(units); ++block) {
                 const i64 panel = block / V * V, N = std::min<i64>(V, blocks_of(units) - panel), unit = block * L;
                 for (int s = 0; s < G; ++s)
-                    for (i64 h = 0; h < H_; ++h)
-                        add(matrix + ((s + first_gate) % G * H_ + h) * units + unit,
-                            load<Floats>(&sums[(panel * G * HS_ + (s * HS_ + h) * N + block - panel) * L]), units - unit);
+                    for (i64 h = 0; h < H_; ++h) {
+                        const float* sum = &sums[(panel * G * HS_ + (s * HS_ + h) * N + block - panel) * L];
+                        add(matrix + ((s + first_gate) % G * H_ + h) * units + unit, load<Floats>(sum), units - unit);
+                    }
             }
         };
         matrix(to[0], gathered.ih, way.inputs, Cell::GRU ? 2 : 0);
@@ -287,7 +295,8 @@ class Backward {
         for (int which = 2; which < 4; ++which)
             for (int s = 0; to[which] && s < G; ++s)
                 for (i64 u = 0; u < H_; u += L) {
-                    const i64 gate = Cell::GRU && which == 2 ? (s + 2) % G : s, slot = Cell::GRU && which == 3 ? s + 1 : s;
+                    const i64 gate = Cell::GRU && which == 2 ? (s + 2) % G : s;
+                    const i64 slot = Cell::GRU && which == 3 ? s + 1 : s;
                     add(to[which] + gate * H_ + u, load<Floats>(&gathered.bias[slot * padded_ + u]), H_ - u);
                 }
     }
@@ -311,7 +320,8 @@ class Backward {
                 if (p_.ragged == 2 && b >= order_.sizes[t]) break;
                 const i64 place = order_.place(t, b);
                 const Data *one = ways_[0].d_x.at(t, place), *two = ways_[1].d_x.at(t, place);
-                for (i64 k = 0; k < I; k += L) put(d_x.at(t, place) + k, get(one + k, I - k) + get(two + k, I - k), I - k);
+                for (i64 k = 0; k < I; k += L)
+                    put(d_x.at(t, place) + k, get(one + k, I - k) + get(two + k, I - k), I - k);
             }
     }
 

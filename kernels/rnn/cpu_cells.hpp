@@ -64,9 +64,9 @@ INLINE Floats tanh(Floats x) {
 // state. With SAVE, saved[s] gets what the backward pass needs.
 //
 // back: dh and dc are gradients of the unit's states after the step; dc and `through`, the part of dh that reaches the
-// state before it past the weights, are set. saved as above, `h` the state after the step (RNN), `before` that before it
-// (GRU), c_before and c the cells (LSTM). d[s] become gradients of the gates before their functions: LSTM i f g o; GRU
-// n r z and n's hidden part, so that both w_ih and w_hh have three in a row.
+// state before it past the weights, are set. saved as above, `h` the state after the step (RNN), `before` that before
+// it (GRU), c_before and c the cells (LSTM). d[s] become gradients of the gates before their functions: LSTM i f g o;
+// GRU n r z and n's hidden part, so that both w_ih and w_hh have three in a row.
 
 struct Lstm {
     static constexpr int G = 4, S = 4, PANEL = 1;
@@ -111,7 +111,8 @@ struct Gru {
         return n + z * (h - n);
     }
     template <bool E>
-    static INLINE Floats back(const Floats* saved, Floats, Floats before, Floats, Floats, Floats dh, Floats&, Floats* d) {
+    static INLINE Floats back(const Floats* saved, Floats, Floats before, Floats, Floats, Floats dh, Floats&,
+                              Floats* d) {
         const Floats r = saved[0], z = saved[1], n = saved[2], hidden = saved[3];
         d[0] = dh * (1.0f - z) * (1.0f - n * n);
         d[1] = d[0] * hidden * r * (1.0f - r);

@@ -1,11 +1,11 @@
 // Stacks of recurrent layers on a CPU, forward and backward, whatever binding calls them: include this, fill a
 // PerfkitRnnForward or PerfkitRnnBackward of cpu_stack.hpp, and call run_forward or run_backward.
 //
-// Letters: T time steps, B batch rows, I input features, H hidden units, G gates, S values saved of each unit and step for
-// the backward pass, R rows of all steps, K columns of a weight matrix, L lanes of a vector.
+// Letters: T time steps, B batch rows, I input features, H hidden units, G gates, S values saved of each unit and step
+// for the backward pass, R rows of all steps, K columns of a weight matrix, L lanes of a vector.
 //
-// Batch rows are independent of each other: a thread carries a slice of them through the whole sequence, no barriers. The
-// hidden state's product and the gates are one loop, so the gates are computed on sums that were just found.
+// Batch rows are independent of each other: a thread carries a slice of them through the whole sequence, no barriers.
+// The hidden state's product and the gates are one loop, so the gates are computed on sums that were just found.
 #pragma once
 
 #if defined(__AVX512F__)

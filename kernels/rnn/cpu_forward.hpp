@@ -19,8 +19,8 @@ template <class Cell, class Data, class Operand>
 class Forward {
     static constexpr int G = Cell::G, S = Cell::S, V = Cell::PANEL;
     static constexpr bool E = EXACT<Data>;
-    // What a step adds to the gates' hidden parts, in vectors: G input parts with their biases; but GRU's n has its hidden
-    // part's bias in the third place, and its input part in a fourth.
+    // What a step adds to the gates' hidden parts, in vectors: G input parts with their biases; but GRU's n has its
+    // hidden part's bias in the third place, and its input part in a fourth.
     static constexpr int KEPT = Cell::GRU ? 4 : G, WIDTH = V * KEPT * L;
     // GRU needs its state in float32 too.
     static constexpr bool STATE = Cell::GRU && sizeof(Operand) < 4;
@@ -29,9 +29,9 @@ class Forward {
 
   public:
     Forward(const PerfkitRnnForward& call, bool tiles)
-        : call_(call), p_(call.stack), order_(p_), H_(p_.hidden), blocks_(blocks_of(H_)), panels_((blocks_ + V - 1) / V),
-          lines_of_slice_(p_.layers * p_.directions), tiles_(tiles && sizeof(Operand) < 4),
-          plan_(p_, order_, G, true, panels_), ways_(lines_of_slice_) {
+        : call_(call), p_(call.stack), order_(p_), H_(p_.hidden), blocks_(blocks_of(H_)),
+          panels_((blocks_ + V - 1) / V), lines_of_slice_(p_.layers * p_.directions),
+          tiles_(tiles && sizeof(Operand) < 4), plan_(p_, order_, G, true, panels_), ways_(lines_of_slice_) {
         const i64 width = H_ * p_.directions;
         if (!p_.inner && p_.layers > 1 && p_.directions == 2) between_.allocate(order_.stored * width);
         for (i64 i = 0; i < lines_of_slice_; ++i) {
@@ -92,12 +92,12 @@ class Forward {
         Space(const Forward& f, const Line& line, i64 parts) { allocate(f, line, parts); }
         void allocate(const Forward& f, const Line& line, i64 parts) {
             const PerfkitRnn& p = f.p_;
-            const i64 rows = line.last - line.first, padded = round_up(rows, TILE), W = line.layer * p.directions + line.way;
+            const i64 rows = line.last - line.first, padded = round_up(rows, TILE);
+            const i64 W = line.layer * p.directions + line.way;
             chunk = std::max(round_up(f.chunk_of(line), TILE), padded);
             x_stride = f.ways_[W].ih.columns, h_stride = round_up(f.H_, std::max<i64>(L, GRAIN<Operand>));
-            for (i64 part = 0; part < parts; ++part) x.emplace_back(chunk * x_stride);
-            if (f.tiles_)
-                for (auto& of_part : x) std::memset(static_cast<void*>(of_part.data()), 0, chunk * x_stride * sizeof(Operand));
+            x.resize(parts);
+            for (auto& of_part : x) of_part.allocate_zeros(chunk * x_stride);
             sums.allocate(f.panels_ * chunk * WIDTH);
             for (auto& states : h) states.allocate_zeros(padded * h_stride);
             if (STATE) state.allocate_zeros(f.blocks_ * rows * L);
@@ -114,8 +114,8 @@ class Forward {
         }
     };
 
-    // A line whose units several threads share. Each has its part of them, in every phase: the input parts of some steps,
-    // or one step; it takes those of others too if they were not seen the last time, or are late.
+    // A line whose units several threads share. Each has its part of them, in every phase: the input parts of some
+    // steps, or one step; it takes those of others too if they were not seen the last time, or are late.
     struct Shared : Line {
         Space space;
         i64 parts = 1;
@@ -151,8 +151,9 @@ class Forward {
         }
     };
 
-    // Where a layer's outputs go. If nobody wants those between layers they are in y for a while: a layer reads what the one
-    // below has left of some steps before it writes over them. With two directions it does not: layers take turns.
+    // Where a layer's outputs go. If nobody wants those between layers they are in y for a while: a layer reads what
+    // the one below has left of some steps before it writes over them. With two directions it does not: layers take
+    // turns.
     Rows<Data> output(i64 layer) const {
         const i64 width = H_ * p_.directions;
         const Rows<Data> y{static_cast<Data*>(p_.y), p_.y_step, p_.y_row};
@@ -165,7 +166,8 @@ class Forward {
     i64 chunk_of(const Line& line) const {
         // Above another layer that runs at the same time, few steps: it waits for all of them.
         const i64 rows = line.last - line.first;
-        return line.layer && plan_.beside ? std::max(rows, std::min(CHUNK, rows * std::max<i64>(1, p_.steps / 8))) : CHUNK;
+        if (!line.layer || !plan_.beside) return CHUNK;
+        return std::max(rows, std::min(CHUNK, rows * std::max<i64>(1, p_.steps / 8)));
     }
     void spread_row(const Array<float>& to, i64 b, i64 rows, const Data* from) const {
         for (i64 u = 0; u < H_; u += L) store(&to[(u / L * rows + b) * L], get(from + u, H_ - u));
@@ -204,7 +206,8 @@ class Forward {
             i64 end = step, rows = 0;
             for (; end < T; ++end) {
                 const i64 there = order_.there(time(end), line.first, line.last);
-                if (rows + there > space.chunk || (end > step && line.layer && plan_.beside && rows >= chunk_of(line))) break;
+                if (rows + there > space.chunk) break;
+                if (line.layer && plan_.beside && rows >= chunk_of(line)) break;
                 rows += there;
             }
             if (line.layer) wait_below(line, std::min(time(step), time(end - 1)), std::max(time(step), time(end - 1)));
@@ -257,7 +260,8 @@ class Forward {
         for (i64 step = first; step < last; ++step) {
             const i64 t = line.way ? p_.steps - 1 - step : step, there = order_.there(t, line.first, line.last);
             for (i64 b = 0; b < there; ++b, ++rows)
-                copy_row(&x[rows * space.x_stride], way.x.at(t, order_.place(t, line.first + b)), way.inputs, space.x_stride);
+                copy_row(&x[rows * space.x_stride], way.x.at(t, order_.place(t, line.first + b)), way.inputs,
+                         space.x_stride);
         }
         const auto [from, to] = blocks_of_part(part);
         each_panel<G, V>(from, to, [&](auto vectors, i64 block) INLINE_LAMBDA {
@@ -267,7 +271,8 @@ class Forward {
             float of_input[N * L];
             std::memcpy(of_input, bias, sizeof of_input);
             if constexpr (Cell::GRU) std::memcpy(of_input + 2 * L, bias + 3 * L, L * sizeof(float));
-            product<N>(way.ih.panel(block), way.ih.columns, x.data(), space.x_stride, rows, tiles_, of_input, 0, sums, WIDTH);
+            product<N>(way.ih.panel(block), way.ih.columns, x.data(), space.x_stride, rows, tiles_, of_input, 0, sums,
+                       WIDTH);
             if constexpr (Cell::GRU)
                 for (float* row = sums; row < sums + rows * WIDTH; row += WIDTH)
                     store(row + 3 * L, load<Floats>(row + 2 * L)), store(row + 2 * L, load<Floats>(bias + 2 * L));
@@ -285,8 +290,8 @@ class Forward {
         const auto multiply = [&](auto vectors, i64 panel) INLINE_LAMBDA {
             constexpr int N = decltype(vectors)::value;
             float* sums = sums_of(panel);
-            product<N>(way.hh.panel(panel), way.hh.columns, before.data(), space.h_stride, there, tiles_, sums, WIDTH, sums,
-                       WIDTH);
+            product<N>(way.hh.panel(panel), way.hh.columns, before.data(), space.h_stride, there, tiles_, sums, WIDTH,
+                       sums, WIDTH);
         };
         const auto finish = [&](i64 block, i64 b) INLINE_LAMBDA {
             const i64 place = order_.place(t, line.first + b), at = W * order_.stored + t * order_.step + place;
@@ -313,8 +318,8 @@ class Forward {
                 if (Cell::CELLS) put(static_cast<Data*>(call_.cn) + state, c, width);
             }
         };
-        // Gates are long chains of operations: the processor needs some at a time to have something to do meanwhile. With
-        // few rows those of all units come after all products.
+        // Gates are long chains of operations: the processor needs some at a time to have something to do meanwhile.
+        // With few rows those of all units come after all products.
         const auto [first, last] = blocks_of_part(part);
         const i64 group = there < 8 ? last - first : V;
         for (i64 from = first; from < last; from += group) {

@@ -129,8 +129,8 @@ class Array {
     T* data_ = nullptr;
 };
 
-// What is saved for the backward pass is new memory in each call, and giving it in pages of 4 KB costs the system as much
-// time as computing what is written there.
+// What is saved for the backward pass is new memory in each call, and giving it in pages of 4 KB costs the system as
+// much time as computing what is written there.
 inline void ask_for_large_pages(void* data, i64 bytes) {
 #if defined(MADV_HUGEPAGE)
     constexpr std::uintptr_t PAGE = 1 << 21;

@@ -1,7 +1,7 @@
 // Matrix products of recurrent kernels: weights packed for them, and sums of a few rows with a few vectors of columns.
 //
-// An operand is float32, or bfloat16 where the processor multiplies that. Its products are taken in words of 32 bits: one
-// float32, or two bfloat16 of neighbouring columns, whose products `vdpbf16ps` and AMX's tiles add up in float32.
+// An operand is float32, or bfloat16 where the processor multiplies that. Its products are taken in words of 32 bits:
+// one float32, or two bfloat16 of neighbouring columns, whose products `vdpbf16ps` and AMX's tiles add up in float32.
 #pragma once
 
 #include "cpu_numbers.hpp"
@@ -48,10 +48,10 @@ INLINE Floats added(Bf16, Floats sum, Floats a, Floats b) {
 }
 #endif
 
-// ---- Packing ---------------------------------------------------------------------------------------------------------
+// ---- Packing --------------------------------------------------------------------------------------------------------
 //
-// A matrix of G gates times H units (rows) and K columns, as panels of V blocks of L units, the last perhaps of fewer: for
-// each word of columns, for each block, for each gate: the words of the L units. Zeros beyond H and K.
+// A matrix of G gates times H units (rows) and K columns, as panels of V blocks of L units, the last perhaps of fewer:
+// for each word of columns, for each block, for each gate: the words of the L units. Zeros beyond H and K.
 
 template <class Operand, int G, int V>
 struct Matrix {
@@ -125,8 +125,8 @@ void pack(const Matrix<Operand, G, V>& to, i64 block, const Data* w, i64 K) {
         }
 }
 
-// The panel that begins at `block` of a matrix of `columns` columns, units: row(k) is where column k's units are, null for
-// zeros.
+// The panel that begins at `block` of a matrix of `columns` columns, units: row(k) is where column k's units are, null
+// for zeros.
 template <class Operand, int V, class Row>
 INLINE void pack_columns(Operand* panel, i64 block, i64 units, i64 columns, Row row) {
     const i64 N = std::min<i64>(V, blocks_of(units) - block);
@@ -146,7 +146,8 @@ INLINE void pack_columns(Operand* panel, i64 block, i64 units, i64 columns, Row 
     }
 }
 
-// The same of the transpose of w (G H, units): column s * HS + h of the packed matrix is row h of gate (s + first_gate) % G.
+// The same of the transpose of w (G H, units): column s * HS + h of the packed matrix is row h of gate (s + first_gate)
+// % G.
 template <class Operand, int V, class Data>
 void pack_transpose(const Matrix<Operand, 1, V>& to, i64 block, const Data* w, i64 H, i64 HS, int G, int first_gate) {
     pack_columns<Operand, V>(to.panel(block), block, to.units, to.columns, [&](i64 k) -> const Data* {
@@ -155,8 +156,8 @@ void pack_transpose(const Matrix<Operand, 1, V>& to, i64 block, const Data* w, i
     });
 }
 
-// The transpose of `rows` rows, as `columns` rows of round_up(rows, L * PAIR), zeros beyond `rows`. What follows the last
-// row must be readable for L numbers.
+// The transpose of `rows` rows, as `columns` rows of round_up(rows, L * PAIR), zeros beyond `rows`. What follows the
+// last row must be readable for L numbers.
 template <class Operand>
 void transpose_rows(const Operand* from, i64 stride, i64 rows, i64 columns, Operand* to, i64 to_stride) {
     constexpr int P = PAIR<Operand>;
@@ -179,14 +180,14 @@ void transpose_rows(const Operand* from, i64 stride, i64 rows, i64 columns, Oper
         }
 }
 
-// ---- Sums of products ------------------------------------------------------------------------------------------------
+// ---- Sums of products -----------------------------------------------------------------------------------------------
 
 // As many rows as leave the registers room for a vector of weights and a word of each row.
 template <int N>
 constexpr int MOST_ROWS = (REGISTERS - 1) / (N + 1) < 8 ? (REGISTERS - 1) / (N + 1) : 8;
 
-// Sums are rows of N vectors; row r becomes that of `starts` plus the product of row r of x with the panel w. They may lie
-// where the starts are. Not inlined: what the code around it keeps in registers would leave too few for the sums.
+// Sums are rows of N vectors; row r becomes that of `starts` plus the product of row r of x with the panel w. They may
+// lie where the starts are. Not inlined: what the code around it keeps in registers would leave too few for the sums.
 template <int R, int N, class Operand>
 __attribute__((noinline)) void dot(const Operand* x, i64 stride, const Operand* w, i64 columns, const float* starts,
                                    i64 starts_stride, float* sums, i64 sums_stride) {
@@ -282,8 +283,8 @@ struct TileShape {
 };
 #endif
 
-// The same for any number of rows. With `tiles` x has rows to the next multiple of 16; what is in those that are not `rows`
-// is not used.
+// The same for any number of rows. With `tiles` x has rows to the next multiple of 16; what is in those that are not
+// `rows` is not used.
 template <int N, class Operand>
 void product(const Operand* w, i64 columns, const Operand* x, i64 stride, i64 rows, bool tiles, const float* starts,
              i64 starts_stride, float* sums, i64 sums_stride) {

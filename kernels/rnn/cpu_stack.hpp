@@ -16,20 +16,20 @@ namespace {
 using perfkit::i64;
 }
 
-// One call: T steps of B rows, a stack of layers, each in one or two directions; W = layers * directions, the directions
-// of layer 0 first. R rows are stored of what has no strides: T * B of them time-major, or the P of packed data.
-// `Data`, the type of all that is not said to be another, is float or bfloat16, which `dtype` tells.
+// One call: T steps of B rows, a stack of layers, each in one or two directions; W = layers * directions, the
+// directions of layer 0 first. R rows are stored of what has no strides: T * B of them time-major, or the P of packed
+// data. `Data`, the type of all that is not said to be another, is float or bfloat16, which `dtype` tells.
 extern "C" struct PerfkitRnn {
     i64 cell;   // 0 LSTM, 1 GRU, 2 RNN tanh, 3 RNN relu; G = 4, 3, 1, 1 gates, S = 4, 4, 1, 1 of them saved
     i64 dtype;  // 0 float32, 1 bfloat16
     i64 steps, batch, inputs, hidden, layers, directions;
-    i64 ragged;       // 0: every row has T steps; 1: rows have their own lengths; 2: they are packed, and sorted by length
+    i64 ragged;       // 0: every row has T steps; 1: rows have their own lengths; 2: they are packed, sorted by length
     const i64* rows;  // ragged 1: (B,), lengths in 1..T; 2: (T,), batch sizes, never rising, the first B; 0: not used
     i64 threads;      // at most so many work
     const void* const* weights;  // (W, 4): w_ih (G H, I), w_hh (G H, H), b_ih, b_hh (G H,); biases may be null
     const void *h0, *c0;         // (W, B, H), null for zeros; c0 for LSTM only
-    const void* x;               // row b of step t at x + t * x_step + b * x_row, features are contiguous; packed: row p at
-    i64 x_step, x_row;           // x + p * x_row
+    const void* x;               // row b of step t is at x + t * x_step + b * x_row, and row p of packed data at
+    i64 x_step, x_row;           // x + p * x_row, in numbers; features are contiguous; y and gradients likewise
     void* y;                     // forward: written, zeros past a row's length; backward: as forward left it
     i64 y_step, y_row;
     void* gates;   // (W, R, S, H), what the backward pass needs; forward: null to save nothing
@@ -56,9 +56,9 @@ extern "C" struct PerfkitRnnBackward {
 
 namespace perfkit {
 
-// The rows are sorted by length, longest first: at step t the sorted rows [0, sizes[t]) are there, and the sorted row b is
-// row order[b] of the states. Its place at step t is starts[t] + order[b] where rows have strides, and t * step more in
-// what is stored without.
+// The rows are sorted by length, longest first: at step t the sorted rows [0, sizes[t]) are there, and the sorted row b
+// is row order[b] of the states. Its place at step t is starts[t] + order[b] where rows have strides, and t * step more
+// in what is stored without.
 struct Order {
     std::vector<i64> sizes, starts, order;
     i64 step, stored;
@@ -79,7 +79,6 @@ struct Order {
         }
     }
     i64 place(i64 t, i64 b) const { return starts[t] + order[b]; }
-    i64 stored_at(i64 t, i64 b) const { return t * step + place(t, b); }
     // How many of the sorted rows [first, last) are there at time t.
     i64 there(i64 t, i64 first, i64 last) const { return std::clamp<i64>(sizes[t] - first, 0, last - first); }
 };
@@ -104,9 +103,9 @@ void wait(const std::atomic<bool>& failed, Ready ready) {
     }
 }
 
-// How a call is divided. Batch rows are independent of each other: lines of a slice of them each need nothing of the other
-// slices. Where there are fewer slices than threads, a line runs beside the line of the layer below, some steps behind it,
-// or of the other direction; and where those are still too few, `parts` threads share the units of a line.
+// How a call is divided. Batch rows are independent of each other: lines of a slice of them each need nothing of the
+// other slices. Where there are fewer slices than threads, a line runs beside the line of the layer below, some steps
+// behind it, or of the other direction; and where those are still too few, `parts` threads share the units of a line.
 struct Plan {
     std::vector<i64> cuts;
     i64 threads, parts;

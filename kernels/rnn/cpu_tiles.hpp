@@ -21,8 +21,8 @@ inline bool tiles_granted() {
 #endif
 }
 
-// Whether a small product is what `vdpbf16ps` makes of it. The numbers are small integers, so that the order of sums changes
-// no bit.
+// Whether a small product is what `vdpbf16ps` makes of it. The numbers are small integers, so that the order of sums
+// changes no bit.
 inline bool tiles_are_right() {
     constexpr int N = 4, K = 64;
     alignas(64) Bf16 x[TILE * K], w[K * N * L];
