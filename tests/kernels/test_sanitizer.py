@@ -37,7 +37,7 @@ extern "C" int64_t smash(const int64_t* numbers, int64_t count) { return numbers
 def sanitized(code: str, cache: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {
         "PERFKIT_CACHE": str(cache),
-        "PERFKIT_CXXFLAGS": "-fsanitize=address -fno-omit-frame-pointer -g1",
+        "PERFKIT_CXXFLAGS": "-fsanitize=address -fno-omit-frame-pointer -g1 -O1",
         "LD_PRELOAD": ":".join(PRELOADED),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "PYTHONMALLOC": "malloc",
