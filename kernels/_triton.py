@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Compilation:
-    """One kernel at one configuration, for `python -m bench.aot`; `triton_kernel` modules list theirs in `compilations()`.
+    """One kernel at one configuration, for `python -m bench.aot`; a `triton_kernel` lists its own in `compilations()`.
 
     Args:
         name: kernel and configuration, for people: "rnn forward LSTM H=512 block_b=16 bfloat16".
@@ -41,7 +41,7 @@ def missing() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors: where `TRITON_INTERPRET=1` was set before their import."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors: `TRITON_INTERPRET=1` was set before their import."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
