@@ -27,14 +27,13 @@ STRIDES = ("inputs_row", "y_step", "y_row", "d_step", "d_row")
 
 def compilations() -> Iterator[Compilation]:
     """Each kernel at each configuration once, with the targets that it is for."""
-    found: dict[tuple, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for problem, tf32 in PROBLEMS:
         for target, device in DEVICES.items():
             chosen = configure(problem, device, tf32)
-            for about in (
-                _forward(problem, chosen, tf32),
-                *([_backward(problem, chosen, tf32)] if problem.needs_grad else []),
-            ):
+            both = [_forward(problem, chosen, tf32)]
+            both += [_backward(problem, chosen, tf32)] if problem.needs_grad else []
+            for about in both:
                 about["tensor_cores"] = problem.dtype != "float32" or tf32 or device.exact_float32
                 key = repr(sorted(about.items(), key=str))
                 found.setdefault(key, about | {"targets": {}})["targets"][target] = None
@@ -116,23 +115,11 @@ def _described(
         "name": f"rnn {name} {problem.mode} {sizes}{ragged} {kind} {blocks}",
         "kernel": kernel,
         "signature": signature,
-        "constants": dict.fromkeys(sorted(absent))
-        | constants
-        | {
-            "MODE": problem.mode,
-            "H": problem.hidden,
-            "BLOCK_H": tiles.block_h,
-            "BLOCK_B": tiles.block_b,
-            "BLOCK_K": tiles.block_k,
-            "RESIDENT": bool(tiles.resident),
-            "PERSISTENT": waits,
-            "PRECISION": "tf32" if tf32 else "ieee",
-            "WIDEN": False,
-        },
+        "constants": dict.fromkeys(sorted(absent)) | constants | tiles.constants(problem, waits, tf32),
         # strides are sums and products of H
         "divisible": tuple(
             argument for argument, kind in signature.items()
             if kind.startswith("*") or (argument in STRIDES and problem.hidden % 16 == 0)
         ),
-        "options": {"num_warps": tiles.warps, "num_stages": 1},
+        "options": tiles.options(name == "backward"),  # AMD's compiler leaves out what is not its own
     }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from perfkit._errors import InvalidInputError, nearest
 from perfkit.kernels.rnn.problem import GATES, Problem
@@ -37,6 +37,29 @@ class Tiles(NamedTuple):
     block_k: int
     resident: int
     warps: int
+
+    def constants(self, problem: Problem, counted: bool, tf32: bool, widen: bool = False) -> dict[str, Any]:
+        """What is constant while a kernel is compiled; see `forward_span`."""
+        return {
+            "MODE": problem.mode,
+            "H": problem.hidden,
+            "BLOCK_H": self.block_h,
+            "BLOCK_B": self.block_b,
+            "BLOCK_K": self.block_k,
+            "RESIDENT": bool(self.resident),
+            "PERSISTENT": counted,
+            "PRECISION": "tf32" if tf32 else "ieee",
+            "WIDEN": widen,
+        }
+
+    def options(self, backward: bool, amd: bool = False) -> dict[str, int]:
+        """Triton's."""
+        # more stages would have loads of h run ahead of the wait that they are for
+        found = {"num_warps": self.warps, "num_stages": 1}
+        if backward or amd:
+            return found
+        # all that there are: NVIDIA's assembler spills a few to have room for a second program, which never comes
+        return found | {"maxnreg": min(255, 2**16 // (32 * self.warps))}
 
     def alone(self, hidden: int) -> bool:
         """One program has all hidden units, and what they exchange never leaves it."""
@@ -118,7 +141,7 @@ def candidates(problem: Problem, device: Device, tf32: bool = False) -> Iterator
         many = replace(first, block_h=units, back_h=units)
         fit = _fits(problem, device, many.forward, layers, False) and _fits(problem, device, many.backward, 1, True)
         tried += [many] if fit and units < padded(problem.hidden) else []
-    tried += [replace(first, block_k=columns) for columns in (64, 128) if columns < first.block_k]
+    tried += [replace(first, block_k=columns) for columns in (64, 256) if columns <= padded(problem.hidden)]
     tried += [replace(first, wavefront=0)] if first.wavefront else []
     yield from dict.fromkeys(chosen.pairs for chosen in tried)
 
@@ -153,21 +176,21 @@ def _tiles(problem: Problem, device: Device, tf32: bool, matrices: int, backward
     units, size = problem.hidden, padded(problem.hidden)
     plain = GATES[problem.mode] == 1 and not backward  # one row of W for each unit
     if problem.dtype == "float32" and not tf32 and not device.exact_float32:
-        columns, warps = (32, 8) if backward else (16 * matrices, 4)
-        streamed = [Tiles(block_h, 16, columns, 0, warps) for block_h in ((64,) if plain else (16, 32, 64))]
+        streamed = [Tiles(block_h, 16, 32, 0, 8 if backward else 4) for block_h in ((64,) if plain else (16, 32, 64))]
         return next((tiles for tiles in streamed if _fits(problem, device, tiles, matrices, backward)), streamed[0])
     if units <= SINGLE:
         alone = Tiles(size, 16, size, 1, max(4, size // (16 if backward else 8)))
         if _fits(problem, device, alone, matrices, backward):
             return alone
-    # the fewest columns past H; the backward pass has four products at once
-    block_k = 64 if backward else min((256, 128, 64), key=lambda k: (-(-units // k) * k, -k))
+    # the backward pass has four products at once; the forward one takes the fewest columns past H
+    columns = (64,) if backward else (128, 64) if units > 512 else (256, 128, 64)
+    block_k = min(columns, key=lambda k: (-(-units // k) * k, -k))
     sizes = (64, 128) if plain and units >= 64 else (16, 32, 64, 128)
     for block_h in sizes:
         tiles = Tiles(block_h, 16, min(block_k, size), 1, 8 if backward or block_h > 32 or units > 512 else 4)
         if _fits(problem, device, tiles, matrices, backward):
             return tiles
-    streamed = [Tiles(block_h, 16, 64, 0, 8) for block_h in sizes]
+    streamed = [Tiles(block_h, 16, 32 if backward else 128, 0, 8) for block_h in sizes]
     return next((tiles for tiles in streamed if _fits(problem, device, tiles, matrices, backward)), streamed[0])
 
 
