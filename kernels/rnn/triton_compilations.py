@@ -35,6 +35,7 @@ def compilations() -> Iterator[Compilation]:
             both += [_backward(problem, chosen, tf32)] if problem.needs_grad else []
             for about in both:
                 about["tensor_cores"] = problem.dtype != "float32" or tf32 or device.exact_float32
+                about["name"] += "" if about["tensor_cores"] else ", no tensor cores"
                 key = repr(sorted(about.items(), key=str))
                 found.setdefault(key, about | {"targets": {}})["targets"][target] = None
     for about in found.values():

@@ -190,7 +190,8 @@ def _tiles(problem: Problem, device: Device, tf32: bool, matrices: int, backward
         tiles = Tiles(block_h, 16, min(block_k, size), 1, 8 if backward or block_h > 32 or units > 512 else 4)
         if _fits(problem, device, tiles, matrices, backward):
             return tiles
-    streamed = [Tiles(block_h, 16, 32 if backward else 128, 0, 8) for block_h in sizes]
+    columns = (32,) if backward else (128, 64, 32)
+    streamed = [Tiles(block_h, 16, block_k, 0, 8) for block_k in columns for block_h in sizes]
     return next((tiles for tiles in streamed if _fits(problem, device, tiles, matrices, backward)), streamed[0])
 
 

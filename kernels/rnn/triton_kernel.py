@@ -115,7 +115,7 @@ def forward(
             gates=kept, cells=cells[jobs] if kept is not None and problem.mode == "LSTM" else None, **more,
         )  # fmt: skip
         if chosen.wavefront:
-            hn = [state for below in inner for state in _ends(problem, lay, below, False)]
+            hn = [end for below in inner for end in _ends(problem, lay, below, False)]
         hn += _ends(problem, lay, out, out_first)
         layer_x = out
     return y, torch.stack(hn), state if problem.mode == "LSTM" else None
