@@ -12,7 +12,7 @@ from perfkit import UnsupportedError
 from perfkit._recipe import names, recipe_class
 
 MODELS = {"torch": ("cnn", "packed_lstm"), "jax": ("nnx_cnn", "nnx_lstm", "function")}
-LOOPS = ("bf16", "compile", "int8", "int4_weight_only", "prune")
+LOOPS = ("bf16", "compile", "fused_kernels", "int8", "int4_weight_only", "prune")
 """Recipes that meet a loop in JAX in ways of their own; op by op a loop takes half a second a call."""
 
 CASES = [

@@ -122,14 +122,14 @@ class Normed(Net):
 class Loop(Net):
     def forward(self, x):
         for conv in (self.conv, self.second):
-            x = F.relu(conv(x))
+            x = F.max_pool2d(F.relu(conv(x)), 2)
         return x
 
 
 class Shared(Net):
     def forward(self, x):
         x = self.pool(self.relu(self.conv(x)))
-        return self.relu(self.second(self.relu(self.second(x))))
+        return self.pool(self.relu(self.second(self.pool(self.relu(self.second(x))))))
 
 
 class Branches(Net):
@@ -146,7 +146,7 @@ class Outer(nn.Module):
     def __init__(self):
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3), nn.ReLU()
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3), nn.MaxPool2d(2)
         )
 
     def forward(self, *, batch):
@@ -164,8 +164,8 @@ SPELLINGS = [
     (MethodsInPlace, {"conv": WHOLE}),
     (PoolFirst, {"conv": WHOLE}),
     (Normed, {"conv": "conv + batch norm + ReLU + 2×2 max-pool"}),
-    (Loop, {"conv": "conv + ReLU", "second": "conv + ReLU"}),
-    (Shared, {"conv": WHOLE, "second": "conv + ReLU"}),
+    (Loop, {"conv": WHOLE, "second": WHOLE}),
+    (Shared, {"conv": WHOLE, "second": WHOLE}),
     (Branches, {"conv": WHOLE}),
 ]
 
@@ -173,7 +173,7 @@ SPELLINGS = [
 @pytest.mark.parametrize(("kind", "expected"), SPELLINGS, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_convolution_with_what_follows_it(kind, expected):
     torch.manual_seed(0)
-    model, x = kind().eval(), torch.randn(3, 1, 14, 13)
+    model, x = kind().eval(), torch.randn(3, 1, 30, 29)
     result, effect = swapped(model, x)
     notes = dict(note.split(": ", 1) for note in effect.notes)
     assert {name: notes[name].split(" on ")[0] for name in effect.touched} == expected
@@ -226,20 +226,23 @@ class Handled(Net):
 
 def test_a_value_that_something_else_reads_is_still_there():
     torch.manual_seed(0)
-    x = torch.randn(3, 1, 14, 13)
-    for kind, touched in {UsedTwice: (), Returned: (), PositiveReturned: ("conv",), Elsewhere: (), Handled: ()}.items():
+    x = torch.randn(3, 1, 30, 29)
+    alone, without_pool = "directly follows it in", "conv + ReLU is the library's here"
+    for kind, reason in {
+        UsedTwice: alone, Returned: alone, Elsewhere: alone, Handled: alone, PositiveReturned: without_pool
+    }.items():  # fmt: skip
         model = kind().eval()
         result, effect = swapped(model, x)
-        assert effect.touched == touched, kind
-        if not touched:
-            assert "directly follows it in" in reasons(effect)["conv"]
-        with torch.no_grad():
-            torch.testing.assert_close(result(x), model(x), **TOLERANCE)
+        assert reason in reasons(effect)["conv"], kind
+        torch.testing.assert_close(result(x), model(x), rtol=0, atol=0)
+        without, effect = swapped(model, None)  # where nothing was seen, more is swapped
+        assert bool(effect.touched) == (kind is PositiveReturned)
+        torch.testing.assert_close(without(x), model(x), **TOLERANCE)
 
 
 def test_reasons_why_a_convolution_stays():
     torch.manual_seed(0)
-    x = torch.randn(3, 1, 14, 13)
+    x = torch.randn(3, 1, 30, 29)
     _, effect = swapped(Padded().eval(), x)
     assert "overlaps, pads" in reasons(effect)["conv"]
     assert "not called" in reasons(effect)["second"]
@@ -292,7 +295,7 @@ def test_sequential_and_keyword_inputs():
 def test_what_changes_after_the_swap_is_seen():
     """A group looks at what it is given each time: hooks, replaced modules, norms that train again, written weights."""
     torch.manual_seed(0)
-    x = torch.randn(3, 1, 14, 13)
+    x = torch.randn(3, 1, 30, 29)
     model = Normed().eval()
     result, _ = swapped(model, x)
     with torch.no_grad():
@@ -314,7 +317,7 @@ def test_what_changes_after_the_swap_is_seen():
     result.relu = nn.ReLU()
     handle = result.conv.register_forward_hook(lambda _module, _args, y: seen.append(tuple(y.shape)))
     assert not kernels_in(result, x)
-    assert seen == [(3, 8, 12, 11)]
+    assert seen == [(3, 8, 28, 27)]
     handle.remove()
     assert kernels_in(result, x) == ["cpu"]
     result.train()
@@ -325,7 +328,7 @@ def test_what_changes_after_the_swap_is_seen():
 
 def test_a_folded_norm_passes_gradients_on():
     torch.manual_seed(0)
-    x = torch.randn(3, 1, 14, 13)
+    x = torch.randn(3, 1, 30, 29)
     model = Normed().eval()
     result, _ = swapped(model, x)
     gradients = []
@@ -466,7 +469,7 @@ def test_training_the_reference_models_gives_the_same_gradients_and_losses(name)
     task, inputs, targets = small(name)
     result, effect = swapped(task.model, inputs, trains=True)
     assert effect.touched
-    assert not effect.skipped
+    assert all("is the library's here" in item.reason for item in effect.skipped)
     gradients = []
     for each in (task.model.train(), result):
         each.zero_grad()
@@ -489,7 +492,7 @@ CHAINS = [
     ("bf16+fused_kernels", "cnn", ("conv1",)),
     ("bf16+fused_kernels", "lstm", ("lstm",)),
     ("half+fused_kernels", "text_lstm", ("lstm",)),
-    ("channels_last+fused_kernels", "cnn2", ("conv1", "conv2")),
+    ("channels_last+fused_kernels", "cnn", ("conv1",)),
     ("int8+fused_kernels", "lstm", ()),
     ("int8+fused_kernels", "cnn", ()),
 ]
