@@ -13,6 +13,8 @@ using In = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
 using Lengths = ffi::Buffer<ffi::S32>;
 
+constexpr int OUTSIDE = 3;  // beside the kernel's results: 0; 1 if memory ran out, 2 for a cell that is not known
+
 int (*run_forward)(const PerfkitRnnForward*);
 int (*run_backward)(const PerfkitRnnBackward*);
 
@@ -47,7 +49,15 @@ void strides(const In& x, bool batch_first, i64& step, i64& row) {
     step = batch_first ? width : far, row = batch_first ? far : width;
 }
 
+// Lengths are numbers that only a running program has.
+bool outside(const Call& call) {
+    const auto within = [&](i64 length) { return 1 <= length && length <= call.stack.steps; };
+    return !std::all_of(call.rows.begin(), call.rows.end(), within);
+}
+
 ffi::Error told(int result) {
+    if (result == OUTSIDE)
+        return ffi::Error::InvalidArgument("lengths of recurrent rows: expected 1 to T, the number of steps");
     if (result == 0) return ffi::Error::Success();
     if (result == 1)
         return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for the recurrent kernel's working space");
@@ -63,7 +73,7 @@ ffi::Error forward(i64 cell, i64 directions, bool batch_first, i64 threads, In x
     strides(*y, batch_first, stack.y_step, stack.y_row);
     stack.gates = at(gates), stack.cells = static_cast<float*>(at(cells)), stack.inner = at(inner);
     const PerfkitRnnForward all{stack, at(hn), at(cn)};
-    return told(run_forward(&all));
+    return told(outside(call) ? OUTSIDE : run_forward(&all));
 }
 
 ffi::Error backward(i64 cell, i64 directions, bool batch_first, i64 threads, In x, In y, In h0, In c0, Lengths lengths,
@@ -84,7 +94,7 @@ ffi::Error backward(i64 cell, i64 directions, bool batch_first, i64 threads, In 
     strides(d_y, batch_first, back.d_y_step, back.d_y_row);
     strides(*d_x, batch_first, back.d_x_step, back.d_x_row);
     back.d_h0 = at(d_h0), back.d_c0 = at(d_c0), back.d_weights = targets.data();
-    return told(run_backward(&back));
+    return told(outside(call) ? OUTSIDE : run_backward(&back));
 }
 
 auto bound() {

@@ -20,6 +20,30 @@ Axes = tuple[int | None, ...]
 """The axis of the rows in each argument or result, or in all arrays of it; None where it has no rows, as weights."""
 
 
+def alike(arrays: Any) -> Any:
+    """All arrays as different on the devices of a shard_map as any of them is; JAX adds up what gradients get of it."""
+    axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(arrays)))
+
+    def cast(x):
+        more = tuple(axes - _varying(x))
+        return jax.lax.pcast(x, more, to="varying") if more else x
+
+    return jax.tree.map(cast, arrays) if axes else arrays
+
+
+def shaped_like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An array that is as different on the devices of a shard_map as x is."""
+    of = jax.typeof(x)
+    name = "manual_axis_type" if hasattr(of, "manual_axis_type") else "vma"  # of JAX 0.10.2 and later; before
+    return jax.ShapeDtypeStruct(shape, dtype, **{name: getattr(of, name)})
+
+
+def _varying(x: Array) -> frozenset[str]:
+    """The axes of a shard_map along which x differs."""
+    of = jax.typeof(x)
+    return of.manual_axis_type.varying if hasattr(of, "manual_axis_type") else of.vma
+
+
 def by_rows(function: Callable[..., tuple], axes: Axes, result_axes: Axes) -> Callable[..., tuple]:
     """`function`, of which vmap maps more rows at once, and a sharded program some rows on each device.
 

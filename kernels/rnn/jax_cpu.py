@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from perfkit.kernels import _ffi, _native
-from perfkit.kernels.rnn.jax_batch import by_rows
+from perfkit.kernels.rnn.jax_batch import alike, by_rows
 from perfkit.kernels.rnn.jax_layer import Weights
 from perfkit.kernels.rnn.problem import GATES, SAVED, Problem
 
@@ -164,7 +164,8 @@ def _backward(of: Stack):
 
 def _call(handler: str, results: tuple[jax.ShapeDtypeStruct, ...], arguments: tuple[Array, ...], of: Stack):
     _prepare()
-    return tuple(jax.ffi.ffi_call(handler, results)(*arguments, **of.attributes))
+    out = jax.ffi.ffi_call(handler, results)(*arguments, **of.attributes)
+    return alike((arguments[0], *out))[1:]  # which custom calls cannot say themselves
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from jax import Array
 from perfkit._errors import InvalidInputError
 from perfkit.kernels import rnn as op
 from perfkit.kernels.rnn import jax_reference
+from perfkit.kernels.rnn.jax_batch import alike
 from perfkit.kernels.rnn.jax_layer import Direction, Weights, layer
 from perfkit.kernels.rnn.jax_problem import lengths_of, problem_of
 from perfkit.kernels.rnn.problem import Problem
@@ -57,7 +58,8 @@ def run(
     h0, c0 = zeros if h0 is None else h0, zeros if c0 is None else c0
     groups = [_with_biases(group) for group in weights]
     layers = _layers(problem, choice.implementation, batch_first, recompute)
-    y, hn, cn = _with_dropout(layers, x, groups, h0, c0, lengths, drop, key, problem.directions)
+    arrays = alike((x, groups, h0, c0, lengths))
+    y, hn, cn = _with_dropout(layers, *arrays, drop, key, problem.directions)
     return y, hn.astype(x.dtype), cn.astype(x.dtype) if mode == "LSTM" else None
 
 
@@ -122,7 +124,9 @@ def _time_major(layers: Layers, batch_first: bool) -> Layers:
 
     def given(x, groups, h0, c0, lengths):
         x = jnp.swapaxes(x, 0, 1) if batch_first else x
-        if lengths is not None:  # zero times what x may hold there, a NaN for instance, is no zero
+        if lengths is not None:
+            lengths = jnp.clip(lengths, 0, len(x))
+            # zero times what x may hold there, a NaN for instance, is no zero
             x = jnp.where(jnp.arange(len(x))[:, None, None] < lengths[:, None], x, 0)
         y, hn, cn = layers(x, groups, h0, c0, lengths)
         return jnp.swapaxes(y, 0, 1) if batch_first else y, hn, cn

@@ -78,8 +78,10 @@ def problem_of(
 
 
 def lengths_of(problem: Problem, lengths: Any) -> Array | None:
-    """`lengths` as int32. What they hold can be checked where they are numbers yet; in a program that is being traced
-    those below 0 count as 0, with a final state that is the initial one, and those above T as T.
+    """`lengths` as int32, checked where they are numbers yet.
+
+    In a program that is being traced they are not. The kernel for CPU looks at them when it runs, and fails then. With
+    the others those above T count as T, and those below 1 as 0: a row of zeros, with its initial states as final ones.
 
     Raises:
         InvalidInputError: not one integer for each row; or one that is not in 1..T.
@@ -100,7 +102,7 @@ def lengths_of(problem: Problem, lengths: Any) -> Array | None:
                 f"lengths from {shortest} to {longest}: expected 1 to {problem.steps}, the number of steps; "
                 "leave out rows without any"
             )
-    return jnp.clip(jnp.asarray(lengths), 0, problem.steps).astype(jnp.int32)
+    return jnp.asarray(lengths).astype(jnp.int32)
 
 
 def device_of(x: Array) -> str:

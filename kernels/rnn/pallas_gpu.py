@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from perfkit.kernels.rnn import pallas_cells
+from perfkit.kernels.rnn.jax_batch import shaped_like
 from perfkit.kernels.rnn.problem import GATES, SAVED
 
 ROWS = 16
@@ -42,12 +42,12 @@ def forward(
     inputs = {"x": x_parts, "w": w, "h0": h0}
     inputs |= ({"c0": c0} if lstm else {}) | ({"bias_hn": bias_hn} if gru else {})
     inputs |= {"lengths": lengths} if lengths is not None else {}
-    wide = jax.ShapeDtypeStruct((batch, hidden), jnp.float32)
-    outputs = {"y": jax.ShapeDtypeStruct((steps, batch, hidden), x_parts.dtype), "h": wide}
+    wide = shaped_like(x_parts, (batch, hidden), jnp.float32)
+    outputs = {"y": shaped_like(x_parts, (steps, batch, hidden), x_parts.dtype), "h": wide}
     outputs |= {"c": wide} if lstm else {}
     if save and (lstm or gru):
-        outputs |= {"gates": jax.ShapeDtypeStruct((steps, batch, SAVED[mode] * hidden), x_parts.dtype)}
-        outputs |= {"cells": jax.ShapeDtypeStruct((steps, batch, hidden), jnp.float32)} if lstm else {}
+        outputs |= {"gates": shaped_like(x_parts, (steps, batch, SAVED[mode] * hidden), x_parts.dtype)}
+        outputs |= {"cells": shaped_like(x_parts, (steps, batch, hidden), jnp.float32)} if lstm else {}
 
     def kernel(ref: dict[str, Any], rows: Any) -> None:
         weights = [ref["w"][:, pl.ds(g * hidden, hidden)] for g in range(GATES[mode])]
@@ -102,8 +102,8 @@ def backward(
     inputs = {"w": w, "saved": saved, "d_y": d_y, "d_h": d_h}
     inputs |= ({"cells": cells, "d_c": d_c} if lstm else {}) | ({"before": before} if gru else {})
     inputs |= {"lengths": lengths} if lengths is not None else {}
-    wide = jax.ShapeDtypeStruct((batch, hidden), jnp.float32)
-    outputs = {"d_gates": jax.ShapeDtypeStruct((steps, batch, SAVED[mode] * hidden), d_y.dtype), "d_h0": wide}
+    wide = shaped_like(d_y, (batch, hidden), jnp.float32)
+    outputs = {"d_gates": shaped_like(d_y, (steps, batch, SAVED[mode] * hidden), d_y.dtype), "d_h0": wide}
     outputs |= {"d_c0": wide} if lstm else {}
 
     def kernel(ref: dict[str, Any], rows: Any) -> None:

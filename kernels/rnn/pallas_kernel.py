@@ -47,8 +47,8 @@ class Pallas:
         of_x = jnp.einsum("tbi,gi->tbg", x, _pad_gates(w_ih, gates, size), preferred_element_type=jnp.float32)
         x_parts = (of_x + _pad_gates(bias[:, None], gates, size)[:, 0]).astype(x.dtype)
         w = _pad(_pad_gates(w_hh, gates, size), 1, size).T
-        c0 = self._state(c0, size) if mode == "LSTM" else None
-        arguments = (mode, x_parts, w, bias_hn, self._state(h0, size), c0, self._lengths(lengths), reverse, save)
+        cell = self._state(c0, size) if mode == "LSTM" else None
+        arguments = (mode, x_parts, w, bias_hn, self._state(h0, size), cell, self._lengths(lengths), reverse, save)
         if self.device == "tpu":
             blocks = _blocks(mode, x.dtype.name, batch, steps, size)
             out = pallas_tpu.forward(*arguments, blocks, self.interpret)
@@ -57,7 +57,7 @@ class Pallas:
         y = out[0][:, :batch, :hidden]
         states = [state[:batch, :hidden] for state in out[1 : 3 if mode == "LSTM" else 2]]
         saved = tuple(each[:, :batch] for each in out[3 if mode == "LSTM" else 2 :])
-        return y, states[0], states[1] if mode == "LSTM" else jnp.zeros_like(states[0]), saved
+        return y, states[0], states[1] if mode == "LSTM" else c0.astype(jnp.float32), saved
 
     def backward(self, mode, weights, lengths, reverse, y, before, saved, d_y, d_h, d_c):
         """See `jax_layer.Kernel`."""
@@ -70,16 +70,16 @@ class Pallas:
         cells = self._pad_rows(cells, 1) if mode == "LSTM" else None
         before = self._pad_rows(_pad(before, 2, size), 1) if mode == "GRU" else None
         d_y = self._pad_rows(_pad(d_y, 2, size), 1)
-        d_c = self._state(d_c, size) if mode == "LSTM" else None
+        d_cell = self._state(d_c, size) if mode == "LSTM" else None
         lengths = self._lengths(lengths)
-        arguments = (mode, w, before, gates, cells, lengths, reverse, d_y, self._state(d_h, size), d_c)
+        arguments = (mode, w, before, gates, cells, lengths, reverse, d_y, self._state(d_h, size), d_cell)
         if self.device == "tpu":
             out = pallas_tpu.backward(*arguments, _blocks(mode, y.dtype.name, batch, steps, size), self.interpret)
         else:
             out = pallas_gpu.backward(*arguments, self.interpret)
         d_gates = out[0][:, :batch].reshape(steps, batch, SAVED[mode], size)[..., :hidden]
         d_h0 = out[1][:batch, :hidden]
-        return d_gates, d_h0, out[2][:batch, :hidden] if mode == "LSTM" else jnp.zeros_like(d_h0)
+        return d_gates, d_h0, out[2][:batch, :hidden] if mode == "LSTM" else d_c
 
     def _size(self, hidden: int) -> int:
         """Hidden units that the kernel computes with, for `hidden` that there are: units of zeros stay at zero."""

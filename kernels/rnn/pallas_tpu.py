@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from perfkit.kernels.rnn import pallas_cells
+from perfkit.kernels.rnn.jax_batch import shaped_like
 from perfkit.kernels.rnn.problem import GATES, SAVED
 
 LANES = 128
@@ -107,7 +108,7 @@ def forward(
     hidden = w.shape[0]
     lstm, gru = mode == "LSTM", mode == "GRU"
     place = _Places(given, steps, batch, reverse)
-    wide = jax.ShapeDtypeStruct((batch, hidden), jnp.float32)
+    wide = shaped_like(x_parts, (batch, hidden), jnp.float32)
     inputs = {"x": (x_parts, place.steps(x_parts.shape[2])), "w": (w, _whole(w))}
     inputs |= {"bias_hn": (bias_hn, _whole(bias_hn))} if gru else {}
     inputs |= {"lengths": (lengths, place.rows(1))} if lengths is not None else {}
@@ -197,7 +198,7 @@ def backward(
     inputs |= {"cells": (cells, place.steps(hidden))} if lstm else {}
     inputs |= {"lengths": (lengths, place.rows(1))} if lengths is not None else {}
     inputs |= {"d_h": (d_h, place.rows(hidden))} | ({"d_c": (d_c, place.rows(hidden))} if lstm else {})
-    wide = jax.ShapeDtypeStruct((batch, hidden), jnp.float32)
+    wide = shaped_like(d_y, (batch, hidden), jnp.float32)
     width = SAVED[mode] * hidden
     outputs = {"d_gates": (_like(d_y, batch, width), place.steps(width)), "d_h0": (wide, place.rows(hidden))}
     outputs |= {"d_c0": (wide, place.rows(hidden))} if lstm else {}
@@ -305,7 +306,7 @@ def _whole(array: Array) -> pl.BlockSpec:
 
 
 def _like(x: Array, batch: int, width: int, dtype: Any = None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((x.shape[0], batch, width), dtype or x.dtype)
+    return shaped_like(x, (x.shape[0], batch, width), dtype or x.dtype)
 
 
 def _split(gates: Array, hidden: int) -> list[Array]:
