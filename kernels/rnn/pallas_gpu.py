@@ -80,7 +80,7 @@ def forward(
         if lstm:
             ref["c"][rows, :] = c
 
-    return _call(kernel, inputs, outputs, hidden, batch, interpret)
+    return _call(f"{mode.lower()}_forward", kernel, inputs, outputs, hidden, batch, interpret)
 
 
 def backward(
@@ -138,10 +138,12 @@ def backward(
         if lstm:
             ref["d_c0"][rows, :] = dc
 
-    return _call(kernel, inputs, outputs, hidden, batch, interpret)
+    return _call(f"{mode.lower()}_backward", kernel, inputs, outputs, hidden, batch, interpret)
 
 
-def _call(kernel, inputs: dict[str, Array], outputs: dict[str, Any], hidden: int, batch: int, interpret: bool):
+def _call(
+    name: str, kernel, inputs: dict[str, Array], outputs: dict[str, Any], hidden: int, batch: int, interpret: bool
+):
     """Call `kernel` with its references by name, once for each tile of rows."""
     names = (*inputs, *outputs)
 
@@ -156,6 +158,7 @@ def _call(kernel, inputs: dict[str, Array], outputs: dict[str, Any], hidden: int
         grid=(batch // ROWS,),
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
+        name=f"perfkit_rnn_{name}",
     )(*inputs.values())
 
 

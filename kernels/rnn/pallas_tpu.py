@@ -159,7 +159,7 @@ def forward(
                 ref["c"][...] = c[...]
 
     scratch = ("h_now", "c_now") if lstm else ("h_now",)
-    return _call(kernel, inputs, outputs, scratch, hidden, place, interpret)
+    return _call(f"{mode.lower()}_forward", kernel, inputs, outputs, scratch, hidden, place, interpret)
 
 
 def backward(
@@ -243,7 +243,7 @@ def backward(
                 ref["d_c0"][...] = dc[...]
 
     scratch = ("dh_now", "dc_now") if lstm else ("dh_now",)
-    return _call(kernel, inputs, outputs, scratch, hidden, place, interpret)
+    return _call(f"{mode.lower()}_backward", kernel, inputs, outputs, scratch, hidden, place, interpret)
 
 
 class _Places:
@@ -278,7 +278,7 @@ class _Places:
         lax.fori_loop(0, count, body, 0)
 
 
-def _call(kernel, inputs, outputs, scratch, hidden, place: _Places, interpret) -> tuple[Array, ...]:
+def _call(name, kernel, inputs, outputs, scratch, hidden, place: _Places, interpret) -> tuple[Array, ...]:
     """Call `kernel` with its references by name, over the grid."""
     names = (*inputs, *outputs, *scratch)
 
@@ -297,6 +297,7 @@ def _call(kernel, inputs, outputs, scratch, hidden, place: _Places, interpret) -
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=place.given.vmem_bytes
         ),
         interpret=interpret,
+        name=f"perfkit_rnn_{name}",
     )(*(array for array, _ in inputs.values()))
 
 
