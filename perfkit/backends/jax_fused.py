@@ -26,7 +26,8 @@ from perfkit.backends.jax_autocast import trace, untraced
 from perfkit.backends.jax_autocast_casting import bind
 from perfkit.backends.jax_autocast_rewrite import context_of
 from perfkit.backends.jax_fused_conv import groups
-from perfkit.backends.jax_fused_rnn import Unlike, recurrence
+from perfkit.backends.jax_fused_rnn import recurrence
+from perfkit.backends.jax_fused_steps import Unlike
 from perfkit.backends.jax_trees import array_names
 from perfkit.kernels._op import trace as kernels_called
 

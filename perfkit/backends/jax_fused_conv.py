@@ -12,6 +12,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from perfkit.backends.jax_autocast_casting import bind
+from perfkit.backends.jax_autocast_rules import precision_reason
 from perfkit.kernels.conv2d import conv2d
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -107,6 +108,10 @@ def refusal(eqn: Any) -> str | None:
         return "it is a transposed convolution, or the gradient of one"
     if x.dtype != weight.dtype or str(x.dtype) not in DTYPES:
         return f"it is of {x.dtype} and {weight.dtype}"
+    if eqn.outvars[0].aval.dtype != x.dtype:
+        return f"a {eqn.outvars[0].aval.dtype} result of {x.dtype} was asked for"
+    if reason := precision_reason(params["precision"]):
+        return reason
     if any(low < 0 or high < 0 for low, high in params["padding"]):
         return "its padding is negative"
     return None

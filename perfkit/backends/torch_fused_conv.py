@@ -10,8 +10,7 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +35,7 @@ _GLOBAL_HOOKS = [getattr(all_modules, name) for name in vars(all_modules) if nam
                  name.endswith("_hooks")]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """What of a group runs together.
 
     Args:
@@ -91,7 +89,7 @@ def reading(links: tuple, x: Any) -> Group | str:
         return "its input is empty"
     if conv.padding_mode != "zeros":
         return f"it pads with padding_mode={conv.padding_mode!r}, and the kernel with zeros"
-    if hooked(conv):
+    if hooked(conv) or any(_GLOBAL_HOOKS):
         return "it has hooks, which see the convolution's own output"
     norm = activation = pool = None
     at, why = len(links) - 1, ""
@@ -132,13 +130,9 @@ def together(conv: nn.Conv2d, read: Group, x: Tensor) -> Tensor:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether anything else than its forward runs when it is called."""
+    """Whether a hook of its own runs when it is called."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or any(_GLOBAL_HOOKS)
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -167,6 +161,9 @@ def _pool(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> tuple[str, Any]:
+    usual = kernel_size == stride and padding == 0 and dilation == 1 and type(kernel_size) is int
+    if usual and not (ceil_mode or return_indices):
+        return "pool", kernel_size  # at once: this is asked at every call
     size, step = _pair(kernel_size), _pair(kernel_size if stride is None or stride == () else stride)
     if size != step or size[0] != size[1] or _pair(padding) != (0, 0) or _pair(dilation) != (1, 1):
         return "no", "the max-pool behind it overlaps, pads, is dilated or not square"
@@ -187,7 +184,9 @@ def _norm(module: nn.BatchNorm2d) -> tuple[str, Any]:
 
 _MODULES: dict[type, Callable[[Any], tuple[str, Any]]] = {
     nn.ReLU: lambda _: ("relu", None),
-    nn.MaxPool2d: lambda each: _pool(*(getattr(each, name) for name in _POOL_OPTIONS)),
+    nn.MaxPool2d: lambda each: _pool(
+        each.kernel_size, each.stride, each.padding, each.dilation, each.ceil_mode, each.return_indices
+    ),
     nn.BatchNorm2d: _norm,
 }
 _KNOWN = (*_RELU, *_POOL)

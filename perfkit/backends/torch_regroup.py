@@ -195,7 +195,7 @@ class _Groups(ast.NodeTransformer):
             for name in ast.walk(node.target) if isinstance(name, ast.Name)
         }  # fmt: skip
         # Where more than one way leads on from a statement, or a function sees the variables, statements stay apart.
-        apart = (ast.Try, ast.With, ast.FunctionDef, ast.Lambda, ast.Delete, ast.Global, ast.Nonlocal)
+        apart = (ast.Try, ast.With, ast.FunctionDef, ast.Lambda, ast.GeneratorExp, ast.Delete, ast.Global, ast.Nonlocal)
         calls = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
         self.joins = not any(isinstance(node, apart) for node in nodes if node is not tree)
         self.joins &= not calls & {"locals", "vars", "eval", "exec", "dir"}

@@ -211,6 +211,10 @@ def channels_first(params, x):
     return jax.nn.relu(y)
 
 
+def precise(params, x):
+    return pooled(convolved(x, params["conv"]["kernel"], precision="highest"))
+
+
 def one_dimension(params, x):
     kernel = params["conv"]["kernel"][0]
     return jax.nn.relu(lax.conv_general_dilated(x[0], kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")))
@@ -225,6 +229,7 @@ def one_dimension(params, x):
         (overlapping, "no ReLU or max-pool"),
         (channels_first, "its layout is not NHWC"),
         (one_dimension, "over 1 dimension"),
+        (precise, "precision=HIGHEST was asked for"),
     ],
 )
 def test_reasons_why_a_convolution_stays(function, reason):
