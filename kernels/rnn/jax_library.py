@@ -20,7 +20,7 @@ def layers(
         x: (T, B, I), float32.
         groups: the weights of each layer and direction.
         h0, c0: (layers * directions, B, H).
-        lengths: (B,), int32; None for all steps.
+        lengths: (B,), int32, from 0 to T; None for all steps.
 
     Returns:
         y (T, B, H D), zero past a row's length, and the final states.
@@ -34,7 +34,7 @@ def layers(
         h0,
         c0,
         jnp.concatenate(parts),
-        jnp.full(batch, steps, jnp.int32) if lengths is None else lengths,
+        jnp.full(batch, steps, jnp.int32) if lengths is None else jnp.maximum(lengths, 1),
         inputs,
         h0.shape[-1],
         len(groups) // directions,
@@ -42,6 +42,7 @@ def layers(
         directions == 2,
     )
     y = jnp.swapaxes(y, 0, 1)
-    if lengths is not None:  # cuDNN does not promise what is there
+    if lengths is not None:  # cuDNN does not promise what is past a length, and knows no row without steps
         y = jnp.where(jnp.arange(steps)[:, None, None] < lengths[:, None], y, 0)
+        hn, cn = (jnp.where(lengths[:, None] > 0, *states) for states in ((hn, h0), (cn, c0)))
     return y, hn, cn

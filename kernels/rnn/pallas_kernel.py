@@ -6,13 +6,16 @@ The input parts of all gates are one product before the kernel, and the weights'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from perfkit.kernels.rnn import pallas_gpu, pallas_tpu
+from perfkit.kernels.rnn import pallas_tpu
 from perfkit.kernels.rnn.problem import GATES, SAVED, Problem
 
 DTYPES = {"tpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
@@ -27,10 +30,12 @@ class Pallas:
     Args:
         device: "tpu" or "cuda".
         interpret: as `pallas_call` takes it; for tests without the device.
+        vmem_bytes: of the TPU that it is for; None for the one that is there.
     """
 
     device: str
     interpret: Any = False
+    vmem_bytes: int | None = None
 
     def forward(self, mode, x, weights, h0, c0, lengths, reverse, save):
         """See `jax_layer.Kernel`."""
@@ -50,10 +55,10 @@ class Pallas:
         cell = self._state(c0, size) if mode == "LSTM" else None
         arguments = (mode, x_parts, w, bias_hn, self._state(h0, size), cell, self._lengths(lengths), reverse, save)
         if self.device == "tpu":
-            blocks = _blocks(mode, x.dtype.name, batch, steps, size)
+            blocks = self._blocks(mode, x.dtype.name, batch, steps, size)
             out = pallas_tpu.forward(*arguments, blocks, self.interpret)
         else:
-            out = pallas_gpu.forward(*arguments, self.interpret)
+            out = _gpu().forward(*arguments, self.interpret)
         y = out[0][:, :batch, :hidden]
         states = [state[:batch, :hidden] for state in out[1 : 3 if mode == "LSTM" else 2]]
         saved = tuple(each[:, :batch] for each in out[3 if mode == "LSTM" else 2 :])
@@ -74,9 +79,9 @@ class Pallas:
         lengths = self._lengths(lengths)
         arguments = (mode, w, before, gates, cells, lengths, reverse, d_y, self._state(d_h, size), d_cell)
         if self.device == "tpu":
-            out = pallas_tpu.backward(*arguments, _blocks(mode, y.dtype.name, batch, steps, size), self.interpret)
+            out = pallas_tpu.backward(*arguments, self._blocks(mode, y.dtype.name, batch, steps, size), self.interpret)
         else:
-            out = pallas_gpu.backward(*arguments, self.interpret)
+            out = _gpu().backward(*arguments, self.interpret)
         d_gates = out[0][:, :batch].reshape(steps, batch, SAVED[mode], size)[..., :hidden]
         d_h0 = out[1][:batch, :hidden]
         return d_gates, d_h0, out[2][:batch, :hidden] if mode == "LSTM" else d_c
@@ -85,17 +90,27 @@ class Pallas:
         """Hidden units that the kernel computes with, for `hidden` that there are: units of zeros stay at zero."""
         if self.device == "tpu":
             return -(-hidden // pallas_tpu.LANES) * pallas_tpu.LANES
-        return max(pallas_gpu.LEAST_HIDDEN, 1 << (hidden - 1).bit_length())
+        return max(_gpu().LEAST_HIDDEN, 1 << (hidden - 1).bit_length())
+
+    def _blocks(self, mode: str, dtype: str, batch: int, steps: int, size: int) -> pallas_tpu.Blocks:
+        found = pallas_tpu.blocks(mode, dtype, batch, steps, size, self.vmem_bytes or vmem_bytes())
+        assert found is not None, "refusal() is asked first"
+        return found
 
     def _pad_rows(self, x: Array, axis: int) -> Array:
         """Whole tiles of rows; on TPU the blocks take care of the last ones."""
-        return x if self.device == "tpu" else _pad(x, axis, -(-x.shape[axis] // pallas_gpu.ROWS) * pallas_gpu.ROWS)
+        return x if self.device == "tpu" else _pad(x, axis, -(-x.shape[axis] // _gpu().ROWS) * _gpu().ROWS)
 
     def _state(self, state: Array, size: int) -> Array:
         return self._pad_rows(_pad(state.astype(jnp.float32), 1, size), 0)
 
     def _lengths(self, lengths: Array | None) -> Array | None:
         return None if lengths is None else self._pad_rows(lengths.astype(jnp.int32)[:, None], 0)
+
+
+def _gpu() -> ModuleType:
+    """The kernels for GPU, where they are wanted alone: JAX warns of Pallas for Triton since 0.11, and will drop it."""
+    return import_module("perfkit.kernels.rnn.pallas_gpu")
 
 
 def refusal(problem: Problem) -> str | None:
@@ -106,9 +121,11 @@ def refusal(problem: Problem) -> str | None:
     if problem.dtype not in dtypes:
         return f"on {problem.device} it takes {' and '.join(dtypes)}, and the arrays are {problem.dtype}"
     if problem.device == "cuda":
-        if problem.hidden > pallas_gpu.MOST_HIDDEN:
+        if find_spec("jax.experimental.pallas.triton") is None:
+            return f"JAX {jax.__version__} has no Pallas for Triton any more"
+        if problem.hidden > _gpu().MOST_HIDDEN:
             return (
-                f"one program holds the recurrent weights of at most {pallas_gpu.MOST_HIDDEN} hidden units, "
+                f"one program holds the recurrent weights of at most {_gpu().MOST_HIDDEN} hidden units, "
                 f"and there are {problem.hidden}"
             )
         return None
@@ -127,12 +144,6 @@ def vmem_bytes() -> int:
     if jax.default_backend() != "tpu":
         return SMALLEST_VMEM
     return pallas_tpu.pltpu.get_tpu_info().vmem_capacity_bytes
-
-
-def _blocks(mode: str, dtype: str, batch: int, steps: int, size: int) -> pallas_tpu.Blocks:
-    found = pallas_tpu.blocks(mode, dtype, batch, steps, size, vmem_bytes())
-    assert found is not None, "refusal() is asked first"
-    return found
 
 
 def _pad(x: Array, axis: int, size: int) -> Array:

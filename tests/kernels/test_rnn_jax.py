@@ -343,6 +343,10 @@ def test_cudnn_gets_the_weights_where_it_expects_them(bidirectional, ragged, mon
     found = jax_library.layers(x, weights, h0, c0, lengths, 2 if bidirectional else 1)
     for mine, true in zip(found, expected(case)[0], strict=True):
         assert cases.error(case, mine, true) < cases.tolerance(case)
+    if lengths is not None:  # of a row without steps: zeros, and its states as they were
+        found = jax_library.layers(x, weights, h0, c0, lengths.at[1].set(0), 2 if bidirectional else 1)
+        assert (found[0][:, 1] == 0).all()
+        np.testing.assert_array_equal(found[1][:, 1], h0[:, 1])
 
 
 def test_float64_is_the_references():
