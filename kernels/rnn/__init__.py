@@ -14,8 +14,9 @@ input.
 
 - `problem.py`: one call without its numbers; when cuDNN is hard to beat.
 - `reference.py`: plain torch operations, differentiable, in float64 too; `library.py`: torch's own layers.
-- `torch_call.py`, `torch_op.py`: the way of a call in torch; `torch.ops.perfkit.rnn`. `jax_op.py`: the same in JAX.
-- `cpu_kernel.py` and `.cpp`, `triton_kernel.py`, `pallas_kernel.py`: kernels.
+- `torch_call.py`, `torch_op.py`: the way of a call in torch; `torch.ops.perfkit.rnn`. `jax_op.py`: the same in JAX, with
+  `jax_reference.py`, `jax_library.py` (cuDNN's LSTM), and `jax_batch.py` for vmap and several devices.
+- `cpu_kernel.py` and `.cpp`, `triton_kernel.py`, `pallas_kernel.py`: kernels; `jax_cpu.py`: the first one called by XLA.
 - `cases.py`: the cases of all tests and benchmarks.
 
 Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
@@ -102,7 +103,7 @@ def lstm(
         training: apply `dropout`.
         key: a JAX PRNG key, needed in JAX for `dropout` in training. torch draws from its own generator.
         recompute: save only the inputs for the backward pass, and run the forward pass again in it.
-        implementation: who computes: "triton", "cpu" or "pallas" (kernels of our own), "library" (torch's own layers:
+        implementation: who computes: "triton", "cpu" or "pallas" (kernels of our own), "library" (the framework's:
             cuDNN, oneDNN) or "reference"; None to have it picked, see `choose`.
 
     Returns:
