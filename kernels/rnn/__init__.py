@@ -14,9 +14,9 @@ input.
 
 - `problem.py`: one call without its numbers; when cuDNN is hard to beat.
 - `reference.py`: plain torch operations, differentiable, in float64 too; `library.py`: torch's own layers.
-- `torch_call.py`, `torch_op.py`: the way of a call in torch; `torch.ops.perfkit.rnn`. `jax_op.py`: the same in JAX, with
-  `jax_reference.py`, `jax_library.py` (cuDNN's LSTM), and `jax_batch.py` for vmap and several devices.
-- `cpu_kernel.py` and `.cpp`, `triton_kernel.py`, `pallas_kernel.py`: kernels; `jax_cpu.py`: the first one called by XLA.
+- `torch_call.py`, `torch_op.py`: the way of a call in torch; `torch.ops.perfkit.rnn`. `jax_op.py`: the same in JAX,
+  with `jax_reference.py`, `jax_library.py` (cuDNN's LSTM), and `jax_batch.py` for vmap and several devices.
+- `cpu_kernel.py` and `.cpp`, `triton_kernel.py`, `pallas_kernel.py`: kernels; `jax_cpu.py`: the first, called by XLA.
 - `cases.py`: the cases of all tests and benchmarks.
 
 Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
