@@ -69,7 +69,7 @@ def _step(function: Function, training: Training):
             loss = training.loss(outputs, targets)
             if training.teacher is not None:
                 loss = (loss + _distance(outputs, training.teacher(*args, **kwargs))) / 2
-            return loss * scale.astype(loss.dtype), (loss, new_rest)
+            return (loss * scale.astype(loss.dtype) if scaling else loss), (loss, new_rest)
 
         gradients, (loss, new_rest) = jax.grad(scaled_loss, has_aux=True)(params)
         if not scaling:

@@ -87,12 +87,14 @@ def _thaw(_: Any) -> None:
 
 
 def _left_eager(model: nn.Module) -> list[Skipped]:
+    from perfkit.backends.torch_fused_rnn import is_fused  # which imports the kernels: only where something is compiled
+
     if getattr(torch._dynamo.config, "allow_rnn", False):
         return []
     return [
         Skipped(name or type(module).__name__, f"torch.compile does not trace nn.{module._get_name()}: it runs eagerly")
         for name, module in model.named_modules()
-        if isinstance(module, nn.RNNBase)
+        if isinstance(module, nn.RNNBase) and not is_fused(module)
     ]
 
 
