@@ -16,6 +16,8 @@ from jax import Array
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 
+from perfkit._errors import UnsupportedError
+
 Axes = tuple[int | None, ...]
 """The axis of the rows in each argument or result, or in all arrays of it; None where it has no rows, as weights."""
 
@@ -48,7 +50,8 @@ def by_rows(function: Callable[..., tuple], axes: Axes, result_axes: Axes) -> Ca
     """`function`, of which vmap maps more rows at once, and a sharded program some rows on each device.
 
     Args:
-        function: takes and returns tuples of arrays, tuples of such, and None; has no gradient, and no global arrays.
+        function: takes and returns tuples of arrays, tuples of such, and None. It has no derivative, and no arrays but
+            its arguments.
         axes, result_axes: of the rows. A result without is a sum over all rows: devices add theirs up, and vmap, which
             wants a sum for each of what it maps, calls `function` one after the other.
     """
@@ -74,7 +77,18 @@ def by_rows(function: Callable[..., tuple], axes: Axes, result_axes: Axes) -> Ca
             )
         return out, jax.tree.map(lambda _: True, out)
 
-    return call
+    @jax.custom_jvp
+    def once(*arguments):
+        return call(*arguments)
+
+    @once.defjvp
+    def _(_arguments, _tangents):
+        raise UnsupportedError(
+            "a kernel of perfkit.kernels.rnn has first derivatives, by jax.grad and jax.vjp, and no others: "
+            "implementation='reference' has all of them"
+        )
+
+    return once
 
 
 def _fold(size: int, axis: int, x: Array, mapped: bool) -> Array:

@@ -50,14 +50,12 @@ class Stack:
         directions: of each layer.
         batch_first: x and y are (B, T, features).
         recompute: save only the inputs for the backward pass, and run the forward pass again in it.
-        threads: how many work, 0 for one on each processor that this process may use.
     """
 
     mode: str
     directions: int
     batch_first: bool
     recompute: bool
-    threads: int = 0
 
     @property
     def attributes(self) -> dict[str, int | bool]:
@@ -66,12 +64,12 @@ class Stack:
             "cell": MODES.index(self.mode),
             "directions": self.directions,
             "batch_first": self.batch_first,
-            "threads": self.threads or processors(),
+            "threads": processors(),
         }
 
 
 def processors() -> int:
-    """How many processors this process may use."""
+    """How many processors this process may use: as many threads work."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
