@@ -77,8 +77,8 @@ ffi::Error forward(i64 cell, i64 directions, bool batch_first, i64 threads, In x
 }
 
 ffi::Error backward(i64 cell, i64 directions, bool batch_first, i64 threads, In x, In y, In h0, In c0, Lengths lengths,
-                    In gates, In cells, In inner, In d_y, In d_hn, In d_cn, ffi::RemainingArgs weights, Out d_x, Out d_h0,
-                    Out d_c0, ffi::RemainingRets d_weights) {
+                    In gates, In cells, In inner, In d_y, In d_hn, In d_cn, ffi::RemainingArgs weights, Out d_x,
+                    Out d_h0, Out d_c0, ffi::RemainingRets d_weights) {
     Call call(cell, directions, batch_first, threads, x, h0, c0, lengths, weights);
     PerfkitRnn& stack = call.stack;
     stack.x = at(x), stack.y = at(y);
