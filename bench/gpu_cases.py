@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from perfkit.kernels import conv2d, linear_int8, rnn
 from perfkit.kernels._op import Op
-from perfkit.kernels.conv2d import torch_op as conv2d_op
 from perfkit.kernels.conv2d.cases import Case as ConvCase
 from perfkit.kernels.conv2d.problem import options
+from perfkit.kernels.conv2d.torch_problem import problem_of
 from perfkit.kernels.linear_int8 import reference as linear_reference
 from perfkit.kernels.linear_int8 import torch_op as linear_op
 from perfkit.kernels.linear_int8.cases import Case as LinearCase
@@ -217,7 +217,7 @@ class Conv(Subject):
     def problem(self) -> Any:
         plain = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "activation": None, "pool": None}
         given = options(**(plain | self.case.options))
-        return conv2d_op.problem_of(self.x, self.weight, self.bias, given, self.training)
+        return problem_of(self.x, self.weight, self.bias, given, self.training)
 
     def outputs(self, implementation: str | None) -> list[Tensor]:
         return [conv2d.conv2d(self.x, self.weight, self.bias, **self.case.options, implementation=implementation)]

@@ -84,6 +84,13 @@ def _load(source: Path, more: tuple[str, ...]) -> ctypes.CDLL:
         ) from error
 
 
+def missing() -> str | None:
+    """Why no C++ kernel can be built in this environment; None where one can."""
+    if find_compiler() is None:
+        return "there is no C++ compiler to build it with (Debian, Ubuntu: apt install g++), or CXX does not name one"
+    return None
+
+
 def find_compiler() -> tuple[str, ...] | None:
     """The command of the C++ compiler: `$CXX` where it is set, else g++ or clang++; None where there is none."""
     for command in (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "clang++"):

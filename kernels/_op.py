@@ -1,7 +1,8 @@
 """What every op folder offers, and the one rule that picks who computes a call.
 
 An `Op` has several `Implementation`s of one contract. `Op.choose` takes the one that was measured to be fastest here on
-such shapes (`_autotune.py`), else the first in order that does not refuse. `implementation=` forces one. `trace` tells
+such shapes (`_autotune.py`), else the first in order that neither refuses nor expects the library to be faster.
+`implementation=` forces one. `trace` tells
 which one ran and why the others did not.
 """
 
@@ -50,12 +51,15 @@ class Implementation:
         framework: the one whose arrays it takes.
         devices: where it runs; empty for everywhere.
         refusal: why it cannot take a problem, None where it can. Asked only for problems of its framework and devices.
+        slower: why the "library" behind it is expected to be faster on a problem that both can take, None where it is
+            not. From estimates or another machine: asked only where nothing was measured and nobody forces it.
     """
 
     name: str
     framework: str
     refusal: Callable[[Any], str | None]
     devices: tuple[str, ...] = ()
+    slower: Callable[[Any], str | None] = lambda _problem: None
 
     def why_not(self, problem: Problem) -> str | None:
         """Why it cannot take `problem`, None where it can."""
@@ -72,7 +76,7 @@ class Choice:
         op: its name.
         implementation: the name of the one that runs.
         why: what made it so, for people.
-        refused: the name and reason of each that cannot take the call.
+        refused: the name and reason of each that cannot take the call, or was left out as `slower`.
         configuration: tile sizes and the like that were measured best; empty where nothing was.
     """
 
@@ -95,15 +99,15 @@ class Op:
     name: str
     implementations: tuple[Implementation, ...]
 
-    def choose(self, problem: Problem, implementation: str | None = None) -> Choice:
-        """Who computes `problem`.
+    def choose(self, problem: Problem, implementation: str | None = None, *, recorded: bool = True) -> Choice:
+        """Who computes `problem`; `trace` tells of it if `recorded`.
 
         Raises:
             InvalidInputError: there is no `implementation` of that name.
             UnsupportedError: it cannot take the problem, or nobody can.
         """
         choice = _choose(self, problem, implementation, _autotune.state())
-        for calls in _traces.get():
+        for calls in _traces.get() if recorded else ():
             calls.append(choice)
         return choice
 
@@ -137,10 +141,18 @@ def _choose(op: Op, problem: Problem, implementation: str | None, _tables: tuple
         return Choice(
             op.name, tuned.implementation, f"measured fastest on {tuned.device}", refused, tuned.configuration
         )
-    return Choice(op.name, able[0], "first that takes the call; nothing was measured here", refused)
+    before = able[: able.index("library")] if "library" in able else []
+    slow = {name: reason for name in before if (reason := op.named(problem, name).slower(problem))}
+    chosen = next(name for name in able if name not in slow)
+    return Choice(op.name, chosen, "first that takes the call; nothing was measured here", (*refused, *slow.items()))
 
 
 _traces: ContextVar[tuple[list[Choice], ...]] = ContextVar("perfkit.kernels.trace", default=())
+
+
+def tracing() -> bool:
+    """Whether somebody collects who computes calls."""
+    return bool(_traces.get())
 
 
 @contextmanager

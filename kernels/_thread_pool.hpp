@@ -1,11 +1,13 @@
-// A few persistent threads for kernels whose tasks are independent of each other.
+// Threads for kernels: the framework's own where it lends them, else a few persistent ones.
 //
-// Why not OpenMP: the framework in the same process brings a runtime of its own, and two of them fight for the cores.
-// Why not threads per call: starting one costs more than a short sequence takes.
+// Why not OpenMP of our own: the framework in the same process brings a runtime, and two of them fight for the cores. Its
+// threads go on spinning for a while after each of its operations: where another pool's then want the same cores, both
+// are held up. Why not threads per call: starting one costs more than a short sequence takes.
 #pragma once
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -22,9 +24,20 @@ inline void relax() {
 #endif
 }
 
+using Task = void (*)(void* context, long index);
+
+// Those that a call may use. `parallel` is GNU OpenMP's GOMP_parallel, or another's of its type, of the runtime whose
+// threads work for the framework; null for the pool's.
+struct Threads {
+    std::int64_t count;
+    void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
+};
+
+// A fork takes no threads along: a child must not ask for those of its parent.
+inline const pid_t loaded_by = getpid();
+
 class ThreadPool {
   public:
-    using Task = void (*)(void* context, long index);
 
     // The pool of this process. A fork leaves the child the memory of the threads but not the threads: it gets a new
     // pool, and the old one is leaked, as nothing in it can be trusted. Pools are never destroyed: their threads may
@@ -40,32 +53,53 @@ class ThreadPool {
         return *pool;
     }
 
-    // Calls task(context, i) for each i in [0, tasks), on at most `threads` threads of which this is one; returns when
-    // all are done. A task must not throw. While another thread of the process uses the pool, this one works alone.
-    void run(long tasks, int threads, Task task, void* context) {
-        if (threads <= 1 || tasks <= 1 || busy_.test_and_set(std::memory_order_acquire)) {
+    // Calls task(context, i) for each i in [0, tasks), on at most so many threads of which this is one; returns when all
+    // are done. They are begun in order. A task must not throw. While another thread of the process uses the pool, this
+    // one works alone.
+    static void run(long tasks, Threads threads, Task task, void* context) {
+        const std::int64_t count = threads.count < tasks ? threads.count : tasks;
+        if (count > 1 && threads.parallel != nullptr && loaded_by == getpid()) {
+            Job job{task, context, tasks};
+            threads.parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, unsigned(count), 0);
+        } else if (count <= 1 || !instance().run_on_pool(tasks, int(count), task, context)) {
             for (long i = 0; i < tasks; ++i) task(context, i);
-            return;
         }
-        const int helpers = start(static_cast<int>(threads < tasks ? threads : tasks) - 1);
+    }
+
+  private:
+    static constexpr int LOOKS = 5000;  // about 0.1 ms
+
+    struct Job {
+        Task task;
+        void* context;
+        long tasks;
+        std::atomic<long> next{0};
+
+        void work() {
+            for (long i; (i = next.fetch_add(1)) < tasks;) task(context, i);
+        }
+    };
+
+    // False where the pool is in use.
+    bool run_on_pool(long tasks, int threads, Task task, void* context) {
+        if (busy_.test_and_set(std::memory_order_acquire)) return false;
+        const int helpers = start(threads - 1);
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            task_ = task, context_ = context, tasks_ = tasks;
-            next_.store(0);
+            job_.task = task, job_.context = context, job_.tasks = tasks;
+            job_.next.store(0);
             places_ = helpers;
         }
         wake_.notify_all();
-        work();
+        job_.work();
         {
             std::unique_lock<std::mutex> lock(mutex_);
             places_ = 0;  // who has not come by now would find nothing to do, and is not waited for
             done_.wait(lock, [this] { return active_ == 0; });
         }
         busy_.clear(std::memory_order_release);
+        return true;
     }
-
-  private:
-    static constexpr int LOOKS = 5000;  // about 0.1 ms
 
     // Have `wanted` threads if the system grants them; how many of them there are.
     int start(int wanted) {
@@ -88,24 +122,17 @@ class ThreadPool {
             }
             --places_, ++active_;
             lock.unlock();
-            work();
+            job_.work();
             lock.lock();
             if (--active_ == 0) done_.notify_all();
         }
-    }
-
-    void work() {
-        for (long i; (i = next_.fetch_add(1)) < tasks_;) task_(context_, i);
     }
 
     const pid_t pid_ = getpid();
     std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
     std::mutex mutex_;
     std::condition_variable wake_, done_;
-    Task task_ = nullptr;
-    void* context_ = nullptr;
-    long tasks_ = 0;
-    std::atomic<long> next_{0};
+    Job job_{};
     int started_ = 0, active_ = 0;
     std::atomic<int> places_{0};  // changed under the mutex
 };

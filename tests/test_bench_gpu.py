@@ -6,17 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-import planted_gpu_rows  # noqa: E402 - after the skip
+import planted_gpu_rows
+import torch
 
-from bench import gpu, gpu_rows, gpu_time  # noqa: E402
-from bench.gpu_cases import Conv, Linear, Rnn  # noqa: E402
-from perfkit import InvalidInputError  # noqa: E402
-from perfkit.kernels import _autotune  # noqa: E402
-from perfkit.kernels.conv2d.cases import Case as ConvCase  # noqa: E402
-from perfkit.kernels.linear_int8.cases import Case as LinearCase  # noqa: E402
-from perfkit.kernels.rnn.cases import Case as RnnCase  # noqa: E402
+from bench import gpu, gpu_rows, gpu_time
+from bench.gpu_cases import Conv, Linear, Rnn
+from perfkit import InvalidInputError
+from perfkit.kernels import _autotune
+from perfkit.kernels.conv2d.cases import Case as ConvCase
+from perfkit.kernels.linear_int8.cases import Case as LinearCase
+from perfkit.kernels.rnn.cases import Case as RnnCase
 
 SMALL = {
     "packed": lambda: Rnn(RnnCase("LSTM", 5, 3, 4, 6, layers=2, bidirectional=True, ragged="packed"), True, "cpu"),

@@ -5,13 +5,14 @@
 - `problem.py`: sizes and options, checked once.
 - `reference.py`: the same in plain operations.
 - `cpu_kernel.cpp`: the kernel for CPU, in three headers; `cpu_kernel.py` and `cpu_ffi.cpp` bind it to torch and JAX.
-- `cpu_shape.py`: which calls it takes, and what it is told.
+- `cpu_shape.py`: which calls it takes, where it pays, and what it is told.
 - `triton_kernel.py`, `pallas_kernel.py`: for GPU and TPU.
-- `torch_op.py`, `torch_batch.py`, `jax_op.py`: gradients, and what compilers and transformations need to know.
+- `torch_call.py`: the way of a call in torch; `torch_problem.py`, `torch_run.py`, `torch_op.py`, `torch_batch.py`: its
+  checks, who computes it, gradients and what compilers need to know, vmap. `jax_op.py`: all that in JAX.
 
-A kernel module has three functions; `problem` tells everything but the numbers:
+A kernel module has these functions; `problem` tells everything but the numbers:
 
-    refusal(problem) -> str | None
+    refusal(problem), slower(problem) -> str | None
     forward(problem, x, weight, bias, configuration=()) -> y, argmax
     backward(problem, x, weight, argmax, d_y, wanted, configuration=()) -> d_x, d_weight, d_bias
 
@@ -24,6 +25,8 @@ the gradient of a bias that is not there, is None. Sums are float32; results hav
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from perfkit._errors import InvalidInputError
@@ -79,9 +82,9 @@ def conv2d(
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
-        from perfkit.kernels.conv2d import torch_op
+        from perfkit.kernels.conv2d import torch_call
 
-        call = torch_op.conv2d
+        call = torch_call.conv2d
     elif "jax" in sys.modules and isinstance(x, sys.modules["jax"].Array):
         from perfkit.kernels.conv2d import jax_op
 
@@ -93,22 +96,13 @@ def conv2d(
     return call(x, weight, bias, stride, padding, dilation, groups, activation, pool, implementation)
 
 
-def _cpu(problem: Problem) -> str | None:
-    from perfkit.kernels.conv2d import cpu_shape
+def _asked(module: str, question: str = "refusal") -> Callable[[Problem], str | None]:
+    """A question to a kernel's module, which is imported when it is first asked."""
 
-    return _shared(problem) or cpu_shape.refusal(problem)
+    def answer(problem: Problem) -> str | None:
+        return _shared(problem) or getattr(import_module(f"{__name__}.{module}"), question)(problem)
 
-
-def _triton(problem: Problem) -> str | None:
-    from perfkit.kernels.conv2d import triton_kernel
-
-    return _shared(problem) or triton_kernel.refusal(problem)
-
-
-def _pallas(problem: Problem) -> str | None:
-    from perfkit.kernels.conv2d import pallas_kernel
-
-    return _shared(problem) or pallas_kernel.refusal(problem)
+    return answer
 
 
 def _shared(problem: Problem) -> str | None:
@@ -127,12 +121,12 @@ def _everything(_problem: Problem) -> str | None:
 OP = Op(
     "conv2d",
     (
-        Implementation("triton", "torch", _triton, ("cuda",)),
-        Implementation("cpu", "torch", _cpu, ("cpu",)),
+        Implementation("triton", "torch", _asked("triton_kernel"), ("cuda",), _asked("triton_kernel", "slower")),
+        Implementation("cpu", "torch", _asked("cpu_shape"), ("cpu",), _asked("cpu_shape", "slower")),
         Implementation("library", "torch", _everything),
         Implementation("reference", "torch", _everything),
-        Implementation("pallas", "jax", _pallas, ("tpu",)),
-        Implementation("cpu", "jax", _cpu, ("cpu",)),
+        Implementation("pallas", "jax", _asked("pallas_kernel"), ("tpu",)),
+        Implementation("cpu", "jax", _asked("cpu_shape"), ("cpu",), _asked("cpu_shape", "slower")),
         Implementation("library", "jax", _everything),
         Implementation("reference", "jax", _everything),
     ),

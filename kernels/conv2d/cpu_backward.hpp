@@ -143,7 +143,7 @@ struct Partial {
 };
 
 void weight_gradients(const Shape& p, const Numbers& x, const std::uint8_t* argmax, const Numbers& d_y, float* d_weight,
-                      float* d_bias, i64 threads) {
+                      float* d_bias, Threads threads) {
     const i64 chunks = p.batch * p.chunks, fit = std::max<i64>(1, PARTIAL / (p.outputs * p.T * L));
     const i64 slices = std::min({chunks, SLICES, fit, 2 * p.work() / WORTH + 1});
     std::vector<std::unique_ptr<Partial>> partial;
@@ -246,7 +246,7 @@ struct ImageGradient {
 };
 
 void image_gradients(const Shape& p, const float* weights, const std::uint8_t* argmax, const Numbers& d_y,
-                     const Numbers& d_x, i64 threads) {
+                     const Numbers& d_x, Threads threads) {
     const i64 taps = p.kernel_height * p.kernel_width, blocks = Shape::parts(p.I, STREAMS);
     std::vector<float> turned(p.outputs * p.T);  // (groups, I, kernel, O)
     for (i64 o = 0; o < p.outputs; ++o)
@@ -255,7 +255,7 @@ void image_gradients(const Shape& p, const float* weights, const std::uint8_t* a
     std::vector<std::vector<std::pair<i64, i64>>> pairs(p.places);
     for (i64 k = 0; k < taps; ++k)
         for (i64 w = 0; w < p.W; ++w) pairs[p.place(k, w)].emplace_back(k, w);
-    const i64 tasks = p.batch * p.groups * blocks, slices = std::min(tasks, 4 * threads);
+    const i64 tasks = p.batch * p.groups * blocks, slices = std::min(tasks, 4 * threads.count);
     std::vector<std::unique_ptr<ImageGradient>> workers;
     for (i64 s = 0; s < slices; ++s) workers.push_back(std::make_unique<ImageGradient>(p, d_y, argmax));
     parallel(slices, threads, p.work(), [&](i64 s) {

@@ -32,21 +32,21 @@ ffi::Error with(Numbers64 shape, Run run) {
 
 ffi::Error forward(Numbers64 shape, std::int64_t threads, In x, In weight, In bias, Out y, Out argmax) {
     return with(shape, [&](const PerfkitConv2d* problem) {
-        return perfkit_conv2d_forward(problem, at(x), at(weight), at(bias), at(y), at<std::uint8_t>(argmax), threads);
+        return perfkit_conv2d_forward(problem, at(x), at(weight), at(bias), at(y), at<std::uint8_t>(argmax), {threads});
     });
 }
 
 ffi::Error image(Numbers64 shape, std::int64_t threads, In x, In weight, In argmax, In d_y, Out d_x) {
     return with(shape, [&](const PerfkitConv2d* problem) {
         return perfkit_conv2d_backward(problem, at(x), at(weight), at<std::uint8_t>(argmax), at(d_y), at(d_x), nullptr,
-                                       nullptr, threads);
+                                       nullptr, {threads});
     });
 }
 
 ffi::Error weight(Numbers64 shape, std::int64_t threads, In x, In weight, In argmax, In d_y, Out d_weight, Out d_bias) {
     return with(shape, [&](const PerfkitConv2d* problem) {
         return perfkit_conv2d_backward(problem, at(x), at(weight), at<std::uint8_t>(argmax), at(d_y), nullptr,
-                                       at<float>(d_weight), at<float>(d_bias), threads);
+                                       at<float>(d_weight), at<float>(d_bias), {threads});
     });
 }
 

@@ -12,13 +12,13 @@
 
 // bias may be null. argmax is null, or is filled for the backward pass. Returns 1 where memory is short, else 0.
 extern "C" int perfkit_conv2d_forward(const PerfkitConv2d* problem, void* x, void* weight, void* bias, void* y,
-                                      std::uint8_t* argmax, std::int64_t threads) try {
+                                      std::uint8_t* argmax, perfkit::Threads threads) try {
     const Shape p(*problem);
     const bool half = p.bfloat16;
     std::vector<float> own, biases(p.outputs);
     for (i64 o = 0; bias && o < p.outputs; ++o) biases[o] = Numbers{bias, half}[o];
     const Forward pass{p, {x, half}, {y, half}, p.weights({weight, half}, own), biases.data(), argmax};
-    const i64 chunks = p.batch * p.chunks, useful = std::min(threads, p.work() / WORTH + 1);
+    const i64 chunks = p.batch * p.chunks, useful = std::min(threads.count, p.work() / WORTH + 1);
     const i64 slices = std::min(chunks, useful > 1 ? 4 * useful : 1);
     std::vector<Planes> planes;
     for (i64 s = 0; s < slices; ++s) planes.emplace_back(p);
@@ -35,7 +35,7 @@ extern "C" int perfkit_conv2d_forward(const PerfkitConv2d* problem, void* x, voi
 // d_weight and d_bias are float32; all are written whole.
 extern "C" int perfkit_conv2d_backward(const PerfkitConv2d* problem, void* x, void* weight, const std::uint8_t* argmax,
                                        void* d_y, void* d_x, float* d_weight, float* d_bias,
-                                       std::int64_t threads) try {
+                                       perfkit::Threads threads) try {
     const Shape p(*problem);
     const bool half = p.bfloat16;
     const Numbers returned{d_y, half};

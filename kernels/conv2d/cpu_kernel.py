@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from perfkit.kernels import _native
+from perfkit.kernels._torch import Threads
 from perfkit.kernels.conv2d.cpu_shape import FLAGS, refusal, shape
 from perfkit.kernels.conv2d.problem import Problem
 
@@ -30,8 +31,8 @@ def library() -> ctypes.CDLL:
         UnsupportedError: there is no C++ compiler, or it fails.
     """
     found = _native.load(SOURCE, FLAGS)
-    found.perfkit_conv2d_forward.argtypes = (*(ctypes.c_void_p,) * 6, ctypes.c_int64)
-    found.perfkit_conv2d_backward.argtypes = (*(ctypes.c_void_p,) * 8, ctypes.c_int64)
+    found.perfkit_conv2d_forward.argtypes = (*(ctypes.c_void_p,) * 6, Threads)
+    found.perfkit_conv2d_backward.argtypes = (*(ctypes.c_void_p,) * 8, Threads)
     return found
 
 
@@ -46,7 +47,7 @@ def caller(problem: Problem) -> Call:
     run, told = library().perfkit_conv2d_forward, _told(problem)
     size = (problem.batch, problem.outputs, *problem.out_size)
     layout = torch.channels_last if problem.channels_last else torch.contiguous_format
-    dtype, saves, threads = getattr(torch, problem.dtype), problem.saves_argmax, torch.get_num_threads
+    dtype, saves, threads = getattr(torch, problem.dtype), problem.saves_argmax, Threads.of_torch
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         y = torch.empty(size, dtype=dtype, memory_format=layout)
@@ -72,7 +73,7 @@ def backward(
     d_weight = torch.empty_like(weight, dtype=torch.float32) if wanted[1] else None
     d_bias = torch.empty(problem.outputs) if wanted[2] and problem.bias else None
     pointers = map(_at, (x, weight, argmax, d_y, d_x, d_weight, d_bias))
-    if library().perfkit_conv2d_backward(_told(problem), *pointers, torch.get_num_threads()):
+    if library().perfkit_conv2d_backward(_told(problem), *pointers, Threads.of_torch()):
         raise MemoryError("the convolution's backward kernel found no memory for its working space")
     return d_x, *(None if each is None else each.to(x.dtype) for each in (d_weight, d_bias))
 

@@ -162,9 +162,9 @@ INLINE void counted(i64 count, Use use) {
 
 // task(index) for each, on as many threads as the work is worth.
 template <class Task>
-void parallel(i64 tasks, i64 threads, i64 work, Task task) {
-    ThreadPool::instance().run(
-        tasks, int(std::min(threads, work / WORTH + 1)),
+void parallel(i64 tasks, Threads threads, i64 work, Task task) {
+    ThreadPool::run(
+        tasks, {std::min(threads.count, work / WORTH + 1), threads.parallel},
         [](void* context, long index) { (*static_cast<Task*>(context))(index); }, &task);
 }
 

@@ -23,12 +23,10 @@ without AMX."""
 
 
 def refusal(problem: Problem) -> str | None:
-    """Why the kernel cannot, or should not, take `problem`; None where it can."""
+    """Why the kernel cannot take `problem`; None where it can."""
     if problem.dtype not in DTYPES:
         return f"it takes {' and '.join(DTYPES)}, and the arrays are {problem.dtype}"
-    if _native.find_compiler() is None:
-        return "there is no C++ compiler to build it with (Debian, Ubuntu: apt install g++), or CXX does not name one"
-    return slower(problem)
+    return _native.missing()
 
 
 def slower(problem: Problem) -> str | None:

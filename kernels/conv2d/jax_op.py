@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +21,10 @@ from jax import Array, lax
 
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit.kernels import conv2d as op
+from perfkit.kernels._jax import by_rows, device_of, processors
 from perfkit.kernels._op import Choice
 from perfkit.kernels.conv2d import cpu_shape, reference
 from perfkit.kernels.conv2d.problem import Options, Problem, check_ranks, options, problem, resolved
-from perfkit.kernels.rnn.jax_batch import by_rows
-from perfkit.kernels.rnn.jax_problem import device_of
 
 HANDLERS = ("perfkit_conv2d_xla_forward", "perfkit_conv2d_xla_image", "perfkit_conv2d_xla_weight")
 
@@ -168,12 +166,7 @@ def _call(handler: str, made: Problem, results: tuple[jax.ShapeDtypeStruct, ...]
 
     _ffi.register(Path(__file__).with_name("cpu_ffi.cpp"), HANDLERS, cpu_shape.FLAGS)
     call = jax.ffi.ffi_call(f"perfkit_conv2d_xla_{handler}", results, vmap_method="sequential")
-    return call(*arguments, shape=np.array(cpu_shape.shape(made), np.int64), threads=np.int64(_threads()))
-
-
-def _threads() -> int:
-    """As many as XLA's own: one for each core that the process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return call(*arguments, shape=np.array(cpu_shape.shape(made), np.int64), threads=np.int64(processors()))
 
 
 def _there(array: Array | None, dtype: Any) -> Array:

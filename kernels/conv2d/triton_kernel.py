@@ -1,6 +1,6 @@
 """The Triton kernels of conv2d on torch tensors: which calls they take, how they are tiled, and their launches.
 
-    refusal(problem) -> str | None
+    refusal(problem), slower(problem) -> str | None
     forward(problem, x, weight, bias, configuration=()) -> y, argmax
     backward(problem, x, weight, argmax, d_y, wanted, configuration=()) -> d_x, d_weight, d_bias
 
@@ -35,9 +35,15 @@ PROGRAMS = 264
 
 
 def refusal(problem: Problem) -> str | None:
-    """Why the kernels cannot, or should not, take `problem`; None where they can."""
-    if reason := _triton.missing():
-        return reason
+    """Why the kernels cannot take `problem`; None where they can."""
+    (height, width), image = problem.conv_size, problem.inputs * problem.height * problem.width
+    if max(problem.batch * height * width, image, problem.batch * problem.height * problem.width) >= 2**30:
+        return "it counts places in 32 bits: at most 2**30 of them, and numbers in an image"
+    return _triton.missing()
+
+
+def slower(problem: Problem) -> str | None:
+    """Why cuDNN is expected to be faster; None where it is not."""
     if problem.pool == 1:
         return "without a pool it saves no pass through memory, and cuDNN's convolution is faster"
     if problem.taps > MOST_TAPS:
@@ -46,9 +52,6 @@ def refusal(problem: Problem) -> str | None:
         )
     if problem.outputs // problem.groups < FEW_CHANNELS // 2:
         return f"{problem.outputs // problem.groups} output channels in a group leave most of a tile of 16 empty"
-    (height, width), image = problem.conv_size, problem.inputs * problem.height * problem.width
-    if max(problem.batch * height * width, image, problem.batch * problem.height * problem.width) >= 2**30:
-        return "it counts places in 32 bits: at most 2**30 of them, and numbers in an image"
     return None
 
 

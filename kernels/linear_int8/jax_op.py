@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit.kernels import linear_int8 as op
+from perfkit.kernels._jax import device_of
 from perfkit.kernels.linear_int8 import reference
 from perfkit.kernels.linear_int8.problem import Problem, problem
 
@@ -29,7 +30,7 @@ def run(x, weight, weight_scale, bias, x_scale, activation, out_dtype, implement
             raise InvalidInputError(f"{name} is a {type(array).__name__}: expected a JAX array, as x is")
     made = problem(
         "jax",
-        _device(x),
+        device_of(x),
         shapes={name: array.shape for name, array in there.items()},
         dtypes={name: str(array.dtype) for name, array in there.items()},
         activation=activation,
@@ -60,9 +61,3 @@ def _no_gradient(_made: Problem, _implementation: str, _primals: Any, _tangents:
         "linear_int8 is for inference: rounding has no gradient. Wrap its inputs in jax.lax.stop_gradient, or train "
         "with the qat recipe"
     )
-
-
-def _device(x: jax.Array) -> str:
-    """Where x is; of a traced one, where programs are compiled for."""
-    platform = jax.default_backend() if isinstance(x, jax.core.Tracer) else next(iter(x.devices())).platform
-    return {"gpu": "cuda", "cuda": "cuda", "rocm": "cuda"}.get(platform, platform)

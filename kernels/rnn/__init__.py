@@ -15,7 +15,7 @@ input.
 - `problem.py`: one call without its numbers; when cuDNN is hard to beat.
 - `reference.py`: plain torch operations, differentiable, in float64 too; `library.py`: torch's own layers.
 - `torch_call.py`, `torch_op.py`: the way of a call in torch; `torch.ops.perfkit.rnn`. `jax_op.py`: the same in JAX,
-  with `jax_reference.py`, `jax_library.py` (cuDNN's LSTM), and `jax_batch.py` for vmap and several devices.
+  with `jax_reference.py`, and `jax_library.py` (cuDNN's LSTM).
 - `cpu_kernel.py` and `.cpp`, `triton_kernel.py`, `pallas_kernel.py`: kernels; `jax_cpu.py`: the first, called by XLA.
 - `cases.py`: the cases of all tests and benchmarks.
 
@@ -30,17 +30,17 @@ from importlib import import_module
 from typing import Any
 
 from perfkit._errors import InvalidInputError, nearest
-from perfkit.kernels._op import Choice, Implementation, Op
+from perfkit.kernels._op import Implementation, Op
 from perfkit.kernels.rnn.problem import Problem, cudnn_is_fast
 
-__all__ = ["OP", "Problem", "choose", "gru", "lstm", "rnn"]
+__all__ = ["OP", "Problem", "gru", "lstm", "rnn"]
 
 
-def _asked(module: str, function: str = "refusal") -> Callable[[Problem], str | None]:
-    """A refusal that is looked up in a module of this folder when it is first asked for."""
+def _asked(module: str) -> Callable[[Problem], str | None]:
+    """The refusal of a module of this folder, which is imported when it is first asked."""
 
     def refusal(problem: Problem) -> str | None:
-        return getattr(import_module(f"{__name__}.{module}"), function)(problem)
+        return import_module(f"{__name__}.{module}").refusal(problem)
 
     return refusal
 
@@ -49,25 +49,19 @@ def _never(_problem: Problem) -> None:
     """The refusal of an implementation that takes every problem."""
 
 
-_TRITON = Implementation("triton", "torch", _asked("triton_kernel"), ("cuda",))
-_LIBRARY = Implementation("library", "torch", _asked("library"))
-_OTHERS = (
-    Implementation("reference", "torch", _never),
-    Implementation("library", "jax", _asked("jax_op", "library_refusal"), ("cuda",)),
-    Implementation("pallas", "jax", _asked("pallas_kernel"), ("tpu", "cuda")),
-    Implementation("cpu", "jax", _asked("jax_op", "cpu_refusal"), ("cpu",)),
-    Implementation("reference", "jax", _never),
+OP = Op(
+    "rnn",
+    (
+        Implementation("triton", "torch", _asked("triton_kernel"), ("cuda",), cudnn_is_fast),
+        Implementation("cpu", "torch", _asked("cpu_source"), ("cpu",)),
+        Implementation("library", "torch", _asked("library")),
+        Implementation("reference", "torch", _never),
+        Implementation("library", "jax", _asked("jax_library"), ("cuda",)),
+        Implementation("pallas", "jax", _asked("pallas_kernel"), ("tpu", "cuda")),
+        Implementation("cpu", "jax", _asked("cpu_source"), ("cpu",)),
+        Implementation("reference", "jax", _never),
+    ),
 )
-_CPU = Implementation("cpu", "torch", _asked("cpu_kernel"), ("cpu",))
-
-OP = Op("rnn", (_TRITON, _CPU, _LIBRARY, *_OTHERS))
-_CUDNN_FIRST = Op("rnn", (_LIBRARY, _TRITON, _CPU, *_OTHERS))
-
-
-def choose(problem: Problem, implementation: str | None = None) -> Choice:
-    """Who computes `problem`: `OP.choose`, with cuDNN before Triton where nothing was measured and `cudnn_is_fast`."""
-    first = _CUDNN_FIRST if problem.device == "cuda" and cudnn_is_fast(problem) else OP
-    return first.choose(problem, implementation)
 
 
 def lstm(
@@ -104,7 +98,7 @@ def lstm(
         key: a JAX PRNG key, needed in JAX for `dropout` in training. torch draws from its own generator.
         recompute: save only the inputs for the backward pass, and run the forward pass again in it.
         implementation: who computes: "triton", "cpu" or "pallas" (kernels of our own), "library" (the framework's:
-            cuDNN, oneDNN) or "reference"; None to have it picked, see `choose`.
+            cuDNN, oneDNN) or "reference"; None to have it picked, see `OP.choose`.
 
     Returns:
         y: (T, B, H D), or (B, T, H D), or a PackedSequence, as x; zero past a row's length.

@@ -32,7 +32,7 @@ struct Call {
          const Lengths& lengths, ffi::RemainingArgs groups)
         : rows(lengths.typed_data(), lengths.typed_data() + lengths.element_count()) {
         const auto sizes = like_x.dimensions(), states = h0.dimensions();
-        stack.cell = cell, stack.dtype = like_x.element_type() == ffi::BF16, stack.threads = threads;
+        stack.cell = cell, stack.dtype = like_x.element_type() == ffi::BF16, stack.threads = {threads};
         stack.steps = sizes[batch_first ? 1 : 0], stack.batch = sizes[batch_first ? 0 : 1], stack.inputs = sizes[2];
         stack.hidden = states[2], stack.layers = states[0] / directions, stack.directions = directions;
         stack.ragged = !rows.empty(), stack.rows = rows.data();

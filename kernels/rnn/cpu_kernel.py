@@ -9,22 +9,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from perfkit.kernels import _native
-from perfkit.kernels.rnn.problem import GATES, Problem
+from perfkit.kernels._torch import parallel
+from perfkit.kernels.rnn.cpu_source import FLAGS, MODES, SOURCE
+from perfkit.kernels.rnn.problem import Problem
 
-SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
-MODES = tuple(GATES)
 RAGGED = ("no", "lengths", "packed")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
 """What is read and written for tensors of a dtype."""
-FLAGS = ("-ffp-contract=fast",)
-"""Products and sums may round once: there is no reference in other operations to be equal to bit for bit."""
 
 
 class Stack(NamedTuple):
@@ -41,6 +38,7 @@ class Stack(NamedTuple):
     ragged: int
     rows: int
     threads: int
+    parallel: int
     weights: int
     h0: int
     c0: int
@@ -57,15 +55,6 @@ class Stack(NamedTuple):
 
 _FORWARD = struct.Struct(f"{len(Stack._fields) + 2}q")
 _BACKWARD = struct.Struct(f"{len(Stack._fields) + 11}q")
-
-
-def refusal(problem: Problem) -> str | None:
-    """Why the kernel cannot take `problem`; None where it can."""
-    if problem.dtype not in DTYPES:
-        return f"it computes in float32, and the tensors are {problem.dtype}"
-    if _native.find_compiler() is None:
-        return "there is no C++ compiler to build it with (Debian, Ubuntu: apt install g++), or CXX does not name one"
-    return None
 
 
 @functools.cache
@@ -145,6 +134,7 @@ def _stack(problem, rows, weights, h0, c0, x, y, batch_first, gates, cells, inne
         RAGGED.index(problem.ragged),
         _pointer(rows),
         torch.get_num_threads(),
+        parallel(),
         ctypes.addressof(weights),
         h0.data_ptr(),
         _pointer(c0),

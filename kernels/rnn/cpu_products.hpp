@@ -219,11 +219,13 @@ __attribute__((noinline)) void dot(const Operand* x, i64 stride, const Operand* 
 constexpr int TILE = 16;
 
 #if TILES
-// How the tiles are shaped on this thread while this lives: all eight of them 16 rows of 64 bytes.
+// How the tiles are shaped on this thread while this lives: all eight of them 16 rows of 64 bytes. What the framework's
+// kernels had shaped on its thread is put back, as they may not look again.
 class TileShape {
   public:
     explicit TileShape(bool used) : used_(used) {
         if (!used) return;
+        _tile_storeconfig(before_);
         struct alignas(64) {
             std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
             std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -232,12 +234,17 @@ class TileShape {
         _tile_loadconfig(&shape);
     }
     ~TileShape() {
-        if (used_) _tile_release();
+        if (!used_) return;
+        if (before_[0] == 0)  // the palette: nothing was shaped
+            _tile_release();
+        else
+            _tile_loadconfig(before_);
     }
     TileShape(const TileShape&) = delete;
 
   private:
     const bool used_;
+    alignas(64) std::uint8_t before_[64];
 };
 
 // The same for 16 rows, of which `rows` are wanted.

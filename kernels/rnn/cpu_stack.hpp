@@ -25,7 +25,7 @@ extern "C" struct PerfkitRnn {
     i64 steps, batch, inputs, hidden, layers, directions;
     i64 ragged;       // 0: every row has T steps; 1: rows have their own lengths; 2: they are packed, sorted by length
     const i64* rows;  // ragged 1: (B,), lengths in 1..T; 2: (T,), batch sizes, never rising, the first B; 0: not used
-    i64 threads;      // at most so many work
+    perfkit::Threads threads;
     const void* const* weights;  // (W, 4): w_ih (G H, I), w_hh (G H, H), b_ih, b_hh (G H,); biases may be null
     const void *h0, *c0;         // (W, B, H), null for zeros; c0 for LSTM only
     const void* x;               // row b of step t is at x + t * x_step + b * x_row, and row p of packed data at
@@ -108,7 +108,8 @@ void wait(const std::atomic<bool>& failed, Ready ready) {
 // behind it, or of the other direction; and where those are still too few, `parts` threads share the units of a line.
 struct Plan {
     std::vector<i64> cuts;
-    i64 threads, parts;
+    Threads threads;
+    i64 parts;
     bool beside;  // lines of one slice run at the same time
 
     Plan(const PerfkitRnn& p, const Order& order, int gates, bool may_share, i64 panels) {
@@ -116,16 +117,18 @@ struct Plan {
         constexpr i64 FEWEST = 4, MOST = 64;
         const double row = double(gates) * double(p.hidden * p.hidden);
         const double work = 2 * row * double(order.stored) * double(p.layers * p.directions);
-        threads = work < WORTH_WAKING ? 1 : std::max<i64>(1, p.threads);
+        threads = p.threads;
+        i64& count = threads.count;
+        count = work < WORTH_WAKING ? 1 : std::max<i64>(1, count);
         const i64 lines = p.layers * p.directions;
-        i64 slices = (p.batch + MOST * threads - 1) / (MOST * threads) * threads;
-        if (p.batch >= 2 * 16 * threads && slices == threads) slices *= 2;  // one that is held up can be helped
-        if (threads == 1) slices = (p.batch + MOST - 1) / MOST;
+        i64 slices = (p.batch + MOST * count - 1) / (MOST * count) * count;
+        if (p.batch >= 2 * 16 * count && slices == count) slices *= 2;  // one that is held up can be helped
+        if (count == 1) slices = (p.batch + MOST - 1) / MOST;
         slices = std::clamp<i64>(p.batch / (lines > 1 ? FEWEST : FEWEST / 2), 1, slices);
-        beside = slices < threads;
+        beside = slices < count;
         parts = 1;
-        if (may_share && slices * lines < threads && row > WORTH_SHARING)
-            parts = std::min(threads / (slices * lines), panels);
+        if (may_share && slices * lines < count && row > WORTH_SHARING)
+            parts = std::min(count / (slices * lines), panels);
         cuts = cut(order.sizes.data(), p.steps, p.batch, slices);
     }
 
@@ -136,7 +139,7 @@ struct Plan {
 // Calls task(i) for i in [0, tasks) on the pool's threads; they are begun in order, so one may wait for an earlier one.
 // Throws std::bad_alloc.
 template <class Task>
-void in_order(i64 tasks, i64 threads, std::atomic<bool>& failed, Task task) {
+void in_order(i64 tasks, Threads threads, std::atomic<bool>& failed, Task task) {
     struct Work {
         Task& task;
         std::atomic<bool>& failed;
@@ -151,7 +154,7 @@ void in_order(i64 tasks, i64 threads, std::atomic<bool>& failed, Task task) {
         } catch (const Failed&) {
         }
     };
-    ThreadPool::instance().run(long(tasks), int(threads), run, &work);
+    ThreadPool::run(long(tasks), threads, run, &work);
     if (failed) throw std::bad_alloc();
 }
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +19,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from perfkit.kernels import _ffi, _native
-from perfkit.kernels.rnn.jax_batch import alike, by_rows
+from perfkit.kernels._jax import alike, by_rows, processors
+from perfkit.kernels.rnn.cpu_source import FLAGS, MODES, SOURCE
 from perfkit.kernels.rnn.jax_layer import Weights
-from perfkit.kernels.rnn.problem import GATES, SAVED, Problem
+from perfkit.kernels.rnn.problem import SAVED
 
-SOURCE, KERNEL = (Path(__file__).with_name(name) for name in ("cpu_ffi.cpp", "cpu_kernel.cpp"))
+BINDING = Path(__file__).with_name("cpu_ffi.cpp")
 HANDLERS = ("perfkit_rnn_xla_forward", "perfkit_rnn_xla_backward")
-MODES = tuple(GATES)
-DTYPES = ("float32", "bfloat16", "float16")
-FLAGS = ("-ffp-contract=fast",)
-"""Of the kernel's build, as `cpu_kernel.py` has them: it is one for both frameworks."""
-
-
-def refusal(problem: Problem) -> str | None:
-    """Why the kernel cannot take `problem`; None where it can."""
-    if problem.dtype not in DTYPES:
-        return f"it computes in float32, and the arrays are {problem.dtype}"
-    if _native.find_compiler() is None:
-        return "there is no C++ compiler to build it with (Debian, Ubuntu: apt install g++), or CXX does not name one"
-    return None
 
 
 @dataclass(frozen=True)
@@ -66,12 +53,6 @@ class Stack:
             "batch_first": self.batch_first,
             "threads": processors(),
         }
-
-
-def processors() -> int:
-    """How many processors this process may use: as many threads work."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -169,9 +150,9 @@ def _call(handler: str, results: tuple[jax.ShapeDtypeStruct, ...], arguments: tu
 @functools.cache
 def _prepare() -> None:
     """Build what is called, at the first use, and tell the one library of the other."""
-    kernel = _native.load(KERNEL, FLAGS)
+    kernel = _native.load(SOURCE, FLAGS)
     passes = (ctypes.cast(run, ctypes.c_void_p) for run in (kernel.perfkit_rnn_forward, kernel.perfkit_rnn_backward))
-    _ffi.register(SOURCE, HANDLERS).perfkit_rnn_xla_use(*passes)
+    _ffi.register(BINDING, HANDLERS).perfkit_rnn_xla_use(*passes)
 
 
 def _kernel_dtype(x: Array):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from perfkit.kernels.rnn.jax_batch import by_rows
+from perfkit.kernels._jax import by_rows
 from perfkit.kernels.rnn.problem import GATES
 
 Weights = tuple[Array, Array, Array, Array]

@@ -9,6 +9,16 @@ from jax import Array
 from jax.experimental import rnn
 
 from perfkit.kernels.rnn.jax_layer import Weights
+from perfkit.kernels.rnn.problem import Problem
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why it cannot take `problem`; None where it can."""
+    if problem.mode != "LSTM":
+        return f"jax.experimental.rnn has LSTMs alone, and this is {problem.mode}"
+    if problem.dtype != "float32":
+        return f"jax.experimental.rnn takes float32, and the arrays are {problem.dtype}"
+    return None
 
 
 def layers(

@@ -1,4 +1,4 @@
-"""The recurrent op in JAX: layers and directions of a stack, one after the other, by whom `choose` picks.
+"""The recurrent op in JAX: layers and directions of a stack, one after the other, by whom `OP.choose` picks.
 
 Works under jit, vmap, scan, shard_map and in sharded programs, and has every gradient once (twice: "reference" alone).
 "library", cuDNN's LSTM as JAX has it, cannot be mapped by vmap.
@@ -16,8 +16,8 @@ from jax import Array
 
 from perfkit._errors import InvalidInputError
 from perfkit.kernels import rnn as op
+from perfkit.kernels._jax import alike
 from perfkit.kernels.rnn import jax_reference
-from perfkit.kernels.rnn.jax_batch import alike
 from perfkit.kernels.rnn.jax_layer import Direction, Weights, layer
 from perfkit.kernels.rnn.jax_problem import lengths_of, problem_of
 from perfkit.kernels.rnn.problem import Problem
@@ -53,7 +53,7 @@ def run(
         raise InvalidInputError(f"dropout is {dropout}: expected a probability, from 0 to 1")
     if drop and key is None:
         raise InvalidInputError(f"dropout={dropout} in training needs key=, a JAX PRNG key: jax.random.key(0)")
-    choice = op.choose(problem, implementation)
+    choice = op.OP.choose(problem, implementation)
     zeros = jnp.zeros((problem.layers * problem.directions, problem.batch, problem.hidden), x.dtype)
     h0, c0 = zeros if h0 is None else h0, zeros if c0 is None else c0
     groups = [_with_biases(group) for group in weights]
@@ -61,22 +61,6 @@ def run(
     arrays = alike((x, groups, h0, c0, lengths))
     y, hn, cn = _with_dropout(layers, *arrays, drop, key, problem.directions)
     return y, hn.astype(x.dtype), cn.astype(x.dtype) if mode == "LSTM" else None
-
-
-def cpu_refusal(problem: Problem) -> str | None:
-    """Why the C++ kernel cannot take `problem`; None where it can."""
-    from perfkit.kernels.rnn import jax_cpu
-
-    return jax_cpu.refusal(problem)
-
-
-def library_refusal(problem: Problem) -> str | None:
-    """Why `jax.experimental.rnn`, cuDNN's LSTM, cannot take `problem`; None where it can."""
-    if problem.mode != "LSTM":
-        return f"jax.experimental.rnn has LSTMs alone, and this is {problem.mode}"
-    if problem.dtype != "float32":
-        return f"jax.experimental.rnn takes float32, and the arrays are {problem.dtype}"
-    return None
 
 
 def _with_dropout(layers: Layers, x, groups, h0, c0, lengths, drop, key, directions):

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from perfkit._errors import InvalidInputError
+from perfkit.kernels._jax import device_of
 from perfkit.kernels.rnn.problem import GATES, Problem
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -103,19 +104,6 @@ def lengths_of(problem: Problem, lengths: Any) -> Array | None:
                 "leave out rows without any"
             )
     return jnp.asarray(lengths).astype(jnp.int32)
-
-
-def device_of(x: Array) -> str:
-    """Where a call runs: "cpu", "cuda", "rocm" or "tpu". An array inside of a traced program does not know: there it is
-    the default device."""
-    if isinstance(x, jax.core.Tracer):
-        chosen = jax.config.jax_default_device  # None, a device, or the name of a platform
-        device = jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
-    else:
-        device = next(iter(x.devices()))
-    if device.platform != "gpu":
-        return device.platform
-    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
 def _check_weights(problem: Problem, x: Array, weights: Sequence[Sequence[Array]]) -> None:

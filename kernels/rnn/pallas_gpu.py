@@ -13,8 +13,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from perfkit.kernels._jax import shaped_like
 from perfkit.kernels.rnn import pallas_cells
-from perfkit.kernels.rnn.jax_batch import shaped_like
 from perfkit.kernels.rnn.problem import GATES, SAVED
 
 ROWS = 16

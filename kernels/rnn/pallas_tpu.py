@@ -17,8 +17,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from perfkit.kernels._jax import shaped_like
 from perfkit.kernels.rnn import pallas_cells
-from perfkit.kernels.rnn.jax_batch import shaped_like
 from perfkit.kernels.rnn.problem import GATES, SAVED
 
 LANES = 128

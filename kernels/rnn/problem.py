@@ -66,8 +66,8 @@ class Problem:
         return "-".join(parts)
 
 
-def cudnn_is_fast(problem: Problem) -> bool:
-    """Whether cuDNN has one of its persistent algorithms for `problem`, as PyTorch picks them.
+def cudnn_is_fast(problem: Problem) -> str | None:
+    """That cuDNN has one of its persistent algorithms for `problem`, as PyTorch picks them; None where it has not.
 
     Those are hard to beat; everywhere else cuDNN launches kernels step by step and layer by layer. Used where nothing
     was measured.
@@ -79,9 +79,10 @@ def cudnn_is_fast(problem: Problem) -> bool:
     Source: aten/src/ATen/native/cudnn/RNN.cpp of PyTorch, `get_algo` and what it calls.
     """
     if problem.ragged == "packed" or problem.dtype == "float64":
-        return False
+        return None
+    persistent = "cuDNN keeps the weights of such a layer on the chip, in one launch for all steps"
     if problem.hidden <= (128 if problem.needs_grad else 192):
-        return True
+        return persistent
     one = problem.layers == problem.directions == 1 and problem.dtype == "float16"
     wide = problem.hidden % 128 == problem.inputs % 128 == 0 and problem.hidden <= 1024
-    return one and wide and problem.batch % 8 == 0 and problem.batch <= 128
+    return persistent if one and wide and problem.batch % 8 == 0 and problem.batch <= 128 else None

@@ -7,28 +7,24 @@ and tensor subclasses. A small model's call takes microseconds: what a kind of c
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit.kernels import _autotune, _op
 from perfkit.kernels import rnn as op
 from perfkit.kernels._op import Choice
+from perfkit.kernels._torch import Known, autocasts, cast, observer
 from perfkit.kernels.rnn import torch_op, torch_stack
 from perfkit.kernels.rnn.problem import Problem
 from perfkit.kernels.rnn.torch_problem import check_rows, problem_of
 
 _form = attrgetter("shape", "dtype", "device", "layout")
-_PLAIN = {Tensor, torch.nn.Parameter}
-_known: dict[Any, tuple[Problem, Choice]] = {}
-_MOST_KNOWN = 4096
+_known = Known(op.OP)
 
 
 def run(
@@ -116,14 +112,14 @@ def _stack(x, rows, h0, c0, weights, batch_first, mode, bias, bidirectional, rec
     flat = [weight for direction in weights for weight in direction]
     tensors = [x, *flat, *(state for state in (h0, c0) if state is not None)]
     device = x.device.type
-    if torch_stack.autocasts(device):
+    if autocasts(device):
         dtype = torch.get_autocast_dtype(device)
-        x, h0, c0 = (torch_op.cast(tensor, dtype) for tensor in (x, h0, c0))
-        weights = [[torch_op.cast(weight, dtype) for weight in direction] for direction in weights]
+        x, h0, c0 = (cast(tensor, dtype) for tensor in (x, h0, c0))
+        weights = [[cast(weight, dtype) for weight in direction] for direction in weights]
         options = batch_first, mode, bias, bidirectional, recompute, implementation
         with torch.autocast(device, enabled=False):
             return _stack(x, rows, h0, c0, weights, *options)
-    observed = _observed(tensors, implementation)
+    observed = _observer(tensors, implementation)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     form = mode, bias, bidirectional, batch_first, needs_grad
     if not observed:
@@ -154,39 +150,21 @@ def _stack(x, rows, h0, c0, weights, batch_first, mode, bias, bidirectional, rec
     return y, hn, cn
 
 
-def _observed(tensors: list[Tensor], implementation: str | None) -> str | None:
-    """Who must see the call as one operation, or be given other numbers than lie in memory; None for nobody."""
-    every_way = implementation == "reference"  # it is differentiated in every way that torch knows
-    if torch.compiler.is_compiling():
-        return "compiled"
-    if not _PLAIN.issuperset(map(type, tensors)):
-        if strangers := [tensor for tensor in tensors if not isinstance(tensor, Tensor)]:
-            kind = type(strangers[0]).__name__
-            raise InvalidInputError(f"a {kind} among the weights and states: expected torch tensors")
-        return "subclassed"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return None if every_way else "transformed"
-    if forward_ad._current_level >= 0 and not every_way:
-        for tensor in tensors:
-            if forward_ad.unpack_dual(tensor).tangent is not None:
-                raise UnsupportedError(torch_op.ONLY_BACKWARD)
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return "traced"
-    return "negated" if any(map(Tensor.is_neg, tensors)) else None
+def _observer(tensors: list[Tensor], implementation: str | None) -> str | None:
+    """Who must see the call as one operation; the reference is plain operations, which torch differentiates any way."""
+    if strangers := [tensor for tensor in tensors if not isinstance(tensor, Tensor)]:
+        kind = type(strangers[0]).__name__
+        raise InvalidInputError(f"a {kind} among the weights and states: expected torch tensors")
+    found = observer(tensors)
+    if implementation == "reference" and found in ("transformed", "dual"):
+        return None
+    if found == "dual":
+        raise UnsupportedError(torch_op.ONLY_BACKWARD)
+    return found
 
 
 def _picked(x, rows, h0, c0, flat, form, implementation) -> tuple[Problem, Choice]:
-    """The problem, checked, and who computes it: found once for all calls with such tensors."""
+    """The problem, checked, and who computes it."""
     states = tuple(None if given is None else _form(given) for given in (rows, h0, c0))
-    # the same key is the same answer as long as no table of measurements changes
-    tables = os.environ.get("PERFKIT_CACHE"), _autotune._generation
-    kind = (_form(x), states, tuple(map(_form, flat)), form, implementation, tables)
-    found = _known.get(kind)
-    if found is None:
-        problem = problem_of(x, rows, h0, c0, flat, *form)
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        found = _known[kind] = problem, op.choose(problem, implementation)
-    elif _op._traces.get():
-        op.choose(found[0], implementation)
-    return found
+    kind = _form(x), states, tuple(map(_form, flat)), form
+    return _known(kind, lambda: problem_of(x, rows, h0, c0, flat, *form), implementation)

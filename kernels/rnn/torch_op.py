@@ -24,6 +24,7 @@ from torch import Tensor
 
 from perfkit._errors import UnsupportedError
 from perfkit.kernels import rnn as op
+from perfkit.kernels._torch import cast
 from perfkit.kernels.rnn import torch_stack
 from perfkit.kernels.rnn.torch_problem import check_rows, problem_of
 from perfkit.kernels.rnn.torch_stack import Saved, grouped
@@ -49,7 +50,7 @@ def _rnn(x, rows, h0, c0, weights, mode, bias, bidirectional, batch_first, save,
     check_rows(problem, rows, x.size(0))
     # Where states are saved it is the first that can, whatever was measured: the backward pass must find it again.
     asked = implementation or (torch_stack.first_able(problem) if save else None)
-    choice = op.choose(problem, asked)
+    choice = op.OP.choose(problem, asked)
     saved = torch_stack.empty_saved(problem, x) if save else None
     if save and (problem.ragged == "lengths" or asked not in torch_stack.KERNELS or mode.startswith("RNN")):
         saved = Saved(*(kept.zero_() for kept in saved))  # what nobody fills: an operator's results are told apart
@@ -75,7 +76,7 @@ def _rnn_backward(
     x, rows, h0, c0, weights, y, gates, cells, inner, d_y, d_hn, d_cn, mode, bias, bidirectional, batch_first, asked
 ):
     problem = problem_of(x, rows, h0, c0, weights, mode, bias, bidirectional, batch_first, True)
-    choice = torch_stack.unrecorded(problem, asked or torch_stack.first_able(problem))
+    choice = op.OP.choose(problem, asked or torch_stack.first_able(problem), recorded=False)
     saved = None if y is None else Saved(*(kept.contiguous() for kept in (gates, cells, inner)))
     weights = grouped(weights, bias)
     found = torch_stack.backward(problem, choice, x, rows, h0, c0, weights, batch_first, y, saved, d_y, d_hn, d_cn)
@@ -192,12 +193,6 @@ _LIBRARY.impl("rnn_backward", _backward_autograd, "Autograd")
 
 
 # ---- Autocast --------------------------------------------------------------------------------------------------------
-
-
-def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What autocast makes of an argument: float64 and integers stay."""
-    narrow = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if narrow else tensor
 
 
 def _autocast(device: str, key: str):

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from perfkit.kernels import _autotune
 from perfkit.kernels import rnn as op
 from perfkit.kernels._op import Choice
+from perfkit.kernels._torch import autocasts
 from perfkit.kernels.rnn.problem import SAVED, Problem
 
 KERNELS = ("triton", "cpu")
@@ -60,11 +60,6 @@ def empty_saved(problem: Problem, x: Tensor) -> Saved:
     )
 
 
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for such devices, of those that have it here."""
-    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-
-
 def grouped(weights: Sequence[Tensor], bias: bool) -> list[tuple[Tensor, ...]]:
     """The weights of each layer and direction."""
     each = 4 if bias else 2
@@ -75,18 +70,6 @@ def first_able(problem: Problem) -> str:
     """The first implementation that takes `problem`, whatever was measured."""
     mine = (known for known in op.OP.implementations if known.framework == "torch")
     return next(known.name for known in mine if known.why_not(problem) is None)
-
-
-def unrecorded(problem: Problem, implementation: str) -> Choice:
-    """The choice of an implementation, with its configuration, of which no trace is to tell."""
-    return _unrecorded(problem, implementation, _autotune.state())
-
-
-@functools.lru_cache(maxsize=1024)
-def _unrecorded(problem: Problem, implementation: str, _tables: tuple[str, int]) -> Choice:
-    tuned = _autotune.lookup("rnn", problem)
-    configuration = tuned.configuration if tuned and tuned.implementation == implementation else ()
-    return Choice("rnn", implementation, "asked for", configuration=configuration)
 
 
 @functools.cache

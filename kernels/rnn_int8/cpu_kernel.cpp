@@ -229,7 +229,7 @@ extern "C" struct PerfkitRnnLayer {
     const float *scale_ih, *scale_hh, *bias;  // (G, H)
     const float* bias_hn;                     // (H,), GRU only
     float *h, *c;                             // (B, H), the initial states, replaced by the final ones; c for LSTM only
-    i64 threads;
+    perfkit::Threads threads;
 };
 
 namespace {
@@ -369,7 +369,7 @@ void run_layer(const PerfkitRnnLayer& p) {
         const Channels<Cell::G> channels;
         const std::vector<i64> cuts;
         std::atomic<bool> failed{false};
-    } work{p, Channels<Cell::G>(p), cuts(p.batch_sizes, p.steps, p.batch, p.threads)};
+    } work{p, Channels<Cell::G>(p), cuts(p.batch_sizes, p.steps, p.batch, p.threads.count)};
     const auto task = [](void* context, long i) {
         Work& work = *static_cast<Work*>(context);
         try {
@@ -378,7 +378,7 @@ void run_layer(const PerfkitRnnLayer& p) {
             work.failed = true;
         }
     };
-    perfkit::ThreadPool::instance().run(long(work.cuts.size()) - 1, int(p.threads), task, &work);
+    perfkit::ThreadPool::run(long(work.cuts.size()) - 1, p.threads, task, &work);
     if (work.failed) throw std::bad_alloc();
 }
 

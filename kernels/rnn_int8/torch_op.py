@@ -17,6 +17,7 @@ from torch import Tensor
 
 from perfkit._errors import InvalidInputError
 from perfkit.kernels import _native
+from perfkit.kernels._torch import Threads
 from perfkit.kernels.rnn_int8.weights import GATES, MOST_COLUMNS, SLACK
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
@@ -58,7 +59,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("out_step", "out_row")),
         *((name, ctypes.c_float) for name in ("x_floor", "x_fixed", "h_floor")),
         *((name, ctypes.c_void_p) for name in ("w_ih", "w_hh", "scale_ih", "scale_hh", "bias", "bias_hn", "h", "c")),
-        ("threads", ctypes.c_int64),
+        ("threads", Threads),
     )
 
 
@@ -121,7 +122,7 @@ def rnn_int8(
     for state, initial in ((h, h0), (c, c0 if mode == "LSTM" else None)):
         state.zero_() if initial is None else state.copy_(initial)
     sizes, starts = _steps(x, batch_sizes, batch_first)
-    run, threads = library().perfkit_rnn_int8_layer, torch.get_num_threads()
+    run = library().perfkit_rnn_int8_layer
     fixed = _Layer(
         cell=MODES.index(mode),
         steps=len(sizes),
@@ -131,7 +132,7 @@ def rnn_int8(
         starts=ctypes.addressof(starts),
         h_floor=_floor(mode),
         x_fixed=input_scale.item(),
-        threads=threads,
+        threads=Threads.of_torch(),
     )
     for i, direction in enumerate(layers):
         index, way = divmod(i, directions)

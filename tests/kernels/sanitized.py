@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from perfkit.kernels.conv2d import cases, conv2d, cpu_shape
+from perfkit.kernels.conv2d import cases, conv2d
 from perfkit.kernels.rnn import cpu_kernel
 from perfkit.kernels.rnn.problem import Problem
 from perfkit.kernels.rnn.torch_stack import empty_saved
@@ -30,7 +30,6 @@ def rnn_int8():
 
 
 def conv2d_and_gradients():
-    cpu_shape.slower = lambda problem: None  # the kernel takes every case
     chunked = cases.Case(2, 16, 40, 43, 5, (3, 3), {"activation": "relu", "pool": 2, "padding": 1})
     for case in (*cases.CASES, chunked):
         for dtype in (torch.float32, torch.bfloat16):

@@ -5,13 +5,16 @@ import json
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
+
 pytest.importorskip("torch")
 
-import triton.language as tl  # noqa: E402 - after the skips
+import triton.language as tl
 
-from bench import aot  # noqa: E402
-from perfkit.kernels._triton import Compilation  # noqa: E402
+from bench import aot
+from perfkit.kernels._triton import Compilation
 
 
 @triton.jit

@@ -5,11 +5,13 @@ import math
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from perfkit.kernels import _native  # noqa: E402 - after the skip
-from perfkit.kernels.conv2d import cases, cpu_kernel, reference, torch_op  # noqa: E402
-from perfkit.measure._hardware import cpu  # noqa: E402
+import torch
+
+from perfkit.kernels import _native
+from perfkit.kernels.conv2d import cases, cpu_kernel, problem, reference, torch_problem
+from perfkit.measure._hardware import cpu
 
 if _native.find_compiler() is None:
     pytest.skip("no C++ compiler is installed", allow_module_level=True)
@@ -18,7 +20,7 @@ if _native.find_compiler() is None:
 def problem_of(case, tensors):
     """The case's, for training."""
     given = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "activation": None, "pool": None} | case.options
-    return torch_op.problem_of(*tensors, torch_op.options(**given), True)
+    return torch_problem.problem_of(*tensors, problem.options(**given), True)
 
 
 def run(made, x, weight, bias, d_y=None):

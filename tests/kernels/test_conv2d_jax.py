@@ -11,26 +11,18 @@ import sys
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402 - after the skip
+import jax
+import jax.numpy as jnp
 
-from perfkit import InvalidInputError, UnsupportedError  # noqa: E402
-from perfkit.kernels import _native, _op, trace  # noqa: E402
-from perfkit.kernels.conv2d import cases, conv2d, cpu_shape, jax_op  # noqa: E402
+from perfkit import InvalidInputError, UnsupportedError
+from perfkit.kernels import _native, trace
+from perfkit.kernels.conv2d import cases, conv2d, cpu_shape, jax_op
 
 CASES = {case.name: case for case in cases.CASES}
 FUSED = cases.CASES[2]
 needs_compiler = pytest.mark.skipif(_native.find_compiler() is None, reason="no C++ compiler is installed")
-
-
-@pytest.fixture(autouse=True)
-def any_speed(monkeypatch):
-    """The kernel takes every call that it can, whoever is faster."""
-    monkeypatch.setattr(cpu_shape, "slower", lambda problem: None)
-    _op._choose.cache_clear()
-    yield
-    _op._choose.cache_clear()
 
 
 def numbers(case, dtype=jnp.float32):
@@ -143,7 +135,7 @@ def test_who_computes(monkeypatch):
     assert calls[0].implementation == ("library" if _native.find_compiler() is None else "cpu")
     monkeypatch.setattr(_native, "find_compiler", lambda: None)
     made = jax_op.problem_of(x, weight, bias, jax_op.options(1, 0, 1, 1, None, None))
-    assert "no C++ compiler" in jax_op.cpu_shape.refusal(made)
+    assert "no C++ compiler" in cpu_shape.refusal(made)
 
 
 X, W = jnp.zeros((2, 6, 6, 4)), jnp.zeros((3, 3, 4, 8))

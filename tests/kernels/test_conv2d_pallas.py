@@ -8,15 +8,17 @@ import functools
 
 import pytest
 
-jax = pytest.importorskip("jax")
-torch = pytest.importorskip("torch")
+pytest.importorskip("jax")
+pytest.importorskip("torch")
 
-import jax.numpy as jnp  # noqa: E402 - after the skips
-import numpy as np  # noqa: E402
-from jax.experimental.pallas import tpu as pltpu  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax.experimental.pallas import tpu as pltpu
 
-from perfkit.kernels.conv2d import pallas_kernel, reference  # noqa: E402
-from perfkit.kernels.conv2d.problem import DEAD, Problem  # noqa: E402
+from perfkit.kernels.conv2d import pallas_kernel, reference
+from perfkit.kernels.conv2d.problem import DEAD, Problem
 
 BASE = Problem(
     *("jax", "tpu", "float32", 2, 9, 12, 13, 17, 3, 3),

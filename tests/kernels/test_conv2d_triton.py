@@ -8,15 +8,18 @@ import dataclasses
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
+
 pytest.importorskip("triton")
 
-import torch.nn.functional as F  # noqa: E402 - after the skips
-from triton_interpreter import interpreted  # noqa: E402
+import torch.nn.functional as F
+from triton_interpreter import interpreted
 
-from perfkit.kernels.conv2d import reference, triton_kernel  # noqa: E402
-from perfkit.kernels.conv2d.cases import CASES, Case  # noqa: E402
-from perfkit.kernels.conv2d.problem import DEAD, options, problem  # noqa: E402
+from perfkit.kernels.conv2d import reference, triton_kernel
+from perfkit.kernels.conv2d.cases import CASES, Case
+from perfkit.kernels.conv2d.problem import DEAD, options, problem
 
 EPSILON = {"float32": 2.0**-24, "float16": 2.0**-11}
 """No bfloat16: the interpreter of Triton 3.7 multiplies its bits as integers. It is only compiled."""
@@ -200,13 +203,18 @@ def typical(**changes):
         ({"pool": 1}, "without a pool"),
         ({"inputs": 128}, "1152 products"),
         ({"inputs": 32, "groups": 32}, "1 output channels in a group"),
-        ({"batch": 2**21}, "32 bits"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_it_refuses(changes, reason):
+def test_what_is_left_to_cudnn(changes, reason):
+    assert triton_kernel.slower(typical()) is None
+    assert reason in triton_kernel.slower(typical(**changes))
+    assert triton_kernel.refusal(typical(**changes)) is None
+
+
+def test_what_it_refuses():
     assert triton_kernel.refusal(typical()) is None
-    assert reason in triton_kernel.refusal(typical(**changes))
+    assert "32 bits" in triton_kernel.refusal(typical(batch=2**21))
 
 
 def test_candidates_start_with_the_rule_and_change_the_gradients_only_where_there_are_some():

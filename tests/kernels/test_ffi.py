@@ -4,12 +4,13 @@ import threading
 
 import pytest
 
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402 - after the skip
+import jax
+import jax.numpy as jnp
 
-from perfkit import UnsupportedError  # noqa: E402
-from perfkit.kernels import _ffi, _native  # noqa: E402
+from perfkit import UnsupportedError
+from perfkit.kernels import _ffi, _native
 
 if _native.find_compiler() is None:
     pytest.skip("no C++ compiler is installed", allow_module_level=True)

@@ -4,15 +4,16 @@ import functools
 
 import pytest
 
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402 - after the skip
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from perfkit import InvalidInputError, UnsupportedError  # noqa: E402
-from perfkit.kernels import trace  # noqa: E402
-from perfkit.kernels.linear_int8 import linear_int8, reference  # noqa: E402
-from perfkit.kernels.linear_int8.cases import CASES  # noqa: E402
+from perfkit import InvalidInputError, UnsupportedError
+from perfkit.kernels import trace
+from perfkit.kernels.linear_int8 import linear_int8, reference
+from perfkit.kernels.linear_int8.cases import CASES
 
 
 def make(case):

@@ -10,13 +10,15 @@ import sys
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from perfkit import InvalidInputError, UnsupportedError  # noqa: E402 - after the skip
-from perfkit.kernels import trace  # noqa: E402
-from perfkit.kernels.linear_int8 import cpu_kernel, linear_int8, reference  # noqa: E402
-from perfkit.kernels.linear_int8.cases import CASES  # noqa: E402
-from perfkit.kernels.linear_int8.problem import MOST_INPUTS, Problem  # noqa: E402
+import torch
+
+from perfkit import InvalidInputError, UnsupportedError
+from perfkit.kernels import trace
+from perfkit.kernels.linear_int8 import cpu_kernel, linear_int8, reference
+from perfkit.kernels.linear_int8.cases import CASES
+from perfkit.kernels.linear_int8.problem import MOST_INPUTS, Problem
 
 
 def make(case):

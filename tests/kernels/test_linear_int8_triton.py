@@ -4,14 +4,17 @@ import dataclasses
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
+
 pytest.importorskip("triton")
 
-from triton_interpreter import interpreted  # noqa: E402 - after the skips
+from triton_interpreter import interpreted
 
-from perfkit.kernels.linear_int8 import reference, triton_kernel  # noqa: E402
-from perfkit.kernels.linear_int8.cases import CASES, Case  # noqa: E402
-from perfkit.kernels.linear_int8.problem import Problem  # noqa: E402
+from perfkit.kernels.linear_int8 import reference, triton_kernel
+from perfkit.kernels.linear_int8.cases import CASES, Case
+from perfkit.kernels.linear_int8.problem import Problem
 
 
 def problem(case, **changes):

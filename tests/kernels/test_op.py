@@ -78,6 +78,21 @@ def test_the_measured_configuration_comes_with_a_forced_choice():
     assert OP.choose(Product(4), "reference").configuration == ()
 
 
+def test_where_the_library_is_expected_to_be_faster():
+    """It is passed over, unless it is forced, measured, or the library does not take the call."""
+    slow = Implementation("cpu", "torch", lambda problem: None, slower=lambda problem: "a guess")
+    library = Implementation("library", "torch", _small_only)
+    op = Op("product", (slow, library))
+    choice = op.choose(Product(4))
+    assert choice.implementation == "library"
+    assert choice.refused == (("cpu", "a guess"),)
+    assert op.choose(Product(9)).implementation == "cpu"
+    assert op.choose(Product(4), "cpu").implementation == "cpu"
+    assert Op("product", (library, slow)).choose(Product(9)).implementation == "cpu"
+    _autotune.record("product", Product(4), {("cpu", ()): 1.0, ("library", ()): 2.0})
+    assert op.choose(Product(4)).implementation == "cpu"
+
+
 def test_forcing():
     assert OP.choose(Product(4), "reference").why == "asked for"
     with pytest.raises(UnsupportedError, match="'triton': it runs on cuda, and this call is on cpu"):
@@ -99,6 +114,9 @@ def test_tracing_nests_and_ends():
         with trace() as inner:
             OP.choose(Product(9))
     OP.choose(Product(4))
+    with trace() as silent:
+        OP.choose(Product(4), recorded=False)
+    assert silent == []
     assert [choice.implementation for choice in outer] == ["cpu", "reference"]
     assert [choice.implementation for choice in inner] == ["reference"]
 

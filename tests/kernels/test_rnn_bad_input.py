@@ -7,12 +7,13 @@ import sys
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence  # noqa: E402 - after the skip
+import torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from perfkit import InvalidInputError, UnsupportedError  # noqa: E402
-from perfkit.kernels.rnn import Problem, gru, lstm, rnn  # noqa: E402
+from perfkit import InvalidInputError, UnsupportedError
+from perfkit.kernels.rnn import Problem, gru, lstm, rnn
 
 CPU = "cpu"
 META = "meta"
@@ -170,7 +171,7 @@ def test_a_device_without_the_kernel():
 
 
 def test_a_dtype_without_the_kernel():
-    with pytest.raises(UnsupportedError, match="the tensors are float64"):
+    with pytest.raises(UnsupportedError, match="computes in float32, not in float64"):
         lstm(X.double(), weights(dtype=torch.float64), implementation="cpu")
 
 

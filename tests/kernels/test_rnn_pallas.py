@@ -6,20 +6,20 @@ import functools
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402 - after the skip
-from jax import export  # noqa: E402
-from jax.experimental.pallas import tpu as pltpu  # noqa: E402
-from jax.sharding import AbstractDevice, AbstractMesh  # noqa: E402
-from rnn_jax_calls import PADDED, arrays, assert_close, both_passes, call  # noqa: E402
+import jax
+import jax.numpy as jnp
+from jax import export
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh
+from rnn_jax_calls import PADDED, arrays, assert_close, both_passes, call
 
-from bench import tpu_aot  # noqa: E402
-from perfkit.kernels import rnn as op  # noqa: E402
-from perfkit.kernels._op import Choice  # noqa: E402
-from perfkit.kernels.rnn import jax_problem, pallas_gpu, pallas_kernel, pallas_tpu  # noqa: E402
-from perfkit.kernels.rnn.cases import Case  # noqa: E402
-from perfkit.kernels.rnn.problem import GATES, SAVED  # noqa: E402
+from bench import tpu_aot
+from perfkit.kernels._op import Choice, Op
+from perfkit.kernels.rnn import jax_problem, pallas_gpu, pallas_kernel, pallas_tpu
+from perfkit.kernels.rnn.cases import Case
+from perfkit.kernels.rnn.problem import GATES, SAVED
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def interpreted(monkeypatch):
 
     def use(device):
         monkeypatch.setattr(jax_problem, "device_of", lambda x: device)
-        monkeypatch.setattr(op, "choose", lambda problem, implementation: Choice("rnn", "pallas", "for the test"))
+        monkeypatch.setattr(Op, "choose", lambda *_: Choice("rnn", "pallas", "for the test"))
         monkeypatch.setattr(pallas_kernel, "Pallas", lambda device: real(device, True))
 
     return use

@@ -2,13 +2,14 @@
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from rnn_torch_calls import FUNCTIONS, call, inputs, results  # noqa: E402 - after the skip
+import torch
+from rnn_torch_calls import FUNCTIONS, call, inputs, results
 
-from perfkit.kernels.rnn import lstm  # noqa: E402
-from perfkit.kernels.rnn.cases import CASES, ROUNDOFF, Case, error, numbers, tolerance  # noqa: E402
-from perfkit.kernels.rnn.problem import GATES  # noqa: E402
+from perfkit.kernels.rnn import lstm
+from perfkit.kernels.rnn.cases import CASES, ROUNDOFF, Case, error, numbers, tolerance
+from perfkit.kernels.rnn.problem import GATES
 
 EXACT = [case for case in CASES if case.dtype == "float32"]
 

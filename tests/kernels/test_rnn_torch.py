@@ -4,16 +4,18 @@ import dataclasses
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from rnn_torch_calls import call, errors, inputs, results  # noqa: E402 - after the skip
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa: E402
+import torch
+from rnn_torch_calls import call, errors, inputs, results
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from perfkit import UnsupportedError  # noqa: E402
-from perfkit.kernels import _autotune, _native, trace  # noqa: E402
-from perfkit.kernels.rnn import OP, Problem, gru, lstm, rnn, torch_stack  # noqa: E402
-from perfkit.kernels.rnn.cases import CASES, Case, tolerance  # noqa: E402
-from perfkit.kernels.rnn.problem import cudnn_is_fast  # noqa: E402
+import perfkit.kernels.rnn.torch_op  # noqa: F401 - torch.ops.perfkit.rnn is there from here on
+from perfkit import UnsupportedError
+from perfkit.kernels import _autotune, _native, trace
+from perfkit.kernels.rnn import OP, Problem, gru, lstm, rnn, torch_stack
+from perfkit.kernels.rnn.cases import CASES, Case, tolerance
+from perfkit.kernels.rnn.problem import cudnn_is_fast
 
 if _native.find_compiler() is None:
     pytest.skip("no C++ compiler is installed", allow_module_level=True)

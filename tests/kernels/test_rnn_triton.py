@@ -9,19 +9,21 @@ import itertools
 
 import pytest
 
-torch = pytest.importorskip("torch")
-triton = pytest.importorskip("triton")
+pytest.importorskip("torch")
+pytest.importorskip("triton")
 
-import triton.language as tl  # noqa: E402 - after the skips
-from triton_interpreter import interpreted  # noqa: E402
+import torch
+import triton
+import triton.language as tl
+from triton_interpreter import interpreted
 
-from perfkit import InvalidInputError  # noqa: E402
-from perfkit.kernels._op import Choice  # noqa: E402
-from perfkit.kernels.rnn import reference, torch_stack, triton_configuration, triton_kernel  # noqa: E402
-from perfkit.kernels.rnn.cases import Case, error, numbers, tolerance  # noqa: E402
-from perfkit.kernels.rnn.problem import GATES, Problem  # noqa: E402
-from perfkit.kernels.rnn.triton_cells import sigmoid, tanh  # noqa: E402
-from perfkit.kernels.rnn.triton_configuration import Device  # noqa: E402
+from perfkit import InvalidInputError
+from perfkit.kernels._op import Choice
+from perfkit.kernels.rnn import reference, torch_stack, triton_configuration, triton_kernel
+from perfkit.kernels.rnn.cases import Case, error, numbers, tolerance
+from perfkit.kernels.rnn.problem import GATES, Problem
+from perfkit.kernels.rnn.triton_cells import sigmoid, tanh
+from perfkit.kernels.rnn.triton_configuration import Device
 
 ALONE_16 = {"block_h": 16, "block_k": 16, "resident": 1, "back_h": 16, "back_k": 16, "back_resident": 1}
 ALONE_32 = {"block_h": 32, "block_k": 32, "resident": 1, "back_h": 32, "back_k": 32, "back_resident": 1}

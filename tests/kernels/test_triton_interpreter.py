@@ -4,11 +4,13 @@ import os
 
 import pytest
 
-torch = pytest.importorskip("torch")
-triton = pytest.importorskip("triton")
+pytest.importorskip("torch")
+pytest.importorskip("triton")
 
-import triton.language as tl  # noqa: E402 - after the skip
-from triton_interpreter import interpreted  # noqa: E402
+import torch
+import triton
+import triton.language as tl
+from triton_interpreter import interpreted
 
 
 @triton.jit

@@ -5,19 +5,20 @@ import io
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-import torch.nn.functional as F  # noqa: E402
-from sample_models import arguments, torch_models, training  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+import torch.nn.functional as F
+from sample_models import arguments, torch_models, training
+from torch import nn
 
-import perfkit  # noqa: E402
-from perfkit import InvalidInputError  # noqa: E402
-from perfkit.quantization import torch_int4, torch_layers, torch_quantize  # noqa: E402
-from perfkit.quantization.torch_fold import fold_norms  # noqa: E402
-from perfkit.quantization.torch_layers import rounded_weight  # noqa: E402
-from perfkit.quantization.torch_ranges import Affine  # noqa: E402
-from perfkit.recipes.int8 import Int8  # noqa: E402
+import perfkit
+from perfkit import InvalidInputError
+from perfkit.quantization import torch_int4, torch_layers, torch_quantize
+from perfkit.quantization.torch_fold import fold_norms
+from perfkit.quantization.torch_layers import rounded_weight
+from perfkit.quantization.torch_ranges import Affine
+from perfkit.recipes.int8 import Int8
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* makes .* slower here:perfkit.PerfkitWarning")
 GRID = Affine.spanning(-4.0, 4.0, 255)

@@ -4,20 +4,21 @@ from typing import Any
 
 import pytest
 
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
-from flax import linen, nnx  # noqa: E402
-from jax import lax  # noqa: E402
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+from jax import lax
 
-import perfkit  # noqa: E402
-from perfkit import InvalidInputError, reference  # noqa: E402
-from perfkit._recipe import chain_of  # noqa: E402
-from perfkit._variant import apply  # noqa: E402
-from perfkit._workload import Inputs, Workload  # noqa: E402
-from perfkit.backends.jax_backend import BACKEND  # noqa: E402
-from perfkit.backends.jax_model import FunctionModel, LinenModel, NnxModel  # noqa: E402
-from perfkit.kernels import trace  # noqa: E402
+import perfkit
+from perfkit import InvalidInputError, reference
+from perfkit._recipe import chain_of
+from perfkit._variant import apply
+from perfkit._workload import Inputs, Workload
+from perfkit.backends.jax_backend import BACKEND
+from perfkit.backends.jax_model import FunctionModel, LinenModel, NnxModel
+from perfkit.kernels import trace
 
 SUMS = 1024
 """Above the number of terms in any sum here, but those of gradients over pixels."""

@@ -4,20 +4,21 @@ import copy
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn.utils.rnn import pack_sequence  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
-from perfkit import _recipe, reference  # noqa: E402
-from perfkit._recipe import chain_of  # noqa: E402
-from perfkit._variant import apply  # noqa: E402
-from perfkit._workload import Inputs, Training, Workload  # noqa: E402
-from perfkit.backends import torch_fused_conv, torch_fused_rnn  # noqa: E402
-from perfkit.backends.torch_backend import BACKEND  # noqa: E402
-from perfkit.kernels import trace  # noqa: E402
-from perfkit.kernels.rnn import lstm  # noqa: E402
+from perfkit import _recipe, reference
+from perfkit._recipe import chain_of
+from perfkit._variant import apply
+from perfkit._workload import Inputs, Training, Workload
+from perfkit.backends import torch_fused_conv, torch_fused_rnn
+from perfkit.backends.torch_backend import BACKEND
+from perfkit.kernels import trace
+from perfkit.kernels.rnn import lstm
 
 SUMS = 1024
 """Above the number of terms in any sum here."""

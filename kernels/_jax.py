@@ -1,12 +1,13 @@
-"""Functions whose rows are independent of each other, made to be mapped by vmap and split by sharded programs.
+"""What the ops share in JAX: where a call runs, and how vmap and sharded programs see a kernel.
 
-vmap of such a function is the function with more rows, and each device of a sharded program can have some of the rows:
-JAX knows neither of a kernel, which is a black box to it.
+JAX knows nothing of a kernel, which is a black box to it. But rows of a batch are independent of each other: vmap of
+such a function is the function with more rows, and each device of a sharded program can have some of them.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,25 @@ from perfkit._errors import UnsupportedError
 
 Axes = tuple[int | None, ...]
 """The axis of the rows in each argument or result, or in all arrays of it; None where it has no rows, as weights."""
+
+
+def device_of(x: Array) -> str:
+    """Where a call runs: "cpu", "cuda", "rocm" or "tpu". An array inside of a traced program does not know: there it is
+    the default device."""
+    if isinstance(x, jax.core.Tracer):
+        chosen = jax.config.jax_default_device  # None, a device, or the name of a platform
+        device = jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
+    else:
+        device = next(iter(x.devices()))
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
+def processors() -> int:
+    """How many processors this process may use: as many threads work in a kernel for CPU."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def alike(arrays: Any) -> Any:

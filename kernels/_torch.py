@@ -1,0 +1,91 @@
+"""What the ops share in torch: who looks on at a call, what autocast makes of it, what is remembered of its like."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from perfkit.kernels import _autotune, _op
+from perfkit.kernels._op import Choice, Op, Problem
+
+PLAIN = {Tensor, torch.nn.Parameter}
+_MOST = 4096
+
+
+def observer(tensors: Iterable[Tensor]) -> str | None:
+    """Who must see a call as one operation, or be given other numbers than lie in memory; None for nobody.
+
+    "compiled": torch.compile or torch.export; "subclassed": a tensor's class; "transformed": torch.func; "dual": a
+    derivative in forward mode; "traced": a dispatch mode, or torch.jit.trace; "negated": a tensor negated lazily.
+    """
+    if torch.compiler.is_compiling():
+        return "compiled"
+    if not PLAIN.issuperset(map(type, tensors)):
+        return "subclassed"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "transformed"
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        return "dual"
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return "traced"
+    return "negated" if any(map(Tensor.is_neg, tensors)) else None
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for such devices, of those that have it here."""
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What autocast makes of an argument: float64 and integers stay."""
+    narrow = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if narrow else tensor
+
+
+@functools.cache
+def parallel() -> int:
+    """The address of `GOMP_parallel` of torch's OpenMP runtime, GNU's or LLVM's; 0 where it has none in sight."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no namespace of all libraries
+        return 0
+
+
+class Threads(ctypes.Structure):
+    """`Threads` of _thread_pool.hpp."""
+
+    _fields_ = (("count", ctypes.c_int64), ("parallel", ctypes.c_void_p))
+
+    @classmethod
+    def of_torch(cls) -> Threads:
+        """torch's own, as many as it uses."""
+        return cls(torch.get_num_threads(), parallel())
+
+
+class Known:
+    """The problem of a call, checked, and who computes it: found once for all calls of a kind."""
+
+    def __init__(self, op: Op):
+        self.op = op
+        self._found: dict[Any, tuple[Problem, Choice]] = {}
+
+    def __call__(
+        self, kind: Any, problem: Callable[[], Problem], implementation: str | None, *, recorded: bool = True
+    ) -> tuple[Any, Choice]:
+        """What is known of calls that are alike in `kind`; `problem()` is made of the first of them."""
+        kind = kind, implementation, _autotune.state()
+        found = self._found.get(kind)
+        if found is None:
+            made = problem()
+            if len(self._found) >= _MOST:
+                self._found.clear()
+            found = self._found[kind] = made, self.op.choose(made, implementation, recorded=recorded)
+        elif recorded and _op.tracing():
+            self.op.choose(found[0], implementation)
+        return found
