@@ -186,7 +186,7 @@ def _serve(pipe: Connection, model: str, batch_size: int, runtime: str, warm_s: 
         call = globals()[runtime](loaded.model, loaded.example_inputs)
         output = call()
         timing.warm_up(call, budget_s=warm_s)
-        quickest = timing._quickest(call) / 1e9
+        quickest = timing._quickest(call)
         first = output[0] if isinstance(output, (list, tuple)) else output
         pipe.send((np.array(first, np.float64), quickest))
     except Exception as error:  # whatever a runtime says of a model that it cannot take is the finding

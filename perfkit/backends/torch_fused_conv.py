@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from perfkit.backends.torch_regroup import METHODS, Unreadable, regrouped
-from perfkit.backends.torch_surgery import derive
+from perfkit.backends.torch_surgery import INTEGER, ROUNDS, derive
 from perfkit.kernels.conv2d import conv2d
 
 FUSES = "_perfkit_fuses"
@@ -41,12 +41,14 @@ class Group(NamedTuple):
     Args:
         norm: the batch norm to fold into the weights.
         activation, pool: as `conv2d` takes them.
+        rounds: what the pool rounds to, before it or after it with the same result.
         rest: how many of the outermost links are left to run after it.
     """
 
     norm: nn.BatchNorm2d | None
     activation: str | None
     pool: int | None
+    rounds: Callable[[Tensor], Tensor] | None
     rest: int
 
     def __str__(self) -> str:
@@ -55,11 +57,13 @@ class Group(NamedTuple):
 
 
 def may_begin(thing: Any) -> bool:
-    return isinstance(thing, nn.Conv2d) and type(thing).forward is nn.Conv2d.forward
+    """Whether it is a convolution as torch has it, or on integer weights: of few channels, floats are faster."""
+    own = type(thing).forward is nn.Conv2d.forward if isinstance(thing, nn.Conv2d) else False
+    return own or (isinstance(thing, nn.Conv2d) and getattr(type(thing), INTEGER, False))
 
 
 def may_follow(thing: Any) -> bool:
-    return type(thing) in _MODULES or (callable(thing) and not isinstance(thing, nn.Module) and _is_in(thing, _KNOWN))
+    return _kind(thing) in _MODULES or (callable(thing) and not isinstance(thing, nn.Module) and _is_in(thing, _KNOWN))
 
 
 def group(links: tuple, x: Any) -> Any:
@@ -91,7 +95,7 @@ def reading(links: tuple, x: Any) -> Group | str:
         return f"it pads with padding_mode={conv.padding_mode!r}, and the kernel with zeros"
     if hooked(conv) or any(_GLOBAL_HOOKS):
         return "it has hooks, which see the convolution's own output"
-    norm = activation = pool = None
+    norm = activation = pool = rounds = None
     at, why = len(links) - 1, ""
     while at:
         link = links[at - 1]
@@ -101,14 +105,14 @@ def reading(links: tuple, x: Any) -> Group | str:
         elif kind == "relu" and activation is None:
             activation = "relu"
         elif kind == "pool" and pool is None:
-            pool = given
+            pool, rounds = given, getattr(type(link), ROUNDS, None)
         else:
             why = given if kind == "no" else ""
             break
         at -= 1
     if norm is activation is pool is None:
         return why or "nothing that follows it runs in the kernel"
-    return Group(norm, activation, pool, at)
+    return Group(norm, activation, pool, rounds, at)
 
 
 def together(conv: nn.Conv2d, read: Group, x: Tensor) -> Tensor:
@@ -116,7 +120,7 @@ def together(conv: nn.Conv2d, read: Group, x: Tensor) -> Tensor:
     weight, bias = conv.weight, conv.bias
     if read.norm is not None:
         weight, bias = folded(conv, read.norm)
-    return conv2d(
+    y = conv2d(
         x,
         weight,
         bias,
@@ -127,6 +131,7 @@ def together(conv: nn.Conv2d, read: Group, x: Tensor) -> Tensor:
         activation=read.activation,
         pool=read.pool,
     )
+    return y if read.rounds is None else read.rounds(y)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -138,7 +143,7 @@ def hooked(module: nn.Module) -> bool:
 
 def _step(link: Any) -> tuple[str, Any]:
     """What a link is: "relu", "pool" and its size, "norm", or "no" and why."""
-    if (read := _MODULES.get(type(link))) is not None:
+    if (read := _MODULES.get(_kind(link))) is not None:
         return ("no", f"the {type(link).__name__} behind it has hooks") if hooked(link) else read(link)
     function, arguments, options = link if isinstance(link, tuple) else (link, (), {})
     if _is_in(function, _RELU):
@@ -147,6 +152,11 @@ def _step(link: Any) -> tuple[str, Any]:
         options = dict(zip(_POOL_OPTIONS, arguments, strict=False)) | dict(options)
         return _pool(**options) if options.keys() <= set(_POOL_OPTIONS) else ("no", "its max-pool has other options")
     return "no", "what follows it is no ReLU, max-pool or batch norm"
+
+
+def _kind(module: Any) -> type:
+    """Its class; of a max-pool that rounds as well, that of the max-pool."""
+    return nn.MaxPool2d if isinstance(module, nn.MaxPool2d) and hasattr(type(module), ROUNDS) else type(module)
 
 
 def _is_in(function: Any, functions: tuple) -> bool:
@@ -255,7 +265,7 @@ def sequential(run: Callable[[tuple, Any], Any]) -> Callable:
         while at < len(modules):
             end = at + 1
             if isinstance(modules[at], nn.Conv2d):
-                while end < len(modules) and type(modules[end]) in _MODULES:
+                while end < len(modules) and _kind(modules[end]) in _MODULES:
                     end += 1
             input = modules[at](input) if end == at + 1 else run(modules[at:end][::-1], input)
             at = end
@@ -275,7 +285,7 @@ def rewritten(owner: nn.Module, run: Callable[[tuple, Any], Any]) -> tuple[Calla
     own = written(owner)
     if own is nn.Sequential.forward:
         pairs = itertools.pairwise(owner)
-        begun = [one for one, other in pairs if may_begin(one) and type(other) in _MODULES]
+        begun = [one for one, other in pairs if may_begin(one) and _kind(other) in _MODULES]
         found = (sequential(run), begun) if begun else None
     else:
         found = regrouped(owner, own, may_begin, may_follow, run)

@@ -24,6 +24,12 @@ COMPILED_WITH = "_perfkit_compiled_with"
 FIXED_SHAPES = "_perfkit_fixed_shapes"
 """Marks classes whose modules torch.compile can only compile for one shape at a time."""
 
+INTEGER = "_perfkit_integer"
+"""Marks the classes of layers on integer weights, whose `weight` is what these stand for, in float32."""
+
+ROUNDS = "_perfkit_rounds"
+"""On the classes of modules that round what comes in and what goes out: the function that does it."""
+
 _numbers = itertools.count()
 
 

@@ -32,6 +32,9 @@ BLOCK_S = 0.002
 MOST_CALLS = 1000
 """Calls per block at most: what is quicker than 2 µs is no model, and calibration may have been wrong."""
 
+UNWARMED_S = 0.1
+"""A call that lasts longer is timed as it comes: what the other side did to the caches is small against it."""
+
 CALIBRATION_CALLS = 3
 CALIBRATION_S = 0.1
 
@@ -154,8 +157,10 @@ def interleave(original: Call, variant: Call, *, budget_s: float, seed: int = 0,
         seed: of the order.
     """
     began, waited_before = time.perf_counter(), waited_s()
-    calls = _calls_per_block(original, variant, block_s)
     sides = (original, variant)
+    quickest = [_quickest(call) for call in sides]
+    calls = _calls_per_block(quickest, block_s)
+    warms = [seconds < UNWARMED_S for seconds in quickest]
     medians: tuple[list[float], list[float]] = ([], [])
     samples: tuple[list[int], list[int]] = ([], [])
     contaminated = 0
@@ -168,7 +173,7 @@ def interleave(original: Call, variant: Call, *, budget_s: float, seed: int = 0,
         for order in _orders(seed):
             for side in order:
                 before = interruptions.count()
-                times = _block(sides[side], calls)
+                times = _block(sides[side], calls, warms[side])
                 contaminated += interruptions.count() != before
                 samples[side].extend(times)
                 medians[side].append(float(np.median(times)))
@@ -196,13 +201,13 @@ def interleave(original: Call, variant: Call, *, budget_s: float, seed: int = 0,
     )
 
 
-def _block(call: Call, calls: int) -> list[int]:
+def _block(call: Call, calls: int, warms: bool) -> list[int]:
     """Nanoseconds of each of `calls` calls.
 
-    One more goes before them untimed: it finds the caches as the other side left them, which costs small models 5 to
-    10 % of a call. A block of a single long call goes without, as what is lost there is small against the call.
+    If `warms`, one more goes before them untimed: it finds the caches as the other side left them, which costs small
+    models 5 to 10 % of a call, and a model of 2 ms after one of 40 ms as much as half.
     """
-    if calls > 1:
+    if warms:
         call()
     return _timed(call, calls)
 
@@ -218,21 +223,21 @@ def _timed(call: Call, calls: int) -> list[int]:
     return times
 
 
-def _calls_per_block(original: Call, variant: Call, block_s: float) -> int:
+def _calls_per_block(quickest: list[float], block_s: float) -> int:
     """How many calls make a block: the same number for both sides, or position within the block would favour one.
 
     So many that the faster side's block lasts `block_s` seconds, unless the slower side's would last ten times that.
     """
-    quick, slow = sorted(max(_quickest(call), 1) / 1e9 for call in (original, variant))
+    quick, slow = sorted(quickest)
     return max(1, min(math.ceil(block_s / quick), int(10 * block_s / slow), MOST_CALLS))
 
 
-def _quickest(call: Call) -> int:
-    """Nanoseconds of the quickest of a few calls: the others may have been interrupted."""
+def _quickest(call: Call) -> float:
+    """Seconds of the quickest of a few calls: the others may have been interrupted."""
     times: list[int] = []
     while len(times) < CALIBRATION_CALLS and sum(times) < CALIBRATION_S * 1e9:
         times += _timed(call, 1)
-    return min(times)
+    return max(min(times), 1) / 1e9
 
 
 def _orders(seed: int) -> Iterator[tuple[int, int, int, int]]:

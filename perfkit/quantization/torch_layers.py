@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perfkit.backends.torch_surgery import FIXED_SHAPES, derive
+from perfkit.backends.torch_surgery import FIXED_SHAPES, INTEGER, ROUNDS, derive
 from perfkit.quantization.torch_ranges import Affine
 
 _quantized = torch.ops.quantized_decomposed
@@ -47,7 +47,7 @@ def static(module: nn.Module, grid: Affine, bits: int = 8) -> None:
         scale, zero, top = state.tolist()
         self.input_grid = Affine(scale, int(zero), int(top))
 
-    members = {"weight": _WEIGHT, "get_extra_state": get_extra_state, "set_extra_state": set_extra_state}
+    members = _MARKED | {"get_extra_state": get_extra_state, "set_extra_state": set_extra_state}
     if isinstance(module, CONVS):
         members[FIXED_SHAPES] = True  # for any size at once, Inductor (torch 2.13) takes wrong strides for integers
     derive(module, forward=forward, **members)
@@ -64,7 +64,7 @@ def dynamic(module: nn.Linear, top: int, bits: int = 8) -> None:
             self, _quantized.dequantize_per_tensor.tensor(_quantized.quantize_per_tensor.tensor(x, *grid), *grid)
         )
 
-    derive(module, forward=forward, weight=_WEIGHT)
+    derive(module, forward=forward, **_MARKED)
 
 
 def pool(module: nn.MaxPool2d, grid: Affine) -> None:
@@ -76,7 +76,7 @@ def pool(module: nn.MaxPool2d, grid: Affine) -> None:
         )
         return grid.rounded(pooled)  # changes nothing but lets Inductor see a pool between integers
 
-    derive(module, forward=forward)
+    derive(module, forward=forward, **{ROUNDS: staticmethod(grid.rounded)})
 
 
 def weight_only(module: nn.Module, bits: int = 8) -> None:
@@ -96,7 +96,7 @@ def weight_only(module: nn.Module, bits: int = 8) -> None:
     def conv(self, input: torch.Tensor) -> torch.Tensor:
         return _float_form(self, input)
 
-    derive(module, forward=linear if isinstance(module, nn.Linear) else conv, weight=_WEIGHT)
+    derive(module, forward=linear if isinstance(module, nn.Linear) else conv, **_MARKED)
 
 
 def embedding(module: nn.Embedding, bits: int = 8) -> None:
@@ -107,7 +107,7 @@ def embedding(module: nn.Embedding, bits: int = 8) -> None:
         rows = F.embedding(input, self.weight_int8) * self.weight_scale[input].unsqueeze(-1)
         return rows.to(self.weight_dtype)
 
-    derive(module, forward=forward, weight=_WEIGHT)
+    derive(module, forward=forward, **_MARKED)
 
 
 def _with_integer_weight(module: nn.Module, bits: int) -> None:
@@ -127,6 +127,7 @@ def _dequantized(module: nn.Module) -> torch.Tensor:
 
 
 _WEIGHT = property(_dequantized, doc="The weight in float32, made anew from the integers at each reading.")
+_MARKED = {"weight": _WEIGHT, INTEGER: True}
 
 
 def _float_form(module: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -86,13 +86,21 @@ def test_warm_up_goes_on_while_calls_get_faster(monkeypatch):
 
 def test_blocks_alternate_in_balanced_quadruples(machine):
     timed = timing.interleave(machine.call("A", 0.004), machine.call("B", 0.004), budget_s=1.0)
-    sampled = machine.log[-2 * len(timed.original_ms) :]
-    quadruples = ["".join(sampled[i : i + 4]) for i in range(0, len(sampled), 4)]
+    sampled = machine.log[-4 * len(timed.original_ms) :]  # each block is one call untimed, and one timed
+    assert sampled[::2] == sampled[1::2]
+    quadruples = ["".join(sampled[i : i + 8 : 2]) for i in range(0, len(sampled), 8)]
     assert set(quadruples) == {"ABBA", "BAAB"}
     for first, second in zip(quadruples[::2], quadruples[1::2], strict=False):
         assert first != second
     # Which comes first is drawn.
     assert len(set(quadruples[::2])) == 2
+
+
+def test_a_long_call_is_not_made_untimed(machine):
+    timed = timing.interleave(machine.call("A", 0.2), machine.call("B", 0.003), budget_s=2.0)
+    calls = [machine.log.count(name) for name in "AB"]
+    calibration = len(machine.log) - sum(length for _, length in runs(machine.log)[2:])
+    assert sum(calls) - calibration == len(timed.original_ms) + 2 * len(timed.variant_ms)
 
 
 def order(machine, seed):
@@ -141,15 +149,15 @@ def test_both_sides_get_as_many_calls_a_block_and_one_untimed_before_them(machin
         (1e-7, 1e-7, 1000),
     ],
 )
-def test_calls_per_block(machine, original_s, variant_s, calls):
-    assert timing._calls_per_block(machine.call("A", original_s), machine.call("B", variant_s), 0.002) == calls
-    assert timing._calls_per_block(machine.call("B", variant_s), machine.call("A", original_s), 0.002) == calls
+def test_calls_per_block(original_s, variant_s, calls):
+    assert timing._calls_per_block([original_s, variant_s], 0.002) == calls
+    assert timing._calls_per_block([variant_s, original_s], 0.002) == calls
 
 
 def test_an_interrupted_calibration_call_does_not_count(monkeypatch):
     machine = use(monkeypatch, Machine(lambda now: 100.0 if now == 0 else 1.0))
     call = machine.call("A", 0.0005)
-    assert timing._calls_per_block(call, call, 0.002) == 4
+    assert timing._quickest(call) == pytest.approx(0.0005)
 
 
 def test_a_call_below_the_timers_resolution_has_a_time_all_the_same(machine, monkeypatch):
@@ -299,7 +307,7 @@ def paired(machine, original_s, variant_s, budget_s=1.0, seed=0):
 
 
 def test_paired_returns_both_latencies_and_the_comparison(machine):
-    before, after, comparison = paired(machine, 0.006, 0.003)
+    before, after, comparison = paired(machine, 0.006, 0.003, budget_s=2.0)
     assert (before.median_ms, after.median_ms) == pytest.approx((6.0, 3.0))
     assert (comparison.baseline, comparison.variant, comparison.verdict) == ("original", "bf16", Verdict.FASTER)
     assert comparison.ratio == pytest.approx(2.0)

@@ -495,7 +495,8 @@ CHAINS = [
     ("half+fused_kernels", "text_lstm", ("lstm",)),
     ("channels_last+fused_kernels", "cnn", ("conv1",)),
     ("int8+fused_kernels", "lstm", ()),
-    ("int8+fused_kernels", "cnn", ()),
+    ("int8+fused_kernels", "cnn", ("conv1",)),
+    ("int8_weight_only+fused_kernels", "cnn", ("conv1",)),
 ]
 
 
@@ -516,6 +517,26 @@ def test_chains(chain, name, touched):
         new, old = result(*inputs), model(*inputs)
     assert new.dtype == old.dtype
     assert float((new - old).norm() / old.norm()) < chain.tolerance + TOLERANCE["rtol"]
+
+
+def test_a_convolution_on_integer_weights_keeps_them_and_the_grid_of_its_pool():
+    _, inputs, _ = small("cnn")
+    before = apply(chain_of("int8"), workload(reference.load("cnn")[0].eval(), inputs)).works[-1].model
+    work = workload(reference.load("cnn")[0].eval(), inputs)
+    model = apply(chain_of("int8+fused_kernels"), work).works[-1].model
+    pooled, integers = [], {}
+    for each in (before, model):
+        each.fc1.register_forward_pre_hook(lambda _, args: pooled.append(args[0]))
+        with torch.no_grad():
+            each(*inputs)
+        integers[each] = each.conv1.weight_int8
+    assert torch.equal(*integers.values())
+    grid = model.fc1.input_grid
+    assert torch.equal(pooled[1], grid.rounded(pooled[1]))
+    # The convolution's own input is no longer rounded: half a step of it, times the weights that meet it.
+    weight = model.conv1.weight.abs().flatten(1).sum(1).max()
+    most = float(before.conv1.input_grid.scale / 2 * weight) + grid.scale
+    assert 0 < float((pooled[1] - pooled[0]).abs().max()) <= most
 
 
 def test_bf16_reaches_the_kernels():
