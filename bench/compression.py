@@ -30,7 +30,14 @@ FINE_TUNING_STEPS = {"cnn": 200, "cnn2": 200, "lstm": 600, "text_lstm": 60}
 BUDGET_S = 6.0
 
 AT_ONCE = {
-    ("cnn", 512): ("compile", "int8+compile", "int8_dynamic+compile", "int8_weight_only", "low_rank"),
+    ("cnn", 512): (
+        "compile",
+        "int8+compile",
+        "int8+fused_kernels+compile",
+        "int8_dynamic+compile",
+        "int8_weight_only",
+        "low_rank",
+    ),
     ("cnn", 1): ("int8+compile", "int8_weight_only", "int4_weight_only"),
     ("text_lstm", 64): ("bf16", "int8", "int8_dynamic", "int8_weight_only", "int4_weight_only", "low_rank"),
 }

@@ -23,8 +23,8 @@ from perfkit.measure.environment import environment
 BUDGET_S = 6.0
 QUICK_S = 0.2
 
-RECURRENT = ("fused_kernels", "bf16+fused_kernels")
-CONVOLUTION = ("compile", "fused_kernels", "fused_kernels+compile", "bf16+fused_kernels+compile")
+RECURRENT = ("fused_kernels", "bf16+fused_kernels", "half+fused_kernels")
+CONVOLUTION = ("compile", "fused_kernels", "fused_kernels+compile", "half+fused_kernels", "bf16+fused_kernels+compile")
 INFERENCE = {
     ("lstm", 64): RECURRENT,
     ("lstm", 1): RECURRENT,
