@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from perfkit._report import Comparison, Latency, Measurement, Quantity, Verdict
+from perfkit._report import Comparison, Latency, Measurement, Parallel, Quantity, Verdict
 from perfkit._variant import Variant, no_inputs
+from perfkit.backends import Traffic
 from perfkit.measure import memory
 
 
@@ -26,6 +27,37 @@ def measurement(name: str, variant: Variant, latency: Latency | None) -> Measure
         process_high_water_bytes=high_water,
         model_bytes=model_bytes,
         parameters=parameters,
+    )
+
+
+def parallel(result: Variant, speedup: Comparison | None) -> Parallel | None:
+    """What spreading the model over several devices gave and cost; None where it was not spread."""
+    work, world = result.work, result.work.world
+    if work.spread is None:
+        return None
+    model_bytes, _ = work.backend.size(work)
+    traffic, peak = Traffic(no_inputs("B"), no_inputs("ratio")), no_inputs("B")
+    if result.measurable:
+        with result.finished.keeping_state():
+            traffic = work.backend.traffic(work, result.finished)
+            peak = work.backend.tensor_peak(work, result.finished)
+    efficiency = no_inputs("ratio")
+    if speedup is not None:
+        method = f"speed-up {speedup.ratio:.2f} / {world.devices} devices"
+        efficiency = Quantity(speedup.ratio / world.devices, "ratio", method=method)
+    ranks = world.gather((peak, model_bytes))
+    return Parallel(
+        layout=str(work.layout),
+        devices=world.devices,
+        processes=world.size,
+        parts=work.spread.parts,
+        efficiency=efficiency,
+        sent_bytes=traffic.sent_bytes,
+        communicating=traffic.share,
+        rank_peak_bytes=tuple(peak for peak, _ in ranks),
+        rank_model_bytes=tuple(held for _, held in ranks),
+        balance=work.spread.balance,
+        bubble=work.spread.bubble,
     )
 
 

@@ -46,6 +46,19 @@ class CompileLog:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What one device sends to others.
+
+    Args:
+        sent_bytes: in one call or training step.
+        share: of its time in which collective operations ran, hidden behind computations or not.
+    """
+
+    sent_bytes: Quantity
+    share: Quantity
+
+
+@dataclass(frozen=True)
 class Finished:
     """A workload in the form the caller uses it.
 
@@ -120,12 +133,20 @@ class Backend(ABC):
         """High-water mark of tensor memory during one call, above what was held before it."""
 
     @abstractmethod
+    def traffic(self, work: Workload, finished: Finished) -> Traffic:
+        """What this process' device sends during one call or step of a model that is spread over several."""
+
+    @abstractmethod
     def watching_compiles(self) -> AbstractContextManager[Callable[[], CompileLog]]:
         """Within it, what the compiler does is recorded; the function tells it so far."""
 
     @abstractmethod
     def compiled_baseline(self, work: Workload) -> Workload | None:
         """The workload under the framework's plain compiler, where that costs next to nothing; None elsewhere."""
+
+    @abstractmethod
+    def form(self, work: Workload) -> dict[str, str]:
+        """What must be the same on every process: parameters and inputs by name, with their shapes and dtypes."""
 
     @abstractmethod
     def model_name(self, work: Workload) -> str:
@@ -136,7 +157,12 @@ class Backend(ABC):
         """The tensors or arrays in nested inputs or outputs."""
 
     def caller(self, work: Workload, finished: Finished) -> Callable[[], Any]:
-        """One synchronized call on the example inputs, as the caller would make it: forward, or a training step."""
+        """One synchronized call on the example inputs, as the caller would make it: forward, or a training step.
+
+        Of a whole model in a world of several processes one makes it, and the others do nothing.
+        """
+        if not work.takes_part:
+            return _nothing
         synchronize, call, args, kwargs = self.synchronize, finished.call, work.inputs.args, work.inputs.kwargs
 
         def infer():
@@ -177,6 +203,10 @@ class Backend(ABC):
             return "none given"
         leaves = self.leaves((inputs.args, inputs.kwargs))
         return ", ".join(f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" for leaf in leaves)
+
+
+def _nothing() -> None:
+    """What a process does while another one runs a whole model."""
 
 
 def backend(name: str) -> Backend:

@@ -122,6 +122,15 @@ class JaxBackend(Backend):
             return None  # jitted already: the training step by perfkit, the function by its caller
         return work.replace(model=work.model.compiled_ahead())
 
+    def form(self, work: Workload) -> dict[str, str]:
+        inputs = () if work.inputs is None else (work.inputs.args, dict(work.inputs.kwargs))
+        held = {"model": (work.model.params, work.model.rest), "input": inputs}
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(held)
+            if hasattr(leaf, "dtype")
+        }
+
     def model_name(self, work: Workload) -> str:
         return work.model.name
 

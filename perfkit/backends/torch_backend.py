@@ -17,7 +17,7 @@ from torch import nn
 from perfkit._errors import InvalidInputError
 from perfkit._report import Quantity
 from perfkit._workload import Inputs, Training, Workload
-from perfkit.backends import Backend, CompileLog, Finished, check_loss, does_not_run
+from perfkit.backends import Backend, CompileLog, Finished, Traffic, check_loss, does_not_run
 from perfkit.backends.torch_stderr import without_lines
 from perfkit.backends.torch_surgery import COMPILED_WITH, cast, copied, settle_forward, tensors_in
 from perfkit.backends.torch_training import Trainer
@@ -116,6 +116,9 @@ class TorchBackend(Backend):
         call = self.caller(work, finished)
         return _cuda_peak(call) if work.device == "cuda" else _profiled_peak(call, work.device)
 
+    def traffic(self, work: Workload, finished: Finished) -> Traffic:
+        return Traffic(Quantity.missing("B","x"), Quantity.missing("ratio","x"))
+
     @contextmanager
     def watching_compiles(self) -> Iterator[Callable[[], CompileLog]]:
         from torch._dynamo.utils import counters
@@ -125,6 +128,15 @@ class TorchBackend(Backend):
 
     def compiled_baseline(self, work: Workload) -> Workload | None:
         return None  # torch.compile costs seconds to minutes: recipe="auto" tries it as a candidate instead
+
+    def form(self, work: Workload) -> dict[str, str]:
+        held = dict(work.model.named_parameters()) | dict(work.model.named_buffers())
+        if work.inputs is not None:
+            given = enumerate(tensors_in((work.inputs.args, work.inputs.kwargs)))
+            held |= {f"input {number}": tensor for number, tensor in given}
+        return {
+            name: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for name, tensor in held.items()
+        }
 
     def model_name(self, work: Workload) -> str:
         return type(work.model).__name__

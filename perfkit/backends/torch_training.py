@@ -28,6 +28,7 @@ class Trainer:
         self.optimizer = work.training.optimizer
         self.around = work.training.around
         self.teacher = work.training.teacher
+        self.averaged = work.training.averaged
         self.scaler = torch.amp.GradScaler(work.device, enabled=work.training.loss_scaling)
 
     def step(self, inputs: Inputs, targets: Any) -> torch.Tensor:
@@ -45,7 +46,7 @@ class Trainer:
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        return loss.detach()
+        return loss.detach() if self.averaged is None else self.averaged(loss.detach())
 
     @contextmanager
     def keeping_state(self) -> Iterator[None]:

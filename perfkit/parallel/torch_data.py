@@ -1,0 +1,143 @@
+"""Data parallelism in torch: DistributedDataParallel, or FSDP2, inside of a module that stays what it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from perfkit._errors import UnsupportedError
+from perfkit._report import Effect, Skipped
+from perfkit._workload import Workload
+from perfkit.backends.torch_surgery import copied, map_tensors
+from perfkit.parallel.batch import part
+from perfkit.parallel.spread import Spread
+
+if TYPE_CHECKING:
+    from perfkit.parallel.layout import Layout
+    from perfkit.recipes.data_parallel import DataParallel
+
+
+def mesh_of(layout: Layout, device: str) -> DeviceMesh:
+    """torch's mesh of the chain's layout."""
+    return init_device_mesh(device, layout.sizes, mesh_dim_names=layout.axes)
+
+
+def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effect]:
+    """Each process trains on its part of the batch; gradients are averaged.
+
+    Raises:
+        UnsupportedError: the optimizer holds state that cannot be sharded.
+    """
+    mesh = mesh_of(work.layout, work.device)["data"]
+    group = mesh.get_group()
+    work = part(work, recipe.batch_dim, mesh.get_local_rank(), map_tensors)
+    model = work.model
+    unused = _unused(work)
+    notes = [*_about_norms(model, work.device, group), *_about_unused(unused)]
+    if recipe.shard:
+        policy = CPUOffloadPolicy() if recipe.offload and work.device == "cuda" else OffloadPolicy()
+        before = dict(model.named_parameters())
+        units = _units(model)
+        for unit in units:
+            fully_shard(unit, mesh=mesh, offload_policy=policy)
+        _follow(work.training.optimizer, before, dict(model.named_parameters()))
+        names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
+        notes.append(f"FSDP2 in {len(units)} units: {', '.join(names[id(unit)] for unit in units)}")
+    else:
+        _alike(model, group)
+        model = replicate(
+            model,
+            process_group=group,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=bool(unused),
+        )
+        if recipe.compress:
+            model.register_comm_hook(group, bf16_compress_hook)
+            notes.append("gradients are sent in bfloat16")
+
+    def averaged(loss: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(loss, group=group)
+        return loss / mesh.size()
+
+    what = "parameters, gradients and optimizer state in parts" if recipe.shard else "gradients averaged"
+    told = f"data: the batch in {mesh.size()} parts, {what}"
+    spread = work.spread or Spread()
+    work = work.replace(
+        training=replace(work.training, averaged=averaged), spread=replace(spread, parts=(*spread.parts, told))
+    )
+    touched = tuple(name for name, _ in model.named_parameters() if name not in unused)
+    skipped = tuple(Skipped(name, "no gradient reaches it on the example inputs") for name in unused)
+    return work, Effect(touched, skipped, tuple(notes))
+
+
+def _unused(work: Workload) -> list[str]:
+    """The parameters that no gradient reaches on the example inputs; told by one step of a copy without optimizing."""
+    twin = copied(work.model)
+    work.backend.seed(work.seed)
+    outputs = twin(*work.inputs.args, **work.inputs.kwargs)
+    work.training.loss(outputs, work.training.targets).backward()
+    return [name for name, parameter in twin.named_parameters() if parameter.requires_grad and parameter.grad is None]
+
+
+def _about_unused(unused: list[str]) -> list[str]:
+    if not unused:
+        return []
+    return [f"{len(unused)} parameter(s) are used by no loss ({', '.join(unused[:3])}): each step looks for such"]
+
+
+def _about_norms(model: nn.Module, device: str, group: Any) -> list[str]:
+    """Batch norms take their statistics over the whole batch, where there is a kernel for it."""
+    norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return []
+    if device != "cuda":
+        return [
+            f"{', '.join(norms)}: statistics of each device's part of the batch (torch synchronizes batch norms on GPUs "
+            "alone), so losses differ from one process'"
+        ]
+    for name in norms:
+        owner, _, leaf = name.rpartition(".")
+        synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(model.get_submodule(name), group)
+        setattr(model.get_submodule(owner), leaf, synchronized)
+    return [f"{', '.join(norms)}: synchronized, statistics of the whole batch"]
+
+
+def _alike(model: nn.Module, group: Any) -> None:
+    """Rank 0's parameters and buffers everywhere."""
+    first = dist.get_global_rank(group, 0)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor, first, group=group)
+
+
+def _units(model: nn.Module) -> list[nn.Module]:
+    """What is gathered and freed as one, innermost first: the model's children, or those of its lists; then the rest.
+
+    Parameters that two of them share must be in one unit: then the model is one.
+    """
+    children = []
+    for child in model.children():
+        children += list(child.children()) if isinstance(child, (nn.ModuleList, nn.Sequential)) else [child]
+    units = [child for child in children if next(child.parameters(), None) is not None]
+    held = [id(parameter) for unit in units for parameter in unit.parameters()]
+    return [model] if len(held) != len(set(held)) else [*units, model]
+
+
+def _follow(optimizer: torch.optim.Optimizer, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Let an optimizer without state hold the parameters that took the place of its own."""
+    if optimizer.state:
+        raise UnsupportedError(
+            "the optimizer has taken steps already, and its state is of whole parameters: shard before training"
+        )
+    replaced = {id(parameter): new[name] for name, parameter in old.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [replaced[id(parameter)] for parameter in group["params"]]
