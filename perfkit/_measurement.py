@@ -79,6 +79,7 @@ def _throughput(variant: Variant, latency: Latency | None) -> Quantity:
     batch = variant.work.backend.batch_size(variant.work.inputs)
     if batch is None:
         return Quantity.missing("items/s", "the inputs have no batch dimension")
+    batch *= variant.work.spread.shares if variant.work.spread else 1
     return Quantity(batch / latency.median_ms * 1e3, "items/s", method=f"{batch} items per median call")
 
 

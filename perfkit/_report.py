@@ -231,8 +231,8 @@ class Parallel:
         devices, processes: how many work together.
         parts: what is spread along which axis, one line each.
         efficiency: speed-up against one process with the whole batch, divided by the number of devices.
-        sent_bytes: what one device sends in one call or step.
-        communicating: share of a step's time in which collective operations ran.
+        sent_bytes: what one device hands to collective operations in one call or step.
+        communicating: share of a step's time in which such were under way, hidden behind computations or not.
         rank_peak_bytes: tensor memory's high-water mark during a step, by process.
         rank_model_bytes: parameters and buffers held, by process.
         balance: share of the work of each pipeline stage; empty without a pipeline.

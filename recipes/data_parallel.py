@@ -11,8 +11,8 @@ class DataParallel(ParallelRecipe):
 
     The losses are those of one process with the whole batch, to rounding, if the loss is a mean over the batch and no
     layer looks at other rows (batch norm does). PyTorch: DistributedDataParallel, or FSDP2 with `shard`; every process
-    gets its own part of each batch, as torch's DistributedSampler deals it out. JAX: one program over a mesh of devices,
-    which takes whole batches. Pays where a step's computation takes longer than sending the gradients.
+    gets its own part of each batch, as torch's DistributedSampler deals it out. JAX: one program over a mesh, which
+    takes whole batches. Pays where a step's computation takes longer than sending the gradients.
 
     Args:
         size: how many devices share the batch; None for all that the chain's other recipes leave.

@@ -47,11 +47,11 @@ class CompileLog:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one device sends to others.
+    """What one device exchanges with others.
 
     Args:
-        sent_bytes: in one call or training step.
-        share: of its time in which collective operations ran, hidden behind computations or not.
+        sent_bytes: what it hands to collective operations in one call or training step.
+        share: of the time in which such were under way, hidden behind computations or not.
     """
 
     sent_bytes: Quantity

@@ -104,8 +104,8 @@ class TorchBackend(Backend):
         return leaf.float().numpy() if leaf.dtype in (torch.bfloat16, torch.float16) else leaf.numpy()
 
     def size(self, work: Workload) -> tuple[int, int]:
-        parameters = {id(tensor): tensor for tensor in work.model.parameters()}
-        buffers = {id(tensor): tensor for tensor in work.model.buffers()}
+        parameters = {id(tensor): _local(tensor) for tensor in work.model.parameters()}
+        buffers = {id(tensor): _local(tensor) for tensor in work.model.buffers()}
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in (parameters | buffers).values()
@@ -117,7 +117,9 @@ class TorchBackend(Backend):
         return _cuda_peak(call) if work.device == "cuda" else _profiled_peak(call, work.device)
 
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
-        return Traffic(Quantity.missing("B","x"), Quantity.missing("ratio","x"))
+        from perfkit.parallel.torch_traffic import traffic
+
+        return traffic(self.caller(work, finished))
 
     @contextmanager
     def watching_compiles(self) -> Iterator[Callable[[], CompileLog]]:
@@ -224,6 +226,11 @@ def _device(model: nn.Module, inputs: Inputs | None) -> str:
     if "meta" in kinds:
         raise InvalidInputError("the model is on the meta device and has no values: materialize it first")
     return next(iter(kinds - {"cpu"}), "cpu")
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor that is shared with other processes lies on this one."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _cuda_peak(call: Callable[[], Any]) -> Quantity:

@@ -28,7 +28,7 @@ def length(work: Workload, batch_dim: int) -> int | None:
 
 
 def axis_of(shape: tuple[int, ...], rows: int, batch_dim: int) -> int | None:
-    """The dimension of a tensor along which it is shared out: `batch_dim`, else the first one, if it has `rows` there."""
+    """The dimension of a tensor to share out: `batch_dim`, else the first one, where it has `rows` there."""
     for dim in (batch_dim, 0):
         if len(shape) > dim and shape[dim] == rows:
             return dim

@@ -59,7 +59,7 @@ def join() -> None:
             coordinator_address=f"{about.address}:{about.port + 1}",  # the launcher's own store may be at the port
             num_processes=about.size,
             process_id=about.rank,
-            local_device_ids=None if jax.config.jax_platforms == "cpu" else [about.local_rank],
+            local_device_ids=None if jax.config.read("jax_platforms") == "cpu" else [about.local_rank],
         )
     except (RuntimeError, ValueError) as error:
         raise UnsupportedError(

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.replicate import replicate
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -54,14 +53,11 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
         notes.append(f"FSDP2 in {len(units)} units: {', '.join(names[id(unit)] for unit in units)}")
     else:
         _alike(model, group)
-        model = replicate(
-            model,
-            process_group=group,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=bool(unused),
+        replicated: Any = replicate(  # the model itself, of a class of torch's
+            model, process_group=group, gradient_as_bucket_view=True, find_unused_parameters=bool(unused)
         )
         if recipe.compress:
-            model.register_comm_hook(group, bf16_compress_hook)
+            replicated.register_comm_hook(group, _in_bfloat16)
             notes.append("gradients are sent in bfloat16")
 
     def averaged(loss: torch.Tensor) -> torch.Tensor:
@@ -71,12 +67,19 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     what = "parameters, gradients and optimizer state in parts" if recipe.shard else "gradients averaged"
     told = f"data: the batch in {mesh.size()} parts, {what}"
     spread = work.spread or Spread()
-    work = work.replace(
-        training=replace(work.training, averaged=averaged), spread=replace(spread, parts=(*spread.parts, told))
-    )
+    spread = replace(spread, shares=mesh.size(), parts=(*spread.parts, told))
+    work = work.replace(training=replace(work.training, averaged=averaged), spread=spread)
     touched = tuple(name for name, _ in model.named_parameters() if name not in unused)
     skipped = tuple(Skipped(name, "no gradient reaches it on the example inputs") for name in unused)
     return work, Effect(touched, skipped, tuple(notes))
+
+
+def _in_bfloat16(group, bucket):  # torch takes no annotations that are text
+    """Average gradients in bfloat16. torch's own hook does the same, and refuses to on CPU, where gloo can as well."""
+    gradients = bucket.buffer()
+    low = gradients.to(torch.bfloat16).div_(group.size())
+    sent = dist.all_reduce(low, group=group, async_op=True).get_future()
+    return sent.then(lambda done: gradients.copy_(done.value()[0]))
 
 
 def _unused(work: Workload) -> list[str]:
@@ -101,8 +104,8 @@ def _about_norms(model: nn.Module, device: str, group: Any) -> list[str]:
         return []
     if device != "cuda":
         return [
-            f"{', '.join(norms)}: statistics of each device's part of the batch (torch synchronizes batch norms on GPUs "
-            "alone), so losses differ from one process'"
+            f"{', '.join(norms)}: statistics of each device's part of the batch, so losses differ from one process' "
+            "(torch synchronizes batch norms on GPUs alone)"
         ]
     for name in norms:
         owner, _, leaf = name.rpartition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime as dt
 import os
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from perfkit.parallel.world import ALONE, World
 T = TypeVar("T")
 TIMEOUT_S = 600.0
 """After so long in one collective the others are taken for dead; PERFKIT_TIMEOUT_S sets it."""
+
+GOODBYE_S = 5.0
 
 
 class TorchWorld(World):
@@ -81,6 +84,10 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, if there is one, together: one that is still talked to aborts its process (gloo)."""
+    if not dist.is_initialized():
+        return
+    if dist.get_backend() == dist.Backend.GLOO:
+        with contextlib.suppress(RuntimeError):  # others ended before: of an error, which they tell
+            dist.monitored_barrier(timeout=dt.timedelta(seconds=GOODBYE_S))
+    dist.destroy_process_group()
