@@ -47,6 +47,8 @@ class DataParallel(ParallelRecipe):
 
         if not work.trains:
             return "it shares out training steps: for inference start one process for each device"
+        if work.framework == "torch" and not self.shard and work.layout and work.layout.size("tensor") > 1:
+            return "torch's DistributedDataParallel does not take the parts of tensor_parallel: add shard=True"
         return super().refusal(work) or indivisible(work, self.batch_dim)
 
     def torch(self, work):

@@ -19,7 +19,7 @@ from perfkit._report import Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, CompileLog, Finished, Traffic, check_loss, does_not_run
 from perfkit.backends.torch_stderr import without_lines
-from perfkit.backends.torch_surgery import COMPILED_WITH, cast, copied, settle_forward, tensors_in
+from perfkit.backends.torch_surgery import COMPILED_WITH, cast, copied, local, settle_forward, tensors_in
 from perfkit.backends.torch_training import Trainer
 
 
@@ -106,10 +106,8 @@ class TorchBackend(Backend):
     def size(self, work: Workload) -> tuple[int, int]:
         parameters = {id(tensor): tensor for tensor in work.model.parameters()}
         buffers = {id(tensor): tensor for tensor in work.model.buffers()}
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in (parameters | buffers).values()
-        }
+        held = map(local, (parameters | buffers).values())
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
         return sum(storages.values()), sum(tensor.numel() for tensor in parameters.values())
 
     def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
@@ -117,7 +115,7 @@ class TorchBackend(Backend):
         return _cuda_peak(call) if work.device == "cuda" else _profiled_peak(call, work.device)
 
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
-        return Traffic(Quantity.missing("B","x"), Quantity.missing("ratio","x"))
+        return Traffic(Quantity.missing("B", "x"), Quantity.missing("ratio", "x"))
 
     @contextmanager
     def watching_compiles(self) -> Iterator[Callable[[], CompileLog]]:

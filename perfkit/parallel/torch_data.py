@@ -10,25 +10,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from perfkit._errors import UnsupportedError
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.torch_surgery import copied, map_tensors
 from perfkit.parallel.batch import part
 from perfkit.parallel.spread import Spread
+from perfkit.parallel.torch_mesh import alike, follow, mesh_of
 
 if TYPE_CHECKING:
-    from perfkit.parallel.layout import Layout
     from perfkit.recipes.data_parallel import DataParallel
-
-
-def mesh_of(layout: Layout, device: str) -> DeviceMesh:
-    """torch's mesh of the chain's layout."""
-    return init_device_mesh(device, layout.sizes, mesh_dim_names=layout.axes)
 
 
 def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effect]:
@@ -41,6 +34,7 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     group = mesh.get_group()
     work = part(work, recipe.batch_dim, mesh.get_local_rank(), map_tensors)
     model = work.model
+    alike(model, group)
     unused = _unused(work)
     notes = [*_about_norms(model, work.device, group), *_about_unused(unused)]
     if recipe.shard:
@@ -49,11 +43,10 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
         units = _units(model)
         for unit in units:
             fully_shard(unit, mesh=mesh, offload_policy=policy)
-        _follow(work.training.optimizer, before, dict(model.named_parameters()))
+        follow(work.training.optimizer, before, dict(model.named_parameters()))
         names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
         notes.append(f"FSDP2 in {len(units)} units: {', '.join(names[id(unit)] for unit in units)}")
     else:
-        _alike(model, group)
         model = replicate(
             model,
             process_group=group,
@@ -111,14 +104,6 @@ def _about_norms(model: nn.Module, device: str, group: Any) -> list[str]:
     return [f"{', '.join(norms)}: synchronized, statistics of the whole batch"]
 
 
-def _alike(model: nn.Module, group: Any) -> None:
-    """Rank 0's parameters and buffers everywhere."""
-    first = dist.get_global_rank(group, 0)
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(tensor, first, group=group)
-
-
 def _units(model: nn.Module) -> list[nn.Module]:
     """What is gathered and freed as one, innermost first: the model's children, or those of its lists; then the rest.
 
@@ -130,14 +115,3 @@ def _units(model: nn.Module) -> list[nn.Module]:
     units = [child for child in children if next(child.parameters(), None) is not None]
     held = [id(parameter) for unit in units for parameter in unit.parameters()]
     return [model] if len(held) != len(set(held)) else [*units, model]
-
-
-def _follow(optimizer: torch.optim.Optimizer, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Let an optimizer without state hold the parameters that took the place of its own."""
-    if optimizer.state:
-        raise UnsupportedError(
-            "the optimizer has taken steps already, and its state is of whole parameters: shard before training"
-        )
-    replaced = {id(parameter): new[name] for name, parameter in old.items()}
-    for group in optimizer.param_groups:
-        group["params"] = [replaced[id(parameter)] for parameter in group["params"]]
