@@ -42,6 +42,11 @@ class TensorParallel(ParallelRecipe, LayerRecipe):
 
         return tensor_parallel(work, self)
 
+    def jax(self, work):
+        from perfkit.parallel.jax_tensor import tensor_parallel
+
+        return tensor_parallel(work, self)
+
 
 RECIPE = TensorParallel
 

@@ -9,25 +9,22 @@ the example inputs is not silently wrong.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from perfkit._errors import UnsupportedError
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import around_call, copied, derive, leave_fast_path
-from perfkit.parallel.spread import Spread
+from perfkit.backends.torch_surgery import copied, leave_fast_path
+from perfkit.parallel.spread import Spread, split_in_words
 from perfkit.parallel.torch_flow import Flow
 from perfkit.parallel.torch_mesh import alike, follow, mesh_of
+from perfkit.parallel.torch_split import ChannelParallel, draw_alike, drop_alike, random_state
 from perfkit.pruning.torch_layers import shared_parameters
 
 if TYPE_CHECKING:
@@ -88,11 +85,11 @@ def tensor_parallel(work: Workload, recipe: TensorParallel) -> tuple[Workload, E
     for dropout in {
         dropout for name, split in splits.items() if split.told == "columns" for dropout in flow.passed[name]
     }:
-        _drop_alike(model.get_submodule(dropout), mesh)
+        drop_alike(model.get_submodule(dropout), mesh)
     leave_fast_path(model)
     notes = []
     if draws:
-        _draw_alike(model, mesh, work.device)
+        draw_alike(model, mesh, work.device)
         notes.append("each call begins with rank 0's random state: dropout is the same in all parts")
     if work.training is not None:
         follow(work.training.optimizer, before, dict(model.named_parameters()))
@@ -148,9 +145,9 @@ def _followed(work: Workload, layers: dict[str, nn.Module]) -> tuple[Flow, bool]
     dropouts = {name: module for name, module in twin.named_modules() if type(module) is nn.Dropout}
     flow = Flow({name: twin.get_submodule(name) for name in layers}, dropouts)
     work.backend.seed(work.seed)
-    state = _random_state(work.device)
+    state = random_state(work.device)
     flow.call(twin, work.inputs.args, work.inputs.kwargs)
-    return flow, not torch.equal(state, _random_state(work.device))
+    return flow, not torch.equal(state, random_state(work.device))
 
 
 def _plan(flow: Flow, parts: int) -> tuple[dict[str, Split], list[Skipped]]:
@@ -195,81 +192,11 @@ def _told(splits: Mapping[str, Split], parts: int) -> str:
     """One line: "tensor: 2 layers in 2 parts (fc1 by columns, fc2 by rows), 1 all-reduce a call"."""
     ways: dict[str, list[str]] = {}
     for name, split in splits.items():
-        ways.setdefault(split.told, []).append(name or "the model")
-    listed = "; ".join(f"{_few(names)} by {told}" for told, names in ways.items())
+        ways.setdefault(split.told, []).append(name)
     adds, gathers = (sum(getattr(split, kind) for split in splits.values()) for kind in ("adds", "gathers"))
     sends = " and ".join(
         f"{number} {what}{'s' if number > 1 else ''}"
         for number, what in ((adds, "all-reduce"), (gathers, "all-gather"))
         if number
     )
-    layers = f"{len(splits)} layer{'' if len(splits) == 1 else 's'}"
-    return f"tensor: {layers} in {parts} parts ({listed}), {sends} a call"
-
-
-def _few(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-class ChannelParallel(ParallelStyle):
-    """A convolution by its output channels: each process computes some, and they are gathered."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for name, held in list(module.named_parameters(recurse=False)):
-            spread = distribute_tensor(held, device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
-            module.register_parameter(name, nn.Parameter(spread, requires_grad=held.requires_grad))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            # Each process computes a part of the input's gradient: they are added up.
-            whole = DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
-            x = whole.to_local(grad_placements=[Partial()])
-            bias = None if self.bias is None else self.bias.to_local()
-            y = self._conv_forward(x, self.weight.to_local(), bias)
-            channels = Shard(y.dim() - len(self.kernel_size) - 1)
-            y = DTensor.from_local(y, device_mesh, [channels], run_check=False)
-            return y.redistribute(placements=[Replicate()]).to_local()
-
-        derive(module, forward=forward)
-        return module
-
-
-def _drop_alike(dropout: nn.Module, mesh: DeviceMesh) -> None:
-    """A dropout between two halves of a pair draws for the whole, and keeps its part."""
-    base = type(dropout)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (isinstance(x, DTensor) and self.training):
-            return base.forward(self, x)
-        drawn = F.dropout(torch.ones(x.shape, dtype=x.dtype, device=x.device), self.p, training=True)
-        return x * distribute_tensor(drawn, mesh, x.placements, src_data_rank=None)
-
-    derive(dropout, forward=forward)
-
-
-def _draw_alike(model: nn.Module, mesh: DeviceMesh, device: str) -> None:
-    """Every call begins with the random state of the group's rank 0: what is not split is the same everywhere."""
-    group = mesh.get_group()
-    first = dist.get_global_rank(group, 0)
-
-    @contextmanager
-    def together():
-        state = _random_state(device).to(device)
-        dist.broadcast(state, first, group=group)
-        _set_random_state(device, state.cpu())
-        yield
-
-    around_call(model, together)
-
-
-def _random_state(device: str) -> torch.Tensor:
-    """That of the CPU, and behind it that of the accelerator."""
-    state = torch.get_rng_state()
-    return torch.cat([state, torch.cuda.get_rng_state()]) if device == "cuda" else state
-
-
-def _set_random_state(device: str, state: torch.Tensor) -> None:
-    own = torch.get_rng_state().numel()
-    torch.set_rng_state(state[:own])
-    if device == "cuda":
-        torch.cuda.set_rng_state(state[own:])
+    return f"{split_in_words(ways, parts)}, {sends} a call"
