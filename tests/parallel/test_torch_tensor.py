@@ -164,6 +164,19 @@ def test_one_process_is_refused():
     assert "example_inputs" in recipe.refusal(work.replace(inputs=None))
 
 
+def test_compile_leaves_weights_unfrozen_that_are_to_be_split():
+    from perfkit.backends.torch_compile import compiled
+    from perfkit.backends.torch_surgery import COMPILED_WITH
+    from perfkit.parallel.layout import Layout
+
+    model, inputs = torch_models()["cnn"]
+    for axis, frozen in (("tensor", False), ("data", True)):
+        work = BACKEND.bind(model, None, inputs, mode="inference", loss=None, targets=None, optimizer=None, seed=0)
+        work, effect = compiled(work.replace(layout=Layout((axis,), (2,))), "default", freezing=True)
+        assert getattr(type(work.model), COMPILED_WITH)["options"].get("freezing", False) == frozen
+        assert any("not frozen" in note for note in effect.notes) != frozen
+
+
 def test_an_optimizer_with_state_is_refused():
     from perfkit import UnsupportedError
 
