@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from perfkit import InvalidInputError, ParallelRecipe, Stage
 
+ENGINES = ("jit", "pmap")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataParallel(ParallelRecipe):
@@ -21,6 +23,7 @@ class DataParallel(ParallelRecipe):
         compress: send gradients in bfloat16: half the traffic, and a rounding of 2^-9 of each. PyTorch alone.
         offload: with `shard`, parameters and optimizer state wait in the host's memory. CUDA alone.
         batch_dim: the dimension of the inputs that is the batch; of targets it is the first one of that length.
+        engine: JAX only: "jit", one program for which XLA finds what must be sent; "pmap", gradients averaged by hand.
 
     Source: https://arxiv.org/abs/2006.15704 (DDP); https://arxiv.org/abs/2304.11277 (FSDP)
     """
@@ -34,9 +37,13 @@ class DataParallel(ParallelRecipe):
     compress: bool = False
     offload: bool = False
     batch_dim: int = 0
+    engine: str = "jit"
 
     def __post_init__(self):
         super().__post_init__()
+        if self.engine not in ENGINES:
+            known = " or ".join(map(repr, ENGINES))
+            raise InvalidInputError(f"data_parallel(engine={self.engine!r}): expected {known}")
         if self.offload and not self.shard:
             raise InvalidInputError("data_parallel(offload=True) is about sharded parameters: add shard=True")
         if self.compress and self.shard:
@@ -47,10 +54,24 @@ class DataParallel(ParallelRecipe):
 
         if not work.trains:
             return "it shares out training steps: for inference start one process for each device"
-        return super().refusal(work) or indivisible(work, self.batch_dim)
+        return super().refusal(work) or self._refused_options(work) or indivisible(work, self.batch_dim)
+
+    def _refused_options(self, work):
+        if work.framework == "jax":
+            from perfkit.parallel.jax_data import refusal
+
+            return refusal(work, self)
+        if work.layout.size("tensor") > 1 and not self.shard:
+            return "torch's DistributedDataParallel does not take the parts of tensor_parallel: add shard=True"
+        return "engine='pmap' is JAX's: leave it out, or give it a JAX model" if self.engine == "pmap" else None
 
     def torch(self, work):
         from perfkit.parallel.torch_data import data_parallel
+
+        return data_parallel(work, self)
+
+    def jax(self, work):
+        from perfkit.parallel.jax_data import data_parallel
 
         return data_parallel(work, self)
 

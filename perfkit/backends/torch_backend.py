@@ -19,7 +19,7 @@ from perfkit._report import Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, CompileLog, Finished, Traffic, check_loss, does_not_run
 from perfkit.backends.torch_stderr import without_lines
-from perfkit.backends.torch_surgery import COMPILED_WITH, cast, copied, settle_forward, tensors_in
+from perfkit.backends.torch_surgery import COMPILED_WITH, cast, copied, local, settle_forward, tensors_in
 from perfkit.backends.torch_training import Trainer
 
 
@@ -104,12 +104,10 @@ class TorchBackend(Backend):
         return leaf.float().numpy() if leaf.dtype in (torch.bfloat16, torch.float16) else leaf.numpy()
 
     def size(self, work: Workload) -> tuple[int, int]:
-        parameters = {id(tensor): _local(tensor) for tensor in work.model.parameters()}
-        buffers = {id(tensor): _local(tensor) for tensor in work.model.buffers()}
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in (parameters | buffers).values()
-        }
+        parameters = {id(tensor): tensor for tensor in work.model.parameters()}
+        buffers = {id(tensor): tensor for tensor in work.model.buffers()}
+        held = map(local, (parameters | buffers).values())
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
         return sum(storages.values()), sum(tensor.numel() for tensor in parameters.values())
 
     def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
@@ -226,11 +224,6 @@ def _device(model: nn.Module, inputs: Inputs | None) -> str:
     if "meta" in kinds:
         raise InvalidInputError("the model is on the meta device and has no values: materialize it first")
     return next(iter(kinds - {"cpu"}), "cpu")
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """What of a tensor that is shared with other processes lies on this one."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _cuda_peak(call: Callable[[], Any]) -> Quantity:

@@ -53,6 +53,7 @@ class Trainer:
         """Within it the model may be trained; after it model, optimizer and loss scale are as before."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         before = [tensor.detach().clone() for tensor in tensors]
+        self.optimizer.zero_grad(set_to_none=True)  # gradients of FSDP2 cannot be copied, and each step makes new ones
         optimizer = copied(self.optimizer).state_dict()
         scale = self.scaler.state_dict()
         try:

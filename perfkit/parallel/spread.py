@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -20,3 +21,19 @@ class Spread:
     parts: tuple[str, ...] = ()
     balance: tuple[float, ...] = ()
     bubble: float = 0.0
+
+
+def split_in_words(ways: Mapping[str, Sequence[str]], parts: int) -> str:
+    """Layers split along "tensor", in one line: "tensor: 2 layers in 2 parts (fc1 by columns; fc2 by rows)".
+
+    Args:
+        ways: the layers' names, by how they are split.
+    """
+    listed = "; ".join(f"{_few(names)} by {way}" for way, names in ways.items())
+    layers = sum(map(len, ways.values()))
+    return f"tensor: {layers} layer{'' if layers == 1 else 's'} in {parts} parts ({listed})"
+
+
+def _few(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(name or "the model" for name in names[:most]) + more

@@ -9,25 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.replicate import replicate
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from perfkit._errors import UnsupportedError
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.torch_surgery import copied, map_tensors
 from perfkit.parallel.batch import part
 from perfkit.parallel.spread import Spread
+from perfkit.parallel.torch_mesh import alike, follow, mesh_of
 
 if TYPE_CHECKING:
-    from perfkit.parallel.layout import Layout
     from perfkit.recipes.data_parallel import DataParallel
-
-
-def mesh_of(layout: Layout, device: str) -> DeviceMesh:
-    """torch's mesh of the chain's layout."""
-    return init_device_mesh(device, layout.sizes, mesh_dim_names=layout.axes)
 
 
 def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effect]:
@@ -40,6 +33,7 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     group = mesh.get_group()
     work = part(work, recipe.batch_dim, mesh.get_local_rank(), map_tensors)
     model = work.model
+    alike(model, group)
     unused = _unused(work)
     notes = [*_about_norms(model, work.device, group), *_about_unused(unused)]
     if recipe.shard:
@@ -48,11 +42,10 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
         units = _units(model)
         for unit in units:
             fully_shard(unit, mesh=mesh, offload_policy=policy)
-        _follow(work.training.optimizer, before, dict(model.named_parameters()))
+        follow(work.training.optimizer, before, dict(model.named_parameters()))
         names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
         notes.append(f"FSDP2 in {len(units)} units: {', '.join(names[id(unit)] for unit in units)}")
     else:
-        _alike(model, group)
         replicated: Any = replicate(  # the model itself, of a class of torch's
             model, process_group=group, gradient_as_bucket_view=True, find_unused_parameters=bool(unused)
         )
@@ -114,14 +107,6 @@ def _about_norms(model: nn.Module, device: str, group: Any) -> list[str]:
     return [f"{', '.join(norms)}: synchronized, statistics of the whole batch"]
 
 
-def _alike(model: nn.Module, group: Any) -> None:
-    """Rank 0's parameters and buffers everywhere."""
-    first = dist.get_global_rank(group, 0)
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(tensor, first, group=group)
-
-
 def _units(model: nn.Module) -> list[nn.Module]:
     """What is gathered and freed as one, innermost first: the model's children, or those of its lists; then the rest.
 
@@ -133,14 +118,3 @@ def _units(model: nn.Module) -> list[nn.Module]:
     units = [child for child in children if next(child.parameters(), None) is not None]
     held = [id(parameter) for unit in units for parameter in unit.parameters()]
     return [model] if len(held) != len(set(held)) else [*units, model]
-
-
-def _follow(optimizer: torch.optim.Optimizer, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Let an optimizer without state hold the parameters that took the place of its own."""
-    if optimizer.state:
-        raise UnsupportedError(
-            "the optimizer has taken steps already, and its state is of whole parameters: shard before training"
-        )
-    replaced = {id(parameter): new[name] for name, parameter in old.items()}
-    for group in optimizer.param_groups:
-        group["params"] = [replaced[id(parameter)] for parameter in group["params"]]
