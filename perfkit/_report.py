@@ -231,7 +231,7 @@ class Parallel:
         devices, processes: how many work together.
         parts: what is spread along which axis, one line each.
         efficiency: speed-up against one process with the whole batch, divided by the number of devices.
-        sent_bytes: what one device hands to collective operations in one call or step.
+        sent_bytes: what one device exchanges in one call or step; `method` tells how it is counted.
         communicating: share of a step's time in which such were under way, hidden behind computations or not.
         rank_peak_bytes: tensor memory's high-water mark during a step, by process.
         rank_model_bytes: parameters and buffers held, by process.

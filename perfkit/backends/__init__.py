@@ -50,7 +50,7 @@ class Traffic:
     """What one device exchanges with others.
 
     Args:
-        sent_bytes: what it hands to collective operations in one call or training step.
+        sent_bytes: what it exchanges in one call or training step; `method` tells how it is counted.
         share: of the time in which such were under way, hidden behind computations or not.
     """
 
