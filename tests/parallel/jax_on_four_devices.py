@@ -183,6 +183,29 @@ def _shapes(state):
     }
 
 
+def two_axes():
+    """Losses where another recipe has laid a weight along an axis of its own before, and those of one device."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from perfkit.parallel.jax_mesh import mesh_of
+    from perfkit.parallel.layout import Layout
+
+    params = {"w": normal(4, 6)}
+    one = bound(
+        lambda params, x: x @ params["w"], (normal(BATCH, 4),), normal(BATCH, 6), squared, optax.sgd(0.1), params
+    )
+    work = one.replace(layout=Layout(("data", "tensor"), (2, 2)))
+    (recipe,) = chain_of(ENGINES["shard"])
+    across = NamedSharding(mesh_of(work.layout), PartitionSpec(None, "tensor"))
+    work = work.replace(model=work.model.with_state(jax.device_put(work.model.params, across), work.model.rest))
+    work, _ = recipe.jax(work)
+    refused = type(recipe)(engine="pmap").refusal(work)
+    batch = work.inputs, work.training.targets
+    steps = [finished.train_step for finished in (one.backend.finish(one), work.backend.finish(work))]
+    losses = [[float(step(batch)) for _ in range(2)] for step in steps]
+    return {"losses": losses, "parts": _shapes(work.model.params), "refused": refused}
+
+
 def noise():
     """The share of weights that no device's dropout let through, when all devices see the same row."""
     work = bound(Noisy(rngs=nnx.Rngs(0)), (np.ones((4, 1000), np.float32),), normal(4, 1000), squared, optax.sgd(1.0))
@@ -244,6 +267,12 @@ if __name__ == "__main__":
     print(
         json.dumps(
             {name: compare(name) for name in CASES}
-            | {"shards": shards(), "noise": noise(), "refusals": refusals(), "end_to_end": end_to_end()}
+            | {
+                "shards": shards(),
+                "two_axes": two_axes(),
+                "noise": noise(),
+                "refusals": refusals(),
+                "end_to_end": end_to_end(),
+            }
         )
     )

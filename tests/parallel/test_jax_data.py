@@ -116,6 +116,15 @@ def test_the_optimizer_state_is_shared_out_as_the_parameters_are(four):
     assert shards["after"] == shards["before"] == shards["kept"]
 
 
+def test_what_lies_along_another_axis_stays_there(four):
+    found = four["two_axes"]
+    assert found["parts"] == {"w": [[4, 6], [[2, 3]] * 4]}
+    one, spread = found["losses"]
+    assert spread == pytest.approx(one, rel=2 * (4 + 48 + 8) * ROUNDING)  # sums of so many numbers, in two steps
+    assert one[0] != one[1]
+    assert "these are data 2 × tensor 2: use engine='jit'" in found["refused"]
+
+
 def test_devices_draw_random_numbers_of_their_own_and_average_statistics(four):
     # Of 1000 weights behind a dropout of a half, four masks leave 2⁻⁴ still, and one mask 2⁻¹.
     assert four["noise"]["still"] < 1 / 4
