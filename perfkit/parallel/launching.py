@@ -104,7 +104,8 @@ def launch(command: list[str], how: Launch) -> list[Ended]:
     worker = ["-m", "perfkit.parallel.worker", "--framework", how.framework, *command]
     with tempfile.TemporaryDirectory(prefix="perfkit-run-") as named:
         folder = Path(named)
-        told = {heartbeat.FOLDER: named, "PERFKIT_TIMEOUT_S": str(how.timeout_s + COLLECTIVE_EXTRA_S)}
+        collectives_s = os.environ.get("PERFKIT_TIMEOUT_S", str(how.timeout_s + COLLECTIVE_EXTRA_S))
+        told = {heartbeat.FOLDER: named, "PERFKIT_TIMEOUT_S": collectives_s}
         with _environment(told), Watch(folder, how.ranks, how.timeout_s) as watch:
             codes = start(worker, how)
         return ordered([_ended(folder, rank, code, watch) for rank, code in codes.items() if code != 0])
