@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from perfkit._errors import InvalidInputError
@@ -134,15 +135,21 @@ def told(ended: list[Ended]) -> str:
     first, others = ended[0], ended[1:]
     lines = [first.failure.traceback.rstrip()] if first.failure and first.failure.traceback else []
     lines.append(f"perfkit launch: rank {first.rank} ended first{_at(first.step)}: {first.cause}")
-    for other in others:
-        what = "ended by the launcher" if other.code == -signal.SIGTERM else other.cause
-        lines.append(f"  then rank {other.rank}{_at(other.step)}: {what}")
+    for (step, what), alike in groupby(others, key=lambda other: (other.step, _what(other, first))):
+        ranks = [str(other.rank) for other in alike]
+        lines.append(f"  then rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}{_at(step)}: {what}")
     return "\n".join(lines)
 
 
 def exit_code(ended: list[Ended]) -> int:
     """The launcher's own: 0 where all ended well, the first one's, 1 where a signal ended it."""
     return max(1, ended[0].code) if ended else 0
+
+
+def _what(other: Ended, first: Ended) -> str:
+    if other.code == -signal.SIGTERM:
+        return "ended by the launcher"
+    return "the same" if other.cause == first.cause else other.cause
 
 
 def _at(step: int | None) -> str:

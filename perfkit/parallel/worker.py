@@ -13,6 +13,8 @@ import re
 import runpy
 import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +24,7 @@ from perfkit.parallel import heartbeat
 from perfkit.parallel.environment import Launched, launched
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+LOOK_S = 0.5
 COMMUNICATION = re.compile(
     r"connection (was )?(closed|reset|refused)|timed out|broken pipe|socket|nccl|gloo|unavailable|heartbeat",
     re.IGNORECASE,
@@ -39,6 +42,8 @@ def main(arguments: list[str]) -> None:
     about = launched()
     share_cores(about)
     heartbeat.rest()
+    if heartbeat.folder() is not None:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     if (folder := heartbeat.folder()) is not None and hasattr(faulthandler, "register"):
         # open as long as the process lives: the launcher asks a silent one where it is
         faulthandler.register(signal.SIGUSR1, open(folder / f"{about.rank}.stack", "w"), all_threads=False)  # noqa: SIM115
@@ -72,6 +77,13 @@ def run(arguments: list[str]) -> None:
         sys.argv = arguments
         sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _end_with(launcher: int) -> None:
+    """End this process when its launcher is gone, which would have ended it."""
+    while os.getppid() == launcher:
+        time.sleep(LOOK_S)
+    os._exit(FAILED)
 
 
 def share_cores(about: Launched | None) -> None:

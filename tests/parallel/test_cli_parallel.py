@@ -52,6 +52,11 @@ def test_commands_of_the_page_are_understood(line):
     cli.main.commands[name].make_context(name, arguments)
 
 
+def test_the_example_of_the_page_runs():
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    exec(code, {})
+
+
 def test_what_stands_after_the_script_is_its_own(run, started):
     line = "launch --nproc 2 --framework jax --timeout 5 script.py --nproc 3 --help x"
     assert run(*line.split()) == (0, "")

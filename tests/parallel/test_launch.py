@@ -30,6 +30,7 @@ rank, fault = int(os.environ["RANK"]), sys.argv[1]
 for step in range(1, 4):
     heartbeat.beat(step)
     if step == 3 and rank == 1:
+        while (other := heartbeat.read_beat(heartbeat.folder(), 0)) is None or other.step != 3: time.sleep(0.01)
         if fault == "raise": raise ValueError("a value of the second rank")
         if fault == "exit": sys.exit(7)
         if fault == "kill": os.kill(os.getpid(), signal.SIGKILL)
@@ -102,14 +103,56 @@ def test_a_fault_ends_all_and_is_named(script, capfd, fault, code, cause):
     said = capfd.readouterr().err
     if fault == "raise":
         assert said == "rank 1, step 3: ValueError: a value of the second rank\n"
-        assert "line 9, in <module>" in told, "the script's own frame"
+        assert "line 10, in <module>" in told, "the script's own frame"
         assert "runpy" not in told
     assert heartbeat.FOLDER not in os.environ
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_its_launcher(script, tmp_path, number):
+    code = f"from perfkit.parallel.launching import *; launch([{script!r}, 'sleep'], Launch(processes=2, framework=''))"
+    launcher = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)})
+    beats = [seen(launcher, tmp_path, rank, lambda beat: beat.step == 3) for rank in (0, 1)]
+    launcher.send_signal(number)
+    assert launcher.wait(LIMIT_S) == (-number if number == signal.SIGKILL else 128 + number)
+    for beat in beats:
+        over(beat.pid)
+
+
+def over(pid: int) -> None:
+    """Returns when there is no such process."""
+    until = time.monotonic() + LIMIT_S
+    while time.monotonic() < until:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} is still there")
+
+
+def seen(launcher: subprocess.Popen, folder: Path, rank: int, wanted) -> heartbeat.Beat:
+    """The sign of life of that rank that is wanted, once there is one."""
+    while launcher.poll() is None:
+        for run in folder.glob("perfkit-run-*"):
+            beat = heartbeat.read_beat(run, rank)
+            if beat is not None and wanted(beat):
+                return beat
+        time.sleep(0.05)
+    raise AssertionError(launcher.communicate())
 
 
 def ended(rank, code, *, cause="", communication=False, when=0.0, silence=None) -> Ended:
     failure = heartbeat.Failure(3, when, cause, communication) if cause else None
     return Ended(rank, code, 3, failure, silence)
+
+
+def test_who_fails_alike_is_told_once():
+    told = launching.told([ended(rank, 2, cause="InvalidInputError: such", when=1.0) for rank in (0, 1, 2)])
+    assert told.splitlines() == [
+        "perfkit launch: rank 0 ended first at step 3: exit code 2: InvalidInputError: such",
+        "  then ranks 1, 2 at step 3: the same",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +222,7 @@ def test_a_worker_killed_in_mid_training_ends_the_run(tmp_path):
     arguments = ("rnn", "--recipe", "data_parallel", "--nproc", 2, "--steps", 100_000, "--budget", 0.1)
     process = perfkit("train", *arguments, TMPDIR=str(tmp_path))
     try:
-        beats = [under_way(process, tmp_path, rank) for rank in (0, 1)]
+        beats = [seen(process, tmp_path, rank, lambda beat: beat.watched and beat.step >= 3) for rank in (0, 1)]
         os.kill(beats[1].pid, signal.SIGKILL)
         code, out, err = done(process, LIMIT_S)
     finally:
@@ -189,17 +232,5 @@ def test_a_worker_killed_in_mid_training_ends_the_run(tmp_path):
     assert "then rank 0 at step" in err
     assert "held-out" not in out
     for beat in beats:
-        with pytest.raises(ProcessLookupError):
-            os.kill(beat.pid, 0)
+        over(beat.pid)
     assert not list(tmp_path.glob("perfkit-run-*"))
-
-
-def under_way(process: subprocess.Popen, folder: Path, rank: int) -> heartbeat.Beat:
-    """The process of that rank, once it is some steps into its training."""
-    while process.poll() is None:
-        for run in folder.glob("perfkit-run-*"):
-            beat = heartbeat.read_beat(run, rank)
-            if beat is not None and beat.watched and beat.step >= 3:
-                return beat
-        time.sleep(0.1)
-    raise AssertionError(process.communicate())
