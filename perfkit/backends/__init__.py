@@ -69,6 +69,8 @@ class Finished:
         train_step: `train_step((inputs, targets)) -> loss`; None for inference.
         params: tells the parameters that `model` takes as first argument; None where it holds its own.
         program: tells the compiled program behind it once it was called (JAX); None where there is none.
+        trainer: holds all that training changes, for `perfkit.parallel.checkpoint`; None for inference.
+        restore: JAX: `restore(state)` puts what a checkpoint held in the place of `trainer.state`.
     """
 
     model: Any
@@ -77,6 +79,8 @@ class Finished:
     train_step: Callable[[Any], Any] | None = None
     params: Callable[[], Any] | None = None
     program: Callable[[], Any] | None = None
+    trainer: Any = None
+    restore: Callable[[Any], None] | None = None
 
 
 class Backend(ABC):

@@ -256,7 +256,12 @@ def _finished_training(work: Workload) -> Finished:
             yield
         write(*trainer.held)
 
-    return Finished(model, call, keeping_state, train_step, params, lambda: trainer.program.compiled)
+    def restore(state):
+        trainer.state = state
+        write(trainer.params, trainer.rest)
+
+    program = lambda: trainer.program.compiled  # noqa: E731
+    return Finished(model, call, keeping_state, train_step, params, program, trainer, restore)
 
 
 def _nowhere(params: Any, rest: Any) -> None:

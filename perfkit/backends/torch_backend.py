@@ -80,7 +80,7 @@ class TorchBackend(Backend):
             inputs, targets = batch
             return trainer.step(self.as_inputs(work, inputs), targets)
 
-        return Finished(work.model, work.model, trainer.keeping_state, train_step)
+        return Finished(work.model, work.model, trainer.keeping_state, train_step, trainer=trainer)
 
     def synchronize(self, outputs: Any) -> None:
         if torch.accelerator.is_available():

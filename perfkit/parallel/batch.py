@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from perfkit._recipe import Chain, ParallelRecipe
 from perfkit._workload import Inputs, Workload
+from perfkit.parallel import world
+from perfkit.parallel.layout import layout
 
 
 def indivisible(work: Workload, batch_dim: int) -> str | None:
@@ -45,6 +48,16 @@ def part(work: Workload, batch_dim: int, index: int, mapped: Callable[[Callable[
     if work.inputs is None:
         return work
     rows, parts = length(work, batch_dim), work.layout.size("data")
+    of = sliced(rows, parts, index, batch_dim)
+    args, kwargs = mapped(of, (work.inputs.args, dict(work.inputs.kwargs)))
+    from dataclasses import replace
+
+    training = replace(work.training, targets=mapped(of, work.training.targets))
+    return work.replace(inputs=Inputs(args, kwargs), training=training)
+
+
+def sliced(rows: int, parts: int, index: int, batch_dim: int) -> Callable[[Any], Any]:
+    """A function that takes part number `index` of `parts` out of a tensor of a batch of `rows`."""
     each = rows // parts
 
     def of(tensor: Any) -> Any:
@@ -53,8 +66,25 @@ def part(work: Workload, batch_dim: int, index: int, mapped: Callable[[Callable[
             return tensor
         return tensor[(*(slice(None),) * dim, slice(index * each, (index + 1) * each))]
 
-    args, kwargs = mapped(of, (work.inputs.args, dict(work.inputs.kwargs)))
-    from dataclasses import replace
+    return of
 
-    training = replace(work.training, targets=mapped(of, work.training.targets))
-    return work.replace(inputs=Inputs(args, kwargs), training=training)
+
+def dealer(chain: Chain, framework: str) -> Callable[[tuple[tuple, Any]], tuple[tuple, Any]]:
+    """What makes of a whole batch, (inputs, targets), the one that this process' `train_step` takes.
+
+    In torch that is the process' part of it where the chain shares batches out; in JAX, and elsewhere, the whole.
+    """
+    sharing = [recipe for recipe in chain if isinstance(recipe, ParallelRecipe) and recipe.axis == "data"]
+    found = world.of(framework)
+    mesh = layout(chain, found)
+    if framework != "torch" or not sharing or mesh is None:
+        return lambda batch: batch
+    from perfkit.backends.torch_surgery import map_tensors
+
+    batch_dim, place, parts = getattr(sharing[0], "batch_dim", 0), mesh.place("data", found.rank), mesh.size("data")
+
+    def deal(batch: tuple[tuple, Any]) -> tuple[tuple, Any]:
+        rows = batch[0][0].shape[batch_dim]
+        return map_tensors(sliced(rows, parts, place, batch_dim), batch)
+
+    return deal

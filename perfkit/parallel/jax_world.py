@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -51,7 +51,7 @@ def join() -> None:
     Raises:
         UnsupportedError: JAX runs already, or the others cannot be reached.
     """
-    about = launched()
+    about, config = launched(), cast(Any, jax.config)  # types know nothing of its flags
     if about is None or about.size == 1 or jax.distributed.is_initialized():
         return
     try:
@@ -59,7 +59,7 @@ def join() -> None:
             coordinator_address=f"{about.address}:{about.port + 1}",  # the launcher's own store may be at the port
             num_processes=about.size,
             process_id=about.rank,
-            local_device_ids=None if jax.config.read("jax_platforms") == "cpu" else [about.local_rank],
+            local_device_ids=None if config.jax_platforms == "cpu" else [about.local_rank],
         )
     except (RuntimeError, ValueError) as error:
         raise UnsupportedError(

@@ -27,6 +27,11 @@ class Layout:
         """How many devices there are along an axis; 1 along one that no recipe asks for."""
         return dict(zip(self.axes, self.sizes, strict=True)).get(axis, 1)
 
+    def place(self, axis: str, rank: int) -> int:
+        """Where along an axis a rank is: ranks count along the last axis first; 0 along one that nobody asks for."""
+        inner = math.prod(self.sizes[self.axes.index(axis) + 1 :]) if axis in self.axes else 1
+        return rank // inner % self.size(axis)
+
     def __str__(self) -> str:
         return " × ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.sizes, strict=True))
 
