@@ -28,7 +28,7 @@ def dealt(monkeypatch, recipe, whole, framework="torch"):
     for rank in (0, 1):
         here = SimpleNamespace(rank=rank, size=2, devices=2)
         monkeypatch.setattr(batch.world, "of", lambda framework, here=here: here)
-        parts.append(batch.dealer(recipe and chain_of(recipe) or Chain(()), framework)(whole))
+        parts.append(batch.dealer((recipe and chain_of(recipe)) or Chain(()), framework)(whole))
     return parts
 
 
