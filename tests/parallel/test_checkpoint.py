@@ -133,13 +133,13 @@ def framework(request):
 
 def test_in_one_process_six_steps_are_three_and_three(framework, tmp_path):
     how = HOW | {"framework": framework, "checkpoint": tmp_path / "c"}
-    straight = reference.train("rnn", steps=6, framework=framework, **HOW)
-    first = reference.train("rnn", steps=3, **how)
-    then = reference.train("rnn", steps=6, resume=True, **how)
+    straight = reference.train("cnn", steps=6, framework=framework, **HOW)
+    first = reference.train("cnn", steps=3, **how)
+    then = reference.train("cnn", steps=6, resume=True, **how)
     # Without checkpoints the step is the reference's own, which rounds elsewhere: a few float32 roundings per step.
     np.testing.assert_allclose(first.losses + then.losses, straight.losses, rtol=1e-5)
     assert then.value == pytest.approx(straight.value, rel=1e-4)
-    again = reference.train("rnn", steps=6, resume=True, **how)
+    again = reference.train("cnn", steps=6, resume=True, **how)
     assert (again.losses, again.resumed_at) == ((), 6)
     assert again.value == then.value, "read, and not trained any further"
 
