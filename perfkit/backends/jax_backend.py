@@ -258,7 +258,7 @@ def _finished_training(work: Workload) -> Finished:
 
     def restore(state):
         trainer.state = state
-        write(trainer.params, trainer.rest)
+        write(*trainer.held)
 
     program = lambda: trainer.program.compiled  # noqa: E731
     return Finished(model, call, keeping_state, train_step, params, program, trainer, restore)
