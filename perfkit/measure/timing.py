@@ -168,7 +168,8 @@ def interleave(
     Four blocks make a quadruple, ABBA or BAAB, the two kinds equally often in random order. A block is as many calls as
     last `block_s` seconds; each call is timed on its own and the block counts as its median call. Sampling ends when
     the interval of the ratio is narrower than ±1 % and p90 is supported, or when `budget_s` seconds are spent, but
-    not before there are enough pairs for a verdict, unless those would cost more than `max(4 * budget_s, 20 s)`.
+    not before there are enough pairs for a verdict, unless those would cost more than `max(4 * budget_s, 20 s)`. What
+    is sampled past the budget goes without the untimed calls.
 
     Garbage is collected between quadruples and never inside a block.
 
@@ -188,6 +189,7 @@ def interleave(
     needed = statistics.pairs_needed(CONFIDENCE)
     enough_samples = statistics.samples_needed(90)
     next_look = max(SETTLED_PAIRS, needed)
+    late = False
     patience = max(OVERRUN * budget_s, PATIENCE_S)
 
     with _quiet_gc(), Interruptions() as interruptions:
@@ -195,7 +197,7 @@ def interleave(
             for side in order:
                 world.barrier()
                 before = interruptions.count()
-                times = _block(sides[side], calls, warms[side])
+                times = _block(sides[side], calls, warms[side] and not late)
                 contaminated += interruptions.count() != before
                 samples[side].extend(times)
                 medians[side].append(float(np.median(times)))
@@ -207,7 +209,8 @@ def interleave(
                 # Looking after every quadruple would find a lucky moment to stop; every fifth more pairs is enough.
                 next_look = math.ceil(1.2 * pairs)
                 done |= len(samples[0]) >= enough_samples and _settled(medians)
-            if world.agree(done):
+            done, late = world.agree((done, elapsed >= budget_s))
+            if done:
                 break
         method = interruptions.method
 

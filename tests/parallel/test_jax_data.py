@@ -63,6 +63,8 @@ def two() -> list[dict]:
         for process in processes:
             process.kill()
             process.wait()
+            process.stdout.close()
+            process.stderr.close()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
