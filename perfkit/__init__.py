@@ -22,6 +22,7 @@ _PUBLIC = {
     "doctor": "perfkit._doctor",
     "Chain": "perfkit._recipe",
     "LayerRecipe": "perfkit._recipe",
+    "ParallelRecipe": "perfkit._recipe",
     "Recipe": "perfkit._recipe",
     "Stage": "perfkit._recipe",
     "Inputs": "perfkit._workload",
@@ -43,7 +44,7 @@ _PUBLIC = {
     "UnknownRecipeError": "perfkit._errors",
     "UnsupportedError": "perfkit._errors",
 }
-_PACKAGES = ("kernels", "measure", "recipes", "reference")
+_PACKAGES = ("kernels", "measure", "parallel", "recipes", "reference")
 
 __all__ = ["__version__", *_PACKAGES, *_PUBLIC]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from perfkit._report import Comparison, Latency, Measurement, Quantity, Verdict
+from perfkit._report import Comparison, Latency, Measurement, Parallel, Quantity, Verdict
 from perfkit._variant import Variant, no_inputs
+from perfkit.backends import Traffic
 from perfkit.measure import memory
 
 
@@ -29,6 +30,37 @@ def measurement(name: str, variant: Variant, latency: Latency | None) -> Measure
     )
 
 
+def parallel(result: Variant, speedup: Comparison | None) -> Parallel | None:
+    """What spreading the model over several devices gave and cost; None where it was not spread."""
+    work, world = result.work, result.work.world
+    if work.spread is None:
+        return None
+    model_bytes, _ = work.backend.size(work)
+    traffic, peak = Traffic(no_inputs("B"), no_inputs("ratio")), no_inputs("B")
+    if result.measurable:
+        with result.finished.keeping_state():
+            traffic = work.backend.traffic(work, result.finished)
+            peak = work.backend.tensor_peak(work, result.finished)
+    efficiency = no_inputs("ratio")
+    if speedup is not None:
+        method = f"speed-up {speedup.ratio:.2f} / {world.devices} devices"
+        efficiency = Quantity(speedup.ratio / world.devices, "ratio", method=method)
+    ranks = world.gather((peak, model_bytes))
+    return Parallel(
+        layout=str(work.layout),
+        devices=world.devices,
+        processes=world.size,
+        parts=work.spread.parts,
+        efficiency=efficiency,
+        sent_bytes=traffic.sent_bytes,
+        communicating=traffic.share,
+        rank_peak_bytes=tuple(peak for peak, _ in ranks),
+        rank_model_bytes=tuple(held for _, held in ranks),
+        balance=work.spread.balance,
+        bubble=work.spread.bubble,
+    )
+
+
 def payback(optimizing_s: float, before: Measurement, after: Measurement, speedup: Comparison | None) -> Quantity:
     """After how many calls the cost of optimizing is earned back."""
     if speedup is None:
@@ -47,6 +79,7 @@ def _throughput(variant: Variant, latency: Latency | None) -> Quantity:
     batch = variant.work.backend.batch_size(variant.work.inputs)
     if batch is None:
         return Quantity.missing("items/s", "the inputs have no batch dimension")
+    batch *= variant.work.spread.shares if variant.work.spread else 1
     return Quantity(batch / latency.median_ms * 1e3, "items/s", method=f"{batch} items per median call")
 
 

@@ -15,6 +15,7 @@ from perfkit._recipe import Chain, Recipe
 from perfkit._report import Candidate, Effect
 from perfkit._variant import apply
 from perfkit._workload import Workload, calibration_inputs, check_mode
+from perfkit.parallel.gathering import gathered
 
 AUTO = "auto"
 SEARCH_BUDGET_S, CHAIN_BUDGET_S = 90.0, 6.0
@@ -99,6 +100,7 @@ def optimize(
         if chain is None:
             result = _search.search(work, settings)
         else:
+            work = gathered(work, chain)
             _recipe.check(chain, work)
             result = _pipeline.run(chain, work, settings)
     if result.report.outcome == "original returned" and mode == "inference":
@@ -187,7 +189,7 @@ def plan(
             chains, left_out = _search.sensible(work)
             tried = [Candidate(str(chain), "to be tried") for chain in chains]
             return Plan(*about, candidates=(*tried, *left_out))
-        return Plan(*about, steps=tuple(_planned(chain, work)))
+        return Plan(*about, steps=tuple(_planned(chain, gathered(work, chain))))
 
 
 def _planned(chain: Chain, work: Workload) -> list[PlannedStep]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import perfkit
 from perfkit._errors import UnsupportedError
-from perfkit._measurement import measurement, payback
+from perfkit._measurement import measurement, parallel, payback
 from perfkit._recipe import Chain, LayerRecipe
 from perfkit._report import Comparison, Fidelity, LossCurves, Metric, Report, Step, Verdict
 from perfkit._variant import Applied, Variant, compared, first_line, ready
@@ -98,13 +98,15 @@ def check_numbers(
     if tolerance is None:
         judged = settings.evaluate is not None and any(isinstance(recipe, LayerRecipe) for recipe in chain)
         tolerance = JUDGED_BY_METRIC if judged else chain.tolerance
-    return fidelity.compare_outputs(new, plain, reference, tolerance=tolerance, reference_name=name), None
+    close = fidelity.compare_outputs(new, plain, reference, tolerance=tolerance, reference_name=name)
+    return work.world.agree(close), None
 
 
 def _check_losses(original: Variant, result: Variant, chain: Chain, tolerance: float) -> tuple[Fidelity, LossCurves]:
     backend, work = original.work.backend, original.work
     before = backend.losses(work, original.finished, TRAINING_STEPS, work.seed)
     after = backend.losses(result.work, result.finished, TRAINING_STEPS, work.seed)
+    before, after = work.world.agree((before, after))
     if any(recipe.retrains for recipe in chain):
         return fidelity.compare_ends(before, after, tolerance=tolerance), LossCurves(before, after)
     other = backend.losses(work, original.finished, 1, work.seed + 1)
@@ -127,7 +129,7 @@ def evaluated(variant: Variant, settings: Settings) -> float:
     """The caller's metric of a variant, which is left in the state it is in."""
     with variant.finished.keeping_state():
         model = variant.finished.call if variant.finished.params else variant.finished.model
-        return float(settings.evaluate(model))
+        return variant.work.world.agree(float(settings.evaluate(model)))
 
 
 def _attributed(original: Variant, applied: Applied, last: Comparison, settings: Settings) -> tuple[Step, ...]:
@@ -181,8 +183,9 @@ def _assembled(
         measurement(name, variant, latency)
         for name, variant, latency in zip(("original", chain), (original, result), latencies, strict=True)
     )
+    spread = parallel(result, speedup)
     optimizing_s = sum(step.apply_s for step in applied.steps) + (result.first_call_s.value or 0.0)
-    return Report(
+    report = Report(
         model=work.backend.model_name(work),
         framework=work.framework,
         mode=work.mode,
@@ -201,8 +204,10 @@ def _assembled(
         payback_calls=payback(optimizing_s, before, after, speedup),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         perfkit_version=perfkit.__version__,
+        parallel=spread,
         **found,
     )
+    return work.world.agree(report)
 
 
 def _explained(recipe: str, work: Workload, speedup: Comparison | None) -> str:

@@ -24,10 +24,11 @@ import enum
 import importlib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from perfkit._errors import ChainError, InvalidInputError, UnknownRecipeError, UnsupportedError, nearest
@@ -48,7 +49,9 @@ class Stage(enum.IntEnum):
     KERNELS = 4
     MEMORY = 5
     COMPILE = 6
-    PARALLEL = 7
+    PIPELINE = 7
+    TENSOR = 8
+    DATA = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +62,14 @@ class Recipe:
         stage: where in a chain it stands.
         provides: what at most one recipe of a chain may provide, e.g. "precision"; None for no such claim.
         tolerance: relative error of the outputs that it may add, unitless.
+        positional: the options that may be given without their names: "data_parallel(2)".
         retrains: its training starts from another loss than the original's, and is judged by where it ends.
     """
 
     stage: ClassVar[Stage]
     provides: ClassVar[str | None] = None
     tolerance: ClassVar[float] = 0.0
+    positional: ClassVar[tuple[str, ...]] = ()
     retrains: ClassVar[bool] = False
 
     @property
@@ -119,6 +124,40 @@ class LayerRecipe(Recipe):
             InvalidInputError: a pattern matches none of them.
         """
         return selected(names, self.include, self.exclude, self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelRecipe(Recipe):
+    """Base of the recipes that spread a model over several processes or devices; see `perfkit.parallel`.
+
+    Every process calls `optimize` with the same arguments. What it returns on each is that one's part.
+
+    Class attributes:
+        axis: the axis of the mesh that it takes: "pipeline", "data" or "tensor".
+
+    Args:
+        size: how many devices along the axis; None for all that the chain's other recipes leave.
+    """
+
+    positional = ("size",)
+    axis: ClassVar[str]
+
+    size: int | None = None
+
+    def __post_init__(self):
+        if self.size is not None and not (isinstance(self.size, int) and self.size >= 1):
+            raise InvalidInputError(f"{self.name}(size={self.size!r}): expected a number of devices, or None")
+
+    def refusal(self, work: Workload) -> str | None:
+        if work.layout is None:
+            more = "" if work.framework == "torch" else ", or with several devices (XLA_FLAGS=…device_count=2 on CPU)"
+            return (
+                f"there is one process with one device here: start several, 'perfkit launch --nproc 2 script.py'{more}"
+            )
+        return None
+
+    def unsought(self, work: Workload) -> str:
+        return "it takes several processes: choose it by name, and start them with 'perfkit launch'"
 
 
 @dataclass(frozen=True)
@@ -287,22 +326,30 @@ def _from_ast(node: ast.expr, text: str) -> Iterable[Recipe]:
         yield from _from_ast(node.left, text)
         yield from _from_ast(node.right, text)
     elif isinstance(node, ast.Name):
-        yield _made(node.id, {})
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        yield _made(node.id)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         try:
             options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+            values = tuple(map(ast.literal_eval, node.args))
         except ValueError as error:
             raise InvalidInputError(_unreadable(text)) from error
-        yield _made(node.func.id, options)
+        yield _made(node.func.id, options, values)
     else:
         raise InvalidInputError(_unreadable(text))
 
 
-def _made(name: str, options: dict[str, Any]) -> Recipe:
+def _made(name: str, options: Mapping[str, Any] = MappingProxyType({}), values: tuple = ()) -> Recipe:
     if name == "auto":
         raise ChainError("recipe 'auto' stands alone: it finds the chain itself")
     kind = recipe_class(name)
     known = [item.name for item in dataclasses.fields(kind)]
+    if len(values) > len(kind.positional):
+        wants = f"options as keywords, such as {known[0]}=…" if known else "no options"
+        raise InvalidInputError(f"recipe {name!r} was given {values!r}: it takes {wants}")
+    unnamed = dict(zip(kind.positional, values, strict=False))
+    if twice := unnamed.keys() & options.keys():
+        raise InvalidInputError(f"recipe {name!r} was given {', '.join(twice)} twice")
+    options = unnamed | dict(options)
     for option in options:
         if option not in known:
             hint = nearest(option, known) if known else "it has no options"

@@ -223,6 +223,36 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """What spreading a model over several devices gave, and what it cost.
+
+    Args:
+        layout: the mesh, "data 2 × tensor 2".
+        devices, processes: how many work together.
+        parts: what is spread along which axis, one line each.
+        efficiency: speed-up against one process with the whole batch, divided by the number of devices.
+        sent_bytes: what one device exchanges in one call or step; `method` tells how it is counted.
+        communicating: share of a step's time in which such were under way, hidden behind computations or not.
+        rank_peak_bytes: tensor memory's high-water mark during a step, by process.
+        rank_model_bytes: parameters and buffers held, by process.
+        balance: share of the work of each pipeline stage; empty without a pipeline.
+        bubble: share of a pipeline's time in which its stages wait for each other, by its schedule.
+    """
+
+    layout: str
+    devices: int
+    processes: int
+    parts: tuple[str, ...]
+    efficiency: Quantity
+    sent_bytes: Quantity
+    communicating: Quantity
+    rank_peak_bytes: tuple[Quantity, ...]
+    rank_model_bytes: tuple[int, ...]
+    balance: tuple[float, ...] = ()
+    bubble: float = 0.0
+
+
+@dataclass(frozen=True)
 class Environment:
     """The machine and the libraries; `fingerprint` is equal only where timings may be compared."""
 
@@ -250,6 +280,7 @@ class Report:
             nothing was measured, and then `not_measured` says why.
         against_compiled: the framework's plain compiler against result (JAX: `jax.jit` of the original);
             None where it was not measured.
+        parallel: what several devices gave and cost; None where one process has the whole model.
         payback_calls: after how many calls the cost of optimizing is earned back.
         optimizing_s: seconds spent applying recipes and compiling, measurements not included.
     """
@@ -274,6 +305,7 @@ class Report:
     losses: LossCurves | None = None
     metric: Metric | None = None
     candidates: tuple[Candidate, ...] = ()
+    parallel: Parallel | None = None
     notes: tuple[str, ...] = ()
     not_measured: str = ""
     created: str = ""

@@ -115,6 +115,7 @@ def compared(
             variant_name=names[1],
             budget_s=budget_s,
             seed=baseline.work.seed,
+            world=baseline.work.world,
         )
 
 

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from perfkit._errors import InvalidInputError
+from perfkit.parallel.world import ALONE, World
 
 if TYPE_CHECKING:
     from perfkit.backends import Backend
+    from perfkit.parallel.layout import Layout
+    from perfkit.parallel.spread import Spread
 
 MODES = ("inference", "training")
 CALIBRATION_BATCHES = 256
@@ -38,6 +41,7 @@ class Training:
         loss_scaling: scale the loss dynamically, so that float16 gradients do not underflow.
         around: contexts within which every step runs, backward included.
         teacher: `teacher(*args, **kwargs)`, the original's outputs; half of the loss is then the distance to them.
+        averaged: makes of this process' loss the one over the whole batch.
     """
 
     loss: Callable[[Any, Any], Any]
@@ -46,6 +50,7 @@ class Training:
     loss_scaling: bool = False
     around: tuple[Callable[[], AbstractContextManager], ...] = ()
     teacher: Callable[..., Any] | None = None
+    averaged: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,9 @@ class Workload:
         training: loss, targets and optimizer; None for inference.
         seed: what every run on these inputs is seeded with.
         calibration: inputs that ranges of activations are read from; empty where the caller gave none.
+        world: the processes that run `optimize` together; alone unless a recipe of the chain is for several.
+        layout: how the chain's recipes share their devices; None where none asks for several.
+        spread: how the model is spread over them; None where every process has a whole one of its own.
     """
 
     backend: Backend
@@ -71,6 +79,9 @@ class Workload:
     training: Training | None = None
     seed: int = 0
     calibration: tuple[Inputs, ...] = ()
+    world: World = ALONE
+    layout: Layout | None = None
+    spread: Spread | None = None
 
     def replace(self, **changes: Any) -> Self:
         """The next workload: this one with some fields changed."""
@@ -83,6 +94,11 @@ class Workload:
     @property
     def trains(self) -> bool:
         return self.mode == "training"
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether a timed call is made by this process: one process makes those of a whole model."""
+        return self.spread is not None or self.world.leads
 
 
 def calibration_inputs(batches: Any, as_inputs: Callable[[Any], Inputs], rows: Callable[[Inputs], int | None]):

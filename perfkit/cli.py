@@ -1,4 +1,4 @@
-"""The command line: `perfkit optimize`, `plan`, `train`, `recipes`, `doctor`, `demo`.
+"""The command line: `perfkit optimize`, `plan`, `train`, `launch`, `recipes`, `doctor`, `demo`.
 
 Exit codes: 0 done, 1 refused or failed, 2 bad input, 3 the result is slower, 4 too noisy to tell, 130 interrupted.
 """
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import perfkit
+from perfkit import _cli_parallel
 from perfkit._errors import InvalidInputError, PerfkitError
 from perfkit._report import Report, Verdict
 from perfkit._workload import MODES
@@ -53,6 +54,8 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except PerfkitError as error:
+            if _cli_parallel.started_by_launcher():
+                raise  # the worker tells it with its rank, and the launcher who was first
             err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
             err.print(str(error), markup=False, highlight=False, soft_wrap=True)
             ctx.exit(BAD_INPUT if isinstance(error, InvalidInputError) else REFUSED)
@@ -134,15 +137,50 @@ def plan(model, framework, recipe, mode, batch_size) -> None:
 @main.command()
 @click.argument("model")
 @framework_option
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Over all processes.")
+@click.option("--steps", type=click.IntRange(min=1), help="[default: what the model needs]")
 @click.option("--seed", type=int, default=0, show_default=True)
-def train(model, framework, batch_size, seed) -> None:
-    """Train the reference model MODEL on its data, and evaluate it on held-out data."""
+@click.option("--recipe", help="Train what this recipe makes of the model.  [default: the model as it is]")
+@click.option("--budget", type=float, help="Seconds to spend measuring the recipe.")
+@click.option("--nproc", type=click.IntRange(min=1), help="Start so many processes for a recipe that takes several.")
+@_cli_parallel.timeout_option
+@click.option("--checkpoint", type=click.Path(file_okay=False, path_type=Path), help="Folder for checkpoints.")
+@click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps.  [default: after the last one]")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
+def train(
+    model, framework, batch_size, steps, seed, recipe, budget, nproc, timeout, checkpoint, checkpoint_every, resume
+) -> None:
+    """Train the reference model MODEL on its data, and evaluate it on held-out data.
+
+    \b
+    perfkit train cnn --recipe data_parallel --nproc 2 --checkpoint run1
+    perfkit train cnn --recipe data_parallel --nproc 2 --checkpoint run1 --steps 800 --resume
+    """
     from perfkit import reference
 
-    with training_progress(f"{model} ({framework})") as progress:
-        trained = reference.train(model, framework=framework, batch_size=batch_size, seed=seed, progress=progress)
-    out.print(trained_line(model, framework, trained), highlight=False, soft_wrap=True)
+    options = {
+        "framework": framework,
+        "batch_size": batch_size,
+        "steps": steps,
+        "seed": seed,
+        "recipe": recipe,
+        "checkpoint": checkpoint,
+        "checkpoint_every": checkpoint_every,
+        "resume": resume,
+    }
+    if (resume or checkpoint_every) and not checkpoint:
+        raise InvalidInputError("--resume and --checkpoint-every are about checkpoints: add --checkpoint FOLDER")
+    if nproc:
+        _cli_parallel.start_training(model, options | {"budget": budget}, nproc, timeout)
+    with _cli_parallel.first_alone(training_progress(f"{model} ({framework})")) as progress, _warnings_as_notes():
+        trained = reference.train(model, **options, budget_s=budget, progress=progress)
+    if _cli_parallel.leads():
+        if trained.report:
+            out.print(trained.report)
+        out.print(trained_line(model, framework, trained), highlight=False, soft_wrap=True)
+
+
+main.add_command(_cli_parallel.launch)
 
 
 @main.command()

@@ -46,6 +46,19 @@ class CompileLog:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What one device exchanges with others.
+
+    Args:
+        sent_bytes: what it exchanges in one call or training step; `method` tells how it is counted.
+        share: of the time in which such were under way, hidden behind computations or not.
+    """
+
+    sent_bytes: Quantity
+    share: Quantity
+
+
+@dataclass(frozen=True)
 class Finished:
     """A workload in the form the caller uses it.
 
@@ -56,6 +69,8 @@ class Finished:
         train_step: `train_step((inputs, targets)) -> loss`; None for inference.
         params: tells the parameters that `model` takes as first argument; None where it holds its own.
         program: tells the compiled program behind it once it was called (JAX); None where there is none.
+        trainer: holds all that training changes, for `perfkit.parallel.checkpoint`; None for inference.
+        restore: JAX: `restore(state)` puts what a checkpoint held in the place of `trainer.state`.
     """
 
     model: Any
@@ -64,6 +79,8 @@ class Finished:
     train_step: Callable[[Any], Any] | None = None
     params: Callable[[], Any] | None = None
     program: Callable[[], Any] | None = None
+    trainer: Any = None
+    restore: Callable[[Any], None] | None = None
 
 
 class Backend(ABC):
@@ -120,12 +137,20 @@ class Backend(ABC):
         """High-water mark of tensor memory during one call, above what was held before it."""
 
     @abstractmethod
+    def traffic(self, work: Workload, finished: Finished) -> Traffic:
+        """What this process' device sends during one call or step of a model that is spread over several."""
+
+    @abstractmethod
     def watching_compiles(self) -> AbstractContextManager[Callable[[], CompileLog]]:
         """Within it, what the compiler does is recorded; the function tells it so far."""
 
     @abstractmethod
     def compiled_baseline(self, work: Workload) -> Workload | None:
         """The workload under the framework's plain compiler, where that costs next to nothing; None elsewhere."""
+
+    @abstractmethod
+    def form(self, work: Workload) -> dict[str, str]:
+        """What must be the same on every process: parameters and inputs by name, with their shapes and dtypes."""
 
     @abstractmethod
     def model_name(self, work: Workload) -> str:
@@ -136,7 +161,12 @@ class Backend(ABC):
         """The tensors or arrays in nested inputs or outputs."""
 
     def caller(self, work: Workload, finished: Finished) -> Callable[[], Any]:
-        """One synchronized call on the example inputs, as the caller would make it: forward, or a training step."""
+        """One synchronized call on the example inputs, as the caller would make it: forward, or a training step.
+
+        Of a whole model in a world of several processes one makes it, and the others do nothing.
+        """
+        if not work.takes_part:
+            return _nothing
         synchronize, call, args, kwargs = self.synchronize, finished.call, work.inputs.args, work.inputs.kwargs
 
         def infer():
@@ -177,6 +207,10 @@ class Backend(ABC):
             return "none given"
         leaves = self.leaves((inputs.args, inputs.kwargs))
         return ", ".join(f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" for leaf in leaves)
+
+
+def _nothing() -> None:
+    """What a process does while another one runs a whole model."""
 
 
 def backend(name: str) -> Backend:

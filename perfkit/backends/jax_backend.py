@@ -17,10 +17,11 @@ from flax import nnx
 from perfkit._errors import InvalidInputError
 from perfkit._report import Quantity
 from perfkit._workload import Inputs, Training, Workload
-from perfkit.backends import Backend, Finished, check_loss, does_not_run
+from perfkit.backends import Backend, Finished, Traffic, check_loss, does_not_run
 from perfkit.backends.jax_compile import persistent_cache, watching
 from perfkit.backends.jax_dress import as_called, dressed, finished, writer
 from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
+from perfkit.backends.jax_placement import device_bytes
 from perfkit.backends.jax_precision import cast
 from perfkit.backends.jax_training import Trainer
 from perfkit.backends.jax_trees import leaves
@@ -94,7 +95,7 @@ class JaxBackend(Backend):
     def size(self, work: Workload) -> tuple[int, int]:
         stored = {id(leaf): leaf for leaf in self.leaves((work.model.params, work.model.rest))}
         parameters = {id(leaf): leaf for leaf in leaves(work.model.params) if hasattr(leaf, "dtype")}
-        total = sum(leaf.size * leaf.dtype.itemsize for leaf in stored.values())
+        total = sum(map(device_bytes, stored.values()))
         return total, sum(leaf.size for leaf in parameters.values())
 
     def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
@@ -114,6 +115,14 @@ class JaxBackend(Backend):
         peak = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return Quantity(peak, "B", method=f"XLA memory analysis of {form}: temporaries and outputs")
 
+    def traffic(self, work: Workload, finished: Finished) -> Traffic:
+        from perfkit.parallel.jax_collectives import collectives, told
+
+        found = collectives(finished.program().as_text(), work.world.devices)
+        method = f"HLO of the compiled program, as a ring sends it: {told(found)}"
+        sent = Quantity(sum(item.sent_bytes for item in found), "B", method=method)
+        return Traffic(sent, Quantity.missing("ratio", "XLA's program is one call: JAX does not tell its parts' times"))
+
     def watching_compiles(self):
         return watching()
 
@@ -121,6 +130,15 @@ class JaxBackend(Backend):
         if work.trains or hasattr(work.model.original, "lower"):
             return None  # jitted already: the training step by perfkit, the function by its caller
         return work.replace(model=work.model.compiled_ahead())
+
+    def form(self, work: Workload) -> dict[str, str]:
+        inputs = () if work.inputs is None else (work.inputs.args, dict(work.inputs.kwargs))
+        held = {"model": (work.model.params, work.model.rest), "input": inputs}
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(held)
+            if hasattr(leaf, "dtype")
+        }
 
     def model_name(self, work: Workload) -> str:
         return work.model.name
@@ -219,7 +237,8 @@ def _finished_training(work: Workload) -> Finished:
         model = as_called(held)
 
         def params():
-            return {"params": trainer.params, **trainer.rest} if isinstance(held, LinenModel) else trainer.params
+            trained, rest = trainer.held
+            return {"params": trained, **rest} if isinstance(held, LinenModel) else trained
 
         def call(*args, **kwargs):
             return model(params(), *args, **kwargs)
@@ -228,16 +247,21 @@ def _finished_training(work: Workload) -> Finished:
         """Train on `batch = (inputs, targets)` and return the loss."""
         inputs, targets = batch
         loss = trainer.step(as_inputs(held, inputs), targets)
-        write(trainer.params, trainer.rest)
+        write(*trainer.held)
         return loss
 
     @contextmanager
     def keeping_state():
         with trainer.keeping_state():
             yield
-        write(trainer.params, trainer.rest)
+        write(*trainer.held)
 
-    return Finished(model, call, keeping_state, train_step, params, lambda: trainer.program.compiled)
+    def restore(state):
+        trainer.state = state
+        write(*trainer.held)
+
+    program = lambda: trainer.program.compiled  # noqa: E731
+    return Finished(model, call, keeping_state, train_step, params, program, trainer, restore)
 
 
 def _nowhere(params: Any, rest: Any) -> None:

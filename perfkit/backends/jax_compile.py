@@ -31,10 +31,11 @@ class Program:
     Args:
         function: what is compiled; positional arguments only.
         donate: positions of arguments whose memory the outputs may take over.
+        jit: `jax.jit` with other options, or `jax.pmap`.
     """
 
-    def __init__(self, function: Callable, donate: tuple[int, ...] = ()):
-        self.jitted = jax.jit(function, donate_argnums=donate)
+    def __init__(self, function: Callable, donate: tuple[int, ...] = (), jit: Callable = jax.jit):
+        self.jitted = jit(function, donate_argnums=donate)
         self.compiled: jax.stages.Compiled | None = None
 
     def __call__(self, *args: Any) -> Any:

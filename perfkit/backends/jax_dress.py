@@ -60,9 +60,9 @@ class DressedFunction:
         self.program = Program(run) if model.ahead else run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.model.params is None:
-            return self.program(None, args, kwargs)
-        return self.program(args[0], args[1:], kwargs)
+        leading, inputs = ((None,), args) if self.model.params is None else (args[:1], args[1:])
+        inputs, kwargs = self.model.placement.batch((inputs, kwargs))
+        return self.program(*leading, inputs, kwargs)
 
     def __repr__(self) -> str:
         return f"<{self.model.name}, optimized by perfkit>"
@@ -126,6 +126,7 @@ class _Ahead:
         if structure != self.structure:
             self._build(module, variables)
             self.structure = structure
+        args, kwargs = self.model.placement.batch((args, kwargs))
         outputs, changed = self.program([variable.get_raw_value() for variable in variables], args, kwargs)
         for index, value in changed.items():
             variables[index].set_raw_value(value)

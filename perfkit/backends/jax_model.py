@@ -10,6 +10,8 @@ from typing import Any, Self
 
 from flax import linen, nnx
 
+from perfkit.backends.jax_placement import ONE_DEVICE, Placement
+
 Function = Callable[..., tuple[Any, Any]]
 """`function(params, rest, *args, **kwargs) -> (outputs, new rest)`."""
 
@@ -24,6 +26,7 @@ class JaxModel(ABC):
         rest: pytree of the other state: running statistics, random keys and counters.
         transforms: applied to the base function, first one innermost.
         ahead: compile the transformed function ahead of time.
+        placement: on which devices its state lies, and batches are put.
     """
 
     original: Any
@@ -31,6 +34,7 @@ class JaxModel(ABC):
     rest: Any = ()
     transforms: tuple[Callable[[Function], Function], ...] = ()
     ahead: bool = False
+    placement: Placement = ONE_DEVICE
 
     def then(self, wrap: Callable[[Function], Function]) -> Self:
         """The model with its function wrapped once more."""

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from perfkit.backends.jax_compile import Program
-
 if TYPE_CHECKING:
     from perfkit._workload import Inputs, Training, Workload
     from perfkit.backends.jax_model import Function
@@ -31,21 +29,21 @@ class Trainer:
 
     def __init__(self, work: Workload):
         model, training = work.model, work.training
-        self.state = _owned((model.params, model.rest, training.optimizer.init(model.params), _first_scale()))
-        step = _step(model.function(), training)
-        self.program = Program(step, donate=(0,) if model.ahead else ())
+        self.placement = model.placement
+        state = model.params, model.rest, training.optimizer.init(model.params), _first_scale()
+        self.state = _owned(self.placement.state(state))
+        step = _step(self.placement.function(model.function()), training, self.placement.averaged)
+        self.program = self.placement.program(step, (0,) if model.ahead else (), self.state)
 
     @property
-    def params(self) -> Any:
-        return self.state[0]
-
-    @property
-    def rest(self) -> Any:
-        return self.state[1]
+    def held(self) -> tuple[Any, Any]:
+        """Parameters and other state as the caller's model holds them."""
+        return self.placement.held(self.state[:2])
 
     def step(self, inputs: Inputs, targets: Any) -> jax.Array:
         """Train on one batch; returns the loss before the step, a float32 scalar."""
-        self.state, loss = self.program(self.state, inputs.args, dict(inputs.kwargs), targets)
+        batch = self.placement.batch((inputs.args, dict(inputs.kwargs), targets))
+        self.state, loss = self.program(self.state, *batch)
         return loss
 
     @contextmanager
@@ -58,7 +56,7 @@ class Trainer:
             self.state = before
 
 
-def _step(function: Function, training: Training):
+def _step(function: Function, training: Training, averaged: Callable[[Any], Any]):
     optimizer, scaling = training.optimizer, training.loss_scaling
 
     def step(state, args, kwargs, targets):
@@ -71,7 +69,7 @@ def _step(function: Function, training: Training):
                 loss = (loss + _distance(outputs, training.teacher(*args, **kwargs))) / 2
             return (loss * scale.astype(loss.dtype) if scaling else loss), (loss, new_rest)
 
-        gradients, (loss, new_rest) = jax.grad(scaled_loss, has_aux=True)(params)
+        gradients, (loss, new_rest) = averaged(jax.grad(scaled_loss, has_aux=True)(params))
         if not scaling:
             updates, moments = optimizer.update(gradients, moments, params)
             return (optax.apply_updates(params, updates), new_rest, moments, (scale, clean_steps)), loss

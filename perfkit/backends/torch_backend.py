@@ -17,9 +17,9 @@ from torch import nn
 from perfkit._errors import InvalidInputError
 from perfkit._report import Quantity
 from perfkit._workload import Inputs, Training, Workload
-from perfkit.backends import Backend, CompileLog, Finished, check_loss, does_not_run
+from perfkit.backends import Backend, CompileLog, Finished, Traffic, check_loss, does_not_run
 from perfkit.backends.torch_stderr import without_lines
-from perfkit.backends.torch_surgery import COMPILED_WITH, cast, copied, settle_forward, tensors_in
+from perfkit.backends.torch_surgery import COMPILED_WITH, cast, copied, local, settle_forward, tensors_in
 from perfkit.backends.torch_training import Trainer
 
 
@@ -80,7 +80,7 @@ class TorchBackend(Backend):
             inputs, targets = batch
             return trainer.step(self.as_inputs(work, inputs), targets)
 
-        return Finished(work.model, work.model, trainer.keeping_state, train_step)
+        return Finished(work.model, work.model, trainer.keeping_state, train_step, trainer=trainer)
 
     def synchronize(self, outputs: Any) -> None:
         if torch.accelerator.is_available():
@@ -106,15 +106,18 @@ class TorchBackend(Backend):
     def size(self, work: Workload) -> tuple[int, int]:
         parameters = {id(tensor): tensor for tensor in work.model.parameters()}
         buffers = {id(tensor): tensor for tensor in work.model.buffers()}
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in (parameters | buffers).values()
-        }
+        held = map(local, (parameters | buffers).values())
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
         return sum(storages.values()), sum(tensor.numel() for tensor in parameters.values())
 
     def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
         call = self.caller(work, finished)
         return _cuda_peak(call) if work.device == "cuda" else _profiled_peak(call, work.device)
+
+    def traffic(self, work: Workload, finished: Finished) -> Traffic:
+        from perfkit.parallel.torch_traffic import traffic
+
+        return traffic(self.caller(work, finished))
 
     @contextmanager
     def watching_compiles(self) -> Iterator[Callable[[], CompileLog]]:
@@ -125,6 +128,15 @@ class TorchBackend(Backend):
 
     def compiled_baseline(self, work: Workload) -> Workload | None:
         return None  # torch.compile costs seconds to minutes: recipe="auto" tries it as a candidate instead
+
+    def form(self, work: Workload) -> dict[str, str]:
+        held = dict(work.model.named_parameters()) | dict(work.model.named_buffers())
+        if work.inputs is not None:
+            given = enumerate(tensors_in((work.inputs.args, work.inputs.kwargs)))
+            held |= {f"input {number}": tensor for number, tensor in given}
+        return {
+            name: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for name, tensor in held.items()
+        }
 
     def model_name(self, work: Workload) -> str:
         return type(work.model).__name__

@@ -36,6 +36,9 @@ def compiled(work: Workload, mode: str, freezing: bool, **settings: Any) -> tupl
     """Compile on the first call; for inference without gradients and with the weights frozen into the program."""
     options = dict(torch._inductor.list_mode_options(mode))
     freezing = freezing and not work.trains
+    split = freezing and work.layout is not None and work.layout.size("tensor") > 1
+    notes = ("not frozen: Inductor freezes whole weights, and tensor_parallel splits them",) if split else ()
+    freezing = freezing and not split
     if freezing:
         options["freezing"] = True
     if settings.get("dynamic") is None and any(hasattr(type(part), FIXED_SHAPES) for part in work.model.modules()):
@@ -45,7 +48,7 @@ def compiled(work: Workload, mode: str, freezing: bool, **settings: Any) -> tupl
         _compile_anew_with_new_weights(work.model)
     if not work.trains:
         around_call(work.model, _FrozenInference if freezing else torch.no_grad)
-    return work, Effect((work.backend.model_name(work),), tuple(_left_eager(work.model)))
+    return work, Effect((work.backend.model_name(work),), tuple(_left_eager(work.model)), notes)
 
 
 class _FrozenInference:

@@ -128,6 +128,13 @@ def settle_forward(module: nn.Module) -> None:
         derive(part, forward=assigned.__func__)
 
 
+def leave_fast_path(model: nn.Module) -> None:
+    """TransformerEncoderLayer's fast path reads its layers' weights and never calls them: take the other path."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+
+
 def _non_leaf_copies(modules: list[nn.Module]) -> dict[int, Any]:
     """deepcopy refuses tensors that have a history, such as cached or reparametrized weights: copy those beforehand."""
     tensors = (value for module in modules for value in vars(module).values() if isinstance(value, torch.Tensor))
@@ -157,6 +164,11 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
     found: list[torch.Tensor] = []
     map_tensors(lambda tensor: found.append(tensor) or tensor, tree)
     return iter(found)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: its part of a distributed one, else all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def cast(tree: Any, dtype: torch.dtype, only: tuple[torch.dtype, ...] | None = None) -> Any:

@@ -28,6 +28,7 @@ class Trainer:
         self.optimizer = work.training.optimizer
         self.around = work.training.around
         self.teacher = work.training.teacher
+        self.averaged = work.training.averaged
         self.scaler = torch.amp.GradScaler(work.device, enabled=work.training.loss_scaling)
 
     def step(self, inputs: Inputs, targets: Any) -> torch.Tensor:
@@ -45,13 +46,14 @@ class Trainer:
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        return loss.detach()
+        return loss.detach() if self.averaged is None else self.averaged(loss.detach())
 
     @contextmanager
     def keeping_state(self) -> Iterator[None]:
         """Within it the model may be trained; after it model, optimizer and loss scale are as before."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         before = [tensor.detach().clone() for tensor in tensors]
+        self.optimizer.zero_grad(set_to_none=True)  # gradients of FSDP2 cannot be copied, and each step makes new ones
         optimizer = copied(self.optimizer).state_dict()
         scale = self.scaler.state_dict()
         try:

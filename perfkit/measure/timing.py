@@ -22,6 +22,7 @@ from perfkit._errors import PerfkitWarning
 from perfkit._report import Comparison, Latency, Quantity, Verdict
 from perfkit.measure import statistics
 from perfkit.measure._scheduler import Interruptions, waited_s
+from perfkit.parallel.world import ALONE, World
 
 Call = Callable[[], Any]
 
@@ -86,7 +87,7 @@ def first_call(call: Call) -> tuple[float, Any]:
     return (time.perf_counter_ns() - start) / 1e9, result
 
 
-def warm_up(call: Call, *, budget_s: float) -> int:
+def warm_up(call: Call, *, budget_s: float, world: World = ALONE) -> int:
     """Call until the rolling median is stable or `budget_s` seconds are spent, at least twice; return how often.
 
     Stable: the medians of the last three windows of five calls lie within 5 % of each other.
@@ -99,17 +100,26 @@ def warm_up(call: Call, *, budget_s: float) -> int:
         call()
         now = clock()
         times.append(now - start)
-        if len(times) >= 2 and now >= end:
-            break
-        if len(times) >= 3 * WARM_WINDOW:
-            recent = np.median(np.reshape(times[-3 * WARM_WINDOW :], (3, WARM_WINDOW)), axis=1)
-            if recent.max() <= WARM_SPREAD * recent.min():
-                break
-    return len(times)
+        if world.agree((len(times) >= 2 and now >= end) or _stable(times)):
+            return len(times)
+
+
+def _stable(times: list[int]) -> bool:
+    if len(times) < 3 * WARM_WINDOW:
+        return False
+    recent = np.median(np.reshape(times[-3 * WARM_WINDOW :], (3, WARM_WINDOW)), axis=1)
+    return recent.max() <= WARM_SPREAD * recent.min()
 
 
 def paired(
-    original: Call, variant: Call, *, baseline: str, variant_name: str, budget_s: float, seed: int = 0
+    original: Call,
+    variant: Call,
+    *,
+    baseline: str,
+    variant_name: str,
+    budget_s: float,
+    seed: int = 0,
+    world: World = ALONE,
 ) -> tuple[Latency, Latency, Comparison]:
     """Warm up both, time them interleaved, and return the latency of each and their comparison.
 
@@ -120,13 +130,14 @@ def paired(
         original, variant: one whole, synchronized call each. They may be the same object.
         baseline, variant_name: their names in the report.
         budget_s: seconds for all of it; see `interleave` for when less or more is used.
+        world: the processes that make the calls together. What rank 0 measured is returned on all.
 
     Warns:
         PerfkitWarning: calls so slow that the budget and its overrun bought too few pairs for a verdict.
     """
     for call in (original, variant):
-        warm_up(call, budget_s=budget_s / 10)
-    times = interleave(original, variant, budget_s=budget_s * 0.8, seed=seed)
+        warm_up(call, budget_s=budget_s / 10, world=world)
+    times = interleave(original, variant, budget_s=budget_s * 0.8, seed=seed, world=world)
     if times.shortfall:
         warnings.warn(times.shortfall, PerfkitWarning, stacklevel=2)
     comparison = statistics.compare(
@@ -139,26 +150,37 @@ def paired(
     )
     if comparison.verdict == Verdict.SAME and (times.waited.value or 0.0) > CONTENDED:
         comparison = dataclasses.replace(comparison, verdict=Verdict.NOISY)
-    return statistics.latency(times.original_samples_ms), statistics.latency(times.variant_samples_ms), comparison
+    latencies = statistics.latency(times.original_samples_ms), statistics.latency(times.variant_samples_ms)
+    return world.agree((*latencies, comparison))
 
 
-def interleave(original: Call, variant: Call, *, budget_s: float, seed: int = 0, block_s: float = BLOCK_S) -> Paired:
+def interleave(
+    original: Call,
+    variant: Call,
+    *,
+    budget_s: float,
+    seed: int = 0,
+    block_s: float = BLOCK_S,
+    world: World = ALONE,
+) -> Paired:
     """Time two variants in alternating blocks, so that drift and bursts of the machine hit both alike.
 
     Four blocks make a quadruple, ABBA or BAAB, the two kinds equally often in random order. A block is as many calls as
     last `block_s` seconds; each call is timed on its own and the block counts as its median call. Sampling ends when
     the interval of the ratio is narrower than ±1 % and p90 is supported, or when `budget_s` seconds are spent, but
-    not before there are enough pairs for a verdict, unless those would cost more than `max(4 * budget_s, 20 s)`.
+    not before there are enough pairs for a verdict, unless those would cost more than `max(4 * budget_s, 20 s)`. What
+    is sampled past the budget goes without the untimed calls.
 
     Garbage is collected between quadruples and never inside a block.
 
     Args:
         original, variant: one whole, synchronized call each, warmed up. What they raise ends the sampling.
         seed: of the order.
+        world: the processes that make the calls together, block by block. Each times itself, rank 0 decides.
     """
     began, waited_before = time.perf_counter(), waited_s()
     sides = (original, variant)
-    quickest = [_quickest(call) for call in sides]
+    quickest = world.agree([_quickest(call, world) for call in sides])
     calls = _calls_per_block(quickest, block_s)
     warms = [seconds < UNWARMED_S for seconds in quickest]
     medians: tuple[list[float], list[float]] = ([], [])
@@ -167,26 +189,29 @@ def interleave(original: Call, variant: Call, *, budget_s: float, seed: int = 0,
     needed = statistics.pairs_needed(CONFIDENCE)
     enough_samples = statistics.samples_needed(90)
     next_look = max(SETTLED_PAIRS, needed)
+    late = False
     patience = max(OVERRUN * budget_s, PATIENCE_S)
 
     with _quiet_gc(), Interruptions() as interruptions:
         for order in _orders(seed):
             for side in order:
+                world.barrier()
                 before = interruptions.count()
-                times = _block(sides[side], calls, warms[side])
+                times = _block(sides[side], calls, warms[side] and not late)
                 contaminated += interruptions.count() != before
                 samples[side].extend(times)
                 medians[side].append(float(np.median(times)))
             gc.collect()
             elapsed = time.perf_counter() - began
             pairs = len(medians[0])
-            if elapsed >= budget_s and (pairs >= needed or elapsed >= patience):
-                break
+            done = elapsed >= budget_s and (pairs >= needed or elapsed >= patience)
             if pairs >= next_look:
                 # Looking after every quadruple would find a lucky moment to stop; every fifth more pairs is enough.
                 next_look = math.ceil(1.2 * pairs)
-                if len(samples[0]) >= enough_samples and _settled(medians):
-                    break
+                done |= len(samples[0]) >= enough_samples and _settled(medians)
+            done, late = world.agree((done, elapsed >= budget_s))
+            if done:
+                break
         method = interruptions.method
 
     return Paired(
@@ -232,10 +257,10 @@ def _calls_per_block(quickest: list[float], block_s: float) -> int:
     return max(1, min(math.ceil(block_s / quick), int(10 * block_s / slow), MOST_CALLS))
 
 
-def _quickest(call: Call) -> float:
+def _quickest(call: Call, world: World = ALONE) -> float:
     """Seconds of the quickest of a few calls: the others may have been interrupted."""
     times: list[int] = []
-    while len(times) < CALIBRATION_CALLS and sum(times) < CALIBRATION_S * 1e9:
+    while world.agree(len(times) < CALIBRATION_CALLS and sum(times) < CALIBRATION_S * 1e9):
         times += _timed(call, 1)
     return max(min(times), 1) / 1e9
 

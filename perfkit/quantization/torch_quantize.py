@@ -23,6 +23,7 @@ from perfkit._errors import missing
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.torch_stderr import without_lines
+from perfkit.backends.torch_surgery import leave_fast_path
 from perfkit.backends.torch_training import teacher
 from perfkit.measure.environment import has
 from perfkit.quantization import torch_int4, torch_layers, torch_qat, torch_rnn_int8
@@ -70,7 +71,7 @@ def int8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     layers, skipped = _layers(work.model, recipe, (nn.Linear, *CONVS))
     trained = {name for name, module in layers.items() if torch_qat.is_trained(module)}
     folded = fold_norms(work, {name: m for name, m in layers.items() if isinstance(m, CONVS) and name not in trained})
-    _leave_fast_path(work.model)
+    leave_fast_path(work.model)
     multiplying = {name: module for name, module in layers.items() if _multiplies(module)}
     followers = linked(work, multiplying).followers
     observed, samples = calibrate(work, {name: m for name, m in multiplying.items() if name not in trained})
@@ -103,7 +104,7 @@ def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]
     if work.device == "cuda":
         return _by_torchao(work, recipe, "Int8DynamicActivationInt8WeightConfig")
     layers, skipped = _layers(work.model, recipe, (nn.Linear,))
-    _leave_fast_path(work.model)
+    leave_fast_path(work.model)
     for module in layers.values():
         if isinstance(module, nn.Linear):
             torch_layers.dynamic(module, _top())
@@ -115,7 +116,7 @@ def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]
 def weight_only(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     """Weights in 8 bits in memory; everything is computed in the input's precision."""
     layers, skipped = _layers(work.model, recipe, (nn.Linear, *CONVS), recurrent=False, dtypes=FLOATS)
-    _leave_fast_path(work.model)
+    leave_fast_path(work.model)
     for module in layers.values():
         if isinstance(module, nn.Embedding):
             torch_layers.embedding(module)
@@ -134,7 +135,7 @@ def int4_weight_only(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Eff
         options = {"group_size": recipe.group_size}
         return _by_torchao(work, recipe, "Int4WeightOnlyConfig", options, torch.bfloat16)
     layers, skipped = _layers(work.model, recipe, (nn.Linear,), recurrent=False, dtypes=FLOATS)
-    _leave_fast_path(work.model)
+    leave_fast_path(work.model)
     touched = []
     for name, module in layers.items():
         if reason := torch_int4.refusal(module, recipe.group_size):
@@ -163,7 +164,7 @@ def qat(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     if recipe.distill:
         work = work.replace(training=replace(work.training, teacher=teacher(work)))
     layers, skipped = _layers(work.model, recipe, (nn.Linear, *CONVS), trains=True)
-    _leave_fast_path(work.model)
+    leave_fast_path(work.model)
     for name in [name for name, module in layers.items() if isinstance(module, nn.Embedding)]:
         del layers[name]
         skipped.append(Skipped(name, "embeddings are rounded when 'int8' converts the model, not while it trains"))
@@ -202,7 +203,7 @@ def _by_torchao(
     for name in [name for name, module in layers.items() if isinstance(module, nn.Embedding)]:
         del layers[name]
         skipped.append(Skipped(name, "on CUDA only linear layers are quantized"))
-    _leave_fast_path(work.model)
+    leave_fast_path(work.model)
     chosen = {id(module) for module in layers.values()}
     config = getattr(library, config)(**options)
     library.quantize_(work.model, config, filter_fn=lambda module, _: id(module) in chosen)
@@ -302,10 +303,3 @@ def _quantize_pools(model: nn.Module, followers: dict[str, nn.Module]) -> Iterat
     for pool, follower in followers.items():
         torch_layers.pool(model.get_submodule(pool), follower.input_grid)
         yield f"{pool} runs on the grid of {names[follower]}"
-
-
-def _leave_fast_path(model: nn.Module) -> None:
-    """TransformerEncoderLayer's fast path reads its layers' weights and never calls them: take the other path."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0

@@ -4,13 +4,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from ._catalog import BATCH_SIZE, METRICS, Kind, card, dataset
 from ._checks import at_least, unfit
-from ._load import Framework, framework_side
+from ._load import Framework, framework_side, task
 from .data import Dataset
 
 
@@ -41,7 +42,9 @@ class Trained:
         value: the metric on held-out rows.
         baseline: the metric of the best constant answer on the same rows.
         train_seconds: wall-clock time of the steps, with compiling in JAX, without loading data and evaluating.
-        losses: the training loss of each step.
+        losses: the training loss of each step that this run took.
+        report: what the recipe brought, as `perfkit.optimize` tells it; None without a recipe.
+        resumed_at: the number of steps that the model had behind it when this run began.
     """
 
     model: Any
@@ -50,6 +53,8 @@ class Trained:
     baseline: float
     train_seconds: float
     losses: tuple[float, ...]
+    report: Any = None
+    resumed_at: int = 0
 
 
 def train(
@@ -61,6 +66,11 @@ def train(
     seed: int = 0,
     data: Dataset | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    recipe: str | None = None,
+    budget_s: float | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
 ) -> Trained:
     """Train a reference model and judge it on held-out rows.
 
@@ -74,13 +84,22 @@ def train(
         batch_size: rows in each step.
         seed: of the weights and the order of the rows.
         data: what to learn and be judged on; None for the model's default, which needs no network.
-        progress: called after every step as `progress(step, steps, loss)`; it makes each step wait for its result.
+        progress: called after every step as `progress(step, steps, loss)`; it makes each step wait for its result. Of
+            several processes it is called in the first.
+        recipe: train what `perfkit.optimize` makes of the model with this recipe; with one such as "data_parallel" each
+            of several processes calls this function with the same arguments, and works on its part of each batch.
+        budget_s: seconds to spend measuring the recipe.
+        checkpoint: folder for checkpoints: one after the last step, and the one before it.
+        checkpoint_every: steps from one checkpoint to the next.
+        resume: go on from the last checkpoint there, which any number of processes may have written.
 
     Returns:
         Trained.
 
     Raises:
-        ValueError: An unknown name or framework, a number below 1, or data of a kind that the model cannot read.
+        ValueError: An unknown name or framework, a number below 1, data of a kind that the model cannot read, or
+            checkpoints that are not there, or are and were not asked for.
+        perfkit.PerfkitError: what `perfkit.optimize` raises about the recipe.
         ImportError: The framework is not installed, or scikit-learn for the digits.
 
     Example:
@@ -92,6 +111,18 @@ def train(
     steps = about.steps if steps is None else at_least(steps, 1, what="steps")
     at_least(batch_size, 1, what="batch_size")
     data = dataset(name, data)
+    if recipe or checkpoint:
+        return _train_run(
+            name,
+            framework,
+            {"steps": steps, "batch_size": batch_size, "seed": seed, "data": data},
+            checkpoint,
+            recipe=recipe,
+            budget_s=budget_s,
+            every=None if checkpoint_every is None else at_least(checkpoint_every, 1, what="checkpoint_every"),
+            resume=resume,
+            progress=progress,
+        )
     model = side.build(name, seed=seed)
     side.set_mode(model, training=True)
     losses = []
@@ -116,6 +147,38 @@ def train(
         baseline=judged.baseline,
         train_seconds=train_seconds,
         losses=curve,
+    )
+
+
+def _train_run(
+    name: str, framework: Framework, about: dict[str, Any], checkpoint: str | Path | None, **how: Any
+) -> Trained:
+    from . import _train_run as runs
+
+    if framework == "jax":
+        from perfkit.parallel.jax_world import join
+
+        join()  # before anything runs in JAX
+    seed, batch_size, data = about["seed"], about["batch_size"], about["data"]
+    where = runs.checkpoints_of(checkpoint, name, framework, batch_size, seed) if checkpoint else None
+    work = task(name, framework=framework, batch_size=batch_size, seed=seed)
+    rows = batches(name, framework=framework, **about)
+    ran = runs.run(work, rows, steps=about["steps"], seed=seed, checkpoints=where, **how)
+    side, model = framework_side(framework), ran.finished.model
+    if framework == "torch":
+        side.set_mode(model, training=False)
+        judged = evaluate(name, model, framework=framework, data=data)
+    else:
+        judged = evaluate(name, ran.finished.call, framework=framework, data=data)
+    return Trained(
+        model=model,
+        metric=judged.metric,
+        value=judged.value,
+        baseline=judged.baseline,
+        train_seconds=ran.seconds,
+        losses=ran.losses,
+        report=ran.report,
+        resumed_at=ran.after - len(ran.losses),
     )
 
 

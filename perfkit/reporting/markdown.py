@@ -102,6 +102,7 @@ def _facts_list(report: Report) -> Iterator[str]:
     if report.speedup is not None or report.against_compiled is not None:
         lines.append(f"**compiler** {text(_facts.compiled(report))}")
     lines.append(f"**payback** {text(_facts.payback(report))}")
+    lines += [f"{f'**{label}** ' if label else ''}{text(value)}" for label, value in _facts.parallel_rows(report)]
     yield "<br>\n".join(lines)
 
 

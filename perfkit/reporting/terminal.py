@@ -148,6 +148,8 @@ def _statements(report: Report) -> Iterator[RenderableType]:
     if report.speedup is not None or report.against_compiled is not None:
         table.add_row("compiler", line(_facts.compiled(report)))
     table.add_row("payback", line(_facts.payback(report)))
+    for label, value in _facts.parallel_rows(report):
+        table.add_row(label, line(value))
     yield table
 
 

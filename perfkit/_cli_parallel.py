@@ -1,0 +1,117 @@
+"""The command line's part about several processes: `perfkit launch`, and what `perfkit train` needs of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+import click
+
+from perfkit._errors import InvalidInputError
+
+TIMEOUT_HELP = "Seconds after which a process that reports no step is taken for hung."
+timeout_option = click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, show_default=True, help=TIMEOUT_HELP
+)
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--nproc", type=click.IntRange(min=1), required=True, help="Processes on this machine.")
+@click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
+@click.option("--node-rank", type=click.IntRange(min=0), default=0, show_default=True, help="Which one this is.")
+@click.option("--address", help="Of the first machine.")
+@click.option("--port", type=click.IntRange(1, 65534), help="A free one of the first machine.")
+@click.option("--framework", type=click.Choice(["torch", "jax"]), help="[default: torch, where it is installed]")
+@timeout_option
+@click.option("-m", "--module", is_flag=True, help="SCRIPT is the name of a module, as in python -m.")
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def launch(nproc, nnodes, node_rank, address, port, framework, timeout, module, script, arguments) -> None:
+    """Run SCRIPT in several processes that find each other; if one fails, end all and tell which and why.
+
+    \b
+    perfkit launch --nproc 2 train.py --epochs 3
+    perfkit launch --nproc 8 --nnodes 2 --node-rank 0 --address gpu01 --port 29500 train.py
+    """
+    from perfkit.parallel.launching import Launch
+
+    start(
+        [*(["-m"] if module else []), script, *arguments],
+        Launch(
+            processes=nproc,
+            nodes=nnodes,
+            node=node_rank,
+            address=address,
+            port=port,
+            framework=framework or ("torch" if find_spec("torch") else "jax"),
+            timeout_s=timeout,
+        ),
+    )
+
+
+def start(command: list[str], how: Any) -> NoReturn:
+    """Run the command in several processes, tell what went wrong, and exit as they did."""
+    from perfkit.parallel import launching
+
+    ended = launching.launch(command, how)
+    if ended:
+        click.echo(launching.told(ended), err=True)
+    sys.exit(launching.exit_code(ended))
+
+
+def start_training(model: str, options: Mapping[str, Any], processes: int, timeout_s: float) -> NoReturn:
+    """`perfkit train` in several processes, each without --nproc.
+
+    Raises:
+        InvalidInputError: no recipe for several processes was named.
+    """
+    from perfkit._recipe import ParallelRecipe, chain_of
+    from perfkit.parallel.launching import Launch
+
+    chain = chain_of(options["recipe"] or [])
+    if not any(isinstance(recipe, ParallelRecipe) for recipe in chain):
+        raise InvalidInputError(
+            f"--nproc {processes} with --recipe {options['recipe'] or '(none)'}: name a recipe that takes several "
+            "processes, such as data_parallel"
+        )
+    command = ["-m", "perfkit.cli", "train", model, *as_arguments(options)]
+    start(command, Launch(processes=processes, framework=options["framework"], timeout_s=timeout_s))
+
+
+def leads() -> bool:
+    """Whether this process is the first or only one: the one that talks to the user."""
+    from perfkit.parallel.environment import launched
+
+    about = launched()
+    return about is None or about.rank == 0
+
+
+def started_by_launcher() -> bool:
+    """Whether `perfkit launch` watches this process."""
+    from perfkit.parallel import heartbeat
+
+    return heartbeat.folder() is not None
+
+
+@contextmanager
+def first_alone(shown: AbstractContextManager[Any]) -> Iterator[Any]:
+    """A progress display in the first process; None in the others."""
+    if leads():
+        with shown as progress:
+            yield progress
+    else:
+        yield None
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """A command's options, as they are typed."""
+    typed: list[str] = []
+    for name, value in options.items():
+        if value is True:
+            typed.append(f"--{name.replace('_', '-')}")
+        elif value is not None and value is not False:
+            typed += [f"--{name.replace('_', '-')}", str(value)]
+    return typed

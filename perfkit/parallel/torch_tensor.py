@@ -1,0 +1,202 @@
+"""Tensor parallelism in torch: each process holds a part of the layers' weights, as DTensors.
+
+A layer split by columns computes some of its outputs, and they are gathered. Where they reach one other linear layer
+through elementwise functions alone, that one is split by rows: it takes them as they are, and its sums are added up. In
+between they are DTensors, which compute what the whole would give, or raise: a forward that takes another way than on
+the example inputs is not silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from perfkit._errors import UnsupportedError
+from perfkit._report import Effect, Skipped
+from perfkit._workload import Workload
+from perfkit.backends.torch_surgery import copied, leave_fast_path
+from perfkit.parallel.spread import Spread, split_in_words
+from perfkit.parallel.torch_flow import Flow
+from perfkit.parallel.torch_mesh import alike, follow, mesh_of
+from perfkit.parallel.torch_split import ChannelParallel, draw_alike, drop_alike, random_state
+from perfkit.pruning.torch_layers import shared_parameters
+
+if TYPE_CHECKING:
+    from perfkit.recipes.tensor_parallel import TensorParallel
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+UNSPLIT: dict[type[nn.Module], str] = {
+    nn.RNNBase: "every step needs the whole hidden state: split, it would be gathered at each step",
+    nn.RNNCellBase: "every step needs the whole hidden state: split, it would be gathered at each step",
+    nn.MultiheadAttention: "queries, keys and values lie in one weight, which torch's plans cannot split by heads",
+}
+
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVS, *UNSPLIT)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one layer is split.
+
+    Args:
+        told: in words, for the report.
+        style: torch's plan for it.
+        gathers, adds: whether a call ends in an all-gather, or in an all-reduce.
+    """
+
+    told: str
+    style: ParallelStyle
+    gathers: bool = False
+    adds: bool = False
+
+
+def tensor_parallel(work: Workload, recipe: TensorParallel) -> tuple[Workload, Effect]:
+    """Each process holds a part of the weights; inputs and outputs are whole on every one.
+
+    Raises:
+        UnsupportedError: the optimizer has state, or losses are scaled.
+        InvalidInputError: a pattern of the recipe matches no layer.
+    """
+    if work.training is not None and work.training.loss_scaling:
+        raise UnsupportedError(
+            "scaling a float16 loss looks at whole gradients: use 'bf16', whose gradients need no scaling"
+        )
+    parts = work.layout.size("tensor")
+    if parts == 1:
+        return work, Effect(notes=("one device along the tensor axis: nothing to split",))
+    mesh = mesh_of(work.layout, work.device)["tensor"]
+    model = work.model
+    chosen, skipped = _layers(model, recipe)
+    flow, draws = _followed(work, chosen)
+    splits, more = _plan(flow, parts)
+    skipped += more
+    if not splits:
+        return work, Effect(skipped=tuple(skipped), notes=("no layer can be split: the model stays whole",))
+    alike(model, mesh.get_group())
+    before = dict(model.named_parameters())
+    for name, split in splits.items():
+        parallelize_module(model.get_submodule(name), mesh, split.style, src_data_rank=None)
+    for dropout in {
+        dropout for name, split in splits.items() if split.told == "columns" for dropout in flow.passed[name]
+    }:
+        drop_alike(model.get_submodule(dropout), mesh)
+    leave_fast_path(model)
+    notes = []
+    if draws:
+        draw_alike(model, mesh, work.device)
+        notes.append("each call begins with rank 0's random state: dropout is the same in all parts")
+    if work.training is not None:
+        follow(work.training.optimizer, before, dict(model.named_parameters()))
+    told = _told(splits, parts)
+    spread = work.spread or Spread()
+    work = work.replace(spread=replace(spread, parts=(*spread.parts, told)))
+    return work, Effect(tuple(splits), tuple(skipped), (told, *notes))
+
+
+def _layers(model: nn.Module, recipe: TensorParallel) -> tuple[dict[str, nn.Module], list[Skipped]]:
+    """The layers to split, and those that cannot be, by what they are."""
+    inside = {
+        id(part) for module in model.modules() if isinstance(module, nn.MultiheadAttention) for part in module.modules()
+    }
+    held = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LAYERS) and (id(module) not in inside or isinstance(module, nn.MultiheadAttention))
+    }
+    shared = shared_parameters(model)
+    reasons = {name: shared.get(name) or _unsplit(module) for name, module in held.items()}
+    chosen = recipe.selected(held)
+    skipped = [
+        Skipped(name, reason if name in chosen else "excluded")
+        for name, reason in reasons.items()
+        if reason or name not in chosen
+    ]
+    return {name: held[name] for name, reason in reasons.items() if name in chosen and not reason}, skipped
+
+
+def _unsplit(module: nn.Module) -> str | None:
+    for kind, reason in UNSPLIT.items():
+        if isinstance(module, kind):
+            return reason
+    own = next(kind for kind in (nn.Linear, nn.Embedding, *CONVS) if isinstance(module, kind))
+    if type(module).forward is not own.forward:
+        return f"its forward is not nn.{own.__name__}'s own"
+    if "weight" not in module._parameters or set(module._parameters) - {"weight", "bias"}:
+        return "its weight is computed from others, or it holds more than a weight and a bias"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks, which would be given parts"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
+        return "max_norm, sparse and scale_grad_by_freq look at whole rows"
+    if isinstance(module, CONVS) and module.groups > 1:
+        return "its channels are in groups"
+    return None
+
+
+def _followed(work: Workload, layers: dict[str, nn.Module]) -> tuple[Flow, bool]:
+    """One call of a copy, followed; and whether it drew random numbers."""
+    twin = copied(work.model)
+    leave_fast_path(twin)
+    dropouts = {name: module for name, module in twin.named_modules() if type(module) is nn.Dropout}
+    flow = Flow({name: twin.get_submodule(name) for name in layers}, dropouts)
+    work.backend.seed(work.seed)
+    state = random_state(work.device)
+    flow.call(twin, work.inputs.args, work.inputs.kwargs)
+    return flow, not torch.equal(state, random_state(work.device))
+
+
+def _plan(flow: Flow, parts: int) -> tuple[dict[str, Split], list[Skipped]]:
+    """How each layer that was followed is split, in the order of the calls; and why others are not."""
+    splits: dict[str, Split] = {}
+    skipped = [
+        Skipped(name, flow.elsewhere.get(name, "the example inputs do not reach it"))
+        for name in flow.layers
+        if name in flow.elsewhere or name not in flow.called
+    ]
+    usable = [name for name in flow.called if name in flow.layers and name not in flow.elsewhere]
+    pairs = {first: second for first, second in flow.pairs().items() if {first, second} <= set(usable)}
+    rows: set[str] = set()
+    for name in usable:
+        layer, outputs = flow.layers[name], _outputs(flow.layers[name])
+        if name in rows:
+            splits[name] = Split("rows", RowwiseParallel(), adds=True)
+        elif outputs % parts:
+            skipped.append(Skipped(name, f"{outputs} output(s) cannot be shared by {parts} devices evenly"))
+        elif name in pairs:
+            splits[name] = Split("columns", ColwiseParallel(use_local_output=False))
+            rows.add(pairs[name])
+        elif isinstance(layer, CONVS):
+            splits[name] = Split("channels", ChannelParallel(), gathers=True)
+        else:
+            told = "features" if isinstance(layer, nn.Embedding) else "columns, gathered"
+            splits[name] = Split(told, ColwiseParallel(output_layouts=Replicate()), gathers=True)
+    return splits, skipped
+
+
+def _outputs(layer: nn.Module) -> int:
+    """Along what a layer is split."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim
+    assert isinstance(layer, CONVS)
+    return layer.out_channels
+
+
+def _told(splits: Mapping[str, Split], parts: int) -> str:
+    """One line: "tensor: 2 layers in 2 parts (fc1 by columns, fc2 by rows), 1 all-reduce a call"."""
+    ways: dict[str, list[str]] = {}
+    for name, split in splits.items():
+        ways.setdefault(split.told, []).append(name)
+    adds, gathers = (sum(getattr(split, kind) for split in splits.values()) for kind in ("adds", "gathers"))
+    sends = " and ".join(
+        f"{number} {what}{'s' if number > 1 else ''}"
+        for number, what in ((adds, "all-reduce"), (gathers, "all-gather"))
+        if number
+    )
+    return f"{split_in_words(ways, parts)}, {sends} a call"

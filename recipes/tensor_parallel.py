@@ -1,0 +1,56 @@
+"""The layers' weights on several devices, each with a part of every one."""
+
+from dataclasses import dataclass
+
+from perfkit import LayerRecipe, ParallelRecipe, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorParallel(ParallelRecipe, LayerRecipe):
+    """Split the weights of layers over several devices: each computes a part of every layer's outputs.
+
+    Each device holds a part of the split weights, of their gradients and of their optimizer state. Inputs and outputs
+    are whole on each: every process is given the same batch. Linear layers that follow each other are split by columns
+    and by rows and send once for both; other linear layers, embeddings (by features) and convolutions (by channels)
+    send their outputs. Pays for wide layers on devices with a fast link; for models that fit on one device and small
+    batches it is slower than `data_parallel`.
+
+    Args:
+        size: how many devices share the layers; None for all that the chain's other recipes leave.
+        include: names or shell patterns of the layers to split ("encoder.*"); all where empty.
+        exclude: names or shell patterns of the layers to leave whole.
+
+    Source: https://arxiv.org/abs/1909.08053 (Megatron-LM)
+    """
+
+    stage = Stage.TENSOR
+    provides = "tensor axis"
+    axis = "tensor"
+    tolerance = 1e-3  # sums in another order, over some steps of an optimizer
+
+    def __post_init__(self):
+        ParallelRecipe.__post_init__(self)
+        LayerRecipe.__post_init__(self)
+
+    def refusal(self, work):
+        if work.inputs is None:
+            return "it reads from a call which layer takes whose output: pass example_inputs"
+        return super().refusal(work)
+
+    def torch(self, work):
+        from perfkit.parallel.torch_tensor import tensor_parallel
+
+        return tensor_parallel(work, self)
+
+    def jax(self, work):
+        from perfkit.parallel.jax_tensor import tensor_parallel
+
+        return tensor_parallel(work, self)
+
+
+RECIPE = TensorParallel
+
+if __name__ == "__main__":
+    from perfkit.cli import lesson
+
+    lesson("tensor_parallel")

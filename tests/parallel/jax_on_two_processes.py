@@ -1,0 +1,59 @@
+"""Run twice by test_jax_data.py, as a launcher would: two processes with two devices each train together; JSON."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import perfkit
+from perfkit.parallel import jax_world
+
+STEPS = 3
+
+
+def squared(outputs, targets):
+    return jnp.mean((outputs - targets) ** 2)
+
+
+def trained(recipe, w, x, y):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", perfkit.PerfkitWarning)  # four devices on one processor are slower
+        result = perfkit.optimize(
+            lambda params, x: x @ params["w"],
+            recipe,
+            params={"w": w},
+            mode="training",
+            example_inputs=(x,),
+            targets=y,
+            loss=squared,
+            optimizer=optax.sgd(0.1),
+            budget_s=0.1,
+        )
+    return {
+        "losses": [float(result.train_step((x, y))) for _ in range(STEPS)],
+        "parallel": result.report.to_dict()["parallel"],
+        "ok": result.report.fidelity.ok,
+        "parts": [list(shard.data.shape) for shard in result.params["w"].addressable_shards],
+    }
+
+
+if __name__ == "__main__":
+    jax_world.join()
+    random = np.random.default_rng(0)
+    w, x, y = (random.normal(size=size).astype(np.float32) for size in ((8, 2), (12, 8), (12, 2)))
+    found = {
+        "devices": [jax.local_device_count(), jax.device_count()],
+        "jit": trained("data_parallel(shard=True)", w, x, y),
+        "pmap": trained("data_parallel(engine='pmap')", w, x, y),
+        "expected": [],
+    }
+    for _ in range(STEPS):
+        error = x @ w - y
+        found["expected"].append(float(np.mean(error**2)))
+        w = w - 0.1 * 2 * x.T @ error / error.size
+    print(json.dumps(found))

@@ -1,0 +1,119 @@
+"""data_parallel in torch: two processes train as one does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+WORKER = Path(__file__).with_name("torch_data_worker.py")
+TRAINED = {
+    "cnn2": "data_parallel",
+    "text_lstm": "data_parallel(shard=True)",
+    "block": "data_parallel(2)",
+    "block sharded": "data_parallel(shard=True)",
+    "shared": "data_parallel(shard=True)",
+}
+ROUNDINGS = 2**-24 * 100
+"""Sums over a batch in another order, of some hundred terms, over five steps of an optimizer: about sqrt(n) roundings
+each; Adam divides by the size of a gradient, and so carries its relative error into the parameters."""
+
+
+@pytest.fixture(scope="module")
+def found():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert done.returncode == 0, done.stderr
+    assert len(lines) == 1, done.stdout
+    return json.loads(lines[0].removeprefix("FOUND "))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_losses_and_parameters_are_those_of_one_process(found, name):
+    result = found[name]
+    assert result["losses"] == pytest.approx(result["alone"], rel=ROUNDINGS)
+    assert result["losses"][-1] < result["losses"][0]
+    assert result["parameters_off"] < ROUNDINGS
+    assert result["same_on_both"]
+    assert result["isinstance"]
+
+
+def test_gradients_in_bfloat16_are_rounded(found):
+    """2^-9 of each gradient, which Adam carries into each of five steps."""
+    result = found["lstm"]
+    assert result["losses"] == pytest.approx(result["alone"], rel=5 * 2**-9)
+    assert ROUNDINGS < result["parameters_off"] < 5 * 2**-9
+    assert result["same_on_both"]
+
+
+def test_what_is_exchanged_is_counted(found):
+    def sent(name):
+        return found[name]["report"]["sent_bytes"]
+
+    loss = 4
+    assert sent("cnn2")["value"] == 421_642 * 4 + loss
+    assert "all_reduce" in sent("cnn2")["method"]
+    assert sent("lstm")["value"] == 12_451 * 2 + loss
+    assert "all_gather" in sent("text_lstm")["method"]
+    assert all(0 < found[name]["report"]["communicating"]["value"] <= 1 for name in TRAINED)
+
+
+def test_shards_hold_half_of_the_weights(found):
+    whole, halves = (sum(found[name]["report"]["rank_model_bytes"]) for name in ("block", "block sharded"))
+    assert halves == whole / 2
+    assert found["shared"]["notes"] == ["FSDP2 in 1 units: FSDPShared"]
+
+
+def test_parameters_that_no_loss_uses_are_named(found):
+    for name in ("block", "block sharded"):
+        assert set(found[name]["skipped"]) == {"spare.weight", "spare.bias"}
+        assert "used by no loss (spare.weight, spare.bias)" in found[name]["notes"][0]
+
+
+def test_the_report_is_of_both(found):
+    result = found["cnn2"]
+    report = result["report"]
+    assert (report["layout"], report["devices"], report["processes"]) == ("data 2", 2, 2)
+    assert len(report["rank_peak_bytes"]) == 2
+    assert result["throughput"] == pytest.approx(8 / result["latency_ms"] * 1e3)
+    for told in ("data: the batch in 2 parts", "efficiency", "exchanged", "peak by process"):
+        assert told in result["text"]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("three", "InvalidInputError: data_parallel(size=3) asks for 3 devices, and there are 2"),
+        ("odd", "a batch of 7 rows (dimension 0) cannot be shared by 2 devices evenly"),
+        ("other model", "the processes differ: 0.weight is float32[8, 8] on rank 0, and float32[9, 8] on rank 1"),
+        ("other seed", "the processes differ: seed is 0 on rank 0, and 1 on rank 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_on_every_process(found, case, message):
+    assert message in found[case]
+
+
+def test_one_process_is_told_how_to_start_several():
+    import torch
+
+    import perfkit
+
+    model = torch.nn.Linear(2, 2)
+    given = {"example_inputs": (torch.ones(4, 2),), "targets": torch.ones(4, 2), "loss": torch.nn.MSELoss()}
+    with pytest.raises(perfkit.UnsupportedError, match="perfkit launch --nproc 2"):
+        perfkit.optimize(model, "data_parallel", mode="training", optimizer=torch.optim.SGD, **given)
+    plan = perfkit.plan(model, "data_parallel", mode="training", optimizer=torch.optim.SGD, **given)
+    assert "perfkit launch" in plan.steps[0].refusal
+
+
+def test_inference_is_refused():
+    import torch
+
+    import perfkit
+
+    with pytest.raises(perfkit.UnsupportedError, match="for inference start one process for each device"):
+        perfkit.optimize(torch.nn.Linear(2, 2), "data_parallel", example_inputs=(torch.ones(4, 2),))
