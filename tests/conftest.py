@@ -7,11 +7,6 @@ from importlib.util import find_spec
 
 import pytest
 
-# Each of pytest's workers has its share of the cores: threads of several that spin for the same core hold up all. Read
-# when a framework is first imported, so it must stand here; tests about threads set their own number.
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // _workers, 1)))
-
 FRAMEWORKS = tuple(name for name in ("torch", "jax") if find_spec(name))
 
 
