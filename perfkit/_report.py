@@ -314,25 +314,25 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; numbers that are not finite become None (`fidelity.reason` tells)."""
-        return _plain(self)
+        return plain(self)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as canonical JSON (sorted keys); written to `path` if one is given."""
         import json
 
-        return _written(json.dumps(self.to_dict(), sort_keys=True, indent=2, allow_nan=False) + "\n", path)
+        return written(json.dumps(self.to_dict(), sort_keys=True, indent=2, allow_nan=False) + "\n", path)
 
     def to_markdown(self, path: str | Path | None = None) -> str:
         """The report as Markdown, short enough for a pull request."""
         from perfkit.reporting import markdown
 
-        return _written(markdown.render(self), path)
+        return written(markdown.render(self), path)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The report as one self-contained HTML page: no network is needed to view it."""
         from perfkit.reporting import html
 
-        return _written(html.render(self), path)
+        return written(html.render(self), path)
 
     def __rich__(self):
         from perfkit.reporting import terminal
@@ -350,13 +350,13 @@ class Report:
         return html.embedded(self)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, enum.Enum):
@@ -364,7 +364,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _written(text: str, path: str | Path | None) -> str:
+def written(text: str, path: str | Path | None) -> str:
     """Write `text` to `path` whole or not at all, and return it."""
     if path is not None:
         path = Path(path)
