@@ -27,11 +27,13 @@ class Counted:
         times: how often what a module computes runs in one call of it, by its products where it has any: the rounds of
             the loops around it.
         unknown: what could not be counted, one line each.
+        paths: by module and phase, where the first product stands, as XLA would name it.
     """
 
     by_place: dict[tuple[str, str], float] = field(default_factory=dict)
     times: dict[str, int] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    paths: dict[tuple[str, str], str] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -51,6 +53,7 @@ def counted(jaxpr: Any, trains: bool, scopes: frozenset[str] = frozenset()) -> C
         if flops:
             key = at.module, at.phase
             found.by_place[key] = found.by_place.get(key, 0.0) + flops * times
+            found.paths.setdefault(key, where)
         if at.phase == "forward":
             least, most = rounds.get(at.module, (times, 0))
             rounds[at.module] = min(least, times), max(most, times if flops else 0)
@@ -85,7 +88,7 @@ def _walked(jaxpr: Any, within: str, times: int) -> Iterator[tuple[str, int, flo
         if name in _FORMULAS:
             yield path, times, float(_FORMULAS[name](eqn, path)), ""
         elif name == "ffi_call":
-            yield (path, times, *_custom_call(eqn, path))
+            yield (path, times, *_custom_call(eqn))
         elif name == "scan":
             yield path, times, 0.0, ""
             yield from _walked(params["jaxpr"], path, times * params["length"])
@@ -113,7 +116,7 @@ def _devices(eqn: Any) -> int:
 
 def _dot_general(eqn: Any, _: str) -> int:
     left, right = (var.aval.shape for var in eqn.invars[:2])
-    (summed, summed_right), (_, batch_right) = eqn.params["dimension_numbers"]
+    (_, summed_right), (_, batch_right) = eqn.params["dimension_numbers"]
     free = math.prod(size for axis, size in enumerate(right) if axis not in (*summed_right, *batch_right))
     return 2 * math.prod(left) * free
 
@@ -147,7 +150,7 @@ _FORMULAS: dict[str, Callable[[Any, str], int]] = {
 }
 
 
-def _custom_call(eqn: Any, path: str) -> tuple[float, str]:
+def _custom_call(eqn: Any) -> tuple[float, str]:
     """Of perfkit's own kernels; what other custom calls compute, nobody knows."""
     target, shapes = eqn.params["target_name"], [var.aval.shape for var in eqn.invars]
     attributes = dict(eqn.params["attributes"] or ())
@@ -173,4 +176,3 @@ def _own_convolution(shape: list[int]) -> float:
 def _array(attribute: Any) -> Any:
     """An attribute as it was given; JAX wraps arrays to make them hashable."""
     return getattr(attribute, "val", attribute)
-

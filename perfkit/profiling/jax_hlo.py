@@ -5,11 +5,10 @@ Source: openxla/xla, xla/service/hlo.proto and xla/xla_data.proto, for the numbe
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from perfkit.backends.jax_training import OPTIMIZER
@@ -56,7 +55,8 @@ class Instruction:
         arrays: its result; several where it is a tuple.
         op_name: the path of the JAX operation it came from; "" where the compiler made it.
         target: of a custom call.
-        product_flops: of a dot or a convolution, as the compiler counts them, zero taps included; else 0.
+        product_flops: of a dot or a convolution, as the compiler counts them, zero taps included; of a custom call, as
+            of a matrix product of its arrays' sizes; else 0.
     """
 
     id: int
@@ -99,15 +99,15 @@ class Program:
         self.computations: dict[int, Computation] = {}
         orders = _orders(message)
         for computation in message.messages(3):
-            found = [_instruction(each) for each in computation.messages(2)]
+            raw = {each.int(35): each for each in computation.messages(2)}
+            near = {key: _instruction(each) for key, each in raw.items()}
+            for key, item in near.items():
+                self.instructions[key] = replace(item, product_flops=_product_flops(item, raw[key], near))
             here = computation.int(5)
-            spelled = {item.id: item for item in found}
-            spelled = {key: _with_flops(item, raw, spelled) for (key, item), raw in zip(
-                spelled.items(), computation.messages(2), strict=True)}  # fmt: skip
-            self.instructions |= spelled
-            order = orders.get(here, [item.id for item in found])
-            self.computations[here] = Computation(here, computation.text(1), tuple(order), computation.int(6))
+            order = tuple(orders.get(here, near))
+            self.computations[here] = Computation(here, computation.text(1), order, computation.int(6))
         self.named = {item.name: item for item in self.instructions.values()}
+        self._found: dict[int, str] = {}
         self.users: dict[int, list[int]] = {}
         for item in self.instructions.values():
             for operand in item.operands:
@@ -122,7 +122,6 @@ class Program:
             for inner in self.computations[called].instructions:
                 yield from self.inside(self.instructions[inner])
 
-    @functools.cache  # noqa: B019 - a program lives as long as a profile is made of it
     def op_name(self, item: Instruction) -> str:
         """Its own name, or that of what it is made of.
 
@@ -135,6 +134,26 @@ class Program:
         if after and OPTIMIZER not in after:
             return after
         return self._near(item, item.operands, downward=False) or after
+
+    def name_products(self, wanted: dict[str, float]) -> None:
+        """Give products that the compiler left without a name the names of those that are missing.
+
+        Args:
+            wanted: names of products that no instruction has, with their operations.
+        """
+        nameless = [item for item in self.instructions.values() if item.product_flops and "/" not in item.op_name]
+        nameless = [item for item in nameless if item.opcode != "custom-call"]
+        for name, flops in sorted(wanted.items(), key=lambda each: -each[1]):
+            if nameless:
+                item = min(nameless, key=lambda item: abs(math.log(item.product_flops / flops)))
+                nameless.remove(item)
+                for inner in (item, *self._around(item)):
+                    self._found[inner.id] = name
+
+    def _around(self, item: Instruction) -> list[Instruction]:
+        """The fusion that it is a part of."""
+        within = [key for key, computation in self.computations.items() if item.id in computation.instructions]
+        return [each for each in self.instructions.values() if each.opcode == "fusion" and within[0] in each.called]
 
     def moved_bytes(self, item: Instruction) -> float:
         """Inputs and outputs, each once; of an array that is only picked from or written into, that part."""
@@ -186,6 +205,8 @@ class Program:
     def _own_name(self, item: Instruction) -> str:
         if item.opcode in ("parameter", "constant"):
             return ""
+        if item.id in self._found:
+            return self._found[item.id]
         if "/" in item.op_name:
             return item.op_name
         names = [inner.op_name for inner in self.inside(item) if inner.opcode not in NO_WORK and "/" in inner.op_name]
@@ -252,13 +273,16 @@ def _arrays(shape: Message) -> Iterator[Array]:
         yield Array(named[0], tuple(shape.ints(3)), named[1])
 
 
-def _with_flops(item: Instruction, message: Message, near: dict[int, Instruction]) -> Instruction:
-    if item.opcode not in ("dot", "convolution"):
-        return item
-    left, right = (near[operand].arrays[0] for operand in item.operands[:2])
+def _product_flops(item: Instruction, message: Message, near: dict[int, Instruction]) -> float:
+    if item.opcode not in ("dot", "convolution", "custom-call") or len(item.operands) < 2:
+        return 0.0
+    given = [array for operand in item.operands[:2] for array in near[operand].arrays]
+    if len(given) != 2 or not item.arrays:
+        return 0.0
+    left, right = given
     out = math.prod(item.arrays[0].dims)
     if item.opcode == "dot":
-        summed = math.prod(left.dims[axis] for axis in message.messages(30)[0].ints(1))
-    else:
-        summed = math.prod(right.dims) // max(right.dims[message.messages(16)[0].int(4)], 1)
-    return Instruction(**{**vars(item), "product_flops": 2.0 * out * summed})
+        return 2.0 * out * math.prod(left.dims[axis] for axis in message.messages(30)[0].ints(1))
+    if item.opcode == "convolution":
+        return 2.0 * out * math.prod(right.dims) / max(right.dims[message.messages(16)[0].int(4)], 1)
+    return 2.0 * math.sqrt(math.prod(left.dims) * math.prod(right.dims) * out)  # (m k)(k n)(m n) = (m k n) squared

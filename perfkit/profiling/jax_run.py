@@ -46,7 +46,7 @@ class Run:
         return jax_flops.own_scopes(self.jaxpr)
 
     def place(self, op_name: str) -> Place:
-        return place(op_name, self.work.trains, self.scopes)
+        return place(op_name, self.work.trains, self.scopes, alone=self.compiled is None)
 
     @property
     def compiled(self) -> Any:

@@ -1,7 +1,7 @@
 """Modules and phases in the names of XLA's operations.
 
-A scope "{encoder.0}" around a module's call, and "{:loss}" around a phase, stand in the `op_name` of everything that was
-traced within, also after differentiation: "jit(step)/transpose(jvp({encoder.0}))/dot_general".
+A scope "{encoder.0}" around a module's call, and "{:loss}" around a phase, stand in the `op_name` of everything that
+was traced within, also after differentiation: "jit(step)/transpose(jvp({encoder.0}))/dot_general".
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from flax import linen, nnx
 
 from perfkit.backends.jax_model import Function, JaxModel, LinenModel, NnxModel
 
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+
 _MARK = re.compile(r"\{(:?)([^{}:]*)\}")
+_INNER_FUNCTION = re.compile(r"/jit\((\w+)\)[^{}]*$")
+_FUNCTION = re.compile(r"^jit\((\w+)\)/[^{}]*$")
 _TRANSFORMED = re.compile(r"^(?:(?:jvp|transpose|vmap)\()*(.*?)\)*$")
 
 
@@ -29,7 +33,8 @@ class Place:
     Args:
         module: path of the innermost module; "" outside of all.
         phase: "forward", "loss", "backward", "optimizer" or "other".
-        primitive: what JAX calls the operation; "" where XLA made it up.
+        primitive: what JAX calls the operation, or the function of its library within which it stands: "relu"; "" where
+            XLA made it up.
     """
 
     module: str = ""
@@ -79,13 +84,14 @@ def marked(model: JaxModel) -> Marked:
     return Marked(model, called)
 
 
-def place(op_name: str, trains: bool, scopes: frozenset[str] = frozenset()) -> Place:
+def place(op_name: str, trains: bool, scopes: frozenset[str] = frozenset(), *, alone: bool = False) -> Place:
     """Where an operation stands, by its name.
 
     Args:
         op_name: "jit(step)/jvp({fc1})/dot_general".
         trains: whether the program is a training step; else all of it is forward.
         scopes: names of the author's own scopes, which count as modules where there are no marks.
+        alone: whether the program is no more than one function of JAX's library: "jit(relu)/max".
     """
     marks = _MARK.findall(op_name)
     modules = [name for phase, name in marks if not phase]
@@ -105,6 +111,9 @@ def place(op_name: str, trains: bool, scopes: frozenset[str] = frozenset()) -> P
         phase = phases[-1]
     else:
         phase = "forward" if modules or "jvp(" in op_name else "other"
+    function = _INNER_FUNCTION.search(op_name) or (_FUNCTION.search(op_name) if alone else None)
+    if function and primitive not in PRODUCTS:
+        primitive = function[1].lstrip("_")
     return Place(module, phase, _MARK.sub("", primitive))
 
 

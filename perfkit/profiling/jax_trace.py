@@ -1,7 +1,7 @@
 """Some steps under JAX's profiler, and what it recorded, with times in ms from the first step's start.
 
-XLA notes each operation that it runs, on CPUs as on GPUs, by the name of its HLO instruction; the host's calls and waits
-are in the same trace. Nothing leaves the process but a file in a temporary folder, which is read and removed.
+XLA notes each operation that it runs, on CPUs as on GPUs, by the name of its HLO instruction; the host's calls and
+waits are in the same trace. It goes through a file in a temporary folder, which is read and removed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Event:
         run: the number of that program's run.
         copies: whether it moves memory and computes nothing.
         module: where the host was as it was launched, of programs launched one operation at a time; else "".
+        number: by which a CPU's trace tells when it was done, where XLA went on before it was.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Event:
     run: int = 0
     copies: bool = False
     module: str = ""
+    number: int = -1
 
 
 @dataclass(frozen=True)
@@ -110,20 +112,24 @@ def read(data: ProfileData) -> Trace:
 
     found: list[Event] = []
     programs: dict[int, str] = {}
+    ends: dict[int, float] = {}
     for number, plane in enumerate(on_device or [host_plane]):
         for line in _lines(plane, bool(on_device)):
             track = f"device {number}: {line.name}" if on_device else "XLA"
             for event in line.events:
                 stats = dict(event.stats)
-                copies = bool(on_device) and bool(_COPIES.search(event.name))
+                start, end = ms(event.start_ns), ms(event.start_ns + event.duration_ns)
+                if event.name.startswith("end: ") and "_c" in stats:
+                    ends[stats["_c"]] = end
                 if "hlo_op" not in stats and not (on_device and event.duration_ns):
                     continue
                 program = int(stats.get("program_id", 0))
                 programs[program] = str(stats.get("hlo_module", "")).partition("(")[0]
                 name = str(stats.get("hlo_op", event.name))
-                start = ms(event.start_ns)
-                run = int(stats.get("run_id", 0))
-                found.append(Event(name, track, start, start + event.duration_ns / 1e6, program, run, copies))
+                copies = bool(on_device) and bool(_COPIES.search(event.name))
+                own = stats.get("_p", -len(found) - 1)
+                found.append(Event(name, track, start, end, program, int(stats.get("run_id", 0)), copies, "", own))
+    found = [replace(event, end_ms=max(event.end_ms, ends.get(event.number, 0.0))) for event in found]
     found = [event for event in found if event.start_ms >= 0]
     steps = tuple((ms(event.start_ns), ms(event.end_ns)) for event in stepped)
     host = _host(main.events, ms)
@@ -135,7 +141,10 @@ def _works(plane: Any) -> bool:
 
 
 def _lines(plane: Any, device: bool) -> Iterable[Any]:
-    """The lines on which operations stand: of a TPU one, of a GPU its streams, of a CPU XLA's threads and the host's."""
+    """The lines on which operations stand: of a TPU one, of a GPU its streams, of a CPU XLA's threads and the host's.
+
+    Of a GPU the lines that tools derive from the streams would count everything twice.
+    """
     lines = list(plane.lines)
     if not device:
         return lines
@@ -191,7 +200,4 @@ def _at_their_modules(events: list[Event], host: tuple[Host, ...], programs: dic
         made = launches.get(name, [])
         if len(made) == len(ordered):
             module_of |= dict(zip(ordered, made, strict=True))
-    return tuple(
-        Event(**{**vars(event), "module": module_of.get((event.program, event.run), "")}) for event in events
-    )
-
+    return tuple(Event(**{**vars(event), "module": module_of.get((event.program, event.run), "")}) for event in events)
