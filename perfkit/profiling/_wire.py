@@ -17,7 +17,7 @@ class Message:
         for number, value in _fields(memoryview(data)):
             self.fields.setdefault(number, []).append(value)
 
-    def int(self, number: int, default: int = 0) -> int:
+    def integer(self, number: int, default: int = 0) -> int:
         return self.fields.get(number, [default])[-1]
 
     def text(self, number: int) -> str:
@@ -26,7 +26,7 @@ class Message:
     def messages(self, number: int) -> list[Message]:
         return [Message(value) for value in self.fields.get(number, ())]
 
-    def ints(self, number: int) -> list[int]:
+    def integers(self, number: int) -> list[int]:
         """A repeated integer, packed or not."""
         found: list[int] = []
         for value in self.fields.get(number, ()):

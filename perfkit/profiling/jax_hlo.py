@@ -94,18 +94,18 @@ class Program:
 
     def __init__(self, serialized: bytes):
         message = Message(serialized)
-        self.name, self.id, self.entry = message.text(1), message.int(5), message.int(6)
+        self.name, self.id, self.entry = message.text(1), message.integer(5), message.integer(6)
         self.instructions: dict[int, Instruction] = {}
         self.computations: dict[int, Computation] = {}
         orders = _orders(message)
         for computation in message.messages(3):
-            raw = {each.int(35): each for each in computation.messages(2)}
+            raw = {each.integer(35): each for each in computation.messages(2)}
             near = {key: _instruction(each) for key, each in raw.items()}
             for key, item in near.items():
                 self.instructions[key] = replace(item, product_flops=_product_flops(item, raw[key], near))
-            here = computation.int(5)
+            here = computation.integer(5)
             order = tuple(orders.get(here, near))
-            self.computations[here] = Computation(here, computation.text(1), order, computation.int(6))
+            self.computations[here] = Computation(here, computation.text(1), order, computation.integer(6))
         self.named = {item.name: item for item in self.instructions.values()}
         self._found: dict[int, str] = {}
         self.users: dict[int, list[int]] = {}
@@ -235,7 +235,7 @@ def loaded(client: Any, wanted: set[int]) -> dict[int, Program]:
     found: dict[int, Program] = {}
     for executable in client.live_executables():
         serialized = executable.hlo_modules()[0].as_serialized_hlo_module_proto()
-        number = Message(serialized).int(5)
+        number = Message(serialized).integer(5)
         if number in wanted:
             found[number] = Program(serialized)
     return found
@@ -247,21 +247,21 @@ def _orders(message: Message) -> dict[int, list[int]]:
     for schedule in message.messages(7):
         for entry in schedule.messages(1):
             sequences = entry.messages(2)
-            found[entry.int(1)] = sequences[0].ints(1) if sequences else []
+            found[entry.integer(1)] = sequences[0].integers(1) if sequences else []
     return found
 
 
 def _instruction(message: Message) -> Instruction:
     metadata = message.messages(7)
     return Instruction(
-        id=message.int(35),
+        id=message.integer(35),
         name=message.text(1),
         opcode=message.text(2),
         arrays=tuple(array for shape in message.messages(3) for array in _arrays(shape)),
         op_name=metadata[0].text(2) if metadata else "",
-        operands=tuple(message.ints(36)),
-        called=tuple(message.ints(38)),
-        number=message.int(9),
+        operands=tuple(message.integers(36)),
+        called=tuple(message.integers(38)),
+        number=message.integer(9),
         target=message.text(28),
     )
 
@@ -269,8 +269,8 @@ def _instruction(message: Message) -> Instruction:
 def _arrays(shape: Message) -> Iterator[Array]:
     for inner in shape.messages(4):
         yield from _arrays(inner)
-    if named := _DTYPES.get(shape.int(2)):
-        yield Array(named[0], tuple(shape.ints(3)), named[1])
+    if named := _DTYPES.get(shape.integer(2)):
+        yield Array(named[0], tuple(shape.integers(3)), named[1])
 
 
 def _product_flops(item: Instruction, message: Message, near: dict[int, Instruction]) -> float:
@@ -282,7 +282,7 @@ def _product_flops(item: Instruction, message: Message, near: dict[int, Instruct
     left, right = given
     out = math.prod(item.arrays[0].dims)
     if item.opcode == "dot":
-        return 2.0 * out * math.prod(left.dims[axis] for axis in message.messages(30)[0].ints(1))
+        return 2.0 * out * math.prod(left.dims[axis] for axis in message.messages(30)[0].integers(1))
     if item.opcode == "convolution":
-        return 2.0 * out * math.prod(right.dims) / max(right.dims[message.messages(16)[0].int(4)], 1)
+        return 2.0 * out * math.prod(right.dims) / max(right.dims[message.messages(16)[0].integer(4)], 1)
     return 2.0 * math.sqrt(math.prod(left.dims) * math.prod(right.dims) * out)  # (m k)(k n)(m n) = (m k n) squared

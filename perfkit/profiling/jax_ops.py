@@ -10,12 +10,31 @@ from perfkit.profiling.jax_hlo import CONTROL, NO_WORK, Instruction, Program
 from perfkit.profiling.jax_scopes import Place
 from perfkit.profiling.jax_trace import Event, Host, Trace
 
-DISPATCH = "dispatch"
+_RANKS = {"compile": 2, "dispatch": 3}
+"""What the host does that counts where XLA runs nothing; what stands first counts where both go on."""
 
 _JAX_NAMES = {"dot": "dot_general", "convolution": "conv_general_dilated"}
 _PLAIN = frozenset(
-    {"broadcast_in_dim", "reshape", "transpose", "convert_element_type", "squeeze", "copy", "broadcast", "convert"}
+    [
+        "broadcast_in_dim",
+        "reshape",
+        "transpose",
+        "convert_element_type",
+        "squeeze",
+        "copy",
+        "broadcast",
+        "convert",
+        "bitcast",
+        "closed_call",
+        "scan",
+        "while",
+        "body",
+        "cond",
+        "checkpoint",
+    ]
 )
+"""Left out of the names of fusions, where they hold anything else."""
+
 _MOST_NAMES = 3
 
 Shares = dict[Place, float]
@@ -94,7 +113,8 @@ class Reader:
         shares = self.shares.get(item.name)
         if shares is None:
             at = self.place(program.op_name(item))
-            inner = [each for each in program.inside(item) if each.opcode not in NO_WORK] or [item]
+            inner = [each for each in program.inside(item) if each.opcode not in NO_WORK]
+            inner = inner or list(program.inside(item))
             flops = sum(each.product_flops for each in inner)
             name = self._name(inner)
             if not any("/" in each.op_name or each.product_flops for each in inner):  # the compiler's own
@@ -155,22 +175,22 @@ def swept(
 ) -> Iterator[tuple[Event | Host, float]]:
     """Each moment of a step given to what runs in it, so that the times add up to the time that something ran.
 
-    What runs at once has equal parts of it. What runs others has only what they leave, and so has the host's
-    dispatching of work.
+    What runs at once has equal parts of it. What runs others has only what they leave, and so have the
+    host's compiling and dispatching.
 
     Args:
         until: beginning and end of the step.
     """
     start, end = until
     items: list[tuple[int, Event | Host]] = [(int(controls(event)), event) for event in events]
-    items += [(2, item) for item in host if item.kind == "dispatch"]
+    items += [(_RANKS[item.kind], item) for item in host if item.kind in _RANKS]
     edges: list[tuple[float, int, int]] = []
     for index, (_, item) in enumerate(items):
         first, last = max(item.start_ms, start), min(item.end_ms, end)
         if last > first:
             edges += [(first, 1, index), (last, 0, index)]
     edges.sort()
-    running: tuple[set[int], ...] = (set(), set(), set())
+    running: tuple[set[int], ...] = (set(), set(), set(), set())
     given: dict[int, float] = {}
     before = start
     for at, begins, index in edges:
@@ -185,7 +205,9 @@ def swept(
             yield item, given.get(index, 0.0)
 
 
-def ops(timed: Iterable[tuple[Event | Host, float]], reader: Reader, flops: dict[tuple[str, str], float], steps: int):
+def ops(
+    timed: Iterable[tuple[Event | Host, float]], reader: Reader, flops: dict[tuple[str, str], float], steps: int
+) -> tuple[Op, ...]:
     """The operations of a step, longest first.
 
     Args:
@@ -195,7 +217,7 @@ def ops(timed: Iterable[tuple[Event | Host, float]], reader: Reader, flops: dict
     """
     sums: dict[tuple[str, str, str, str, str], list[float]] = {}
     for item, ms in timed:
-        rows = [Row(DISPATCH, "op", item.module, "forward")] if isinstance(item, Host) else reader.rows(item)
+        rows = [Row(item.kind, "op", item.module, "forward")] if isinstance(item, Host) else reader.rows(item)
         for row in rows:
             key = row.name, row.kind, row.module, row.phase, row.shapes
             found = sums.setdefault(key, [0.0] * 4)
@@ -204,11 +226,11 @@ def ops(timed: Iterable[tuple[Event | Host, float]], reader: Reader, flops: dict
     weights: dict[tuple[str, str], float] = {}
     for (_, _, module, phase, _), (_, _, _, weight) in sums.items():
         weights[module, phase] = weights.get((module, phase), 0.0) + weight
-    found = []
+    made = []
     for (name, kind, module, phase, shapes), (calls, ms, moved, weight) in sums.items():
         own = flops.get((module, phase), 0.0) * weight / weights[module, phase] if weight else 0.0
-        found.append(Op(name, kind, module, phase, calls, ms, own, moved, shapes))
-    return tuple(sorted(found, key=lambda op: -op.self_ms))
+        made.append(Op(name, kind, module, phase, calls, ms, own, moved, shapes))
+    return tuple(sorted(made, key=lambda op: -op.self_ms))
 
 
 def union(intervals: Iterable[tuple[float, float]], until: tuple[float, float]) -> list[tuple[float, float]]:

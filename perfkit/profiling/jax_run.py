@@ -93,9 +93,10 @@ def _program(work: Workload, finished: Finished) -> tuple[Any, tuple, dict]:
 @contextmanager
 def _names_kept() -> Iterator[None]:
     """Within it, no program comes from a cache that was compiled for the same operations under other names."""
-    before = jax.config.jax_compilation_cache_include_metadata_in_key
-    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
+    name = "jax_compilation_cache_include_metadata_in_key"
+    before = getattr(jax.config, name)
+    jax.config.update(name, True)
     try:
         yield
     finally:
-        jax.config.update("jax_compilation_cache_include_metadata_in_key", before)
+        jax.config.update(name, before)

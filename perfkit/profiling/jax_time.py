@@ -159,7 +159,7 @@ def _spans(run: Run, trace: Trace, reader: Reader, step: tuple[float, float]) ->
     found = []
     for item in trace.host:
         if item.end_ms > step[0] and item.start_ms < step[1]:
-            kind = "op" if item.kind == "dispatch" else item.kind
+            kind = item.kind if item.kind in ("module", "wait") else "op"
             name = f"dispatch {item.name}" if item.kind == "dispatch" else item.name or run.work.model.name
             found.append((item.start_ms, item.end_ms, name, "host", kind, item.module))
     for event in jax_ops.of_step(trace, step):

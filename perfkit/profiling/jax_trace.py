@@ -19,6 +19,7 @@ from jax.profiler import ProfileData
 STEP = "perfkit step"
 _WAITS = re.compile(r"::Await$|BlockHostUntilReady|SynchronizeAllActivity|cuStreamSynchronize|cuEventSynchronize")
 _LAUNCHED = re.compile(r"^PjitFunction\((.*)\)$|^(ExecuteReplicated|pmap_lib)")
+_COMPILES = re.compile(r"^(backend_compile\w*|lower_sharding_computation)$")
 _COPIES = re.compile(r"memcpy|memset", re.IGNORECASE)
 
 
@@ -49,7 +50,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Host:
-    """Something that the host's thread did: "module", "dispatch" or "wait"."""
+    """Something that the host's thread did: "module", "dispatch", "compile" or "wait"."""
 
     name: str
     kind: str
@@ -171,6 +172,8 @@ def _host(events: Iterable[Any], ms: Callable[[float], float]) -> tuple[Host, ..
             if start >= busy_until:  # the same launch is noted at several depths
                 busy_until = end
                 found.append(Host(launched[1] or event.name, "dispatch", start, end, module))
+        elif _COMPILES.search(event.name):
+            found.append(Host(event.name, "compile", start, end, module))
         elif _WAITS.search(event.name):
             stats = dict(event.stats)
             if "_p" in stats:
