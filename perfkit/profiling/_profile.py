@@ -285,6 +285,8 @@ class Profile:
         ceilings: None where they were not measured.
         devices: what the cards said of themselves; empty where there is none.
         findings: the costliest first.
+        command: what optimizes the same model, but for the recipe: "perfkit optimize cnn --mode training"; empty where
+            the model was not named on the command line.
     """
 
     model: str
@@ -302,6 +304,7 @@ class Profile:
     devices: tuple[DeviceState, ...] = ()
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
+    command: str = ""
     created: str = ""
     perfkit_version: str = ""
     schema_version: int = field(default=SCHEMA_VERSION)
