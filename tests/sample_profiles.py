@@ -250,7 +250,9 @@ def on_gpu() -> Profile:
     source = random.Random(3)
     host = tuple(layer_ops(False))
     kernels = tuple(
-        dataclasses.replace(op, name=f"sm90_{op.name[6:]}_kernel<float, 128, 64>", kind="kernel", self_ms=op.self_ms / 9)
+        dataclasses.replace(
+            op, name=f"sm90_{op.name[6:]}_kernel<float, 128, 64>", kind="kernel", self_ms=op.self_ms / 9
+        )
         for op in host
     )
     spans, at = list(laid_out(host)), 0.3
@@ -299,7 +301,11 @@ def on_gpu() -> Profile:
             fragmentation=quantity(0.22, "ratio"),
         ),
         energy=Energy(
-            quantity(0.71, "J", "energy above idle / steps"), quantity(338, "W"), quantity(96, "W"), 5.02, "NVML, 1 card"
+            quantity(0.71, "J", "energy above idle / steps"),
+            quantity(338, "W"),
+            quantity(96, "W"),
+            5.02,
+            "NVML, 1 card",
         ),
         devices=(card,),
     )
@@ -308,7 +314,9 @@ def on_gpu() -> Profile:
 def in_jax() -> Profile:
     ops = tuple(
         dataclasses.replace(op, name=name)
-        for op, name in zip(layer_ops(False), ("conv_general_dilated", "add", "max", "reduce_window_max") * 3, strict=False)
+        for op, name in zip(
+            layer_ops(False), ("conv_general_dilated", "add", "max", "reduce_window_max") * 3, strict=False
+        )
     )
     programmed = memory(False, program={"temp": 9.1 * MIB, "arguments": 2.84 * MIB, "output": 2560.0, "alias": 0.0})
     compiled = time(False, ops=ops, first_call_s=quantity(1.9, "s"), compile_s=quantity(1.7, "s", "XLA's own events"))
@@ -359,7 +367,9 @@ def huge() -> Profile:
         ops += [Op(f"aten::op_{part}", "op", path, "forward", 3, source.random(), 1e8, 1e6) for part in range(4)]
     for index in range(60_000):
         track, start = f"host {index % 3}", 0.03 * (index // 3)
-        spans.append(Span(f"aten::op_{index % 40}", track, "op", start, 0.03 * source.random(), 2, f"{stem}{index % 1500}"))
+        spans.append(
+            Span(f"aten::op_{index % 40}", track, "op", start, 0.03 * source.random(), 2, f"{stem}{index % 1500}")
+        )
     points = tuple(
         MemoryPoint(0.6 * index, {"parameters": 4e9, "activations": 1e7 * index, "temporaries": 1e8 * source.random()})
         for index in range(5000)

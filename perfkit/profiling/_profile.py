@@ -309,6 +309,17 @@ class Profile:
     perfkit_version: str = ""
     schema_version: int = field(default=SCHEMA_VERSION)
 
+    @classmethod
+    def from_json(cls, source: str | Path) -> Profile:
+        """The profile that `to_json` wrote, from its path or its text.
+
+        Raises:
+            InvalidInputError: it is no profile, or one of another version.
+        """
+        from perfkit.profiling import _reading
+
+        return _reading.from_json(source)
+
     def to_dict(self) -> dict[str, Any]:
         """The profile as JSON-ready data; numbers that are not finite become None."""
         return plain(self)
