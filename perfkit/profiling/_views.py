@@ -7,22 +7,33 @@ from dataclasses import dataclass
 from perfkit.profiling._profile import Ceilings, Op, Time
 
 
+def on_device(time: Time) -> bool:
+    """Whether a device's kernels were recorded: the host's operations then run beside them, and are not added."""
+    return any(op.kind == "kernel" for op in time.ops)
+
+
 def hottest(time: Time) -> tuple[Op, ...]:
-    """Operations, longest first; a device's kernels where there are any, since host and device work at once."""
-    kernels = [op for op in time.ops if op.kind == "kernel"]
-    return tuple(sorted(kernels or time.ops, key=lambda op: -op.self_ms))
+    """The operations that the step consists of, longest first: a device's kernels where there are any."""
+    kind = "kernel" if on_device(time) else "op"
+    return tuple(sorted((op for op in time.ops if op.kind == kind), key=lambda op: -op.self_ms))
 
 
-def profiled_ms(time: Time) -> float:
-    """How long a step takes under the profiler, which is what the times of operations are parts of."""
+def whole_ms(time: Time) -> float:
+    """What the times of operations are parts of.
+
+    The profiler slows the host, so the host's operations are parts of a step that it slowed; a kernel takes as long
+    as it would without.
+    """
+    if on_device(time):
+        return time.step.median_ms
     if time.overhead.value is not None:
         return time.step.median_ms * time.overhead.value
-    return max(time.step.median_ms, sum(time.phases_ms.values()))
+    return max(time.step.median_ms, sum(op.self_ms for op in time.ops))
 
 
 def share(ms: float, time: Time) -> float:
-    """What part of a profiled step `ms` is."""
-    whole = profiled_ms(time)
+    """What part of a step `ms` is, where `ms` is the time of an operation or a module."""
+    whole = whole_ms(time)
     return ms / whole if whole else 0.0
 
 
