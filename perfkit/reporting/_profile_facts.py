@@ -52,7 +52,7 @@ class FindingFacts:
 
     Args:
         share: "38% of the step".
-        gain: "1.31× faster, predicted"; why there is no prediction where there is none.
+        gain: "1.31× faster, predicted"; where not `predicted`, why there is no prediction.
         recipe: the chain; empty where none addresses it.
         command: what to type or to call for it; empty where no recipe addresses it.
     """
@@ -62,6 +62,7 @@ class FindingFacts:
     where: str
     share: str
     gain: str
+    predicted: bool
     recipe: str
     advice: str
     command: str
@@ -198,6 +199,7 @@ def finding_facts(finding: Finding, profile: Profile) -> FindingFacts:
         listing(finding.where, 4),
         f"{format_percent(finding.share)} of {whole}",
         gain,
+        finding.predicted.value is not None,
         finding.recipe,
         finding.advice,
         command(profile, finding.recipe),

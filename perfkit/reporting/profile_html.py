@@ -13,13 +13,21 @@ from markupsafe import Markup
 from perfkit.profiling import _views
 from perfkit.profiling._profile import DeviceState, Memory, Profile
 from perfkit.reporting import _facts, _profile_data, _profile_facts, html, profile_plots
-from perfkit.reporting._format import clean, format_bytes, format_flops, format_ms, format_percent, shorten
+from perfkit.reporting._format import (
+    clean,
+    format_bytes,
+    format_count,
+    format_flops,
+    format_ms,
+    format_percent,
+    shorten,
+)
 
 # The column's width on a desk and in a hand; the page shows the picture that fits.
 WIDE, NARROW, CURVE = 900, 350, 420
 # More belongs into the JSON: the page is read by a person.
 MOST_OPS, MOST_MODULES, MOST_ALLOCATIONS, MOST_FINDINGS = 200, 300, 40, 20
-MOST_TITLE, MOST_TEXT = 120, 1000
+MOST_TITLE, MOST_TEXT, MOST_PATH = 120, 1000, 48
 
 Cell = tuple[str, float]
 """What a cell shows, and the number that it is sorted by."""
@@ -53,6 +61,7 @@ def _view(profile: Profile) -> dict[str, Any]:
     colours = _profile_data.colours(root)
     on_device = profile.time is not None and _views.on_device(profile.time)
     phases = facts.phase_rows(profile)
+    held = facts.category_rows(profile.memory) if profile.memory else ()
     return {
         "model": shorten(clean(profile.model), MOST_TITLE),
         "identity": " · ".join(part for part in (profile.framework, profile.mode, profile.device) if part),
@@ -64,12 +73,12 @@ def _view(profile: Profile) -> dict[str, Any]:
         "figures": facts.figures(profile),
         "findings": [facts.finding_facts(finding, profile) for finding in profile.findings[:MOST_FINDINGS]],
         "phases": [
-            {"name": name, "amount": f"{amount}, {format_percent(share)}", "swatch": f"k{index}"}
+            {"name": name, "amount": f"{amount}, {format_percent(share)}", "swatch": f"p{index}"}
             for index, (name, amount, share) in enumerate(phases)
         ],
         "has_spans": bool(profile.time and profile.time.spans),
-        "left_out": _profile_data.left_out(profile),
-        "legend": [{"name": name, "amount": "", "swatch": f"c{index}"} for name, index in colours.items()],
+        "left_out": format_count(left_out) if (left_out := _profile_data.left_out(profile)) else "",
+        "legend": [{"name": _tail(path), "amount": "", "swatch": f"c{index}"} for path, index in colours.items()],
         "has_map": bool(root.children),
         "modules": [_module_row(item, profile) for item in modules[:MOST_MODULES]],
         "more_modules": max(0, len(modules) - MOST_MODULES),
@@ -87,12 +96,12 @@ def _view(profile: Profile) -> dict[str, Any]:
         "environment": _facts.environment_rows(profile.environment),
         "footer": " · ".join(part for part in (f"perfkit {profile.perfkit_version}".strip(), profile.created) if part),
         "pictures": {
-            "phases": html.both(
-                lambda width: profile_plots.shares(phases, range(len(phases)), "Phases", width), WIDE, NARROW
+            "phases": _both(profile_plots.shares, phases, [f"p{index}" for index in range(len(phases))], "Phases"),
+            "roofline": _both(profile_plots.roofline, profile),
+            "memory": _both(profile_plots.memory, profile.memory) if profile.memory else "",
+            "categories": _both(
+                profile_plots.shares, held, [profile_plots.colour(name) for name, _, _ in held], "Held at the peak"
             ),
-            "roofline": html.both(lambda width: profile_plots.roofline(profile, width), WIDE, NARROW),
-            "memory": _memory_picture(profile.memory),
-            "categories": _categories_picture(profile.memory),
         },
         "data": _profile_data.script_data(profile, root, colours),
     }
@@ -136,7 +145,7 @@ def _memory(memory: Memory) -> dict[str, Any]:
             {
                 "name": name,
                 "amount": f"{size}, {format_percent(share)}",
-                "swatch": f"k{profile_plots.colour(name)}",
+                "swatch": profile_plots.colour(name),
             }
             for name, size, share in _profile_facts.category_rows(memory)
         ],
@@ -172,16 +181,8 @@ def _device(device: DeviceState) -> dict[str, Any]:
     }
 
 
-def _memory_picture(memory: Memory | None) -> Markup:
-    return html.both(lambda width: profile_plots.memory(memory, width), WIDE, NARROW) if memory else Markup()
-
-
-def _categories_picture(memory: Memory | None) -> Markup:
-    if memory is None:
-        return Markup()
-    rows = _profile_facts.category_rows(memory)
-    colours = [profile_plots.colour(name) for name, _, _ in rows]
-    return html.both(lambda width: profile_plots.shares(rows, colours, "Held at the peak", width), WIDE, NARROW)
+def _both(draw: Callable[..., str], *what: Any) -> Markup:
+    return html.both(lambda width: draw(*what, width), WIDE, NARROW)
 
 
 def _no_roofline(profile: Profile) -> str:
@@ -191,6 +192,12 @@ def _no_roofline(profile: Profile) -> str:
     if (bandwidth := profile.ceilings.bandwidth_gb_s).value is None:
         return f"{bandwidth.unavailable}."
     return "no operation has both a number of FLOPs and of bytes."
+
+
+def _tail(path: str) -> str:
+    """The end of a long path: what tells modules of one model apart."""
+    path = clean(path)
+    return path if len(path) <= MOST_PATH else f"…{path[-MOST_PATH + 1 :]}"
 
 
 def _cell(value: float, shown: Callable[[Any], str]) -> Cell:

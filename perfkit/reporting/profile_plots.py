@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from perfkit.profiling import _views
 from perfkit.profiling._profile import CATEGORIES, Memory, MemoryPoint, Profile, Series
 from perfkit.reporting import _profile_facts, _rows, _svg
-from perfkit.reporting._format import counted, format_bytes, format_ms, format_number, format_percent, shorten
+from perfkit.reporting._format import clean, counted, format_bytes, format_ms, format_number, format_percent, shorten
 from perfkit.reporting._svg import Canvas, Scale
 
 # More than these say no more to the eye.
@@ -39,7 +39,8 @@ def roofline(profile: Profile, width: float) -> str:
     height, bottom, left = (380.0, 336.0, 52.0) if width >= _rows.NARROW else (320.0, 276.0, 46.0)
     x = _svg.scale([lowest / 1.5, *ridges, *intensities, max(ridges) * 6], left, width - 6, log=True, margin=0.02)
     top_roof = max(roofs.values())
-    y = _svg.scale([max(min(reached), top_roof / 1e5) / 2, top_roof * 1.8], bottom, 8, log=True, margin=0.02)
+    highest = min(max(top_roof, *reached), 5 * top_roof)
+    y = _svg.scale([max(min(reached), top_roof / 1e5) / 2, highest * 1.8], bottom, 8, log=True, margin=0.02)
     told = "; ".join(
         f"{op.name} {format_number(place.gflops)} GFLOP/s, {place.bound}-bound" for op, place in dots[:MOST_LABELS]
     )
@@ -89,7 +90,9 @@ def _dots(canvas: Canvas, x: Scale, y: Scale, dots: list, profile: Profile) -> N
     for op, place in dots[:MOST_LABELS]:
         share = _views.share(op.self_ms, profile.time)
         center, height = _inside(x, y, place)
-        text = shorten(op.module.rpartition(".")[2] or op.name, MOST_NAME) + f" {format_percent(share)}"
+        name = op.name.rpartition("::")[2]
+        where = f"{op.module.rpartition('.')[2]} · {name}" if op.module else name
+        text = f"{shorten(clean(where), MOST_NAME)} {format_percent(share)}"
         wide, radius = _svg.text_width(text, "small"), 3 + 15 * math.sqrt(min(share, 1))
         left = center + radius + 4 if center + radius + 4 + wide < x.end else center - radius - 4 - wide
         box = (left, height - 6, left + wide, height + 8)
@@ -127,7 +130,7 @@ def memory(found: Memory, width: float) -> str:
     for index, name in enumerate(names):
         ceiling = [low + row[index] for low, row in zip(floor, heights, strict=True)]
         shape = _steps(points, ceiling, x, y) + _steps(points, floor, x, y)[::-1]
-        canvas.area(shape, f"layer k{colour(name)}")
+        canvas.area(shape, f"layer {colour(name)}")
         floor = ceiling
     peak = totals.index(most)
     at = x(points[peak].at_ms)
@@ -142,9 +145,9 @@ def memory(found: Memory, width: float) -> str:
     return canvas.svg()
 
 
-def colour(category: str) -> int:
-    """The place of a category's colour in the palette."""
-    return CATEGORIES.index(category) if category in CATEGORIES else len(CATEGORIES)
+def colour(category: str) -> str:
+    """The class that gives a category of memory its colour."""
+    return f"k{CATEGORIES.index(category) if category in CATEGORIES else len(CATEGORIES)}"
 
 
 def _held(point: MemoryPoint, name: str) -> float:
@@ -214,15 +217,15 @@ def _extremes(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
-def shares(rows: Sequence[tuple[str, str, float]], colours: Sequence[int], title: str, width: float) -> str:
-    """Parts of a whole as one bar: name, amount, share; the legend is the page's."""
+def shares(rows: Sequence[tuple[str, str, float]], kinds: Sequence[str], title: str, width: float) -> str:
+    """Parts of a whole as one bar: name, amount, share, and the class of each; the legend is the page's."""
     whole = sum(share for _, _, share in rows)
     if not whole:
         return ""
     told = ", ".join(f"{name} {amount} ({format_percent(share)})" for name, amount, share in rows)
     canvas, left = Canvas(width, 26, title, told), 0.0
-    for (name, amount, share), place in zip(rows, colours, strict=True):
+    for (name, amount, share), kind in zip(rows, kinds, strict=True):
         wide = width * share / whole
-        canvas.rect(left, 0, max(wide - 1, 0.3), 26, f"layer k{place}", f"{name}: {amount}, {format_percent(share)}")
+        canvas.rect(left, 0, max(wide - 1, 0.3), 26, f"layer {kind}", f"{name}: {amount}, {format_percent(share)}")
         left += wide
     return canvas.svg()

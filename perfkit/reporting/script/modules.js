@@ -30,12 +30,43 @@ function modules(root, data, tip) {
   function flame(index, left, wide, row) {
     place(index, { x: left, y: row * ROW, wide, tall: ROW });
     let deepest = row + 1, at = left;
-    for (const child of parts(index)) {
+    const { shown: large, rest } = split(index, child => (wide * size(child)) / size(index) >= 1.5 && row < 40);
+    for (const child of large) {
       const part = (wide * size(child)) / size(index);
-      if (part >= 1.5 && row < 40) deepest = Math.max(deepest, flame(child, at, part, row + 1));
+      deepest = Math.max(deepest, flame(child, at, part, row + 1));
       at += part;
     }
+    if (rest.length && left + wide - at > 2 && row < 40) {
+      remainder(index, rest, { x: at, y: (row + 1) * ROW, wide: (wide * total(rest)) / size(index), tall: ROW });
+      deepest = Math.max(deepest, row + 2);
+    }
     return deepest;
+  }
+
+  const total = items => items.reduce((sum, item) => sum + size(item), 0);
+
+  // The parts that can be seen, and those that are too small one by one.
+  function split(index, seen) {
+    const inner = parts(index);
+    return { shown: inner.filter(seen), rest: inner.filter(child => !seen(child)) };
+  }
+
+  function remainder(index, rest, box) {
+    const cell = cellAt(box, "node rest");
+    const told = `${rest.length.toLocaleString("en-US")} more in ${tree.name[index]}`;
+    if (box.wide > 60 && box.tall > 12) cell.append(element("span", "", told));
+    cell.addEventListener("pointermove", event => tip.show(event, told, [
+      `${shown[state.by](total(rest))}, ${shown.share(total(rest) / size(0))} of all, each too small to be drawn`]));
+    cell.addEventListener("pointerleave", tip.hide);
+    field.append(cell);
+  }
+
+  function cellAt(box, kind, tag = "div") {
+    const cell = element(tag, kind);
+    Object.assign(cell.style, {
+      left: `${box.x}px`, top: `${box.y}px`, width: `${Math.max(box.wide - 1, 1)}px`, height: `${Math.max(box.tall - 1, 1)}px`,
+    });
+    return cell;
   }
 
   function treemap(index, box, depth) {
@@ -43,25 +74,30 @@ function modules(root, data, tip) {
     place(index, box, inner.length > 0);
     const room = { x: box.x + 3, y: box.y + HEAD, wide: box.wide - 6, tall: box.tall - HEAD - 3 };
     if (!inner.length || room.wide < 24 || room.tall < 14 || depth > 12) return;
-    squarified(inner, room).forEach(([child, part]) => {
-      if (part.wide >= 2 && part.tall >= 2) treemap(child, part, depth + 1);
+    // What would be smaller than 3 by 3 pixels is one tile together.
+    const smallest = (9 * size(index)) / (room.wide * room.tall);
+    const { shown: large, rest } = split(index, child => size(child) >= smallest);
+    squarified(rest.length ? [...large, rest] : large, room).forEach(([child, part]) => {
+      if (child === rest) remainder(index, rest, part);
+      else treemap(child, part, depth + 1);
     });
   }
 
   // Rows of rectangles as square as can be (Bruls, Huizing, van Wijk, 2000).
   function squarified(items, room) {
-    const placed = [], scale = (room.wide * room.tall) / items.reduce((sum, item) => sum + size(item), 0);
+    const weight = item => (Array.isArray(item) ? total(item) : size(item));
+    const scale = (room.wide * room.tall) / items.reduce((sum, item) => sum + weight(item), 0), placed = [];
     let rest = { ...room }, row = [];
-    const area = list => list.reduce((sum, item) => sum + size(item) * scale, 0);
+    const area = list => list.reduce((sum, item) => sum + weight(item) * scale, 0);
     const worst = list => {
-      const side = Math.min(rest.wide, rest.tall), sum = area(list), sizes = list.map(item => size(item) * scale);
+      const side = Math.min(rest.wide, rest.tall), sum = area(list), sizes = list.map(item => weight(item) * scale);
       return Math.max((side ** 2 * Math.max(...sizes)) / sum ** 2, sum ** 2 / (side ** 2 * Math.min(...sizes)));
     };
     const close = () => {
       const flat = rest.wide < rest.tall, side = Math.min(rest.wide, rest.tall), deep = area(row) / side;
       let at = flat ? rest.x : rest.y;
       for (const item of row) {
-        const length = (size(item) * scale) / deep;
+        const length = (weight(item) * scale) / deep;
         placed.push([item, flat
           ? { x: at, y: rest.y, wide: length - 1, tall: deep - 1 }
           : { x: rest.x, y: at, wide: deep - 1, tall: length - 1 }]);
@@ -80,13 +116,11 @@ function modules(root, data, tip) {
   }
 
   function place(index, box, group) {
-    const inner = parts(index).length > 0, cell = element(inner ? "button" : "div", `node c${tree.colour[index]}`);
+    const inner = parts(index).length > 0;
+    const cell = cellAt(box, `node c${tree.colour[index]}`, inner ? "button" : "div");
     if (inner) cell.type = "button";
     if (tree.kind[index] === "op" || tree.kind[index] === "memory") cell.classList.add("leaf");
     if (group) cell.classList.add("group");
-    Object.assign(cell.style, {
-      left: `${box.x}px`, top: `${box.y}px`, width: `${Math.max(box.wide - 1, 1)}px`, height: `${Math.max(box.tall - 1, 1)}px`,
-    });
     if (box.wide > 26 && box.tall > 12) {
       cell.append(element("span", "", tree.name[index]));
       if (box.wide > 130) cell.append(element("i", "", shown.share(size(index) / size(0))));
@@ -99,7 +133,12 @@ function modules(root, data, tip) {
     ]);
     cell.addEventListener("pointermove", tell);
     cell.addEventListener("pointerleave", tip.hide);
-    if (inner) cell.addEventListener("click", event => { event.stopPropagation(); tip.hide(); enter(index === state.at ? Math.max(tree.parent[index], 0) : index); });
+    if (inner) {
+      cell.addEventListener("click", () => {
+        tip.hide();
+        enter(index === state.at ? Math.max(tree.parent[index], 0) : index);
+      });
+    }
     field.append(cell);
   }
 

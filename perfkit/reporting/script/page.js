@@ -22,6 +22,19 @@ function sortable(table) {
   });
 }
 
+// The first rows of a long table, until all are asked for; after sorting, the first ones of the new order.
+function folded(table) {
+  const count = table.tBodies[0].rows.length;
+  if (count <= 25) return;
+  table.classList.add("folded");
+  const button = element("button", "unfold", `Show all ${count.toLocaleString("en-US")}`);
+  table.parentNode.after(button);
+  button.addEventListener("click", () => {
+    table.classList.remove("folded");
+    button.remove();
+  });
+}
+
 function copied(button) {
   const code = button.parentNode.querySelector("code");
   button.hidden = false;
@@ -42,6 +55,7 @@ document.querySelectorAll(".perfkit.profile:not([data-ready])").forEach(root => 
   const data = JSON.parse(root.querySelector("script.data").textContent);
   const tip = tooltip(root);
   root.querySelectorAll("table.sortable").forEach(sortable);
+  root.querySelectorAll("table.sortable").forEach(folded);
   root.querySelectorAll("button.copy").forEach(copied);
   timeline(root, data, tip);
   modules(root, data, tip);
