@@ -3,6 +3,7 @@
     PerfkitError
     ├── InvalidInputError      (ValueError)           what was passed cannot be used: model, inputs, option, budget
     │   ├── UnknownRecipeError                        no recipe of that name, or no option of that name
+    │   ├── DoesNotRunError                           the model raises on its example inputs
     │   └── ChainError                                recipes that cannot be chained
     ├── UnsupportedError       (NotImplementedError)  the recipe cannot work on this model, framework, mode or machine
     ├── MissingDependencyError (ImportError)          a library is not installed
@@ -34,6 +35,10 @@ class InvalidInputError(PerfkitError, ValueError):
 
 class UnknownRecipeError(InvalidInputError):
     """No recipe, or no option of a recipe, has that name."""
+
+
+class DoesNotRunError(InvalidInputError):
+    """The model raises on its example inputs."""
 
 
 class ChainError(InvalidInputError):

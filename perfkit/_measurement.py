@@ -22,7 +22,7 @@ def measurement(name: str, variant: Variant, latency: Latency | None) -> Measure
         latency=latency,
         throughput=_throughput(variant, latency),
         first_call_s=variant.first_call_s,
-        compile_s=_compile_seconds(variant, latency),
+        compile_s=compile_seconds(variant, latency),
         tensor_peak_bytes=peak,
         process_high_water_bytes=high_water,
         model_bytes=model_bytes,
@@ -83,7 +83,8 @@ def _throughput(variant: Variant, latency: Latency | None) -> Quantity:
     return Quantity(batch / latency.median_ms * 1e3, "items/s", method=f"{batch} items per median call")
 
 
-def _compile_seconds(variant: Variant, latency: Latency | None) -> Quantity:
+def compile_seconds(variant: Variant, latency: Latency | None) -> Quantity:
+    """What of the first call was compilation."""
     if latency is None:
         return no_inputs("s")
     if variant.log.seconds is not None:

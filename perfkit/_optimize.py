@@ -14,7 +14,7 @@ from perfkit._proof import Settings
 from perfkit._recipe import Chain, Recipe
 from perfkit._report import Candidate, Effect
 from perfkit._variant import apply
-from perfkit._workload import Workload, calibration_inputs, check_mode
+from perfkit._workload import Workload, calibrated, check_mode
 from perfkit.parallel.gathering import gathered
 
 AUTO = "auto"
@@ -96,7 +96,7 @@ def optimize(
         work = backend.bind(
             model, params, example_inputs, mode=mode, loss=loss, targets=targets, optimizer=optimizer, seed=seed
         )
-        work = _calibrated(work, calibration)
+        work = calibrated(work, calibration)
         if chain is None:
             result = _search.search(work, settings)
         else:
@@ -183,7 +183,7 @@ def plan(
         work = backend.bind(
             model, params, example_inputs, mode=mode, loss=loss, targets=targets, optimizer=optimizer, seed=seed
         )
-        work = _calibrated(work, calibration)
+        work = calibrated(work, calibration)
         about = (backend.model_name(work), work.framework, mode, work.device)
         if chain is None:
             chains, left_out = _search.sensible(work)
@@ -206,14 +206,6 @@ def _planned(chain: Chain, work: Workload) -> list[PlannedStep]:
         caution = _recipe.ask(recipe, "unprofitable", work.framework, work.device) or ""
         steps.append(PlannedStep(str(recipe), recipe.stage.name, effect, refusal or "", caution))
     return steps
-
-
-def _calibrated(work: Workload, batches: Iterable | None) -> Workload:
-    if batches is None:
-        return work
-    backend = work.backend
-    inputs = calibration_inputs(batches, lambda batch: backend.as_inputs(work, batch), backend.batch_size)
-    return work.replace(calibration=inputs)
 
 
 def _settings(chain, tolerance, evaluate, max_drop, budget_s, strict, on_slower, progress) -> Settings:

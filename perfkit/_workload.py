@@ -101,6 +101,19 @@ class Workload:
         return self.spread is not None or self.world.leads
 
 
+def calibrated(work: Workload, batches: Iterable | None) -> Workload:
+    """The workload with what a caller passed as `calibration=`; as it is without any.
+
+    Raises:
+        InvalidInputError: see `calibration_inputs`.
+    """
+    if batches is None:
+        return work
+    backend = work.backend
+    inputs = calibration_inputs(batches, lambda batch: backend.as_inputs(work, batch), backend.batch_size)
+    return work.replace(calibration=inputs)
+
+
 def calibration_inputs(batches: Any, as_inputs: Callable[[Any], Inputs], rows: Callable[[Inputs], int | None]):
     """What a caller passed as `calibration=`, as inputs.
 

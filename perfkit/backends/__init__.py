@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from perfkit._errors import InvalidInputError, missing, nearest
+from perfkit._errors import DoesNotRunError, InvalidInputError, missing, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -267,9 +267,9 @@ def _leaves(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def does_not_run(name: str, inputs: str, error: Exception) -> str:
-    """The message for example inputs that do not fit the model."""
-    return (
+def does_not_run(name: str, inputs: str, error: Exception) -> DoesNotRunError:
+    """The error for example inputs that do not fit the model."""
+    return DoesNotRunError(
         f"{name} does not run on example_inputs ({inputs}): {type(error).__name__}: {error}. "
         "A tuple is passed as positional arguments, a dict as keyword arguments where its keys are the model's "
         "parameters, anything else as the only argument"

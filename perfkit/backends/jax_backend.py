@@ -152,7 +152,7 @@ class JaxBackend(Backend):
             try:
                 outputs, _ = work.model.function()(work.model.params, work.model.rest, *inputs.args, **inputs.kwargs)
             except Exception as error:
-                raise InvalidInputError(does_not_run(name, self.describe(inputs), error)) from error
+                raise does_not_run(name, self.describe(inputs), error) from error
             if not any(True for _ in self.leaves(outputs)):
                 raise InvalidInputError(f"{name} returned a {type(outputs).__name__} without any array in it")
             if work.training is not None:

@@ -150,7 +150,7 @@ class TorchBackend(Backend):
             try:
                 outputs = work.model(*inputs.args, **inputs.kwargs)
             except Exception as error:
-                raise InvalidInputError(does_not_run(name, self.describe(inputs), error)) from error
+                raise does_not_run(name, self.describe(inputs), error) from error
             if not any(True for _ in self.leaves(outputs)):
                 raise InvalidInputError(f"{name} returned a {type(outputs).__name__} without any tensor in it")
             if work.training is not None:

@@ -52,6 +52,7 @@ PATIENCE_S = 20.0
 CONTENDED = 0.5
 """Threads that wait for a processor for longer than this share of the time measure the scheduler, not the model."""
 
+ALONE_CALLS = 3
 WARM_WINDOW = 5
 WARM_SPREAD = 1.05
 
@@ -152,6 +153,22 @@ def paired(
         comparison = dataclasses.replace(comparison, verdict=Verdict.NOISY)
     latencies = statistics.latency(times.original_samples_ms), statistics.latency(times.variant_samples_ms)
     return world.agree((*latencies, comparison))
+
+
+def alone(call: Call, *, budget_s: float) -> Latency:
+    """Warm up and time one variant by itself, for what a step takes; to compare two there is `paired`.
+
+    Sampling ends when p99 is supported or `budget_s` seconds are spent, but not before three calls are timed.
+    """
+    end = time.perf_counter() + budget_s
+    warm_up(call, budget_s=budget_s / 4)
+    block = max(1, min(int(CALIBRATION_S / _quickest(call)), MOST_CALLS))
+    times: list[int] = []
+    with _quiet_gc():
+        while len(times) < ALONE_CALLS or (time.perf_counter() < end and len(times) < statistics.samples_needed(99)):
+            times += _timed(call, block)
+            gc.collect()
+    return statistics.latency(_milliseconds(times))
 
 
 def interleave(
