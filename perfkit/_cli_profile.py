@@ -42,9 +42,7 @@ def _file(name: str, about: str):
 @_file("--snapshot", "torch: write the allocations of a step, for pytorch.org/memory_viz.")
 @click.option("--diff", "pair", nargs=2, metavar="BEFORE AFTER", help="Compare two profiles that --json wrote.")
 @click.option("--optimize", is_flag=True, help="Then optimize with the recipe of the most promising finding.")
-def profile(
-    model, framework, mode, batch_size, recipe, budget, html, json, trace, snapshot, pair, optimize
-) -> None:
+def profile(model, framework, mode, batch_size, recipe, budget, html, json, trace, snapshot, pair, optimize) -> None:
     """Where the time, the memory and the energy of MODEL go, and which recipe addresses it.
 
     \b

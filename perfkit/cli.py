@@ -21,6 +21,7 @@ from perfkit._cli_common import BAD_INPUT, EXIT_CODES, INTERRUPTED, REFUSED
 from perfkit._errors import InvalidInputError, PerfkitError
 from perfkit._report import Report
 
+
 class _Group(click.Group):
     """Turns perfkit's errors into one line on stderr and an exit code."""
 
@@ -52,9 +53,7 @@ def main() -> None:
     """
 
 
-@main.command(
-    epilog=common.EXIT_HELP
-)
+@main.command(epilog=common.EXIT_HELP)
 @click.argument("model")
 @common.framework_option
 @common.recipe_option

@@ -26,9 +26,7 @@ def whole_ms(time: Time) -> float:
     """
     if on_device(time):
         return time.step.median_ms
-    if time.overhead.value is not None:
-        return time.step.median_ms * time.overhead.value
-    return max(time.step.median_ms, sum(op.self_ms for op in time.ops))
+    return sum(time.phases_ms.values()) or time.step.median_ms
 
 
 def share(ms: float, time: Time) -> float:
