@@ -86,14 +86,14 @@ def _cudnn_rnn_backward(x: Tensor, weights: list[Tensor], *rest: Any, **_: Any) 
     return flops.backward(_cudnn_rnn(x, weights), own)
 
 
-def _rnn(x: Tensor, _rows_: Any, _h0: Any, _c0: Any, weights: list[Tensor], *_: Any, **__: Any) -> int:
-    return 2 * _rows(x) * _matrices(weights)
+def _rnn(x: Tensor, *rest: Any, **_: Any) -> int:
+    return 2 * _rows(x) * _matrices(rest[3])
 
 
 def _rnn_backward(x: Tensor, *rest: Any, **_: Any) -> int:
     weights, bidirectional = rest[3], rest[13]
     own = 0 if x.requires_grad else 2 * _rows(x) * weights[0].numel() * (2 if bidirectional else 1)
-    return flops.backward(2 * _rows(x) * _matrices(weights), own)
+    return flops.backward(_rnn(x, *rest), own)
 
 
 def _conv2d(x: Tensor, weight: Tensor, _bias: Any, stride: Any, padding: Any, dilation: Any, *_: Any, **__: Any) -> int:

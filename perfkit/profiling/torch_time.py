@@ -222,14 +222,15 @@ def _total_ns(steps: list[Step]) -> int:
 def _phases(steps: list[Step], ops: tuple[Op, ...], on_device: bool) -> dict[str, float]:
     """Milliseconds per step: of kernels by the phase that launched them, without a device of the host."""
     step_ms = _total_ns(steps) / len(steps) / 1e6
+    phases: defaultdict[str, float] = defaultdict(float)
     if on_device:
-        phases: Counter[str] = Counter()
         for op in ops:
             if op.kind == "kernel" and op.phase != "other":
                 phases[op.phase] += op.self_ms
     else:
-        phases = sum((_host_phases(step) for step in steps), Counter())
-        phases = Counter({name: ns / len(steps) / 1e6 for name, ns in phases.items()})
+        for step in steps:
+            for name, ns in _host_phases(step).items():
+                phases[name] += ns / len(steps) / 1e6
     return {**phases, "other": max(step_ms - sum(phases.values()), 0.0)}
 
 
