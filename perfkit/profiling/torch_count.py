@@ -168,14 +168,22 @@ def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
+    """What of a tensor lies in memory: an expanded one is smaller than it looks."""
     if tensor.is_nested or tensor.layout != torch.strided:
         return 0
     size = tensor.numel() * tensor.element_size()
-    return min(size, tensor.untyped_storage().nbytes()) if type(tensor) is Tensor else size
+    try:
+        return min(size, tensor.untyped_storage().nbytes()) if type(tensor) is Tensor else size
+    except _NO_STORAGE:
+        return size
 
 
 def _storage(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have none
+    except _NO_STORAGE:
         return 0
+
+
+_NO_STORAGE = (NotImplementedError, RuntimeError)
+"""Sparse tensors, those of torch.func and some subclasses raise one of these."""
