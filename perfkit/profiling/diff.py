@@ -157,13 +157,15 @@ def _ops(profile: Profile) -> list[Part]:
     scale = profile.time.step.median_ms
     return [
         Part(
-            *key,
+            name,
+            module,
+            phase,
             ms=math.fsum(_views.share(op.self_ms, profile.time) * scale for op in ops),
             bytes=sum(op.moved_bytes for op in ops),
             calls=sum(op.calls for op in ops),
             flops=sum(op.flops for op in ops),
         )
-        for key, ops in grouped.items()
+        for (name, module, phase), ops in grouped.items()
     ]
 
 
