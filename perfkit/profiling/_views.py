@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from perfkit.profiling._profile import Ceilings, Op, Time
@@ -26,7 +27,7 @@ def whole_ms(time: Time) -> float:
     """
     if on_device(time):
         return time.step.median_ms
-    return sum(time.phases_ms.values()) or time.step.median_ms
+    return math.fsum(time.phases_ms.values()) or time.step.median_ms
 
 
 def share(ms: float, time: Time) -> float:

@@ -344,9 +344,9 @@ def overhead(profile: Profile) -> str:
 
 
 def reading_rows(device: DeviceState) -> tuple[tuple[str, str], ...]:
-    """What a device said of itself, with the reason where it said nothing."""
+    """What a device said of itself; where it said nothing, why."""
     return tuple(
-        (name, format_quantity(value) if value.value is not None else f"not supported ({value.unavailable})")
+        (name, value.unavailable if value.value is None else format_quantity(value))
         for name, value in device.readings.items()
     )
 
