@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 FIRST_SCALE, GROWTH_INTERVAL = 2.0**15, 2000
 
+LOSS, OPTIMIZER = "{:loss}", "{:optimizer}"
+"""Scopes in the names of a step's operations, for profiles."""
+
 
 class Trainer:
     """`forward → loss → gradients → optimizer update` as one compiled function, on state of its own.
@@ -64,24 +67,26 @@ def _step(function: Function, training: Training, averaged: Callable[[Any], Any]
 
         def scaled_loss(params):
             outputs, new_rest = function(params, rest, *args, **kwargs)
-            loss = training.loss(outputs, targets)
-            if training.teacher is not None:
-                loss = (loss + _distance(outputs, training.teacher(*args, **kwargs))) / 2
-            return (loss * scale.astype(loss.dtype) if scaling else loss), (loss, new_rest)
+            with jax.named_scope(LOSS):
+                loss = training.loss(outputs, targets)
+                if training.teacher is not None:
+                    loss = (loss + _distance(outputs, training.teacher(*args, **kwargs))) / 2
+                return (loss * scale.astype(loss.dtype) if scaling else loss), (loss, new_rest)
 
         gradients, (loss, new_rest) = averaged(jax.grad(scaled_loss, has_aux=True)(params))
-        if not scaling:
-            updates, moments = optimizer.update(gradients, moments, params)
-            return (optax.apply_updates(params, updates), new_rest, moments, (scale, clean_steps)), loss
-        gradients = jax.tree.map(lambda gradient: gradient / scale.astype(gradient.dtype), gradients)
-        finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]))
-        updates, new_moments = optimizer.update(gradients, moments, params)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (optax.apply_updates(params, updates), new_moments),
-            (params, moments),
-        )
-        return (kept[0], new_rest, kept[1], _next_scale(scale, clean_steps, finite)), loss
+        with jax.named_scope(OPTIMIZER):
+            if not scaling:
+                updates, moments = optimizer.update(gradients, moments, params)
+                return (optax.apply_updates(params, updates), new_rest, moments, (scale, clean_steps)), loss
+            gradients = jax.tree.map(lambda gradient: gradient / scale.astype(gradient.dtype), gradients)
+            finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]))
+            updates, new_moments = optimizer.update(gradients, moments, params)
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (optax.apply_updates(params, updates), new_moments),
+                (params, moments),
+            )
+            return (kept[0], new_rest, kept[1], _next_scale(scale, clean_steps, finite)), loss
 
     return step
 

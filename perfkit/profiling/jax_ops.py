@@ -1,0 +1,264 @@
+"""What XLA ran in a step, by operation and module: times from a trace, the rest from the compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from perfkit.profiling._profile import Op
+from perfkit.profiling.jax_hlo import CONTROL, NO_WORK, Instruction, Program
+from perfkit.profiling.jax_scopes import Place
+from perfkit.profiling.jax_trace import Event, Host, Trace
+
+_RANKS = {"compile": 2, "dispatch": 3}
+"""What the host does that counts where XLA runs nothing; what stands first counts where both go on."""
+
+_JAX_NAMES = {"dot": "dot_general", "convolution": "conv_general_dilated"}
+_PLAIN = frozenset(
+    [
+        "broadcast_in_dim",
+        "reshape",
+        "transpose",
+        "convert_element_type",
+        "squeeze",
+        "copy",
+        "broadcast",
+        "convert",
+        "bitcast",
+        "closed_call",
+        "scan",
+        "while",
+        "body",
+        "cond",
+        "checkpoint",
+    ]
+)
+"""Left out of the names of fusions, where they hold anything else."""
+
+_MOST_NAMES = 3
+
+Shares = dict[Place, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Something that ran, or a part of it, at one place in the model.
+
+    Args:
+        name: "dot_general", "conv_general_dilated + add + max".
+        kind: "op" or "kernel".
+        share: of the time of the instruction that it is a part of.
+        product_flops: as the compiler counts them: what the mathematics' are shared out by.
+    """
+
+    name: str
+    kind: str
+    module: str
+    phase: str
+    shapes: str = ""
+    moved_bytes: float = 0.0
+    product_flops: float = 0.0
+    share: float = 1.0
+
+
+class Reader:
+    """Tells what an event of a trace is.
+
+    Args:
+        programs: by their number in the trace.
+        place: reads where an operation stands off its name.
+        shares: of instructions that hold whole layers, by name: their places' shares of the time.
+        device: whether the events are of a device's kernels.
+        alone: whether each program is one operation.
+    """
+
+    def __init__(
+        self,
+        programs: dict[int, Program],
+        place: Callable[[str], Place],
+        shares: dict[str, Shares] | None = None,
+        *,
+        device: bool = False,
+        alone: bool = False,
+    ):
+        self.programs, self.place, self.device, self.alone = programs, place, device, alone
+        self.shares = shares or {}
+        self._known: dict[tuple[int, str], list[Row]] = {}
+
+    def instruction(self, event: Event) -> Instruction | None:
+        program = self.programs.get(event.program)
+        return program.named.get(event.name) if program else None
+
+    def controls(self, event: Event) -> bool:
+        """Whether it runs other operations, which are events too."""
+        item = self.instruction(event)
+        return item is not None and item.opcode in CONTROL
+
+    def rows(self, event: Event) -> list[Row]:
+        key = event.program, event.name
+        if key not in self._known:
+            self._known[key] = list(self._read(event))
+        rows = self._known[key]
+        return rows if not event.module else [_within(row, event.module) for row in rows]
+
+    def _read(self, event: Event) -> Iterator[Row]:
+        kind = "kernel" if self.device else "op"
+        item = self.instruction(event)
+        if item is None:
+            at = self.place("")
+            yield Row(event.name, kind, at.module, at.phase)
+            return
+        program = self.programs[event.program]
+        shapes, moved = program.shapes(item), program.moved_bytes(item)
+        shares = self.shares.get(item.name)
+        if shares is None:
+            at = self.place(program.op_name(item))
+            inner = [each for each in program.inside(item) if each.opcode not in NO_WORK]
+            inner = inner or list(program.inside(item))
+            flops = sum(each.product_flops for each in inner)
+            name = self._name(inner)
+            if not any("/" in each.op_name or each.product_flops for each in inner):  # the compiler's own
+                name = program.name.removeprefix("jit_") if self.alone else f"{at.primitive or 'XLA'} ({name})"
+            yield Row(name, kind, at.module, at.phase, shapes, moved, flops)
+            return
+        for at, group in _by_place(program, item, self.place).items():
+            if share := shares.get(at, 0.0):
+                flops = sum(each.product_flops for each in group)
+                yield Row(self._name(group), kind, at.module, at.phase, shapes, moved * share, flops, share)
+
+    def _name(self, inner: list[Instruction]) -> str:
+        """What they are called in JAX: products first, and those left out that only lay things out anew."""
+        ordered = sorted(inner, key=lambda each: not each.product_flops)
+        names = list(dict.fromkeys(self._own_name(each) for each in ordered))
+        names = [name for name in names if name not in _PLAIN] or names
+        more = " + …" if len(names) > _MOST_NAMES else ""
+        return " + ".join(names[:_MOST_NAMES]) + more
+
+    def _own_name(self, item: Instruction) -> str:
+        if item.opcode in _JAX_NAMES:
+            return _JAX_NAMES[item.opcode]
+        if item.opcode in ("copy", *CONTROL) or "/" not in item.op_name:
+            return item.opcode
+        return self.place(item.op_name).primitive or item.target or item.opcode
+
+
+def holds_layers(program: Program, item: Instruction, place: Callable[[str], Place]) -> bool:
+    """Whether a fusion holds products of more than one place of the model, so that its time is theirs together."""
+    if item.opcode != "fusion":
+        return False
+    groups = _by_place(program, item, place).values()
+    return sum(any(each.product_flops for each in group) for group in groups) > 1
+
+
+def shares_by_work(program: Program, item: Instruction, place: Callable[[str], Place]) -> Shares:
+    """By operations and bytes: where nothing better is known."""
+    work = {
+        at: sum(each.product_flops + each.bytes for each in group)
+        for at, group in _by_place(program, item, place).items()
+    }
+    return {at: each / sum(work.values()) for at, each in work.items()}
+
+
+def shares_by_time(
+    program: Program, item: Instruction, place: Callable[[str], Place], ms_by_place: dict[Place, float]
+) -> Shares:
+    """By the times that the places in it take where they are not fused; empty where one with products has none."""
+    groups = _by_place(program, item, place)
+    times = {at: ms_by_place.get(at, 0.0) for at in groups}
+    if any(not times[at] and any(each.product_flops for each in group) for at, group in groups.items()):
+        return {}
+    return {at: ms / sum(times.values()) for at, ms in times.items()}
+
+
+def swept(
+    events: Iterable[Event], host: Iterable[Host], controls: Callable[[Event], bool], until: tuple[float, float]
+) -> Iterator[tuple[Event | Host, float]]:
+    """Each moment of a step given to what runs in it, so that the times add up to the time that something ran.
+
+    What runs at once has equal parts of it. What runs others has only what they leave, and so have the
+    host's compiling and dispatching.
+
+    Args:
+        until: beginning and end of the step.
+    """
+    start, end = until
+    items: list[tuple[int, Event | Host]] = [(int(controls(event)), event) for event in events]
+    items += [(_RANKS[item.kind], item) for item in host if item.kind in _RANKS]
+    edges: list[tuple[float, int, int]] = []
+    for index, (_, item) in enumerate(items):
+        first, last = max(item.start_ms, start), min(item.end_ms, end)
+        if last > first:
+            edges += [(first, 1, index), (last, 0, index)]
+    edges.sort()
+    running: tuple[set[int], ...] = (set(), set(), set(), set())
+    given: dict[int, float] = {}
+    before = start
+    for at, begins, index in edges:
+        owners = next((group for group in running if group), ())
+        for owner in owners:
+            given[owner] = given.get(owner, 0.0) + (at - before) / len(owners)
+        before = at
+        group = running[items[index][0]]
+        group.add(index) if begins else group.discard(index)
+    for index, (_, item) in enumerate(items):
+        if start <= item.start_ms < end:
+            yield item, given.get(index, 0.0)
+
+
+def ops(
+    timed: Iterable[tuple[Event | Host, float]], reader: Reader, flops: dict[tuple[str, str], float], steps: int
+) -> tuple[Op, ...]:
+    """The operations of a step, longest first.
+
+    Args:
+        timed: of all steps, what ran and its time.
+        flops: of the mathematics, by module and phase.
+        steps: how many steps they are of.
+    """
+    sums: dict[tuple[str, str, str, str, str], list[float]] = {}
+    for item, ms in timed:
+        rows = [Row(item.kind, "op", item.module, "forward")] if isinstance(item, Host) else reader.rows(item)
+        for row in rows:
+            key = row.name, row.kind, row.module, row.phase, row.shapes
+            found = sums.setdefault(key, [0.0] * 4)
+            for index, value in enumerate((1.0, ms * row.share, row.moved_bytes, row.product_flops)):
+                found[index] += value / steps
+    weights: dict[tuple[str, str], float] = {}
+    for (_, _, module, phase, _), (_, _, _, weight) in sums.items():
+        weights[module, phase] = weights.get((module, phase), 0.0) + weight
+    made = []
+    for (name, kind, module, phase, shapes), (calls, ms, moved, weight) in sums.items():
+        own = flops.get((module, phase), 0.0) * weight / weights[module, phase] if weight else 0.0
+        made.append(Op(name, kind, module, phase, calls, ms, own, moved, shapes))
+    return tuple(sorted(made, key=lambda op: -op.self_ms))
+
+
+def union(intervals: Iterable[tuple[float, float]], until: tuple[float, float]) -> list[tuple[float, float]]:
+    """What of a step is covered, as intervals that do not touch."""
+    found: list[tuple[float, float]] = []
+    for first, last in sorted((max(a, until[0]), min(b, until[1])) for a, b in intervals):
+        if last <= first:
+            continue
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], last)
+        else:
+            found.append((first, last))
+    return found
+
+
+def of_step(trace: Trace, until: tuple[float, float]) -> list[Event]:
+    return [event for event in trace.events if event.end_ms > until[0] and event.start_ms < until[1]]
+
+
+def _by_place(program: Program, item: Instruction, place: Callable[[str], Place]) -> dict[Place, list[Instruction]]:
+    """What a fusion is made of, by place; a place's `primitive` is left out."""
+    found: dict[Place, list[Instruction]] = {}
+    for inner in program.inside(item):
+        if inner.opcode not in NO_WORK and "/" in inner.op_name:
+            at = place(inner.op_name)
+            found.setdefault(Place(at.module, at.phase), []).append(inner)
+    return found
+
+
+def _within(row: Row, module: str) -> Row:
+    return row if row.module else Row(**{**vars(row), "module": module})
