@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from perfkit._report import Latency, Quantity
-from perfkit.profiling import _views
+from perfkit.profiling import _views, roofline
 from perfkit.profiling._profile import CATEGORIES, PHASES, DeviceState, Finding, Memory, Module, Op, Profile, Time
 from perfkit.reporting._format import (
     counted,
@@ -70,13 +70,21 @@ class FindingFacts:
 
 @dataclass(frozen=True)
 class OpFacts:
-    """One operation in words, with the numbers that a table is sorted by."""
+    """One operation in words, with the numbers that a table is sorted by.
+
+    Args:
+        share: of the step.
+        rate: GFLOP/s; empty where it does no arithmetic that is counted.
+        bound: the roof that it stands under and how much of it is reached, "memory 88%"; empty where not known.
+        reached: the same share as a number.
+    """
 
     op: Op
     ms: str
     share: float
     rate: str
     bound: str
+    reached: float
 
 
 @dataclass(frozen=True)
@@ -228,10 +236,11 @@ def op_facts(profile: Profile) -> tuple[OpFacts, ...]:
         return ()
     found = []
     for op in _views.hottest(profile.time):
-        place = _views.placed(op, profile.ceilings)
-        bound = f"{place.bound} {place.reached:.0%}" if place else ""
-        rate = f"{format_number(op.flops / op.self_ms / 1e6)}" if op.flops and op.self_ms else ""
-        found.append(OpFacts(op, format_ms(op.self_ms), _views.share(op.self_ms, profile.time), rate, bound))
+        place = roofline.place(op, profile.ceilings) if profile.ceilings else None
+        bound = f"{place.bound} {place.share:.0%}" if place else ""
+        rate = format_number(op.flops / op.self_ms / 1e6) if op.flops and op.self_ms else ""
+        share = _views.share(op.self_ms, profile.time)
+        found.append(OpFacts(op, format_ms(op.self_ms), share, rate, bound, place.share if place else 0.0))
     return tuple(found)
 
 
