@@ -142,7 +142,12 @@ def figures(profile: Profile) -> tuple[Figure, ...]:
     """The numbers beside the headline, those that could not be measured with the reason."""
     found = []
     if (time := profile.time) is not None:
-        found += [_arithmetic(time, per(profile)), _utilization(time, profile), _busy(time), _first_call(time)]
+        found += [
+            _arithmetic(time, per(profile)),
+            _figure("utilization", time.utilization, time.utilization.method or ""),
+            _busy(time),
+            _first_call(time),
+        ]
     if (memory := profile.memory) is not None:
         found.append(_figure("peak memory", memory.peak, _largest_categories(memory)))
     if (energy := profile.energy) is not None:
@@ -162,15 +167,6 @@ def _arithmetic(time: Time, name: str) -> Figure:
         return Figure("arithmetic", UNAVAILABLE, time.flops.unavailable)
     rate = format_flops(time.flops.value / time.step.median_ms * 1e3)
     return Figure(f"arithmetic per {name}", format_flops(time.flops.value), f"{rate}/s reached")
-
-
-def _utilization(time: Time, profile: Profile) -> Figure:
-    about = time.utilization.method or "of the machine's ceiling, measured just now"
-    if profile.ceilings is not None and time.utilization.value is not None:
-        roofs = {name: roof for name, roof in profile.ceilings.gflops.items() if roof.value is not None}
-        if roofs:
-            about += f"; ceilings {listing((f'{name} {format_quantity(roof)}' for name, roof in roofs.items()), 3)}"
-    return _figure("utilization", time.utilization, about)
 
 
 def _busy(time: Time) -> Figure:
