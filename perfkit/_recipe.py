@@ -64,6 +64,7 @@ class Recipe:
         tolerance: relative error of the outputs that it may add, unitless.
         positional: the options that may be given without their names: "data_parallel(2)".
         retrains: its training starts from another loss than the original's, and is judged by where it ends.
+        aim: what it is for, "speed" or "memory". Where it is memory, more time is its price and no failure.
     """
 
     stage: ClassVar[Stage]
@@ -71,6 +72,7 @@ class Recipe:
     tolerance: ClassVar[float] = 0.0
     positional: ClassVar[tuple[str, ...]] = ()
     retrains: ClassVar[bool] = False
+    aim: ClassVar[str] = "speed"
 
     @property
     def name(self) -> str:
@@ -189,6 +191,11 @@ class Chain:
     def tolerance(self) -> float:
         """The relative error that the steps together may add."""
         return sum(recipe.tolerance for recipe in self.recipes)
+
+    @property
+    def aim(self) -> str:
+        """ "memory" where one of the recipes is for it, else "speed"."""
+        return "memory" if any(recipe.aim == "memory" for recipe in self.recipes) else "speed"
 
 
 def chain_of(spec: str | Recipe | Chain | Iterable) -> Chain:

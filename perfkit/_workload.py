@@ -42,6 +42,8 @@ class Training:
         around: contexts within which every step runs, backward included.
         teacher: `teacher(*args, **kwargs)`, the original's outputs; half of the loss is then the distance to them.
         averaged: makes of this process' loss the one over the whole batch.
+        micro_batches: how many parts of one size a step runs one after the other, adding up their gradients.
+        batch_dim: the dimension along which the first input is cut into them.
     """
 
     loss: Callable[[Any, Any], Any]
@@ -51,6 +53,8 @@ class Training:
     around: tuple[Callable[[], AbstractContextManager], ...] = ()
     teacher: Callable[..., Any] | None = None
     averaged: Callable[[Any], Any] | None = None
+    micro_batches: int = 1
+    batch_dim: int = 0
 
 
 @dataclass(frozen=True)

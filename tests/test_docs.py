@@ -31,9 +31,17 @@ def run(code: str, name: str) -> dict:
     return names
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    """Little time for measuring: the pages' examples need not be precise here."""
+    monkeypatch.setattr("perfkit._optimize.CHAIN_BUDGET_S", 0.3)
+    monkeypatch.setattr("perfkit._optimize.SEARCH_BUDGET_S", 10.0)
+
+
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 @pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+@pytest.mark.usefixtures("hasty")
 def test_examples_run(number, capsys):
     names = run(blocks("python")[number], f"README, example {number}")
     assert names["result"].report.fidelity.ok
@@ -41,6 +49,7 @@ def test_examples_run(number, capsys):
 
 @pytest.mark.parametrize("page", LESSONS, ids=lambda page: page.stem)
 @pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
+@pytest.mark.usefixtures("hasty")
 def test_lessons_run(page, capsys):
     (code,) = blocks("python", page.read_text())
     names = run(code, page.name)

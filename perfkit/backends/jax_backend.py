@@ -260,7 +260,9 @@ def _finished_training(work: Workload) -> Finished:
         trainer.state = state
         write(*trainer.held)
 
-    program = lambda: trainer.program.compiled  # noqa: E731
+    def program():
+        return trainer.program.compiled
+
     return Finished(model, call, keeping_state, train_step, params, program, trainer, restore)
 
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from perfkit._batch import axis_of, even_rows
+
 if TYPE_CHECKING:
     from perfkit._workload import Inputs, Training, Workload
     from perfkit.backends.jax_model import Function
@@ -62,9 +64,7 @@ class Trainer:
 def _step(function: Function, training: Training, averaged: Callable[[Any], Any]):
     optimizer, scaling = training.optimizer, training.loss_scaling
 
-    def step(state, args, kwargs, targets):
-        params, rest, moments, (scale, clean_steps) = state
-
+    def gradients_of(params, rest, scale, args, kwargs, targets):
         def scaled_loss(params):
             outputs, new_rest = function(params, rest, *args, **kwargs)
             with jax.named_scope(LOSS):
@@ -73,7 +73,13 @@ def _step(function: Function, training: Training, averaged: Callable[[Any], Any]
                     loss = (loss + _distance(outputs, training.teacher(*args, **kwargs))) / 2
                 return (loss * scale.astype(loss.dtype) if scaling else loss), (loss, new_rest)
 
-        gradients, (loss, new_rest) = averaged(jax.grad(scaled_loss, has_aux=True)(params))
+        return jax.grad(scaled_loss, has_aux=True)(params)
+
+    of_batch = gradients_of if training.micro_batches == 1 else _accumulated(gradients_of, training)
+
+    def step(state, args, kwargs, targets):
+        params, rest, moments, (scale, clean_steps) = state
+        gradients, (loss, new_rest) = averaged(of_batch(params, rest, scale, args, kwargs, targets))
         with jax.named_scope(OPTIMIZER):
             if not scaling:
                 updates, moments = optimizer.update(gradients, moments, params)
@@ -89,6 +95,39 @@ def _step(function: Function, training: Training, averaged: Callable[[Any], Any]
             return (kept[0], new_rest, kept[1], _next_scale(scale, clean_steps, finite)), loss
 
     return step
+
+
+def _accumulated(gradients_of: Callable, training: Training) -> Callable:
+    """The mean of the gradients and losses of the micro-batches, one after the other in a loop.
+
+    Micro-batch i takes the rows i, i + n, i + 2n, …, so that on a mesh every device has its share of each.
+    """
+    parts, batch_dim = training.micro_batches, training.batch_dim
+
+    def of_batch(params, rest, scale, *batch):
+        rows = even_rows(jax.tree.leaves(batch[:2]), batch_dim, parts)
+
+        def micro_batch(index):
+            def of(leaf):
+                dim = axis_of(leaf.shape, rows, batch_dim)
+                if dim is None:
+                    return leaf
+                cut = leaf.reshape(*leaf.shape[:dim], rows // parts, parts, *leaf.shape[dim + 1 :])
+                return jax.lax.dynamic_index_in_dim(cut, index, dim + 1, keepdims=False)
+
+            return jax.tree.map(of, batch)
+
+        def add(carry, index):
+            total, rest = carry
+            gradients, (loss, rest) = gradients_of(params, rest, scale, *micro_batch(index))
+            return (jax.tree.map(jnp.add, total, gradients), rest), loss
+
+        shapes, _ = jax.eval_shape(gradients_of, params, rest, scale, *micro_batch(0))
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (total, rest), losses = jax.lax.scan(add, (nothing, rest), jnp.arange(parts))
+        return jax.tree.map(lambda leaf: leaf / parts, total), (losses.mean(), rest)
+
+    return of_batch
 
 
 def teacher(work: Workload) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from perfkit._batch import axis_of
 from perfkit._errors import InvalidInputError
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
@@ -19,7 +20,6 @@ from perfkit.backends.jax_compile import Program
 from perfkit.backends.jax_placement import Placement
 from perfkit.backends.jax_quantized import is_quantized
 from perfkit.backends.jax_trees import leaves_with_names, with_leaves
-from perfkit.parallel.batch import axis_of
 from perfkit.parallel.jax_mesh import OnMesh, local, mesh_of, put, replicated, shared_rows
 from perfkit.parallel.spread import Spread
 

@@ -285,6 +285,8 @@ class Profile:
         ceilings: None where they were not measured.
         devices: what the cards said of themselves; empty where there is none.
         findings: the costliest first.
+        command: what optimizes the same model, but for the recipe: "perfkit optimize cnn --mode training"; empty where
+            the model was not named on the command line.
     """
 
     model: str
@@ -302,9 +304,21 @@ class Profile:
     devices: tuple[DeviceState, ...] = ()
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
+    command: str = ""
     created: str = ""
     perfkit_version: str = ""
     schema_version: int = field(default=SCHEMA_VERSION)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Profile:
+        """The profile that `to_json` wrote, from its path or its text.
+
+        Raises:
+            InvalidInputError: it is no profile, or one of another version.
+        """
+        from perfkit.profiling import _reading
+
+        return _reading.from_json(source)
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as JSON-ready data; numbers that are not finite become None."""

@@ -235,8 +235,8 @@ def fidelity_rows(result: Fidelity) -> tuple[tuple[str, str], ...]:
         ("allowed", f"{format_error(result.limit)} = {limit}"),
         ("the original's own error", format_error(result.original_error)),
         ("largest absolute error", format_error(result.max_abs_error)),
-        ("signal to quantization noise", _with_reason(result.sqnr_db)),
-        ("top-1 agreement", _with_reason(result.top1_agreement)),
+        ("signal to quantization noise", with_reason(result.sqnr_db)),
+        ("top-1 agreement", with_reason(result.top1_agreement)),
         ("compared with", result.reference),
     ]
     return tuple(found + ([("reason", result.reason)] if result.reason else []))
@@ -328,12 +328,12 @@ def parallel_rows(report: Report) -> tuple[tuple[str, str], ...]:
 
 def _share(quantity: Quantity) -> str:
     if quantity.value is None:
-        return _with_reason(quantity)
+        return with_reason(quantity)
     return format_percent(quantity.value) + (f" ({quantity.method})" if quantity.method else "")
 
 
 def _told(quantity: Quantity) -> str:
-    return _with_reason(quantity) + (f" ({quantity.method})" if quantity.method else "")
+    return with_reason(quantity) + (f" ({quantity.method})" if quantity.method else "")
 
 
 def found_recipe(report: Report) -> str:
@@ -382,7 +382,7 @@ def environment_rows(environment: Environment) -> tuple[tuple[str, str], ...]:
     return (
         ("processor", f"{environment.cpu}, {counted(environment.cores, 'core')}"),
         ("instruction sets", ", ".join(environment.instruction_sets) or "none known"),
-        ("memory", _with_reason(environment.memory_bytes)),
+        ("memory", with_reason(environment.memory_bytes)),
         ("accelerators", ", ".join(environment.accelerators) or "none"),
         ("system", f"{environment.os}, Python {environment.python}"),
         ("libraries", pairs(environment.libraries)),
@@ -415,7 +415,7 @@ def _quantities(report: Report) -> tuple[tuple[str, Quantity, Quantity], ...]:
     )
 
 
-def _with_reason(quantity: Quantity) -> str:
+def with_reason(quantity: Quantity) -> str:
     told = format_quantity(quantity)
     return told if quantity.unavailable is None else f"{told}: {quantity.unavailable}"
 

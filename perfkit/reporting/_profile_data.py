@@ -1,0 +1,192 @@
+"""What the page's script draws: the spans of the timeline and the tree of modules, cut to what can be seen."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from markupsafe import Markup
+
+from perfkit.profiling import _views
+from perfkit.profiling._profile import Profile, Span, Time
+from perfkit.reporting._format import clean, shorten
+
+MOST_SPANS, MOST_NODES, MOST_NAME = 20_000, 4000, 120
+COLOURS = 7
+"""Colours of modules; what belongs to none of them has one more, grey."""
+
+# Above this share of the time, a module says nothing by its colour: its parts get colours of their own.
+DOMINANT = 0.8
+
+
+@dataclass
+class Node:
+    """A module, or an operation directly in it, in the tree that the map is drawn from."""
+
+    name: str
+    kind: str
+    path: str
+    time: float = 0.0
+    flops: float = 0.0
+    memory: float = 0.0
+    children: dict[str, Node] = field(default_factory=dict)
+
+
+def script_data(profile: Profile, root: Node, colours: dict[str, int]) -> Markup:
+    """The data as JSON that is safe inside a `<script>` element; `root` from `tree`, `colours` from `colours`."""
+    data = {"per": "step" if profile.mode == "training" else "call", "tree": _flat(root, colours)}
+    if profile.time is not None:
+        data["spans"] = _columns(profile.time, colours)
+        data["whole"] = _views.whole_ms(profile.time)
+    return _inline(data)
+
+
+def _inline(data: Any) -> Markup:
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # escaped above; everything beyond ASCII is escaped by json
+
+
+def left_out(profile: Profile) -> int:
+    """How many spans are too many for the page."""
+    return max(0, len(profile.time.spans) - MOST_SPANS) if profile.time else 0
+
+
+def tree(profile: Profile) -> Node:
+    """Time and arithmetic from the operations up; memory from what each module holds at the peak."""
+    kinds = {module.path: module.kind for module in profile.time.modules} if profile.time else {}
+    root = Node(shorten(clean(profile.model), MOST_NAME), kinds.get("", ""), "")
+    if profile.time is not None:
+        for op in _views.hottest(profile.time):
+            # What runs outside of all modules is told apart by its phase.
+            apart = "" if op.module or op.phase in ("forward", "backward") else f"({op.phase})"
+            home = _module(root, op.module, kinds) if not apart else _child(root, apart, "phase", apart)
+            leaf = _child(home, f"{op.name} ", "op", op.module)  # the blank tells it from a module of that name
+            leaf.time += _finite(op.self_ms)
+            leaf.flops += _finite(op.flops)
+    for path, held in _held_by_module(profile).items():
+        if held > 0:
+            _child(_module(root, path, kinds), "activations ", "memory", path).memory += held
+    _sum(root)
+    return root
+
+
+def _held_by_module(profile: Profile) -> dict[str, float]:
+    held = dict(profile.memory.by_module) if profile.memory else {}
+    return {path: _finite(size) for path, size in held.items()}
+
+
+def _module(root: Node, path: str, kinds: dict[str, str]) -> Node:
+    node, reached = root, ""
+    for part in path.split(".") if path else ():
+        reached = f"{reached}.{part}" if reached else part
+        node = _child(node, part, kinds.get(reached, ""), reached)
+    return node
+
+
+def _child(node: Node, name: str, kind: str, path: str) -> Node:
+    if name not in node.children:
+        node.children[name] = Node(shorten(clean(name), MOST_NAME), kind, path)
+    return node.children[name]
+
+
+def _sum(node: Node) -> None:
+    for child in node.children.values():
+        _sum(child)
+        node.time += child.time
+        node.flops += child.flops
+        node.memory += child.memory
+
+
+def colours(root: Node) -> dict[str, int]:
+    """A colour for each of the costliest modules, at the level where the model first divides."""
+    level = root
+    while True:
+        modules = [child for child in level.children.values() if child.kind not in ("op", "memory", "phase")]
+        modules.sort(key=lambda child: (-child.time, -child.memory, child.path))
+        if not modules or (len(modules) > 1 and modules[0].time < DOMINANT * level.time):
+            break
+        inner = [child for child in modules[0].children.values() if child.kind not in ("op", "memory")]
+        if not inner:
+            break
+        level = modules[0]
+    return {child.path: index for index, child in enumerate(modules[:COLOURS])}
+
+
+def _coloured(path: str, colours: dict[str, int]) -> int:
+    while path:
+        if path in colours:
+            return colours[path]
+        path = path.rpartition(".")[0]
+    return COLOURS
+
+
+def _flat(root: Node, colours: dict[str, int]) -> dict[str, list]:
+    """The tree as columns, parents before children; the smallest nodes are left out where there are too many."""
+    nodes: list[tuple[Node, int]] = [(root, -1)]
+    index = 0
+    while index < len(nodes):
+        nodes += [(child, index) for child in nodes[index][0].children.values()]
+        index += 1
+    if len(nodes) > MOST_NODES:
+        nodes = _largest(nodes)
+    return {
+        "name": [node.name.rstrip() for node, _ in nodes],
+        "kind": [shorten(clean(node.kind), MOST_NAME) for node, _ in nodes],
+        "parent": [parent for _, parent in nodes],
+        "colour": [_coloured(node.path, colours) for node, _ in nodes],
+        "time": [_rounded(node.time) for node, _ in nodes],
+        "flops": [_rounded(node.flops) for node, _ in nodes],
+        "memory": [_rounded(node.memory) for node, _ in nodes],
+    }
+
+
+def _largest(nodes: list[tuple[Node, int]]) -> list[tuple[Node, int]]:
+    """Those that weigh most by any measure, each with its parents: a parent weighs at least as much."""
+    root = nodes[0][0]
+
+    def weight(node: Node) -> float:
+        whole = ((node.time, root.time), (node.flops, root.flops), (node.memory, root.memory))
+        return max(part / total if total else 0.0 for part, total in whole)
+
+    ranked = sorted(range(len(nodes)), key=lambda index: (-weight(nodes[index][0]), index))[:MOST_NODES]
+    kept = sorted(ranked)
+    places = {index: place for place, index in enumerate(kept)}
+    return [(nodes[index][0], places.get(nodes[index][1], -1 if index == 0 else 0)) for index in kept]
+
+
+def _columns(time: Time, colours: dict[str, int]) -> dict[str, list]:
+    """The spans as columns, in the order of their start; names and tracks once each."""
+    spans: Iterable[Span] = (
+        span for span in time.spans if math.isfinite(span.start_ms) and math.isfinite(span.duration_ms)
+    )
+    spans = sorted(spans, key=lambda span: -span.duration_ms)[:MOST_SPANS]
+    spans = sorted(spans, key=lambda span: (span.start_ms, span.depth, -span.duration_ms))
+    tables: dict[str, dict[str, int]] = {"names": {}, "tracks": {}, "kinds": {}, "modules": {}}
+
+    def place(table: str, text: str) -> int:
+        return tables[table].setdefault(shorten(clean(text), MOST_NAME), len(tables[table]))
+
+    columns = {
+        "name": [place("names", span.name) for span in spans],
+        "track": [place("tracks", span.track) for span in spans],
+        "kind": [place("kinds", span.kind) for span in spans],
+        "module": [place("modules", span.module) for span in spans],
+        "colour": [_coloured(span.module, colours) for span in spans],
+        "depth": [span.depth for span in spans],
+        "start": [round(span.start_ms, 4) for span in spans],
+        "length": [round(max(span.duration_ms, 0.0), 4) for span in spans],
+    }
+    return columns | {name: list(table) for name, table in tables.items()}
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")

@@ -1,0 +1,359 @@
+"""What a profile says, as words and numbers ready to lay out: the same in the terminal and in HTML.
+
+Nothing here is escaped or shortened: each renderer does that in its own way, at its own edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from perfkit._report import Latency, Quantity
+from perfkit.profiling import _views
+from perfkit.profiling._profile import CATEGORIES, PHASES, DeviceState, Finding, Memory, Module, Op, Profile, Time
+from perfkit.reporting._format import (
+    counted,
+    format_bytes,
+    format_count,
+    format_flops,
+    format_ms,
+    format_number,
+    format_percent,
+    format_quantity,
+    listing,
+)
+
+UNAVAILABLE = "unavailable"
+# Above this the shares say more about the profiler than about the model; below that, too little is accounted for.
+HIGH_OVERHEAD, LOW_ATTRIBUTION = 1.5, 0.7
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The first thing a reader sees: the time of a step, and what it rests on; or that there is none."""
+
+    figure: str
+    about: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One of the few numbers that stand beside the headline."""
+
+    label: str
+    value: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class FindingFacts:
+    """One finding in words.
+
+    Args:
+        share: "38% of the step".
+        gain: "1.31× faster, predicted"; where not `predicted`, why there is no prediction.
+        recipe: the chain; empty where none addresses it.
+        command: what to type or to call for it; empty where no recipe addresses it.
+    """
+
+    kind: str
+    told: str
+    where: str
+    share: str
+    gain: str
+    predicted: bool
+    recipe: str
+    advice: str
+    command: str
+
+
+@dataclass(frozen=True)
+class OpFacts:
+    """One operation in words, with the numbers that a table is sorted by."""
+
+    op: Op
+    ms: str
+    share: float
+    rate: str
+    bound: str
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """One module in words, with the numbers that a table is sorted by."""
+
+    module: Module
+    path: str
+    share: float
+    self_share: float
+
+
+def per(profile: Profile) -> str:
+    """What one repetition is called."""
+    return "step" if profile.mode == "training" else "call"
+
+
+def headline(profile: Profile) -> Headline:
+    if profile.time is None:
+        return Headline("No time measured", "", "")
+    step = profile.time.step
+    return Headline(format_ms(step.median_ms), f"per {per(profile)}", evidence(step, per(profile)))
+
+
+def evidence(step: Latency, name: str) -> str:
+    """What a median rests on, with the percentiles that the sample supports."""
+    tails = [
+        f"{label} {format_quantity(value)}"
+        for label, value in (("p90", step.p90_ms), ("p99", step.p99_ms))
+        if value.value is not None
+    ]
+    return ", ".join([f"median of {counted(len(step.samples_ms), name)} without the profiler", *tails])
+
+
+def alarms(profile: Profile) -> tuple[str, ...]:
+    """What a reader must know before believing the rest."""
+    found = []
+    if profile.outcome != "complete":
+        found.append(f"{profile.outcome.capitalize()}: {profile.explanation}")
+    if (time := profile.time) is not None:
+        if time.recompiles:
+            found.append(f"Compiled {counted(time.recompiles, 'time')} more during steps that should need none.")
+        if (time.overhead.value or 0) > HIGH_OVERHEAD:
+            found.append(
+                f"The profiler makes a {per(profile)} {format_number(time.overhead.value)} times as long: "
+                "shares lean towards what calls many small operations."
+            )
+        if time.attributed.value is not None and time.attributed.value < LOW_ATTRIBUTION:
+            share = format_percent(time.attributed.value)
+            found.append(f"Only {share} of the profiled {per(profile)} is accounted for by operations.")
+    return tuple(found)
+
+
+def figures(profile: Profile) -> tuple[Figure, ...]:
+    """The numbers beside the headline, those that could not be measured with the reason."""
+    found = []
+    if (time := profile.time) is not None:
+        found += [_arithmetic(time, per(profile)), _utilization(time, profile), _busy(time), _first_call(time)]
+    if (memory := profile.memory) is not None:
+        found.append(_figure("peak memory", memory.peak, _largest_categories(memory)))
+    if (energy := profile.energy) is not None:
+        about = f"{format_quantity(energy.mean_w)} while working; {energy.source}"
+        found.append(_figure(f"energy per {per(profile)}", energy.step_j, about))
+    return tuple(found)
+
+
+def _figure(label: str, quantity: Quantity, detail: str) -> Figure:
+    if quantity.value is None:
+        return Figure(label, UNAVAILABLE, quantity.unavailable)
+    return Figure(label, format_quantity(quantity), detail)
+
+
+def _arithmetic(time: Time, name: str) -> Figure:
+    if time.flops.value is None:
+        return Figure("arithmetic", UNAVAILABLE, time.flops.unavailable)
+    rate = format_flops(time.flops.value / time.step.median_ms * 1e3)
+    return Figure(f"arithmetic per {name}", format_flops(time.flops.value), f"{rate}/s reached")
+
+
+def _utilization(time: Time, profile: Profile) -> Figure:
+    about = time.utilization.method or "of the machine's ceiling, measured just now"
+    if profile.ceilings is not None and time.utilization.value is not None:
+        roofs = {name: roof for name, roof in profile.ceilings.gflops.items() if roof.value is not None}
+        if roofs:
+            about += f"; ceilings {listing((f'{name} {format_quantity(roof)}' for name, roof in roofs.items()), 3)}"
+    return _figure("utilization", time.utilization, about)
+
+
+def _busy(time: Time) -> Figure:
+    parts = []
+    if time.idle_ms:
+        parts.append(f"longest gap {format_ms(time.idle_ms[0])}")
+    if time.waiting.value is not None:
+        parts.append(f"the host waits {format_percent(time.waiting.value)}")
+    return _figure("device busy", time.busy, "; ".join(parts) or (time.busy.method or ""))
+
+
+def _first_call(time: Time) -> Figure:
+    compiled = format_quantity(time.compile_s)
+    about = "nothing was compiled" if time.compile_s.value == 0 else f"of it compilation {compiled}"
+    return _figure("first call", time.first_call_s, about)
+
+
+def _largest_categories(memory: Memory) -> str:
+    total = sum(memory.by_category.values())
+    ranked = sorted(memory.by_category.items(), key=lambda item: -item[1])[:2]
+    return ", ".join(f"{name} {format_percent(held / total)}" for name, held in ranked if held and total)
+
+
+def finding_facts(finding: Finding, profile: Profile) -> FindingFacts:
+    whole = f"the {per(profile)}" if finding.resource == "time" else "the peak"
+    if finding.predicted.value is None:
+        gain = f"gain not predicted: {finding.predicted.unavailable}"
+    else:
+        better = "faster" if finding.resource == "time" else "smaller peak"
+        gain = f"{format_number(finding.predicted.value)}× {better}, predicted"
+    return FindingFacts(
+        finding.kind,
+        finding.told,
+        listing(finding.where, 4),
+        f"{format_percent(finding.share)} of {whole}",
+        gain,
+        finding.predicted.value is not None,
+        finding.recipe,
+        finding.advice,
+        command(profile, finding.recipe),
+    )
+
+
+def command(profile: Profile, recipe: str) -> str:
+    """What addresses a finding: typed, where the model was named on the command line, else called."""
+    if not recipe:
+        return ""
+    if profile.command:
+        return f"{profile.command} --recipe {_quoted(recipe)}"
+    mode = "" if profile.mode == "inference" else f', mode="{profile.mode}"'
+    return f'perfkit.optimize(model, recipe="{recipe}"{mode}, …)'
+
+
+def _quoted(recipe: str) -> str:
+    import shlex
+
+    return shlex.quote(recipe)
+
+
+def op_facts(profile: Profile) -> tuple[OpFacts, ...]:
+    """Every operation, longest first; on a device its kernels in place of the host's operations."""
+    if profile.time is None:
+        return ()
+    found = []
+    for op in _views.hottest(profile.time):
+        place = _views.placed(op, profile.ceilings)
+        bound = f"{place.bound} {place.reached:.0%}" if place else ""
+        rate = f"{format_number(op.flops / op.self_ms / 1e6)}" if op.flops and op.self_ms else ""
+        found.append(OpFacts(op, format_ms(op.self_ms), _views.share(op.self_ms, profile.time), rate, bound))
+    return tuple(found)
+
+
+def module_facts(profile: Profile) -> tuple[ModuleFacts, ...]:
+    """Every module, in the order of the model."""
+    if (time := profile.time) is None:
+        return ()
+    return tuple(
+        ModuleFacts(
+            module,
+            module.path or f"{module.kind} (whole model)",
+            _views.share(module.forward_ms + module.backward_ms, time),
+            _views.share(module.self_ms, time),
+        )
+        for module in time.modules
+    )
+
+
+def phase_rows(profile: Profile) -> tuple[tuple[str, str, float], ...]:
+    """Phase, time and share, in the order in which they happen."""
+    if profile.time is None:
+        return ()
+    phases = profile.time.phases_ms
+    total = sum(phases.values())
+    ordered = [*(name for name in PHASES if name in phases), *(name for name in phases if name not in PHASES)]
+    return tuple((name, format_ms(phases[name]), phases[name] / total if total else 0.0) for name in ordered)
+
+
+def category_rows(memory: Memory) -> tuple[tuple[str, str, float], ...]:
+    """Category, bytes and share of the peak, in the fixed order of categories."""
+    total = sum(memory.by_category.values())
+    return tuple(
+        (name, format_bytes(memory.by_category[name]), memory.by_category[name] / total)
+        for name in categories(memory)
+        if total and memory.by_category.get(name)
+    )
+
+
+def categories(memory: Memory) -> list[str]:
+    """The categories that anything is held in at any time, in their fixed order; unknown ones last."""
+    held = {name for point in memory.timeline for name, value in point.bytes_by_category.items() if value}
+    held |= {name for name, value in memory.by_category.items() if value}
+    return [*(name for name in CATEGORIES if name in held), *sorted(held - set(CATEGORIES))]
+
+
+def memory_pairs(memory: Memory) -> Iterator[tuple[str, Quantity]]:
+    """The sizes beside the peak."""
+    yield "growth per step", memory.growth
+    yield "process high-water", memory.process_high_water
+    yield "native heap above tensors", memory.native_heap
+    yield "reserved by the allocator", memory.reserved
+    yield "fragmentation", memory.fragmentation
+    yield "device memory used", memory.device_used
+    for name, value in sorted(memory.program.items()):
+        yield f"compiled program: {name}", Quantity(value, "B")
+
+
+def quantities(profile: Profile) -> Iterator[tuple[str, Quantity]]:
+    """Every number that may be unavailable, with its label."""
+    if (time := profile.time) is not None:
+        yield "p90", time.step.p90_ms
+        yield "p99", time.step.p99_ms
+        yield "first call", time.first_call_s
+        yield "compilation", time.compile_s
+        yield "device busy", time.busy
+        yield "host waiting", time.waiting
+        yield "attributed to operations", time.attributed
+        yield "profiler's overhead", time.overhead
+        yield "arithmetic", time.flops
+        yield "utilization", time.utilization
+    if (memory := profile.memory) is not None:
+        yield "peak memory", memory.peak
+        yield from memory_pairs(memory)
+    if (energy := profile.energy) is not None:
+        yield f"energy per {per(profile)}", energy.step_j
+        yield "power", energy.mean_w
+        yield "idle power", energy.idle_w
+    if profile.ceilings is not None:
+        for name, roof in profile.ceilings.gflops.items():
+            yield f"{name} ceiling", roof
+        yield "bandwidth ceiling", profile.ceilings.bandwidth_gb_s
+
+
+def missing(profile: Profile) -> tuple[tuple[str, str], ...]:
+    """What could not be measured and why; numbers with the same reason stand together."""
+    reasons: dict[str, list[str]] = {}
+    for label, quantity in quantities(profile):
+        if quantity.value is None:
+            reasons.setdefault(quantity.unavailable, []).append(label)
+    return tuple((", ".join(labels), reason) for reason, labels in reasons.items())
+
+
+def methods(profile: Profile) -> tuple[tuple[str, str], ...]:
+    """How each number was measured, where it says."""
+    found = {label: quantity.method for label, quantity in quantities(profile) if quantity.method}
+    return tuple(found.items())
+
+
+def overhead(profile: Profile) -> str:
+    """What profiling costs, in a sentence."""
+    if profile.time is None:
+        return ""
+    value = profile.time.overhead.value
+    if value is None:
+        return f"The profiler's own cost is not known: {profile.time.overhead.unavailable}."
+    return (
+        f"A profiled {per(profile)} takes {format_number(value)} times as long as one that is not; "
+        "the headline is timed without the profiler."
+    )
+
+
+def reading_rows(device: DeviceState) -> tuple[tuple[str, str], ...]:
+    """What a device said of itself, with the reason where it said nothing."""
+    return tuple(
+        (name, format_quantity(value) if value.value is not None else f"not supported ({value.unavailable})")
+        for name, value in device.readings.items()
+    )
+
+
+def parameters(count: int) -> str:
+    """A number of parameters: `692,352`, `1.2 M` beyond a million."""
+    for size, unit in ((1e9, "G"), (1e6, "M")):
+        if count >= size:
+            return f"{format_number(count / size)} {unit}"
+    return format_count(count)
