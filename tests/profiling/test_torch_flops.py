@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from perfkit import reference
-from perfkit.profiling import flops
+from perfkit.profiling import flops, torch_flops
 from perfkit.profiling.torch_count import counted
 
 BATCH, STEPS = 4, 5
@@ -91,17 +91,57 @@ def test_a_bidirectional_lstm_in_training():
     both(model, (x,), forward, flops.recurrent_inputs("lstm", STEPS, BATCH, 6, 8, 2))
 
 
-def test_perfkits_own_layers():
-    from perfkit.kernels.rnn import lstm
+def test_perfkits_own_recurrent_layers():
+    from perfkit.kernels.rnn import torch_op  # noqa: F401 - defines the operators
 
-    class Fused(Recurrent):
+    weights = [w for inputs in (6, 16) for _ in "><" for w in (torch.empty(32, inputs), torch.empty(32, 8))]
+    x, h, options = torch.empty(STEPS, BATCH, 6), torch.empty(4, BATCH, 8), ("LSTM", False, True, False)
+    forward = flops.recurrent("lstm", STEPS, BATCH, 6, 8, 2, 2)
+    called = (x, None, h, h, weights)
+    assert torch_flops.count(torch.ops.perfkit.rnn.default, (*called, *options, True, ""), {}, None) == forward
+    backward = (*called, *[None] * 4, x, h, h, *options, "")
+    own = flops.recurrent_inputs("lstm", STEPS, BATCH, 6, 8, 2)
+    for wanted in (False, True):
+        x.requires_grad_(wanted)
+        found = torch_flops.count(torch.ops.perfkit.rnn_backward.default, backward, {}, None)
+        assert found == flops.backward(forward, 0 if wanted else own)
+
+
+def test_perfkits_own_convolutions():
+    from perfkit.kernels.conv2d import torch_op  # noqa: F401 - defines the operators
+
+    x, weight, options = torch.empty(BATCH, 2, 9, 9), torch.empty(8, 2, 3, 3), ([2, 2], [1, 1, 0, 2], [1, 1], 1)
+    forward = flops.convolution(BATCH, 2, 8, (3, 3), (5, 5))
+    called = (x, weight, None, *options, "relu", 2, False, "")
+    assert torch_flops.count(torch.ops.perfkit.conv2d.default, called, {}, None) == forward
+    for wanted, products in (([False, True, True], 1), ([True, True, True], 2)):
+        backward = (x, weight, None, x, x, *options, "relu", 2, wanted, "")
+        found = torch_flops.count(torch.ops.perfkit.conv2d_backward.default, backward, {}, None)
+        assert found == products * forward
+
+
+def test_cudnns_recurrent_layers():
+    """Called on what cuDNN would be called on: the formula needs no card."""
+    weights = [torch.empty(32, 6), torch.empty(32, 8), torch.empty(32), torch.empty(32)]
+    x, h = torch.empty(STEPS, BATCH, 6), torch.empty(1, BATCH, 8)
+    options = (2, 8, 0, 1, False, 0.0, True, False, [], None)
+    forward = flops.recurrent("lstm", STEPS, BATCH, 6, 8)
+    called = (x, weights, 4, None, h, h, *options)
+    assert torch_flops.count(torch.ops.aten._cudnn_rnn.default, called, {}, None) == forward
+    backward = (x, weights, 4, None, h, h, x, x, h, h, *options, x, [False, True, True, True])
+    found = torch_flops.count(torch.ops.aten._cudnn_rnn_backward.default, backward, {}, None)
+    assert found == flops.backward(forward, flops.recurrent_inputs("lstm", STEPS, BATCH, 6, 8))
+
+
+def test_a_model_that_forbids_looking_at_what_it_saves():
+    class Inner(Net):
         def forward(self, x):
-            weights = [[getattr(self.lstm, name) for name in self.lstm._all_weights[0]]]
-            return self.fc(lstm(x, weights, implementation="reference")[0][-1])
+            return super().forward(x) * torch.func.grad(lambda a: a.sum() ** 2)(x).mean()
 
-    x = torch.randn(STEPS, BATCH, 6)
-    forward = flops.recurrent("lstm", STEPS, BATCH, 6, 8) + flops.linear(BATCH, 8, 1)
-    both(Fused(), (x,), forward, flops.recurrent_inputs("lstm", STEPS, BATCH, 6, 8))
+    x = torch.randn(BATCH, 64)
+    found = count(Inner(), (x,), "training")
+    assert found.flops() == count(Net(), (x,), "training").flops()
+    assert not found.saved_bytes
 
 
 def test_grouped_strided_and_transposed_convolutions_are_as_torch_counts_them():
