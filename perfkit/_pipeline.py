@@ -13,7 +13,7 @@ from perfkit._errors import FidelityError, NoEffectError, PerfkitWarning, Slower
 from perfkit._proof import Settings
 from perfkit._recipe import Chain
 from perfkit._repair import Missed, repairable, repaired
-from perfkit._report import Candidate, Effect, Report, Verdict
+from perfkit._report import Candidate, Effect, Report
 from perfkit._variant import Applied, Variant, apply, observed, ready
 from perfkit._workload import Workload
 from perfkit.backends import Finished
@@ -71,7 +71,7 @@ def concluded(original: Variant, result: Variant, applied: Applied, settings: Se
 
     Raises:
         FidelityError: outputs or losses are too far off, or the caller's metric dropped too much.
-        SlowerError: slower, and `on_slower="raise"`.
+        SlowerError: slower, or a recipe for memory that saves none, and `on_slower="raise"`.
     """
     report = _proof.prove(original, result, applied, settings)
     if report.fidelity and not report.fidelity.ok:
@@ -86,8 +86,7 @@ def concluded(original: Variant, result: Variant, applied: Applied, settings: Se
             f"{report.metric.after:g}, which is more than max_drop={report.metric.max_drop:g}",
             report,
         )
-    if report.speedup and report.speedup.verdict == Verdict.SLOWER:
-        message = f"{report.recipe} makes {report.model} slower here: {report.speedup}"
+    if message := report.failing:
         if settings.on_slower == "raise":
             raise SlowerError(message, report)
         if settings.on_slower == "revert":

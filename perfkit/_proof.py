@@ -13,7 +13,6 @@ from perfkit._measurement import measurement, parallel, payback
 from perfkit._recipe import Chain, LayerRecipe
 from perfkit._report import Comparison, Fidelity, LossCurves, Metric, Report, Step, Verdict
 from perfkit._variant import Applied, Variant, compared, first_line, ready
-from perfkit._workload import Workload
 from perfkit.measure import fidelity
 from perfkit.measure.environment import environment
 
@@ -180,7 +179,7 @@ def _assembled(
 ) -> Report:
     work, chain = original.work, str(applied.chain)
     before, after = (
-        measurement(name, variant, latency)
+        measurement(name, variant, latency, anew=applied.chain.aim == "memory")
         for name, variant, latency in zip(("original", chain), (original, result), latencies, strict=True)
     )
     spread = parallel(result, speedup)
@@ -193,7 +192,7 @@ def _assembled(
         recipe=chain,
         inputs=work.backend.describe(work.inputs),
         outcome="optimized",
-        explanation=_explained(chain, work, speedup),
+        explanation="",
         environment=environment(),
         before=before,
         after=after,
@@ -205,15 +204,25 @@ def _assembled(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         perfkit_version=perfkit.__version__,
         parallel=spread,
+        aim=applied.chain.aim,
         **found,
     )
-    return work.world.agree(report)
+    return work.world.agree(replace(report, explanation=_explained(report)))
 
 
-def _explained(recipe: str, work: Workload, speedup: Comparison | None) -> str:
-    model = work.backend.model_name(work)
+def _explained(report: Report) -> str:
+    recipe, model, speedup = report.recipe, report.model, report.speedup
     if speedup is None:
         return f"{recipe} was applied to {model}; nothing was measured"
+    if report.savings:
+        saved = "; ".join(
+            f"{item.ratio:.2f}× less in {item.what} ({item.before / 1e6:.3g} MB → {item.after / 1e6:.3g} MB)"
+            for item in report.savings
+        )
+        interval = f"{speedup.confidence:.0%} interval {1 / speedup.high:.2f} to {1 / speedup.low:.2f}"
+        return f"{recipe} trains {model} with {saved}, at {1 / speedup.ratio:.2f}× the time ({interval})"
+    if report.aim == "memory":
+        return report.failing
     interval = f"{speedup.confidence:.0%} interval {speedup.low:.2f} to {speedup.high:.2f}"
     return {
         Verdict.FASTER: f"{recipe} makes {model} {speedup.ratio:.2f}× faster ({interval})",

@@ -133,8 +133,16 @@ class Backend(ABC):
         """Bytes of parameters and buffers, and number of parameters; tied ones once."""
 
     @abstractmethod
-    def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
-        """High-water mark of tensor memory during one call, above what was held before it."""
+    def tensor_peak(self, work: Workload, finished: Finished, anew: bool = False) -> Quantity:
+        """High-water mark of tensor memory during one call, above what was held before it: the optimizer's state too.
+
+        Args:
+            anew: compile once more, where that is what it takes.
+        """
+
+    @abstractmethod
+    def optimizer_state(self, work: Workload, finished: Finished) -> Quantity:
+        """Bytes that the optimizer holds on the device, after a step was taken."""
 
     @abstractmethod
     def traffic(self, work: Workload, finished: Finished) -> Traffic:

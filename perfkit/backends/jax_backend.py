@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from perfkit._errors import InvalidInputError
-from perfkit._report import Quantity
+from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, Finished, Traffic, check_loss, does_not_run
 from perfkit.backends.jax_compile import persistent_cache, watching
@@ -25,6 +25,8 @@ from perfkit.backends.jax_placement import device_bytes
 from perfkit.backends.jax_precision import cast
 from perfkit.backends.jax_training import Trainer
 from perfkit.backends.jax_trees import leaves
+
+WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 class JaxBackend(Backend):
@@ -98,7 +100,7 @@ class JaxBackend(Backend):
         total = sum(map(device_bytes, stored.values()))
         return total, sum(leaf.size for leaf in parameters.values())
 
-    def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
+    def tensor_peak(self, work: Workload, finished: Finished, anew: bool = False) -> Quantity:
         if finished.program:
             compiled, form = finished.program(), "the program"
         else:
@@ -110,10 +112,23 @@ class JaxBackend(Backend):
         if analysis is None:
             return Quantity.missing("B", f"XLA gives no memory analysis on {work.device!r}")
         unseen = compiled.as_text().count("kind=kCustom") if work.device == "cpu" else 0
+        if unseen and anew and work.trains:
+            try:
+                compiled = finished.trainer.program.lowered.compile(compiler_options=WITHOUT_YNNPACK)
+            except jax.errors.JaxRuntimeError as error:
+                return Quantity.missing("B", f"XLA cannot be asked to count what YNNPACK takes ({error})")
+            analysis, form, unseen = compiled.memory_analysis(), f"{form}, compiled without YNNPACK", 0
         if unseen:
             return Quantity.missing("B", f"XLA runs {unseen} fusion(s) in YNNPACK, whose memory it does not count")
         peak = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return Quantity(peak, "B", method=f"XLA memory analysis of {form}: temporaries and outputs")
+
+    def optimizer_state(self, work: Workload, finished: Finished) -> Quantity:
+        if not work.trains:
+            return NO_OPTIMIZER
+        leaves = [leaf for leaf in jax.tree.leaves(finished.trainer.state[2]) if isinstance(leaf, jax.Array)]
+        near = [leaf for leaf in leaves if leaf.sharding.memory_kind in (None, _memory_kind(leaf))]
+        return Quantity(float(sum(map(device_bytes, near))), "B", method="arrays of the optax state in device memory")
 
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
         from perfkit.parallel.jax_collectives import collectives, told
@@ -264,6 +279,10 @@ def _finished_training(work: Workload) -> Finished:
         return trainer.program.compiled
 
     return Finished(model, call, keeping_state, train_step, params, program, trainer, restore)
+
+
+def _memory_kind(leaf: jax.Array) -> str:
+    return next(iter(leaf.devices())).default_memory().kind
 
 
 def _nowhere(params: Any, rest: Any) -> None:

@@ -36,6 +36,7 @@ class Program:
 
     def __init__(self, function: Callable, donate: tuple[int, ...] = (), jit: Callable = jax.jit):
         self.jitted = jit(function, donate_argnums=donate)
+        self.lowered: jax.stages.Lowered | None = None
         self.compiled: jax.stages.Compiled | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -43,7 +44,8 @@ class Program:
             if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
                 return self.jitted(*args)
             with persistent_cache():
-                self.compiled = self.jitted.lower(*args).compile()
+                self.lowered = self.jitted.lower(*args)
+                self.compiled = self.lowered.compile()
         try:
             return self.compiled(*args)
         except (
