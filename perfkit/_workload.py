@@ -42,6 +42,7 @@ class Training:
         around: contexts within which every step runs, backward included.
         teacher: `teacher(*args, **kwargs)`, the original's outputs; half of the loss is then the distance to them.
         averaged: makes of this process' loss the one over the whole batch.
+        rounds: torch: what is done beside steps that each process takes by itself; None where they take them together.
     """
 
     loss: Callable[[Any, Any], Any]
@@ -51,6 +52,7 @@ class Training:
     around: tuple[Callable[[], AbstractContextManager], ...] = ()
     teacher: Callable[..., Any] | None = None
     averaged: Callable[[Any], Any] | None = None
+    rounds: Any = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,11 @@ class Workload:
     @property
     def trains(self) -> bool:
         return self.mode == "training"
+
+    @property
+    def period(self) -> int:
+        """Training steps that are alike only together: what they cost is told for one of them, on average."""
+        return self.spread.period if self.spread else 1
 
     @property
     def takes_part(self) -> bool:

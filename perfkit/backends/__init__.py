@@ -71,6 +71,7 @@ class Finished:
         program: tells the compiled program behind it once it was called (JAX); None where there is none.
         trainer: holds all that training changes, for `perfkit.parallel.checkpoint`; None for inference.
         restore: JAX: `restore(state)` puts what a checkpoint held in the place of `trainer.state`.
+        rounds: what lets the processes' models differ for some steps, with `settle` and `skip_warm_up`; None elsewhere.
     """
 
     model: Any
@@ -81,6 +82,7 @@ class Finished:
     program: Callable[[], Any] | None = None
     trainer: Any = None
     restore: Callable[[Any], None] | None = None
+    rounds: Any = None
 
 
 class Backend(ABC):
@@ -163,7 +165,8 @@ class Backend(ABC):
     def caller(self, work: Workload, finished: Finished) -> Callable[[], Any]:
         """One synchronized call on the example inputs, as the caller would make it: forward, or a training step.
 
-        Of a whole model in a world of several processes one makes it, and the others do nothing.
+        Where steps are alike only together, as many as that, after any warm-up of theirs. Of a whole model in a world
+        of several processes one makes it, and the others do nothing.
         """
         if not work.takes_part:
             return _nothing
@@ -176,8 +179,11 @@ class Backend(ABC):
             return outputs
 
         def train():
-            loss = finished.train_step((work.inputs, work.training.targets))
-            synchronize(loss)
+            if finished.rounds is not None:
+                finished.rounds.skip_warm_up()
+            for _ in range(work.period):
+                loss = finished.train_step((work.inputs, work.training.targets))
+                synchronize(loss)
             return loss
 
         return train if work.trains else infer
@@ -190,11 +196,17 @@ class Backend(ABC):
             return [self.numpy(leaf) for leaf in self.leaves(outputs)]
 
     def losses(self, work: Workload, finished: Finished, steps: int, seed: int) -> tuple[float, ...]:
-        """The losses of `steps` on the example batch, from the state as it is and back to it."""
+        """The losses of `steps` on the example batch, from the state as it is and back to it.
+
+        Where the processes' models differ for some steps, they are brought together before the last one.
+        """
         self.seed(seed)
         with finished.keeping_state():
             batch = work.inputs, work.training.targets
-            return tuple(float(finished.train_step(batch)) for _ in range(steps))
+            losses = [float(finished.train_step(batch)) for _ in range(steps - 1)]
+            if finished.rounds is not None:
+                finished.rounds.settle()
+            return (*losses, float(finished.train_step(batch)))
 
     def batch_size(self, inputs: Inputs | None) -> int | None:
         """Length of the first dimension of the first input; None where there is none."""

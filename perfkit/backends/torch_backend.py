@@ -80,7 +80,9 @@ class TorchBackend(Backend):
             inputs, targets = batch
             return trainer.step(self.as_inputs(work, inputs), targets)
 
-        return Finished(work.model, work.model, trainer.keeping_state, train_step, trainer=trainer)
+        return Finished(
+            work.model, work.model, trainer.keeping_state, train_step, trainer=trainer, rounds=trainer.rounds
+        )
 
     def synchronize(self, outputs: Any) -> None:
         if torch.accelerator.is_available():
@@ -117,7 +119,7 @@ class TorchBackend(Backend):
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
         from perfkit.parallel.torch_traffic import traffic
 
-        return traffic(self.caller(work, finished))
+        return traffic(self.caller(work, finished), work.period)
 
     @contextmanager
     def watching_compiles(self) -> Iterator[Callable[[], CompileLog]]:

@@ -29,6 +29,8 @@ class Trainer:
         self.around = work.training.around
         self.teacher = work.training.teacher
         self.averaged = work.training.averaged
+        self.rounds = work.training.rounds
+        assert self.rounds is None or self.rounds.model is self.model, "they look after another copy of the model"
         self.scaler = torch.amp.GradScaler(work.device, enabled=work.training.loss_scaling)
 
     def step(self, inputs: Inputs, targets: Any) -> torch.Tensor:
@@ -44,8 +46,12 @@ class Trainer:
                     taught = self.teacher(*inputs.args, **inputs.kwargs)
                 loss = (loss + _distance(outputs, taught)) / 2
             self.scaler.scale(loss).backward()
+            if self.rounds is not None:
+                self.rounds.before_update()
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            if self.rounds is not None:
+                self.rounds.after_update()
         return loss.detach() if self.averaged is None else self.averaged(loss.detach())
 
     @contextmanager
@@ -56,6 +62,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)  # gradients of FSDP2 cannot be copied, and each step makes new ones
         optimizer = copied(self.optimizer).state_dict()
         scale = self.scaler.state_dict()
+        rounds = self.rounds and self.rounds.state_dict()
         try:
             yield
         finally:
@@ -65,6 +72,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(scale)
+            if self.rounds is not None:
+                self.rounds.load_state_dict(rounds)
 
 
 def teacher(work: Workload) -> nn.Module:

@@ -34,8 +34,8 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     work = part(work, recipe.batch_dim, mesh.get_local_rank(), map_tensors)
     model = work.model
     alike(model, group)
-    unused = _unused(work)
-    notes = [*_about_norms(model, work.device, group), *_about_unused(unused)]
+    idle = unused(work)
+    notes = [*_about_norms(model, work.device, group), *_about_unused(idle)]
     if recipe.shard:
         policy = CPUOffloadPolicy() if recipe.offload and work.device == "cuda" else OffloadPolicy()
         before = dict(model.named_parameters())
@@ -47,7 +47,7 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
         notes.append(f"FSDP2 in {len(units)} units: {', '.join(names[id(unit)] for unit in units)}")
     else:
         replicated: Any = replicate(  # the model itself, of a class of torch's
-            model, process_group=group, gradient_as_bucket_view=True, find_unused_parameters=bool(unused)
+            model, process_group=group, gradient_as_bucket_view=True, find_unused_parameters=bool(idle)
         )
         if recipe.compress:
             replicated.register_comm_hook(group, _in_bfloat16)
@@ -62,8 +62,8 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     spread = work.spread or Spread()
     spread = replace(spread, shares=mesh.size(), parts=(*spread.parts, told))
     work = work.replace(training=replace(work.training, averaged=averaged), spread=spread)
-    touched = tuple(name for name, _ in model.named_parameters() if name not in unused)
-    skipped = tuple(Skipped(name, "no gradient reaches it on the example inputs") for name in unused)
+    touched = tuple(name for name, _ in model.named_parameters() if name not in idle)
+    skipped = tuple(Skipped(name, "no gradient reaches it on the example inputs") for name in idle)
     return work, Effect(touched, skipped, tuple(notes))
 
 
@@ -75,7 +75,7 @@ def _in_bfloat16(group, bucket):  # torch takes no annotations that are text
     return sent.then(lambda done: gradients.copy_(done.value()[0]))
 
 
-def _unused(work: Workload) -> list[str]:
+def unused(work: Workload) -> list[str]:
     """The parameters that no gradient reaches on the example inputs; told by one step of a copy without optimizing."""
     twin = copied(work.model)
     work.backend.seed(work.seed)
