@@ -59,6 +59,19 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """What concerns a training in which the processes' models differ for some steps.
+
+    Args:
+        settle: brings them together now; every process calls it.
+        skip_warm_up: goes on as after any steps that are taken together at first.
+    """
+
+    settle: Callable[[], None]
+    skip_warm_up: Callable[[], None]
+
+
+@dataclass(frozen=True)
 class Finished:
     """A workload in the form the caller uses it.
 
@@ -70,8 +83,8 @@ class Finished:
         params: tells the parameters that `model` takes as first argument; None where it holds its own.
         program: tells the compiled program behind it once it was called (JAX); None where there is none.
         trainer: holds all that training changes, for `perfkit.parallel.checkpoint`; None for inference.
-        restore: JAX: `restore(state)` puts what a checkpoint held in the place of `trainer.state`.
-        rounds: what lets the processes' models differ for some steps, with `settle` and `skip_warm_up`; None elsewhere.
+        restore: JAX: `restore(state, remembered)` takes over what a checkpoint held of `trainer.settled`.
+        rounds: where the processes' models differ for some steps; None elsewhere.
     """
 
     model: Any
@@ -81,8 +94,8 @@ class Finished:
     params: Callable[[], Any] | None = None
     program: Callable[[], Any] | None = None
     trainer: Any = None
-    restore: Callable[[Any], None] | None = None
-    rounds: Any = None
+    restore: Callable[[Any, Any], None] | None = None
+    rounds: Rounds | None = None
 
 
 class Backend(ABC):
