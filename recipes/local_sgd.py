@@ -80,7 +80,8 @@ class LocalSgd(ParallelRecipe):
         what = "an outer step on the averaged change" if self.diloco else "parameters averaged"
         first = f", gradients averaged in the first {self.warmup_steps}" if self.warmup_steps else ""
         how = ", by weight" if self.weights else ""
-        return f"data: the batch in {devices} parts, {what}{how} every {self.sync_every} steps{first}"
+        often = "step" if self.sync_every == 1 else f"{self.sync_every} steps"
+        return f"data: the batch in {devices} parts, {what}{how} every {often}{first}"
 
     def notes(self):
         state = "averaged with the parameters" if self.average_state else "each device's own"
