@@ -42,6 +42,14 @@ class Result:
         """The parameters that `model` takes as its first argument (JAX functions and linen); None elsewhere."""
         return self.finished.params() if self.finished.params else None
 
+    def settle(self) -> None:
+        """Bring the processes' models together, where a recipe lets them differ for some steps; else do nothing.
+
+        Every process calls it: before the model is evaluated or saved in the middle of such steps.
+        """
+        if self.finished.rounds is not None:
+            self.finished.rounds.settle()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.finished.call(*args, **kwargs)
 

@@ -59,6 +59,19 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """What concerns a training in which the processes' models differ for some steps.
+
+    Args:
+        settle: brings them together now; every process calls it.
+        skip_warm_up: goes on as after any steps that are taken together at first.
+    """
+
+    settle: Callable[[], None]
+    skip_warm_up: Callable[[], None]
+
+
+@dataclass(frozen=True)
 class Finished:
     """A workload in the form the caller uses it.
 
@@ -70,7 +83,8 @@ class Finished:
         params: tells the parameters that `model` takes as first argument; None where it holds its own.
         program: tells the compiled program behind it once it was called (JAX); None where there is none.
         trainer: holds all that training changes, for `perfkit.parallel.checkpoint`; None for inference.
-        restore: JAX: `restore(state)` puts what a checkpoint held in the place of `trainer.state`.
+        restore: JAX: `restore(state, remembered)` takes over what a checkpoint held of `trainer.settled`.
+        rounds: where the processes' models differ for some steps; None elsewhere.
     """
 
     model: Any
@@ -80,7 +94,8 @@ class Finished:
     params: Callable[[], Any] | None = None
     program: Callable[[], Any] | None = None
     trainer: Any = None
-    restore: Callable[[Any], None] | None = None
+    restore: Callable[[Any, Any], None] | None = None
+    rounds: Rounds | None = None
 
 
 class Backend(ABC):
@@ -171,7 +186,8 @@ class Backend(ABC):
     def caller(self, work: Workload, finished: Finished) -> Callable[[], Any]:
         """One synchronized call on the example inputs, as the caller would make it: forward, or a training step.
 
-        Of a whole model in a world of several processes one makes it, and the others do nothing.
+        Where steps are alike only together, as many as that, after any warm-up of theirs. Of a whole model in a world
+        of several processes one makes it, and the others do nothing.
         """
         if not work.takes_part:
             return _nothing
@@ -184,8 +200,11 @@ class Backend(ABC):
             return outputs
 
         def train():
-            loss = finished.train_step((work.inputs, work.training.targets))
-            synchronize(loss)
+            if finished.rounds is not None:
+                finished.rounds.skip_warm_up()
+            for _ in range(work.period):
+                loss = finished.train_step((work.inputs, work.training.targets))
+                synchronize(loss)
             return loss
 
         return train if work.trains else infer
@@ -198,11 +217,17 @@ class Backend(ABC):
             return [self.numpy(leaf) for leaf in self.leaves(outputs)]
 
     def losses(self, work: Workload, finished: Finished, steps: int, seed: int) -> tuple[float, ...]:
-        """The losses of `steps` on the example batch, from the state as it is and back to it."""
+        """The losses of `steps` on the example batch, from the state as it is and back to it.
+
+        Where the processes' models differ for some steps, they are brought together before the last one.
+        """
         self.seed(seed)
         with finished.keeping_state():
             batch = work.inputs, work.training.targets
-            return tuple(float(finished.train_step(batch)) for _ in range(steps))
+            losses = [float(finished.train_step(batch)) for _ in range(steps - 1)]
+            if finished.rounds is not None:
+                finished.rounds.settle()
+            return (*losses, float(finished.train_step(batch)))
 
     def batch_size(self, inputs: Inputs | None) -> int | None:
         """Length of the first dimension of the first input; None where there is none."""

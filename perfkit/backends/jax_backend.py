@@ -17,7 +17,7 @@ from flax import nnx
 from perfkit._errors import InvalidInputError
 from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
-from perfkit.backends import Backend, Finished, Traffic, check_loss, does_not_run
+from perfkit.backends import Backend, Finished, Rounds, Traffic, check_loss, does_not_run
 from perfkit.backends.jax_compile import persistent_cache, watching
 from perfkit.backends.jax_dress import as_called, dressed, finished, writer
 from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
@@ -133,9 +133,14 @@ class JaxBackend(Backend):
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
         from perfkit.parallel.jax_collectives import collectives, told
 
-        found = collectives(finished.program().as_text(), work.world.devices)
-        method = f"HLO of the compiled program, as a ring sends it: {told(found)}"
-        sent = Quantity(sum(item.sent_bytes for item in found), "B", method=method)
+        parts = finished.trainer.program.parts() if finished.trainer else [(finished.program(), 1)]
+        sent_bytes, lines = 0.0, []
+        for compiled, steps in parts:
+            found = collectives(compiled.as_text(), work.world.devices)
+            sent_bytes += sum(item.sent_bytes for item in found) / steps
+            lines.append(told(found) if steps == 1 else f"every {steps} steps {told(found)}")
+        method = f"HLO of the compiled program, as a ring sends it: {'; '.join(lines)}"
+        sent = Quantity(sent_bytes, "B", method=method)
         return Traffic(sent, Quantity.missing("ratio", "XLA's program is one call: JAX does not tell its parts' times"))
 
     def watching_compiles(self):
@@ -271,14 +276,19 @@ def _finished_training(work: Workload) -> Finished:
             yield
         write(*trainer.held)
 
-    def restore(state):
-        trainer.state = state
+    def restore(state, remembered):
+        trainer.restore(state, remembered)
+        write(*trainer.held)
+
+    def settle():
+        trainer.settle()
         write(*trainer.held)
 
     def program():
         return trainer.program.compiled
 
-    return Finished(model, call, keeping_state, train_step, params, program, trainer, restore)
+    rounds = Rounds(settle, trainer.program.skip_warm_up) if trainer.program.rounds else None
+    return Finished(model, call, keeping_state, train_step, params, program, trainer, restore, rounds)
 
 
 def _memory_kind(leaf: jax.Array) -> str:

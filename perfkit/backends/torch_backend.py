@@ -17,7 +17,7 @@ from torch import nn
 from perfkit._errors import InvalidInputError
 from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
-from perfkit.backends import Backend, CompileLog, Finished, Traffic, check_loss, does_not_run
+from perfkit.backends import Backend, CompileLog, Finished, Rounds, Traffic, check_loss, does_not_run
 from perfkit.backends.torch_stderr import without_lines
 from perfkit.backends.torch_surgery import COMPILED_WITH, cast, copied, local, parts, settle_forward, tensors_in
 from perfkit.backends.torch_training import Trainer
@@ -80,7 +80,8 @@ class TorchBackend(Backend):
             inputs, targets = batch
             return trainer.step(self.as_inputs(work, inputs), targets)
 
-        return Finished(work.model, work.model, trainer.keeping_state, train_step, trainer=trainer)
+        rounds = trainer.rounds and Rounds(trainer.rounds.settle, trainer.rounds.skip_warm_up)
+        return Finished(work.model, work.model, trainer.keeping_state, train_step, trainer=trainer, rounds=rounds)
 
     def synchronize(self, outputs: Any) -> None:
         if torch.accelerator.is_available():
@@ -129,7 +130,7 @@ class TorchBackend(Backend):
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
         from perfkit.parallel.torch_traffic import traffic
 
-        return traffic(self.caller(work, finished))
+        return traffic(self.caller(work, finished), work.period)
 
     @contextmanager
     def watching_compiles(self) -> Iterator[Callable[[], CompileLog]]:

@@ -121,6 +121,7 @@ def paired(
     budget_s: float,
     seed: int = 0,
     world: World = ALONE,
+    steps: int = 1,
 ) -> tuple[Latency, Latency, Comparison]:
     """Warm up both, time them interleaved, and return the latency of each and their comparison.
 
@@ -132,6 +133,7 @@ def paired(
         baseline, variant_name: their names in the report.
         budget_s: seconds for all of it; see `interleave` for when less or more is used.
         world: the processes that make the calls together. What rank 0 measured is returned on all.
+        steps: how many steps one call makes: latencies are of one, on average.
 
     Warns:
         PerfkitWarning: calls so slow that the budget and its overrun bought too few pairs for a verdict.
@@ -151,8 +153,11 @@ def paired(
     )
     if comparison.verdict == Verdict.SAME and (times.waited.value or 0.0) > CONTENDED:
         comparison = dataclasses.replace(comparison, verdict=Verdict.NOISY)
-    latencies = statistics.latency(times.original_samples_ms), statistics.latency(times.variant_samples_ms)
-    return world.agree((*latencies, comparison))
+    before, after = (
+        statistics.latency([sample / steps for sample in samples])
+        for samples in (times.original_samples_ms, times.variant_samples_ms)
+    )
+    return world.agree((before, after, comparison))
 
 
 def alone(call: Call, *, budget_s: float) -> Latency:

@@ -314,6 +314,13 @@ def test_paired_returns_both_latencies_and_the_comparison(machine):
     assert after.p90_ms.value == pytest.approx(3.0)
 
 
+def test_steps_that_are_timed_together_are_told_one_by_one(machine):
+    sides = machine.call("A", 0.006), machine.call("B", 0.003)
+    before, after, comparison = timing.paired(*sides, baseline="original", variant_name="local", budget_s=2.0, steps=3)
+    assert (before.median_ms, after.median_ms) == pytest.approx((2.0, 1.0))
+    assert comparison.ratio == pytest.approx(2.0)
+
+
 def test_paired_keeps_to_its_budget(monkeypatch):
     generator = np.random.default_rng(0)
     machine = use(monkeypatch, Machine(lambda _: math.exp(generator.normal(0, 0.2))))
