@@ -26,10 +26,10 @@ class Run:
     Args:
         called: its modules, by path, as one call calls them.
         jaxpr: of one call or training step.
-        arguments: of one call, as the jaxpr takes them: one flat list of arrays.
-        names: of the arguments: "state[0].conv1.kernel", by which they are told apart.
+        arguments: of one call, as the jaxpr takes them: in inference parameters, other state, args and kwargs; in
+            training the trainer's state, args, kwargs and targets.
         call: one whole, synchronized call.
-        again: compiles it with other options for the compiler; the result is such a call.
+        again: compiles what the jaxpr is of, with the compiler's options.
     """
 
     work: Workload
@@ -38,7 +38,7 @@ class Run:
     jaxpr: Any
     arguments: tuple[Any, ...]
     call: Callable[[], Any]
-    again: Callable[[dict[str, Any]], Callable[[], Any]]
+    again: Callable[[dict[str, Any] | None], Any]
 
     @functools.cached_property
     def scopes(self) -> frozenset[str]:
@@ -61,33 +61,30 @@ def marking(work: Workload) -> Iterator[Run]:
     work = work.replace(model=found.model)
     with _names_kept():
         finished = work.backend.finish(work)
-        jitted, arguments, keywords = _program(work, finished)
-        jaxpr = jitted.trace(*arguments, **keywords).jaxpr
+        jitted, arguments = _program(work, finished)
+        jaxpr = jitted.trace(*arguments).jaxpr
         called = {path: Called(**vars(item)) for path, item in found.called.items()}
         call = work.backend.caller(work, finished)
         call()
 
-        def again(options: dict[str, Any]) -> Callable[[], Any]:
-            compiled = jitted.lower(*arguments, **keywords).compile(compiler_options=options)
-            state = arguments[0]
+        def again(options: dict[str, Any] | None = None) -> Any:
+            return jitted.lower(*arguments).compile(compiler_options=options)
 
-            def run() -> Any:
-                owned = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, state)
-                return jax.block_until_ready(compiled(owned, *arguments[1:], **keywords))
-
-            return run
-
-        yield Run(work, finished, called, jaxpr, tuple(jax.tree.leaves((arguments, keywords))), call, again)
+        yield Run(work, finished, called, jaxpr, arguments, call, again)
 
 
-def _program(work: Workload, finished: Finished) -> tuple[Any, tuple, dict]:
+def _program(work: Workload, finished: Finished) -> tuple[Any, tuple]:
     """The call or step as one jitted function, whether it runs as one or not, and what it is called with."""
-    if work.training is None:
-        model, inputs = work.model, work.inputs
-        return jax.jit(model.function()), (model.params, model.rest, *inputs.args), dict(inputs.kwargs)
-    trainer, inputs = finished.trainer, work.inputs
-    batch = trainer.placement.batch((inputs.args, dict(inputs.kwargs), work.training.targets))
-    return trainer.program.jitted, (trainer.state, *batch), {}
+    inputs = work.inputs.args, dict(work.inputs.kwargs)
+    if work.training is not None:
+        trainer = finished.trainer
+        return trainer.program.jitted, (trainer.state, *trainer.placement.batch((*inputs, work.training.targets)))
+    function = work.model.function()
+
+    def call(params, rest, args, kwargs):
+        return function(params, rest, *args, **kwargs)[0]
+
+    return jax.jit(call), (work.model.params, work.model.rest, *inputs)
 
 
 @contextmanager

@@ -109,9 +109,14 @@ def _reader(run: Run, trace: Trace, count: jax_flops.Counted) -> tuple[Reader, s
 def _apart(run: Run) -> dict[Place, float]:
     """Times by place in the same program without a library's fusions; empty where XLA has no such option."""
     try:
-        call = run.again(WITHOUT_LIBRARY_FUSIONS)
+        compiled = run.again(WITHOUT_LIBRARY_FUSIONS)
     except jax.errors.JaxRuntimeError:
         return {}
+
+    def call() -> Any:
+        owned = jax.tree.map(lambda leaf: leaf.copy(), run.arguments[0])  # which a step may take over
+        return jax.block_until_ready(compiled(owned, *run.arguments[1:]))
+
     call()
     trace = jax_trace.taken(call, FEWEST)
     reader = Reader(_programs(run.work, trace), run.place)
