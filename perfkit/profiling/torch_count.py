@@ -77,7 +77,7 @@ def counted(work: Workload, finished: Finished) -> Count:
     with finished.keeping_state(), torch.compiler.set_stance("force_eager"):
         step()
         with (
-            where.following(),
+            where.following(eager=True),
             torch.autograd.graph.saved_tensors_hooks(saving, lambda tensor: tensor),
             _Counting(where, count),
         ):

@@ -10,6 +10,8 @@ from perfkit.profiling.torch_where import MODULE, PHASE, STEP, Where
 
 _EVALUATES = "autograd::engine::evaluate_function: "
 _COMPILED = "CompiledFxGraph"
+COMPILED_GRAPH = "compiled graph"
+"""What a program of torch.compile is called: the name that torch gives it changes with every change of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,8 @@ def _read(event: Event) -> tuple[str, str]:
     for kind, beginning in (("module", MODULE), ("phase", PHASE)):
         if event.name.startswith(beginning):
             return kind, event.name.removeprefix(beginning)
-    if event.annotation and _COMPILED not in event.name:
+    if _COMPILED in event.name:
+        return "operation", COMPILED_GRAPH
+    if event.annotation:
         return ("step" if event.name == STEP else "annotation"), event.name
     return "operation", event.name.removeprefix(_EVALUATES)

@@ -20,7 +20,7 @@ from perfkit.profiling._profile import Op, Time
 from perfkit.profiling.torch_count import Call, Count, Key, counted
 from perfkit.profiling.torch_events import WAITS, Event, Recorded, recorded, union_ns
 from perfkit.profiling.torch_modules import modules
-from perfkit.profiling.torch_placing import Placed, Placing, placed
+from perfkit.profiling.torch_placing import COMPILED_GRAPH, Placed, Placing, placed
 from perfkit.profiling.torch_spans import spans
 from perfkit.profiling.torch_where import STEP, Where
 
@@ -107,7 +107,7 @@ def _split(events: Recorded, where: Where, whole: set[str]) -> Iterator[Step]:
     marks = [event for event in events.host if event.name == STEP]
     for mark in marks[1:]:
         inside = [event for event in events.host if mark.start_ns <= event.start_ns < mark.end_ns]
-        placing = placed(inside, where, whole)
+        placing = placed(inside, where, whole | {COMPILED_GRAPH})
         runtime = [event for event in events.runtime if mark.start_ns <= event.start_ns < mark.end_ns]
         kernels = [event for event in events.device if mark.start_ns <= event.start_ns < mark.end_ns]
         yield Step(mark, placing, runtime, kernels)
@@ -132,9 +132,11 @@ def _operations(steps: list[Step], count: Count) -> tuple[Op, ...]:
                 add(kernel.name, "kernel", None, kernel.duration_ns, _NOTHING)
         for place, call in _joined(step.placing.operations, count):
             kernels = sorted(launched[id(place)], key=lambda kernel: kernel.duration_ns, reverse=True)
-            add(place.name, "op", place, place.ns, _without_work(call) if kernels else call)
-            for index, kernel in enumerate(kernels):  # the work is the longest kernel's
-                add(kernel.name, "kernel", place, kernel.duration_ns, _NOTHING if index else call)
+            launches_work = kernels and place.name != COMPILED_GRAPH
+            add(place.name, "op", place, place.ns, Call(call.shapes, 0.0, 0.0) if launches_work else call)
+            for index, kernel in enumerate(kernels):  # an operation's work is its longest kernel's
+                does = launches_work and index == 0
+                add(kernel.name, "kernel", place, kernel.duration_ns, call if does else _NOTHING)
     per_step = 1 / len(steps)
     ops = (
         Op(name, kind, module, phase, *_scaled(row, per_step), shapes)
@@ -146,31 +148,40 @@ def _operations(steps: list[Step], count: Count) -> tuple[Op, ...]:
 _NOTHING = Call("", 0.0, 0.0)
 
 
-def _without_work(call: Call) -> Call:
-    return Call(call.shapes, 0.0, 0.0)
-
-
 def _scaled(row: list[float], per_step: float) -> tuple[float, float, float, float]:
     calls, ns, flops, moved = row
     return calls * per_step, ns * per_step / 1e6, flops * per_step, moved * per_step
 
 
 def _joined(operations: list[Placed], count: Count) -> Iterator[tuple[Placed, Call]]:
-    """Each operation with what was counted of it: call by call, both runs being in the same order."""
-    seen: Counter[Key] = Counter()
+    """Each operation with what was counted of it: call by call, both runs being in the same order.
+
+    What was counted and did not run as such is in the compiled graphs of its phase, by their time.
+    """
     times = Counter((place.name, place.module, place.phase) for place in operations)
+    graphs: Counter[str] = Counter()
+    for place in operations:
+        graphs[place.phase] += place.ns if place.name == COMPILED_GRAPH else 0
+    missing: defaultdict[str, list[Call]] = defaultdict(list)
+    for key, calls in count.calls.items():
+        missing[key[2]] += [] if key in times else calls
+    seen: Counter[Key] = Counter()
     for place in operations:
         key = place.name, place.module, place.phase
-        calls = count.calls.get(key)
-        if not calls:
+        calls = count.calls.get(key, [])
+        if place.name == COMPILED_GRAPH:
+            yield place, _shared(missing[place.phase], place.ns / max(graphs[place.phase], 1), "")
+        elif not calls:
             yield place, _NOTHING
         elif len(calls) == times[key]:
             yield place, calls[seen[key]]
-        else:  # compiled in part: each call has its share
-            share = 1 / times[key]
-            flops, moved = (sum(getattr(call, name) for call in calls) * share for name in ("flops", "moved_bytes"))
-            yield place, Call(calls[0].shapes, flops, moved)
+        else:
+            yield place, _shared(calls, 1 / times[key], calls[0].shapes)
         seen[key] += 1
+
+
+def _shared(calls: list[Call], share: float, shapes: str) -> Call:
+    return Call(shapes, *(share * sum(getattr(call, name) for call in calls) for name in ("flops", "moved_bytes")))
 
 
 def _busy(steps: list[Step]) -> tuple[float, list[int]]:

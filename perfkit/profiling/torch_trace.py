@@ -174,7 +174,7 @@ def _own(address: int, thing: Held) -> Block:
 
 
 def _categorize(blocks: Iterable[Block], steps: list[tuple[int, int]], after: list[dict[int, Held]]) -> None:
-    """Say what each block is for: as what the workload holds it after a step, else by who made it and how long it lives.
+    """Say what each block is for: as what the workload holds it after a step, else by its maker and its lifetime.
 
     What outlives the operation of the forward pass or the loss that made it is an activation.
     """

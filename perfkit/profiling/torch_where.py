@@ -1,7 +1,7 @@
 """Where a torch model is while it runs: in which module, in which phase of a step.
 
 Hooks are global ones that look only at this model's modules: hooks of a module itself would take some modules off their
-fast path, and would be traced by torch.compile. What is compiled as a whole is seen as a whole.
+fast path. A model that torch.compile works on is seen as a whole.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Where:
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.calls: Counter[str] = Counter()
         self._on_output = on_output
+        self._compiled = any(_is_compiled(module) for module in model.modules())
         self._phase = "other"
         self._open: list[tuple[str, record_function]] = []
         self._made: tuple[list[int], list[str]] = ([], [])
@@ -73,8 +74,14 @@ class Where:
             self._phase = before
 
     @contextmanager
-    def following(self) -> Iterator[None]:
-        """Within it, modules are followed."""
+    def following(self, eager: bool = False) -> Iterator[None]:
+        """Within it, modules are followed; not in a model that is compiled, unless all runs eagerly.
+
+        A hook makes torch.compile compile once more, and with it another program than the one that is looked at.
+        """
+        if self._compiled and not eager:
+            yield
+            return
         with ExitStack() as stack:
             for handle in (
                 registry.register_module_forward_pre_hook(self._enter),
@@ -122,8 +129,7 @@ class Where:
         return marked
 
     def _enter(self, module: nn.Module, _: Any) -> None:
-        path = self.paths.get(id(module))
-        if path is None:
+        if torch.compiler.is_compiling() or (path := self.paths.get(id(module))) is None:
             return
         label = record_function(MODULE + path)
         label.__enter__()
@@ -132,8 +138,7 @@ class Where:
         self.calls[path] += 1
 
     def _leave(self, module: nn.Module, _: Any, output: Any) -> None:
-        path = self.paths.get(id(module))
-        if path is None or not self._open:
+        if torch.compiler.is_compiling() or not self._open or (path := self.paths.get(id(module))) is None:
             return
         _, label = self._open.pop()
         label.__exit__(None, None, None)
@@ -151,6 +156,10 @@ class Where:
         numbers, paths = self._made
         numbers.append(torch.autograd._get_sequence_nr())
         paths.append(self._open[-1][0] if self._open else "")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 @contextmanager
