@@ -133,7 +133,7 @@ def time(training: bool = True, **changes) -> Time:
         attributed=quantity(1 / 1.1, "ratio", "operations / profiled step"),
         overhead=quantity(1.1, "ratio", "profiled step / step"),
         flops=quantity(sum(op.flops for op in ops), "FLOP", "formulas on the shapes of every operation"),
-        utilization=quantity(0.27, "ratio", "FLOPs / step / measured float32 ceiling"),
+        utilization=quantity(0.27, "ratio", "29.8 GFLOP/s in a median step / 162 GFLOP/s, the ceiling for float32"),
         ops=ops,
         modules=layer_modules(training),
         spans=laid_out(ops),
@@ -323,6 +323,29 @@ def in_jax() -> Profile:
     return cnn(False, framework="jax", time=compiled, memory=programmed)
 
 
+def faster() -> Profile:
+    """The CNN after its convolutions became others, in a tenth less time elsewhere, and without one operation."""
+    before = time()
+    ops = tuple(
+        dataclasses.replace(
+            op,
+            name=op.name.replace("aten::conv", "aten::mkldnn_conv"),
+            self_ms=0.6 * op.self_ms if "conv" in op.name else op.self_ms,
+        )
+        for op in before.ops
+        if op.name != "aten::add_"
+    )
+    saved = sum(op.self_ms for op in before.ops) - sum(op.self_ms for op in ops)
+    phases = dict(before.phases_ms)
+    phases["forward"] -= saved
+    modules = tuple(
+        dataclasses.replace(module, self_ms=0.6 * module.self_ms) if module.path == "conv1" else module
+        for module in before.modules
+    )
+    step = latency(sum(phases.values()) / 1.1, seed=4)
+    return cnn(time=time(ops=ops, modules=modules, phases_ms=phases, step=step), memory=memory(False))
+
+
 def failed() -> Profile:
     """The model raised before anything was measured."""
     told = "RuntimeError: mat1 and mat2 shapes cannot be multiplied (64x5408 and 3136x128)"
@@ -361,21 +384,21 @@ def huge() -> Profile:
     source = random.Random(1)
     stem = "model.decoder.layers." + "a_long_module_name." * 4
     modules, ops, spans = [Module("", "Huge", 1, 900, 1800, 0, 1e12, 10**9, 0, 0)], [], []
-    for index in range(1500):
+    for index in range(400):
         path = f"{stem}{index}"
         modules.append(Module(path, "Block", 1, 0.6, 1.2, 1.8, 6e8, 10**6, 4 * MIB, MIB))
         ops += [Op(f"aten::op_{part}", "op", path, "forward", 3, source.random(), 1e8, 1e6) for part in range(4)]
-    for index in range(60_000):
+    for index in range(24_000):
         track, start = f"host {index % 3}", 0.03 * (index // 3)
         spans.append(
-            Span(f"aten::op_{index % 40}", track, "op", start, 0.03 * source.random(), 2, f"{stem}{index % 1500}")
+            Span(f"aten::op_{index % 40}", track, "op", start, 0.03 * source.random(), 2, f"{stem}{index % 400}")
         )
     points = tuple(
         MemoryPoint(0.6 * index, {"parameters": 4e9, "activations": 1e7 * index, "temporaries": 1e8 * source.random()})
-        for index in range(5000)
+        for index in range(2000)
     )
     held = memory(timeline=points, largest=tuple(Allocation(1e8, "activations", stem, "op") for _ in range(400)))
-    card = DeviceState("card", {}, series=(Series("power", "W", tuple(map(float, range(20_000))), (1.0,) * 20_000),))
+    card = DeviceState("card", {}, series=(Series("power", "W", tuple(map(float, range(5000))), (1.0,) * 5000),))
     measured = time(modules=tuple(modules), ops=tuple(ops), spans=tuple(spans), step=latency(2700.0, 2000))
     return cnn(time=measured, memory=held, devices=(card,), notes=tuple("note " * 40 for _ in range(20)))
 

@@ -25,6 +25,7 @@ from perfkit.measure import timing
 from perfkit.measure.environment import environment
 from perfkit.profiling._basics import Basics, unprofiled
 from perfkit.profiling._profile import Profile
+from perfkit.profiling.utilization import utilized
 
 BUDGET_S = 6.0
 
@@ -144,7 +145,8 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
             memory_room.snapshot(work, finished, Path(snapshot))
         if ceilings := _room("ceilings"):
             kept.doing("measuring what this machine reaches at best")
-            kept.keep(ceilings=ceilings.measured(framework, work.device))
+            found = ceilings.measured(framework, work.device)
+            kept.keep(ceilings=found, time=utilized(kept.profile.time, found))
         if energy := _room("energy"):
             kept.doing("measuring its energy")
             kept.keep(energy=energy.measured(call, work.device))

@@ -157,13 +157,15 @@ def _ops(profile: Profile) -> list[Part]:
     scale = profile.time.step.median_ms
     return [
         Part(
-            *key,
+            name,
+            module,
+            phase,
             ms=math.fsum(_views.share(op.self_ms, profile.time) * scale for op in ops),
             bytes=sum(op.moved_bytes for op in ops),
             calls=sum(op.calls for op in ops),
             flops=sum(op.flops for op in ops),
         )
-        for key, ops in grouped.items()
+        for (name, module, phase), ops in grouped.items()
     ]
 
 
@@ -184,7 +186,7 @@ def _categories(before: Memory | None, after: Memory | None) -> tuple[Change, ..
     names = [*before.by_category, *(name for name in after.by_category if name not in before.by_category)]
     pairs = [(name, before.by_category.get(name, 0.0), after.by_category.get(name, 0.0)) for name in names]
     found = [Change(name, "", "", "", status(*held), 0.0, 0.0, *held) for name, *held in pairs if any(held)]
-    return tuple(sorted(found, key=lambda change: -abs(change.saved_bytes)))
+    return tuple(sorted(found, key=lambda change: (-abs(change.saved_bytes), change.name)))
 
 
 def _side(profile: Profile) -> Side:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,23 +66,36 @@ class Count:
 
 
 def counted(work: Workload, finished: Finished) -> Count:
-    """Run one step, warmed up by another, and count it; the state of the model is as before."""
+    """Run one step, warmed up by another, and count it; the state of the model is as before.
+
+    A model that calls torch.func in its forward pass forbids to look at what is saved: `saved_bytes` is empty then.
+    """
+    try:
+        return _counted(work, finished, looking_at_saved=True)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        return _counted(work, finished, looking_at_saved=False)
+
+
+def _counted(work: Workload, finished: Finished, looking_at_saved: bool) -> Count:
     count = Count()
 
     def returned(path: str, output: Any) -> None:
         count.output_bytes[path] += sum(map(_bytes, tensors_in(output)))
 
     where = Where(work.model, returned)
-    saving = _Saving(work, where, count)
     step = where.stepping(work, finished)
-    with finished.keeping_state(), torch.compiler.set_stance("force_eager"):
+    with ExitStack() as stack:
+        stack.enter_context(finished.keeping_state())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         step()
-        with (
-            where.following(eager=True),
-            torch.autograd.graph.saved_tensors_hooks(saving, lambda tensor: tensor),
-            _Counting(where, count),
-        ):
-            step()
+        stack.enter_context(where.following(eager=True))
+        if looking_at_saved:
+            saving = _Saving(work, where, count)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saving, lambda tensor: tensor))
+        stack.enter_context(_Counting(where, count))
+        step()
     count.modules.update(where.calls)
     return count
 
@@ -154,14 +168,22 @@ def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
+    """What of a tensor lies in memory: an expanded one is smaller than it looks."""
     if tensor.is_nested or tensor.layout != torch.strided:
         return 0
     size = tensor.numel() * tensor.element_size()
-    return min(size, tensor.untyped_storage().nbytes()) if type(tensor) is Tensor else size
+    try:
+        return min(size, tensor.untyped_storage().nbytes()) if type(tensor) is Tensor else size
+    except _NO_STORAGE:
+        return size
 
 
 def _storage(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have none
+    except _NO_STORAGE:
         return 0
+
+
+_NO_STORAGE = (NotImplementedError, RuntimeError)
+"""Sparse tensors, those of torch.func and some subclasses raise one of these."""

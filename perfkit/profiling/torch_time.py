@@ -246,11 +246,17 @@ def _phases(steps: list[Step], ops: tuple[Op, ...], on_device: bool) -> dict[str
 
 
 def _host_phases(step: Step) -> Counter[str]:
+    """Nanoseconds by phase; a backward pass lasts from its first operation to its last before another phase begins."""
     phases: Counter[str] = Counter()
-    for kind, name, event in step.placing.ranges:
-        if kind == "phase":
-            phases[name] += event.duration_ns
-    backward = [place.event for place in step.placing.operations if place.phase == "backward"]
-    if backward:
-        phases["backward"] += max(event.end_ns for event in backward) - min(event.start_ns for event in backward)
-    return phases
+    marked = [(event, name) for kind, name, event in step.placing.ranges if kind == "phase"]
+    working = [(place.event, "backward") for place in step.placing.operations if place.phase == "backward"]
+    begun, ended = 0, 0
+    for event, phase in [*sorted([*marked, *working], key=lambda one: one[0].start_ns), (step.event, "end")]:
+        if phase == "backward":
+            begun, ended = begun or event.start_ns, max(ended, event.end_ns)
+            continue
+        phases["backward"] += ended - begun
+        phases[phase] += event.duration_ns
+        begun = ended = 0
+    del phases["end"]
+    return +phases

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -111,13 +112,13 @@ class Where:
         return infer
 
     def _training(self, work: Workload, finished: Finished) -> Callable[[], Any]:
-        trainer, targets = copy.copy(finished.trainer), work.training.targets
+        trainer, training = copy.copy(finished.trainer), work.training
         trainer.model = self._marked("forward", trainer.model)
-        trainer.loss = self._marked("loss", trainer.loss)
+        trainer.training = dataclasses.replace(training, loss=self._marked("loss", training.loss))
 
         def train() -> Any:
             with _around_step(trainer.optimizer, lambda: self.within("optimizer")):
-                return trainer.step(work.inputs, targets)
+                return trainer.step(work.inputs, training.targets)
 
         return train
 

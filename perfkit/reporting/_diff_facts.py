@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from perfkit.profiling._align import Change
 from perfkit.profiling.diff import ProfileDiff
 from perfkit.reporting._format import (
+    counted,
     format_bytes,
     format_change,
     format_ms,
@@ -15,7 +17,7 @@ from perfkit.reporting._format import (
     format_ratio,
 )
 
-HOW = "Two runs, each at its own time: `perfkit optimize` times both sides interleaved, and is the proof."
+HOW = "Two runs, each at its own time: perfkit optimize times both sides interleaved, and is the proof."
 
 SMALLEST_EFFECT = 0.002
 """Share of a step below which a change is summed up with others of its size."""
@@ -78,19 +80,15 @@ def time_rows(changes: Iterable[Change]) -> tuple[Row, ...]:
     )
 
 
-def outside_row(diff: ProfileDiff) -> Row:
-    """What no operation accounts for."""
-    outside = diff.outside
-    return Row(
-        outside.name, "", format_ms(outside.before_ms), format_ms(outside.after_ms), signed_ms(outside.saved_ms), ""
-    )
-
-
-def total_row(diff: ProfileDiff) -> Row:
-    """The whole step."""
-    return Row(
-        "whole step", "", format_ms(diff.before.step_ms), format_ms(diff.after.step_ms), signed_ms(diff.saved_ms), ""
-    )
+def foot(diff: ProfileDiff, shown: Sequence[Change]) -> tuple[Row, ...]:
+    """What completes the operations that are shown to the whole step, and the step."""
+    left = diff.ops[len(shown) :]
+    rest = math.fsum(change.saved_ms for change in left)
+    more = [Row(counted(len(left), "more operation"), "", "", "", signed_ms(rest), "")] if left else []
+    whole = (diff.before.step_ms, diff.after.step_ms, diff.saved_ms)
+    outside = (diff.outside.before_ms, diff.outside.after_ms, diff.outside.saved_ms)
+    sums = (("outside of operations", outside), ("whole step", whole))
+    return (*more, *(Row(name, "", format_ms(a), format_ms(b), signed_ms(saved), "") for name, (a, b, saved) in sums))
 
 
 def byte_rows(changes: Iterable[Change]) -> tuple[Row, ...]:
@@ -117,7 +115,7 @@ def signed_bytes(saved: float) -> str:
     return _signed(saved, format_bytes)
 
 
-def _signed(saved: float, shown) -> str:
+def _signed(saved: float, shown: Callable[[float], str]) -> str:
     return f"−{shown(-saved)}" if saved < 0 else shown(saved)
 
 

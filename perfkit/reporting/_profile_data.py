@@ -18,6 +18,9 @@ MOST_SPANS, MOST_NODES, MOST_NAME = 20_000, 4000, 120
 COLOURS = 7
 """Colours of modules; what belongs to none of them has one more, grey."""
 
+NO_MODULE = ("op", "memory", "phase", "outside")
+"""Kinds of nodes that stand for no module: an operation, what a module holds, a phase, what no operation fills."""
+
 # Above this share of the time, a module says nothing by its colour: its parts get colours of their own.
 DOMINANT = 0.8
 
@@ -37,11 +40,8 @@ class Node:
 
 def script_data(profile: Profile, root: Node, colours: dict[str, int]) -> Markup:
     """The data as JSON that is safe inside a `<script>` element; `root` from `tree`, `colours` from `colours`."""
-    data = {"per": "step" if profile.mode == "training" else "call", "tree": _flat(root, colours)}
-    if profile.time is not None:
-        data["spans"] = _columns(profile.time, colours)
-        data["whole"] = _views.whole_ms(profile.time)
-    return _inline(data)
+    spans = _columns(profile.time, colours) if profile.time is not None else None
+    return _inline({"tree": _flat(root, colours), "spans": spans})
 
 
 def _inline(data: Any) -> Markup:
@@ -72,6 +72,10 @@ def tree(profile: Profile) -> Node:
         if held > 0:
             _child(_module(root, path, kinds), "activations ", "memory", path).memory += held
     _sum(root)
+    if profile.time is not None and (outside := _views.whole_ms(profile.time) - root.time) > 0 < root.time:
+        apart = "(device idle)" if _views.on_device(profile.time) else "(outside of operations)"
+        _child(root, apart, "outside", apart).time = outside
+        root.time += outside
     return root
 
 
@@ -106,11 +110,11 @@ def colours(root: Node) -> dict[str, int]:
     """A colour for each of the costliest modules, at the level where the model first divides."""
     level = root
     while True:
-        modules = [child for child in level.children.values() if child.kind not in ("op", "memory", "phase")]
+        modules = [child for child in level.children.values() if child.kind not in NO_MODULE]
         modules.sort(key=lambda child: (-child.time, -child.memory, child.path))
         if not modules or (len(modules) > 1 and modules[0].time < DOMINANT * level.time):
             break
-        inner = [child for child in modules[0].children.values() if child.kind not in ("op", "memory")]
+        inner = [child for child in modules[0].children.values() if child.kind not in NO_MODULE]
         if not inner:
             break
         level = modules[0]
@@ -150,8 +154,8 @@ def _largest(nodes: list[tuple[Node, int]]) -> list[tuple[Node, int]]:
     root = nodes[0][0]
 
     def weight(node: Node) -> float:
-        whole = ((node.time, root.time), (node.flops, root.flops), (node.memory, root.memory))
-        return max(part / total if total else 0.0 for part, total in whole)
+        wholes = ((node.time, root.time), (node.flops, root.flops), (node.memory, root.memory))
+        return max(part / whole if whole else 0.0 for part, whole in wholes)
 
     ranked = sorted(range(len(nodes)), key=lambda index: (-weight(nodes[index][0]), index))[:MOST_NODES]
     kept = sorted(ranked)
@@ -159,7 +163,7 @@ def _largest(nodes: list[tuple[Node, int]]) -> list[tuple[Node, int]]:
     return [(nodes[index][0], places.get(nodes[index][1], -1 if index == 0 else 0)) for index in kept]
 
 
-def _columns(time: Time, colours: dict[str, int]) -> dict[str, list]:
+def _columns(time: Time, colours: dict[str, int]) -> dict[str, Any]:
     """The spans as columns, in the order of their start; names and tracks once each."""
     spans: Iterable[Span] = (
         span for span in time.spans if math.isfinite(span.start_ms) and math.isfinite(span.duration_ms)
@@ -171,7 +175,7 @@ def _columns(time: Time, colours: dict[str, int]) -> dict[str, list]:
     def place(table: str, text: str) -> int:
         return tables[table].setdefault(shorten(clean(text), MOST_NAME), len(tables[table]))
 
-    columns = {
+    columns: dict[str, Any] = {
         "name": [place("names", span.name) for span in spans],
         "track": [place("tracks", span.track) for span in spans],
         "kind": [place("kinds", span.kind) for span in spans],

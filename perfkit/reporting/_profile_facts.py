@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from perfkit._report import Latency, Quantity
-from perfkit.profiling import _views
+from perfkit.profiling import _views, roofline
 from perfkit.profiling._profile import CATEGORIES, PHASES, DeviceState, Finding, Memory, Module, Op, Profile, Time
 from perfkit.reporting._format import (
     counted,
@@ -70,13 +70,21 @@ class FindingFacts:
 
 @dataclass(frozen=True)
 class OpFacts:
-    """One operation in words, with the numbers that a table is sorted by."""
+    """One operation in words, with the numbers that a table is sorted by.
+
+    Args:
+        share: of the step.
+        rate: GFLOP/s; empty where it does no arithmetic that is counted.
+        bound: the roof that it stands under and how much of it is reached, "memory 88%"; empty where not known.
+        reached: the same share as a number.
+    """
 
     op: Op
     ms: str
     share: float
     rate: str
     bound: str
+    reached: float
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,12 @@ def figures(profile: Profile) -> tuple[Figure, ...]:
     """The numbers beside the headline, those that could not be measured with the reason."""
     found = []
     if (time := profile.time) is not None:
-        found += [_arithmetic(time, per(profile)), _utilization(time, profile), _busy(time), _first_call(time)]
+        found += [
+            _arithmetic(time, per(profile)),
+            _figure("utilization", time.utilization, time.utilization.method or ""),
+            _busy(time),
+            _first_call(time),
+        ]
     if (memory := profile.memory) is not None:
         found.append(_figure("peak memory", memory.peak, _largest_categories(memory)))
     if (energy := profile.energy) is not None:
@@ -154,15 +167,6 @@ def _arithmetic(time: Time, name: str) -> Figure:
         return Figure("arithmetic", UNAVAILABLE, time.flops.unavailable)
     rate = format_flops(time.flops.value / time.step.median_ms * 1e3)
     return Figure(f"arithmetic per {name}", format_flops(time.flops.value), f"{rate}/s reached")
-
-
-def _utilization(time: Time, profile: Profile) -> Figure:
-    about = time.utilization.method or "of the machine's ceiling, measured just now"
-    if profile.ceilings is not None and time.utilization.value is not None:
-        roofs = {name: roof for name, roof in profile.ceilings.gflops.items() if roof.value is not None}
-        if roofs:
-            about += f"; ceilings {listing((f'{name} {format_quantity(roof)}' for name, roof in roofs.items()), 3)}"
-    return _figure("utilization", time.utilization, about)
 
 
 def _busy(time: Time) -> Figure:
@@ -228,10 +232,11 @@ def op_facts(profile: Profile) -> tuple[OpFacts, ...]:
         return ()
     found = []
     for op in _views.hottest(profile.time):
-        place = _views.placed(op, profile.ceilings)
-        bound = f"{place.bound} {place.reached:.0%}" if place else ""
-        rate = f"{format_number(op.flops / op.self_ms / 1e6)}" if op.flops and op.self_ms else ""
-        found.append(OpFacts(op, format_ms(op.self_ms), _views.share(op.self_ms, profile.time), rate, bound))
+        place = roofline.place(op, profile.ceilings) if profile.ceilings else None
+        bound = f"{place.bound} {place.share:.0%}" if place else ""
+        rate = format_number(op.flops / op.self_ms / 1e6) if op.flops and op.self_ms else ""
+        share = _views.share(op.self_ms, profile.time)
+        found.append(OpFacts(op, format_ms(op.self_ms), share, rate, bound, place.share if place else 0.0))
     return tuple(found)
 
 
@@ -344,9 +349,9 @@ def overhead(profile: Profile) -> str:
 
 
 def reading_rows(device: DeviceState) -> tuple[tuple[str, str], ...]:
-    """What a device said of itself, with the reason where it said nothing."""
+    """What a device said of itself; where it said nothing, why."""
     return tuple(
-        (name, format_quantity(value) if value.value is not None else f"not supported ({value.unavailable})")
+        (name, value.unavailable if value.value is None else format_quantity(value))
         for name, value in device.readings.items()
     )
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from perfkit.profiling._align import Change
 from perfkit.profiling.diff import ProfileDiff
 from perfkit.reporting import _diff_facts
-from perfkit.reporting._format import clean, counted, shorten
+from perfkit.reporting._format import clean, shorten
 from perfkit.reporting.terminal import cell, line, text_table, to_text
 
 MOST_OPS, MOST_MODULES, MOST_NAME = 16, 8, 36
@@ -44,15 +44,9 @@ class _Screen:
         yield Text()
         shown = _diff_facts.weighty(diff, diff.ops)[:MOST_OPS]
         table = _table("operation", shown)
-        if rest := diff.ops[len(shown) :]:
-            left = sum(change.saved_ms for change in rest)
-            table.add_row(
-                *map(cell, (counted(len(rest), "more operation"), "", "", _diff_facts.signed_ms(left), "", ""))
-            )
-        for row in (_diff_facts.outside_row(diff), _diff_facts.total_row(diff)):
+        for row in _diff_facts.foot(diff, shown):
             style = "bold" if row.name == "whole step" else ""
-            cells = (row.name, row.before, row.after, row.saved, row.status, row.where)
-            table.add_row(*(cell(text, style) for text in cells))
+            table.add_row(*(cell(text, style) for text in (row.name, row.before, row.after, row.saved, "", "")))
         yield table
         yield Text()
         if modules := _diff_facts.weighty(diff, diff.modules)[:MOST_MODULES]:

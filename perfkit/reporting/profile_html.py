@@ -84,7 +84,7 @@ def _view(profile: Profile) -> dict[str, Any]:
         "more_modules": max(0, len(modules) - MOST_MODULES),
         "op_noun": "kernel" if on_device else "operation",
         "ops_title": "Kernels" if on_device else "Operations",
-        "ops": [_op_row(item, profile) for item in ops[:MOST_OPS]],
+        "ops": [_op_row(item) for item in ops[:MOST_OPS]],
         "more_ops": max(0, len(ops) - MOST_OPS),
         "no_roofline": _no_roofline(profile),
         "memory": _memory(profile.memory) if profile.memory else None,
@@ -123,8 +123,8 @@ def _module_row(facts: _profile_facts.ModuleFacts, profile: Profile) -> dict[str
     }
 
 
-def _op_row(facts: _profile_facts.OpFacts, profile: Profile) -> dict[str, Any]:
-    op, place = facts.op, _views.placed(facts.op, profile.ceilings)
+def _op_row(facts: _profile_facts.OpFacts) -> dict[str, Any]:
+    op = facts.op
     return {
         "name": shorten(clean(op.name), MOST_TITLE),
         "shapes": shorten(clean(op.shapes), MOST_TITLE),
@@ -133,8 +133,8 @@ def _op_row(facts: _profile_facts.OpFacts, profile: Profile) -> dict[str, Any]:
         "share": _cell(facts.share, format_percent),
         "ms": _cell(op.self_ms, format_ms),
         "calls": (f"{op.calls:g}", _finite(op.calls)),
-        "rate": (facts.rate, place.gflops if place else 0.0),
-        "roof": (facts.bound, place.reached if place else 0.0),
+        "rate": (facts.rate, _finite(op.flops / op.self_ms) if op.self_ms else 0.0),
+        "roof": (facts.bound, _finite(facts.reached)),
     }
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 from perfkit.profiling import _views
+from perfkit.profiling import roofline as roof
 from perfkit.profiling._profile import CATEGORIES, Memory, MemoryPoint, Profile, Series
 from perfkit.reporting import _profile_facts, _rows, _svg
 from perfkit.reporting._format import clean, counted, format_bytes, format_ms, format_number, format_percent, shorten
@@ -26,23 +27,23 @@ def roofline(profile: Profile, width: float) -> str:
     if profile.time is None or ceilings is None or not ceilings.bandwidth_gb_s.value:
         return ""
     bandwidth = ceilings.bandwidth_gb_s.value
-    roofs = {name: roof.value for name, roof in ceilings.gflops.items() if roof.value}
-    places = [(op, _views.placed(op, ceilings)) for op in _views.hottest(profile.time)]
-    dots = [(op, place) for op, place in places if place is not None][:MOST_DOTS]
+    roofs = {name: told.value for name, told in ceilings.gflops.items() if told.value}
+    # What does no arithmetic that is counted has no place on axes of it.
+    dots = [place for place in roof.placed(_views.hottest(profile.time), ceilings) if place.gflops > 0][:MOST_DOTS]
     if not roofs or not dots:
         return ""
-    ridges = [roof / bandwidth for roof in roofs.values()]
-    intensities = [place.intensity for _, place in dots]
+    ridges = [peak / bandwidth for peak in roofs.values()]
+    intensities = [place.intensity for place in dots]
     # A handful of operations with next to no arithmetic must not squeeze all others into one corner.
     lowest = max(min(intensities), min(ridges) / 3e3)
-    reached = [place.gflops for _, place in dots if place.intensity >= lowest]
+    reached = [place.gflops for place in dots if place.intensity >= lowest]
     height, bottom, left = (380.0, 336.0, 52.0) if width >= _rows.NARROW else (320.0, 276.0, 46.0)
     x = _svg.scale([lowest / 1.5, *ridges, *intensities, max(ridges) * 6], left, width - 6, log=True, margin=0.02)
     top_roof = max(roofs.values())
     highest = min(max(top_roof, *reached), 5 * top_roof)
     y = _svg.scale([max(min(reached), top_roof / 1e5) / 2, highest * 1.8], bottom, 8, log=True, margin=0.02)
     told = "; ".join(
-        f"{op.name} {format_number(place.gflops)} GFLOP/s, {place.bound}-bound" for op, place in dots[:MOST_LABELS]
+        f"{place.op.name} {format_number(place.gflops)} GFLOP/s, bound by {place.bound}" for place in dots[:MOST_LABELS]
     )
     canvas = Canvas(width, height, "Roofline", f"{counted(len(dots), 'operation')} under the measured roofs: {told}.")
     for tick in x.ticks(6 if width < _rows.NARROW else 10):
@@ -63,31 +64,33 @@ def _roofs(canvas: Canvas, x: Scale, y: Scale, roofs: dict[str, float], bandwidt
     start = max(x.low, y.low / bandwidth)
     canvas.path([(x(start), y(start * bandwidth)), (x(highest / bandwidth), y(highest))], "roof")
     above: list[float] = []
-    for name, roof in sorted(roofs.items(), key=lambda item: -item[1]):
-        canvas.line(x(roof / bandwidth), y(roof), x.end, y(roof), "roof")
-        place = y(roof) - 5
+    for name, peak in sorted(roofs.items(), key=lambda item: -item[1]):
+        canvas.line(x(peak / bandwidth), y(peak), x.end, y(peak), "roof")
+        place = y(peak) - 5
         # Roofs that lie close together would write over each other.
         if all(abs(place - other) > 12 for other in above):
             above.append(place)
-            canvas.text(x.end, place, f"{name} {format_number(roof)} GFLOP/s", "small muted", anchor="end")
+            canvas.text(x.end, place, f"{name} {format_number(peak)} GFLOP/s", "small muted", anchor="end")
     middle = math.sqrt(start * highest / bandwidth)
     canvas.text(
         x(middle) - 8, y(middle * bandwidth) - 8, f"{format_number(bandwidth)} GB/s", "small muted", anchor="end"
     )
 
 
-def _dots(canvas: Canvas, x: Scale, y: Scale, dots: list, profile: Profile) -> None:
+def _dots(canvas: Canvas, x: Scale, y: Scale, dots: Sequence[roof.Placed], profile: Profile) -> None:
     """The dots, the longest last so that they lie on top; labels for the longest where there is room."""
     taken: list[tuple[float, float, float, float]] = []
-    for op, place in reversed(dots):
+    for place in reversed(dots):
+        op = place.op
         share = _views.share(op.self_ms, profile.time)
         radius = 3 + 15 * math.sqrt(min(share, 1))
         about = (
             f"{op.name} · {op.module or 'no module'} · {op.phase}: {format_percent(share)} of the step, "
-            f"{format_number(place.gflops)} GFLOP/s, {format_number(place.intensity)} FLOP/B, {place.bound}-bound"
+            f"{format_number(place.gflops)} GFLOP/s, {format_number(place.intensity)} FLOP/B, bound by {place.bound}"
         )
         canvas.circle(*_inside(x, y, place), radius, f"dot {place.bound}", about)
-    for op, place in dots[:MOST_LABELS]:
+    for place in dots[:MOST_LABELS]:
+        op = place.op
         share = _views.share(op.self_ms, profile.time)
         center, height = _inside(x, y, place)
         name = op.name.rpartition("::")[2]
@@ -101,7 +104,7 @@ def _dots(canvas: Canvas, x: Scale, y: Scale, dots: list, profile: Profile) -> N
             canvas.text(left, height + 4, text, "small halo")
 
 
-def _inside(x: Scale, y: Scale, place: _views.Place) -> tuple[float, float]:
+def _inside(x: Scale, y: Scale, place: roof.Placed) -> tuple[float, float]:
     return x(max(place.intensity, x.low)), y(min(max(place.gflops, y.low), y.high))
 
 

@@ -61,14 +61,16 @@ function tooltip(root) {
   };
 }
 
-// Calls `draw` now and whenever the width or the theme changes.
+// Calls `draw` now, and whenever the width of the target or the theme changes.
 function redrawn(target, draw) {
   let width = -1;
-  new ResizeObserver(() => {
-    if (target.clientWidth && target.clientWidth !== width) {
-      width = target.clientWidth;
-      draw();
-    }
-  }).observe(target);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
+  const drawn = () => {
+    if (!target.clientWidth || target.clientWidth === width) return;
+    width = target.clientWidth;
+    draw();
+  };
+  drawn();
+  // In a frame of its own: drawing changes heights, which the observer must not see while it reports.
+  new ResizeObserver(() => requestAnimationFrame(drawn)).observe(target);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 }

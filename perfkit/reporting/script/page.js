@@ -52,11 +52,12 @@ function copied(button) {
 
 document.querySelectorAll(".perfkit.profile:not([data-ready])").forEach(root => {
   root.dataset.ready = "";
-  const data = JSON.parse(root.querySelector("script.data").textContent);
-  const tip = tooltip(root);
   root.querySelectorAll("table.sortable").forEach(sortable);
   root.querySelectorAll("table.sortable").forEach(folded);
   root.querySelectorAll("button.copy").forEach(copied);
+  const holder = root.querySelector("script.data");
+  if (!holder) return;
+  const data = JSON.parse(holder.textContent), tip = tooltip(root);
   timeline(root, data, tip);
   modules(root, data, tip);
 });

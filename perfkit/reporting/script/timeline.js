@@ -158,13 +158,17 @@ function timeline(root, data, tip) {
     const place = ms => ((ms - first) / (last - first)) * wide;
     pen.fillStyle = colours.faint;
     pen.fillRect(0, 0, wide, tall);
-    const lines = bands.map(band => band.lines[band.lines.length - 1]), high = (tall - 6) / lines.length;
-    lines.forEach((line, index) => {
-      for (const span of line) {
-        const left = place(spans.start[span]);
-        pen.globalAlpha = 0.75;
-        pen.fillStyle = colours.palette[spans.colour[span]];
-        pen.fillRect(left, 3 + index * high, Math.max(place(spans.start[span] + spans.length[span]) - left, 0.5), high - 1);
+    const high = (tall - 6) / bands.length;
+    bands.forEach((band, index) => {
+      for (const line of band.lines) {
+        for (const span of line) {
+          const kind = spans.kinds[spans.kind[span]], left = place(spans.start[span]);
+          if (kind === "phase" || kind === "module") continue;
+          pen.globalAlpha = 0.75;
+          pen.fillStyle = kind === "wait" ? colours.bad : colours.palette[spans.colour[span]];
+          const wide = place(spans.start[span] + spans.length[span]) - left;
+          pen.fillRect(left, 3 + index * high, Math.max(wide, 0.5), Math.max(high - 1, 1));
+        }
       }
     });
     pen.globalAlpha = 0.8;
