@@ -114,9 +114,18 @@ class _Kept:
 
     def ended(self, outcome: str, error: BaseException) -> None:
         told = "interrupted" if outcome == "interrupted" else f"{type(error).__name__}: {first_line(error)}"
-        if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "not enough memory" in str(error):
+        if any(map(_ran_out, (error, error.__cause__))):
             told = f"out of memory ({told})"
         self.keep(outcome=outcome, explanation=f"while {self._doing}: {told}")
+
+
+_NO_MEMORY = ("not enough memory", "allocate memory", "RESOURCE_EXHAUSTED")
+"""What messages say of memory where the error is no class of its own."""
+
+
+def _ran_out(error: BaseException | None) -> bool:
+    named = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    return named or any(told in str(error) for told in _NO_MEMORY)
 
 
 def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path | None) -> None:
