@@ -38,7 +38,13 @@ def roofline(profile: Profile, width: float) -> str:
     lowest = max(min(intensities), min(ridges) / 3e3)
     reached = [place.gflops for place in dots if place.intensity >= lowest]
     height, bottom, left = (380.0, 336.0, 52.0) if width >= _rows.NARROW else (320.0, 276.0, 46.0)
-    x = _svg.scale([lowest / 1.5, *ridges, *intensities, max(ridges) * 6], left, width - 6, log=True, margin=0.02)
+    x = _svg.scale(
+        [min(lowest / 1.5, min(ridges) / 20), *ridges, *intensities, max(ridges) * 6],
+        left,
+        width - 6,
+        log=True,
+        margin=0.02,
+    )
     top_roof = max(roofs.values())
     highest = min(max(top_roof, *reached), 5 * top_roof)
     y = _svg.scale([max(min(reached), top_roof / 1e5) / 2, highest * 1.8], bottom, 8, log=True, margin=0.02)

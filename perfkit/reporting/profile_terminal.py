@@ -105,7 +105,7 @@ def _modules(profile: Profile, *, wide: bool) -> Iterator[RenderableType]:
     for item in shown:
         module = item.module
         name = cell(shorten(clean(item.path), MOST_NAME), "bold")
-        if item.path == module.path:
+        if wide and item.path == module.path:
             name.append(f"  {shorten(clean(module.kind), MOST_NAME)}", "dim")
         row = [name, cell(format_percent(item.self_share)), *([bar(item.self_share, most)] if wide else [])]
         row += [cell(format_ms(module.forward_ms))] + ([cell(format_ms(module.backward_ms))] if trains else [])
