@@ -49,12 +49,13 @@ def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
     count = counted(work, finished)
     where = Where(work.model)
     events = _profiled(work, finished, where, _steps(count))
-    steps = list(_split(events, where, count.operators))
-    if not steps:
+    profiled = sorted(_split(events, where, count.operators), key=lambda step: step.event.duration_ns)
+    if not profiled:
         return unprofiled(basics, "torch's profiler recorded no step")
+    length_ns = statistics.median(step.event.duration_ns for step in profiled)
+    steps = profiled[: len(profiled) // 2 + 1]  # the quicker half: the others were interrupted more
+    shown = steps[-1]
     ops = _operations(steps, count)
-    length_ns = statistics.median(step.event.duration_ns for step in steps)
-    shown = min(steps, key=lambda step: abs(step.event.duration_ns - length_ns))
     busy, gaps = _busy(steps)
     on_device = any(step.kernels for step in steps)
     return Time(
@@ -70,7 +71,7 @@ def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
         overhead=Quantity(
             length_ns / 1e6 / basics.step.median_ms,
             "ratio",
-            method=f"median of {len(steps)} profiled steps / median of those without",
+            method=f"median of {len(profiled)} profiled steps / median of those without",
         ),
         flops=Quantity(count.flops(), "FLOP", method=_COUNTED),
         utilization=Quantity.missing("ratio", "the machine's ceiling was not measured"),
