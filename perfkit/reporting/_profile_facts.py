@@ -51,7 +51,7 @@ class FindingFacts:
     """One finding in words.
 
     Args:
-        share: "38% of the step".
+        share: "38% of the step, in conv1".
         gain: "1.31× faster, predicted"; where not `predicted`, why there is no prediction.
         recipe: the chain; empty where none addresses it.
         command: what to type or to call for it; empty where no recipe addresses it.
@@ -59,7 +59,6 @@ class FindingFacts:
 
     kind: str
     told: str
-    where: str
     share: str
     gain: str
     predicted: bool
@@ -197,17 +196,27 @@ def finding_facts(finding: Finding, profile: Profile) -> FindingFacts:
     else:
         better = "faster" if finding.resource == "time" else "smaller peak"
         gain = f"{format_number(finding.predicted.value)}× {better}, predicted"
+    where = f", in {listing(finding.where, 4)}" if finding.where else ""
     return FindingFacts(
-        finding.kind,
-        finding.told,
-        listing(finding.where, 4),
-        f"{format_percent(finding.share)} of {whole}",
+        _capital(finding.kind, finding),
+        _sentence(finding.told, finding),
+        f"{format_percent(finding.share)} of {whole}{where}",
         gain,
         finding.predicted.value is not None,
         finding.recipe,
-        finding.advice,
+        _sentence(finding.advice, finding),
         command(profile, finding.recipe),
     )
+
+
+def _sentence(text: str, finding: Finding) -> str:
+    return _capital(text, finding) + ("" if text.rstrip().endswith((".", "!", "?")) else ".")
+
+
+def _capital(text: str, finding: Finding) -> str:
+    """`text` with a capital, unless it begins with a name: of a module, a function, an option."""
+    first = text.partition(" ")[0].rstrip(",:")
+    return text[:1].upper() + text[1:] if first.isalpha() and first not in finding.where else text
 
 
 def command(profile: Profile, recipe: str) -> str:

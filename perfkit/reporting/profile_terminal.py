@@ -78,7 +78,7 @@ def _header(profile: Profile) -> Iterator[RenderableType]:
 def _findings(profile: Profile) -> Iterator[RenderableType]:
     for finding in profile.findings[:MOST_FINDINGS]:
         facts = _profile_facts.finding_facts(finding, profile)
-        yield Text.assemble((clean(facts.kind), "bold"), (f"  {facts.share}", "bold yellow"))
+        yield Text.assemble((clean(facts.kind), "bold"), (f"  {clean(facts.share)}", "bold yellow"))
         yield _below(line(shorten(clean(facts.told), MOST_TOLD)))
         yield _below(line(shorten(clean(facts.advice), MOST_TOLD)))
         if facts.command:
