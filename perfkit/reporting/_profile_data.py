@@ -13,7 +13,7 @@ from perfkit.profiling import _views
 from perfkit.profiling._profile import Profile, Span, Time
 from perfkit.reporting._format import clean, shorten
 
-MOST_SPANS, MOST_NODES, MOST_NAME, MOST_ROWS = 20_000, 4000, 120, 32
+MOST_SPANS, MOST_NODES, MOST_NAME, MOST_ROWS, MOST_DEPTH = 20_000, 4000, 120, 32, 40
 COLOURS = 7
 """Colours of modules; what belongs to none of them has one more, grey."""
 
@@ -56,7 +56,7 @@ def left_out(profile: Profile) -> int:
 
 
 def tree(profile: Profile) -> Node:
-    """Time and arithmetic from the operations up; memory from what each module holds at the peak."""
+    """Time and arithmetic from the operations up, memory from what each module holds."""
     kinds = {module.path: module.kind for module in profile.time.modules} if profile.time else {}
     root = Node(shorten(clean(profile.model), MOST_NAME), kinds.get("", ""), "")
     if profile.time is not None:
@@ -79,13 +79,24 @@ def tree(profile: Profile) -> Node:
 
 
 def _held_by_module(profile: Profile) -> dict[str, float]:
-    held = dict(profile.memory.by_module) if profile.memory else {}
-    return {path: _finite(size) for path, size in held.items()}
+    """Activations by the module that made them: those kept for the backward pass, else those held at the peak."""
+    kept = {module.path: _finite(module.saved_bytes) for module in profile.time.modules} if profile.time else {}
+    if not any(kept.values()):
+        return {path: _finite(size) for path, size in profile.memory.by_module.items()} if profile.memory else {}
+    own = dict(kept)
+    for path, size in kept.items():
+        above = path
+        while above:
+            above = above.rpartition(".")[0]
+            if above in own:
+                own[above] -= size
+                break
+    return own
 
 
 def _module(root: Node, path: str, kinds: dict[str, str]) -> Node:
     node, reached = root, ""
-    for part in path.split(".") if path else ():
+    for part in path.split(".", MOST_DEPTH) if path else ():
         reached = f"{reached}.{part}" if reached else part
         node = _child(node, part, kinds.get(reached, ""), reached)
     return node
