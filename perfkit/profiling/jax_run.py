@@ -55,8 +55,12 @@ class Run:
 
 
 @contextmanager
-def marking(work: Workload) -> Iterator[Run]:
-    """Within it, the workload can be run with its modules marked."""
+def marking(work: Workload, *, run: bool = True) -> Iterator[Run]:
+    """Within it, the workload can be run with its modules marked.
+
+    Args:
+        run: make a first call of it.
+    """
     found = marked(work.model)
     work = work.replace(model=found.model)
     with _names_kept():
@@ -65,7 +69,8 @@ def marking(work: Workload) -> Iterator[Run]:
         jaxpr = jitted.trace(*arguments).jaxpr
         called = {path: Called(**vars(item)) for path, item in found.called.items()}
         call = work.backend.caller(work, finished)
-        call()
+        if run:
+            call()
 
         def again(options: dict[str, Any] | None = None) -> Any:
             return jitted.lower(*arguments).compile(compiler_options=options)
