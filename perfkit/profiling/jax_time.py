@@ -174,7 +174,8 @@ def _spans(run: Run, trace: Trace, reader: Reader, step: tuple[float, float]) ->
         found.append((event.start_ms, event.end_ms, name, event.track, kind, module))
     found = sorted(found, key=lambda span: span[0] - span[1])[:MOST_SPANS]
     spans, open_until = [], {}
-    for start, end, name, track, kind, module in sorted(found, key=lambda span: (span[0], -span[1])):
+    clipped = [(max(start, step[0]), min(end, step[1]), *rest) for start, end, *rest in found]
+    for start, end, name, track, kind, module in sorted(clipped, key=lambda span: (span[0], -span[1])):
         around = [until for until in open_until.get(track, ()) if until > start]
         spans.append(Span(name, track, kind, start - step[0], end - start, len(around), module))
         open_until[track] = [*around, end]
