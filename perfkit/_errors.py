@@ -70,7 +70,7 @@ class FidelityError(_ReportedError, ArithmeticError):
 
 
 class SlowerError(_ReportedError, RuntimeError):
-    """`on_slower="raise"` and the result is slower than the original."""
+    """`on_slower="raise"` and the result is slower than the original, or a recipe for memory saves none."""
 
 
 class PerfkitWarning(UserWarning):

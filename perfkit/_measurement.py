@@ -8,14 +8,19 @@ from perfkit.backends import Traffic
 from perfkit.measure import memory
 
 
-def measurement(name: str, variant: Variant, latency: Latency | None) -> Measurement:
-    """Put together what was timed and what is measured apart from timing: memory and size."""
+def measurement(name: str, variant: Variant, latency: Latency | None, anew: bool = False) -> Measurement:
+    """Put together what was timed and what is measured apart from timing: memory and size.
+
+    Args:
+        anew: compile once more, where that is what it takes to count memory.
+    """
     work, backend = variant.work, variant.work.backend
     model_bytes, parameters = backend.size(work)
-    peak = high_water = no_inputs("B")
+    peak = high_water = optimizer = no_inputs("B")
     if variant.measurable:
         with variant.finished.keeping_state():
-            peak = backend.tensor_peak(work, variant.finished)
+            peak = backend.tensor_peak(work, variant.finished, anew=anew)
+            optimizer = backend.optimizer_state(work, variant.finished)
             high_water = memory.process_high_water(variant.call)
     return Measurement(
         name=name,
@@ -27,6 +32,7 @@ def measurement(name: str, variant: Variant, latency: Latency | None) -> Measure
         process_high_water_bytes=high_water,
         model_bytes=model_bytes,
         parameters=parameters,
+        optimizer_state_bytes=optimizer,
     )
 
 

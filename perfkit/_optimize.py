@@ -69,7 +69,8 @@ def optimize(
         max_drop: by how much `evaluate` may fall; by default 0.
         budget_s: seconds to spend measuring (a chain, by default 6) or searching ("auto", by default 90).
         strict: a recipe that touches nothing is an error.
-        on_slower: "warn", "revert" (return the original) or "raise".
+        on_slower: "warn", "revert" (return the original) or "raise". With a recipe whose aim is memory, time is the
+            price that the report tells, and this is about a result that saves no memory.
         seed: for every run of the model and for the order of the measurements.
         progress: called with a line of text as the work goes on.
 
@@ -81,7 +82,7 @@ def optimize(
         UnsupportedError: a recipe cannot work on this model or machine.
         FidelityError: the result's numbers are too far from the original's.
         NoEffectError: `strict` and a recipe touched nothing.
-        SlowerError: `on_slower="raise"` and the result is slower.
+        SlowerError: `on_slower="raise"` and the result is slower, or saves no memory where that is the aim.
 
     Example:
         >>> result = perfkit.optimize(model, recipe="bf16+compile", example_inputs=(x,))

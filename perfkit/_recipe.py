@@ -10,6 +10,9 @@ define
     unprofitable(framework, device)      why it can hardly pay on this machine; None where it may
     observed(effect, log)                the Effect, completed from what was compiled on the first call
     unsought(work) -> str | None         why recipe="auto" leaves it out; None where it may be tried
+    judged_at(steps) -> Sequence[int]    of so many training steps those whose losses can be compared with the
+                                         original's, where it trains another way by design: it is judged by how far it
+                                         comes
     variants(work) -> tuple[Recipe]      the option settings that recipe="auto" should try
 
 and nothing about other recipes: `stage` orders a chain, and two recipes that `provide` the same thing exclude each

@@ -44,6 +44,7 @@ class Training:
         averaged: makes of this process' loss the one over the whole batch.
         micro_batches: how many parts of one size a step runs one after the other, adding up their gradients.
         batch_dim: the dimension along which the first input is cut into them.
+        rounds: torch: what is done beside steps that each process takes by itself; None where they take them together.
     """
 
     loss: Callable[[Any, Any], Any]
@@ -55,6 +56,7 @@ class Training:
     averaged: Callable[[Any], Any] | None = None
     micro_batches: int = 1
     batch_dim: int = 0
+    rounds: Any = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ class Workload:
     @property
     def trains(self) -> bool:
         return self.mode == "training"
+
+    @property
+    def period(self) -> int:
+        """Training steps that are alike only together: what they cost is told for one of them, on average."""
+        return self.spread.period if self.spread else 1
 
     @property
     def takes_part(self) -> bool:

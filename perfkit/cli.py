@@ -84,7 +84,7 @@ def optimize(model, framework, recipe, mode, batch_size, budget, tolerance, stri
     report = result.report
     click.echo(report.to_json(), nl=False) if as_json else common.out.print(report)
     write(report, html, save_report)
-    sys.exit(EXIT_CODES.get(report.speedup.verdict, 0) if report.speedup else 0)
+    sys.exit(EXIT_CODES.get(report.speedup.verdict, 0) if report.speedup and not report.savings else 0)
 
 
 optimize.help += f"\n\n{common.MODEL_HELP}"

@@ -36,14 +36,41 @@ class Program:
 
     def __init__(self, function: Callable, donate: tuple[int, ...] = (), jit: Callable = jax.jit):
         self.jitted = jit(function, donate_argnums=donate)
+        self.lowered: jax.stages.Lowered | None = None
         self.compiled: jax.stages.Compiled | None = None
+
+    rounds: bool = False
+    """Whether the devices' models differ for some steps of training, so that they must be settled."""
+
+    remembered: Any = ()
+    """What it knows of earlier calls; values that nobody changes."""
+
+    def begun(self, state: Any) -> Any:
+        """What it remembers at the beginning of a training in that state."""
+        return ()
+
+    def skip_warm_up(self) -> None:
+        """Go on as after any warm-up."""
+
+    def settled(self, state: Any) -> Any:
+        """The state of training with the devices' models brought together."""
+        return state
+
+    def whole(self, state: Any) -> Any:
+        """The settled state as it is for any number of devices."""
+        return state
+
+    def parts(self) -> list[tuple[Any, int]]:
+        """The compiled programs behind it, each with in how many calls it runs once."""
+        return [(self.compiled, 1)]
 
     def __call__(self, *args: Any) -> Any:
         if self.compiled is None:
             if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
                 return self.jitted(*args)
             with persistent_cache():
-                self.compiled = self.jitted.lower(*args).compile()
+                self.lowered = self.jitted.lower(*args)
+                self.compiled = self.lowered.compile()
         try:
             return self.compiled(*args)
         except (

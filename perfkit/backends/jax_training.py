@@ -54,11 +54,25 @@ class Trainer:
     @contextmanager
     def keeping_state(self) -> Iterator[None]:
         """Within it the model may be trained; after it, its state is as before."""
-        before = _owned(self.state)
+        before, remembered = _owned(self.state), self.program.remembered
         try:
             yield
         finally:
-            self.state = before
+            self.state, self.program.remembered = before, remembered
+
+    def settle(self) -> None:
+        """Bring the devices' models together, where they differ for some steps."""
+        self.state = self.program.settled(self.state)
+
+    @property
+    def settled(self) -> tuple[Any, Any]:
+        """The state as it is for any number of devices, and what the program remembers; after `settle`."""
+        return self.program.whole(self.state), self.program.remembered
+
+    def restore(self, state: Any, remembered: Any) -> None:
+        """Take over what `settled` told; where nothing is known to be remembered, training begins from that state."""
+        self.state = _owned(self.placement.state(state))
+        self.program.remembered = self.program.begun(self.state) if remembered is None else remembered
 
 
 def _step(function: Function, training: Training, averaged: Callable[[Any], Any]):

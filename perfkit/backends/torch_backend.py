@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from perfkit._errors import InvalidInputError
-from perfkit._report import Quantity
+from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
-from perfkit.backends import Backend, CompileLog, Finished, Traffic, check_loss, does_not_run
+from perfkit.backends import Backend, CompileLog, Finished, Rounds, Traffic, check_loss, does_not_run
 from perfkit.backends.torch_stderr import without_lines
-from perfkit.backends.torch_surgery import COMPILED_WITH, cast, copied, local, settle_forward, tensors_in
+from perfkit.backends.torch_surgery import COMPILED_WITH, cast, copied, local, parts, settle_forward, tensors_in
 from perfkit.backends.torch_training import Trainer
 
 
@@ -80,7 +80,8 @@ class TorchBackend(Backend):
             inputs, targets = batch
             return trainer.step(self.as_inputs(work, inputs), targets)
 
-        return Finished(work.model, work.model, trainer.keeping_state, train_step, trainer=trainer)
+        rounds = trainer.rounds and Rounds(trainer.rounds.settle, trainer.rounds.skip_warm_up)
+        return Finished(work.model, work.model, trainer.keeping_state, train_step, trainer=trainer, rounds=rounds)
 
     def synchronize(self, outputs: Any) -> None:
         if torch.accelerator.is_available():
@@ -110,14 +111,26 @@ class TorchBackend(Backend):
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
         return sum(storages.values()), sum(tensor.numel() for tensor in parameters.values())
 
-    def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
+    def tensor_peak(self, work: Workload, finished: Finished, anew: bool = False) -> Quantity:
         call = self.caller(work, finished)
+        if work.trains:
+            call()  # the optimizer makes its state in its first step, and holds it from then on
+            work.training.optimizer.zero_grad(set_to_none=True)
         return _cuda_peak(call) if work.device == "cuda" else _profiled_peak(call, work.device)
+
+    def optimizer_state(self, work: Workload, finished: Finished) -> Quantity:
+        if not work.trains:
+            return NO_OPTIMIZER
+        held = [inner for tensor in tensors_in(list(work.training.optimizer.state.values())) for inner in parts(tensor)]
+        on_device = {
+            tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in held if tensor.device.type == work.device
+        }
+        return Quantity(float(sum(on_device.values())), "B", method=f"tensors of optimizer.state on {work.device}")
 
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
         from perfkit.parallel.torch_traffic import traffic
 
-        return traffic(self.caller(work, finished))
+        return traffic(self.caller(work, finished), work.period)
 
     @contextmanager
     def watching_compiles(self) -> Iterator[Callable[[], CompileLog]]:

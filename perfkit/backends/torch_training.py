@@ -27,6 +27,8 @@ class Trainer:
         self.model = work.model
         self.training = work.training
         self.optimizer = work.training.optimizer
+        self.rounds = work.training.rounds
+        assert self.rounds is None or self.rounds.model is self.model, "they look after another copy of the model"
         self.scaler = torch.amp.GradScaler(work.device, enabled=work.training.loss_scaling)
 
     def step(self, inputs: Inputs, targets: Any) -> torch.Tensor:
@@ -36,8 +38,12 @@ class Trainer:
                 contexts.enter_context(context())
             self.optimizer.zero_grad(set_to_none=True)
             losses = [self._backward(*part) for part in self._micro_batches(inputs, targets)]
+            if self.rounds is not None:
+                self.rounds.before_update()
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            if self.rounds is not None:
+                self.rounds.after_update()
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         return loss if self.training.averaged is None else self.training.averaged(loss)
 
@@ -70,6 +76,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)  # gradients of FSDP2 cannot be copied, and each step makes new ones
         optimizer = copied(self.optimizer).state_dict()
         scale = self.scaler.state_dict()
+        rounds = self.rounds and self.rounds.state_dict()
         try:
             yield
         finally:
@@ -79,6 +86,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(scale)
+            if self.rounds is not None:
+                self.rounds.load_state_dict(rounds)
 
 
 def teacher(work: Workload) -> nn.Module:

@@ -34,6 +34,8 @@ def refusal(work: Workload, recipe: DataParallel) -> str | None:
     """Why these options are not there for JAX; None where they are."""
     if recipe.compress:
         return "compress is torch's: in JAX gradients are sent in their own type (bf16 makes of it what it can)"
+    if recipe.precision:
+        return "precision is torch's, for the weights that FSDP2 gathers: use 'bf16+data_parallel(shard=True)'"
     if recipe.offload:
         return "offload is torch's: in JAX every array lies on a device of the mesh"
     if recipe.engine == "pmap" and recipe.shard:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.replicate import replicate
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from perfkit._report import Effect, Skipped
@@ -34,20 +34,22 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     work = part(work, recipe.batch_dim, mesh.get_local_rank(), map_tensors)
     model = work.model
     alike(model, group)
-    unused = _unused(work)
-    notes = [*_about_norms(model, work.device, group), *_about_unused(unused)]
+    idle = unused(work)
+    notes = [*_about_norms(model, work.device, group), *_about_unused(idle)]
     if recipe.shard:
         policy = CPUOffloadPolicy() if recipe.offload and work.device == "cuda" else OffloadPolicy()
         before = dict(model.named_parameters())
         units = _units(model)
         for unit in units:
-            fully_shard(unit, mesh=mesh, offload_policy=policy)
+            fully_shard(unit, mesh=mesh, offload_policy=policy, mp_policy=_precision(recipe, whole=unit is model))
         follow(work.training.optimizer, before, dict(model.named_parameters()))
         names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
+        if recipe.precision:
+            notes.append("weights and activations in bfloat16, gradients added up and parameters kept in float32")
         notes.append(f"FSDP2 in {len(units)} units: {', '.join(names[id(unit)] for unit in units)}")
     else:
         replicated: Any = replicate(  # the model itself, of a class of torch's
-            model, process_group=group, gradient_as_bucket_view=True, find_unused_parameters=bool(unused)
+            model, process_group=group, gradient_as_bucket_view=True, find_unused_parameters=bool(idle)
         )
         if recipe.compress:
             replicated.register_comm_hook(group, _in_bfloat16)
@@ -62,9 +64,17 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     spread = work.spread or Spread()
     spread = replace(spread, shares=mesh.size(), parts=(*spread.parts, told))
     work = work.replace(training=replace(work.training, averaged=averaged), spread=spread)
-    touched = tuple(name for name, _ in model.named_parameters() if name not in unused)
-    skipped = tuple(Skipped(name, "no gradient reaches it on the example inputs") for name in unused)
+    touched = tuple(name for name, _ in model.named_parameters() if name not in idle)
+    skipped = tuple(Skipped(name, "no gradient reaches it on the example inputs") for name in idle)
     return work, Effect(touched, skipped, tuple(notes))
+
+
+def _precision(recipe: DataParallel, whole: bool) -> MixedPrecisionPolicy:
+    """In what FSDP2 computes and adds up; the whole model's outputs are what they were."""
+    if recipe.precision is None:
+        return MixedPrecisionPolicy()
+    outputs = torch.float32 if whole else None
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=outputs)
 
 
 def _in_bfloat16(group, bucket):  # torch takes no annotations that are text
@@ -75,7 +85,7 @@ def _in_bfloat16(group, bucket):  # torch takes no annotations that are text
     return sent.then(lambda done: gradients.copy_(done.value()[0]))
 
 
-def _unused(work: Workload) -> list[str]:
+def unused(work: Workload) -> list[str]:
     """The parameters that no gradient reaches on the example inputs; told by one step of a copy without optimizing."""
     twin = copied(work.model)
     work.backend.seed(work.seed)

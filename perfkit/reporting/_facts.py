@@ -137,6 +137,9 @@ def headline(report: Report) -> Headline:
         return Headline("Original returned", "", "", "neutral", told or unmeasured, report.explanation)
     if speedup is None:
         return Headline("Not measured", "", "", "neutral", report.not_measured, report.explanation)
+    if report.savings:
+        saved, time = f"{report.savings[0].ratio:.3g}× less {report.savings[0].what}", f"{1 / speedup.ratio:.2f}×"
+        return Headline(saved, "", f"at {time} the time", "good", evidence(speedup), report.explanation)
     figure, interval = format_interval(speedup)
     return Headline(figure, interval, speedup.verdict, TONES[speedup.verdict], evidence(speedup), report.explanation)
 
@@ -401,6 +404,8 @@ def _quantities(report: Report) -> tuple[tuple[str, Quantity, Quantity], ...]:
         sides = [getattr(side.latency, field) if side.latency else untimed for side in (before, after)]
         return label, sides[0], sides[1]
 
+    states = before.optimizer_state_bytes, after.optimizer_state_bytes
+    optimizer = [("optimizer state", *states)] if report.mode == "training" else []
     medians = [Quantity(side.latency.median_ms, "ms") if side.latency else untimed for side in (before, after)]
     return (
         ("median latency", medians[0], medians[1]),
@@ -412,6 +417,7 @@ def _quantities(report: Report) -> tuple[tuple[str, Quantity, Quantity], ...]:
         ("compile", before.compile_s, after.compile_s),
         ("tensor peak", before.tensor_peak_bytes, after.tensor_peak_bytes),
         ("process high-water", before.process_high_water_bytes, after.process_high_water_bytes),
+        *optimizer,
     )
 
 
