@@ -166,11 +166,11 @@ def _held(point: MemoryPoint, name: str) -> float:
 
 def _steps(points: Sequence[MemoryPoint], values: Sequence[float], x: Scale, y: Scale) -> list[tuple[float, float]]:
     """What is held stays held until the next point: a stair, not a slope."""
-    found: list[tuple[float, float]] = []
-    for index, (point, value) in enumerate(zip(points, values, strict=True)):
-        if index:
-            found.append((x(point.at_ms), found[-1][1]))
-        found.append((x(point.at_ms), y(value)))
+    found = [(x(points[0].at_ms), y(values[0]))]
+    for index in range(1, len(points)):
+        at, height = x(points[index].at_ms), y(values[index])
+        if height != found[-1][1] or index == len(points) - 1:
+            found += [(at, found[-1][1]), (at, height)]
     return found
 
 
