@@ -133,7 +133,7 @@ def measured() -> list[str]:
         close, all_of_them = agreement(recorded["rows"])
         lines += [
             "",
-            f"{device}, {machine['cores']} cores, {recorded['date']}; source: `bench/results/{path.name}`. "
+            f"{device}, {machine['cores']} cores{_threads(machine)}, {recorded['date']}; source: `bench/results/{path.name}`. "
             f"{close} of {all_of_them} predictions are within a factor of {CLOSE:g} of what was measured.",
             "",
             "| model, batch | framework | finding | recipe | predicted | gained |",
@@ -142,6 +142,12 @@ def measured() -> list[str]:
             "",
         ]
     return lines or ["", "Not measured yet.", ""]
+
+
+def _threads(machine: dict[str, Any]) -> str:
+    """How many threads were allowed, where it was said."""
+    told = machine["threads"].get("OMP_NUM_THREADS")
+    return "" if told is None else f", {told} thread{'s' if told > 1 else ''}"
 
 
 def agreement(rows: list[dict[str, Any]]) -> tuple[int, int]:

@@ -135,8 +135,8 @@ def test_a_convolution_that_a_pool_reads_back():
     assert finding.recipe == "fused_kernels"
     assert finding.told.startswith("conv1 writes 6.4 MB that pool and relu read back")
     assert finding.share == pytest.approx(0.9)
-    # 2.5e7 FLOPs at half of 100 GFLOP/s take 0.5 ms instead of 9
-    assert finding.predicted.value == pytest.approx(10 / (1 + 0.5), rel=0.01)
+    # 2.5e7 FLOPs at half of 100 GFLOP/s take 0.5 ms instead of 9, and a call 0.03 ms
+    assert finding.predicted.value == pytest.approx(10 / (1 + 0.53), rel=0.01)
 
 
 def test_convolutions_of_many_channels_are_the_librarys():
