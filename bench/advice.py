@@ -131,9 +131,10 @@ def measured() -> list[str]:
         machine = recorded["environment"]
         device = ", ".join([*machine["accelerators"], machine["cpu"]])
         close, all_of_them = agreement(recorded["rows"])
+        where = f"{device}, {machine['cores']} cores{_threads(machine)}, {recorded['date']}"
         lines += [
             "",
-            f"{device}, {machine['cores']} cores{_threads(machine)}, {recorded['date']}; source: `bench/results/{path.name}`. "
+            f"{where}; source: `bench/results/{path.name}`.",
             f"{close} of {all_of_them} predictions are within a factor of {CLOSE:g} of what was measured.",
             "",
             "| model, batch | framework | finding | recipe | predicted | gained |",
