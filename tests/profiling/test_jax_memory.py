@@ -37,7 +37,7 @@ def test_training_holds_new_weights_beside_the_old_unless_it_may_take_them_over(
     plain = memory_of(work)
     assert plain.by_category["parameters"] == 2 * weights
     assert plain.by_category["optimizer state"] == 2 * weights
-    assert plain.by_category["inputs"] == bytes_of(inputs)
+    assert plain.by_category["inputs"] == bytes_of((inputs, work.training.targets))
     assert plain.by_category["activations"] >= 64 * 32 * 4
     assert plain.program["alias"] == 0
     assert any(item.module == "layers.0" and "beside" in item.op for item in plain.largest)
@@ -63,6 +63,21 @@ def test_what_a_recurrent_layer_keeps_for_the_backward_pass():
             peak.value, rel=0.02
         )  # the arena is there whole
         assert all(held.freed_ms is None or held.freed_ms >= held.born_ms for held in moment.held)
+
+
+def test_without_a_plan_of_buffers_categories_still_add_up():
+    model, inputs = small()
+    work = work_of(model, inputs, "training", optimizer=optax.sgd(0.1))
+    with marking(work) as run:
+        told = run.compiled.memory_analysis()
+        sizes = {
+            "temp": told.temp_size_in_bytes, "arguments": told.argument_size_in_bytes,
+            "output": told.output_size_in_bytes, "alias": told.alias_size_in_bytes,
+        }  # fmt: skip
+        moment = jax_program_memory._unplanned(run, sizes)
+    assert sum(held.bytes for held in moment.held) == sizes["temp"] + sizes["arguments"] + sizes["output"]
+    parameters = [held for held in moment.held if held.category == "parameters"]
+    assert {held.module for held in parameters} == {"layers.0", "layers.2"}
 
 
 def test_operation_by_operation_results_last_until_their_last_use():
