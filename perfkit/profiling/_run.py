@@ -152,7 +152,7 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
                 kept.doing("writing its allocations")
                 memory_room.snapshot(work, finished, Path(snapshot))
             kept.doing("measuring what this machine reaches at best")
-            found = ceilings.measured(framework, work.device)
+            found = ceilings.above(kept.profile.time.ops, framework, work.device)
             kept.keep(ceilings=found, time=utilized(kept.profile.time, found))
             kept.doing("measuring its energy")
             kept.keep(energy=energy.measured(call, work.device))

@@ -9,7 +9,7 @@ import pytest
 
 from perfkit._report import Quantity
 from perfkit.profiling import ceilings
-from perfkit.profiling._profile import Ceilings
+from perfkit.profiling._profile import Ceilings, Op
 
 
 class Machine(ceilings.Bench):
@@ -93,6 +93,20 @@ def test_one_process_measures_once(monkeypatch, tmp_path):
     assert ceilings.remeasured("torch", "cpu").bandwidth_gb_s.value == 1.0
     assert len(asked) == 2
     ceilings.measured.cache_clear()
+
+
+def test_an_operation_above_the_ceiling_raises_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ceilings, "measured", lambda framework, device: _flat(100.0))
+    monkeypatch.setattr(ceilings, "remeasured", lambda framework, device: asked.append(device) or _flat(200.0))
+
+    def reached(gflops: float) -> float:
+        op = Op("mm", "op", "", "forward", 1, 1.0, gflops * 1e6, 1e3, "float32[8, 8]")
+        return ceilings.above([op], "torch", "cpu").gflops["float32"].value
+
+    assert reached(90.0) == 100.0
+    assert asked == []
+    assert reached(150.0) == 200.0
 
 
 def _flat(height: float) -> Ceilings:
