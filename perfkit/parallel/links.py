@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "send")
+KINDS = ("all_reduce", "all_gather", "gather_inside", "reduce_scatter", "send")
+"""`gather_inside` is an all-gather along another than the first dimension, after which parts are put side by side."""
 
 
 class Link(ABC):

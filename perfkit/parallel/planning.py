@@ -48,14 +48,15 @@ class Split:
 
     Args:
         seconds: of a forward call on the whole batch.
-        bytes, tensors: of its parameters.
+        left: share of its time that one device's part of it takes, 1 / devices at best.
+        bytes: of its parameters.
         sends: what a step sends for it, of the whole batch: pairs of the kind of operation and bytes.
     """
 
     name: str
     seconds: float
+    left: float
     bytes: int
-    tensors: int
     sends: tuple[tuple[str, int], ...]
 
 
@@ -189,7 +190,7 @@ def ranked(costs: Costs, cluster: Cluster) -> list[Prediction]:
     found = [predict(costs, way, cluster) for way in ways(costs, cluster.devices)]
     if not found:
         raise InvalidInputError(
-            f"a batch of {costs.rows} rows and {len(costs.units)} unit(s) cannot be shared by {cluster.devices} devices: "
+            f"{costs.rows} rows and {len(costs.units)} unit(s) cannot be shared by {cluster.devices} devices: "
             "take a batch that the number of devices divides"
         )
     return sorted(found, key=lambda prediction: prediction.step_s)
@@ -218,7 +219,7 @@ def predict(costs: Costs, way: Way, cluster: Cluster) -> Prediction:
     share = 1 / way.data  # of the batch, and so of activations
     splits = costs.splits.get(way.tensor, ()) if way.tensor > 1 else ()
     total_s = sum(unit.seconds for unit in costs.units) or 1.0
-    kept = 1 - min(sum(split.seconds for split in splits) / total_s, 1.0) * (1 - 1 / way.tensor)
+    kept = 1 - min(sum(split.seconds * (1 - split.left) for split in splits) / total_s, 1.0)
     held = costs.bytes - sum(split.bytes for split in splits) * (1 - 1 / way.tensor)
     stages = stages_of(costs.units, way.pipeline)
     longest = max(sum(unit.seconds for unit in stage) for stage in stages) / total_s if way.pipeline > 1 else 1.0

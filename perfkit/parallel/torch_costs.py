@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._workload import Inputs, Workload
-from perfkit.backends.torch_surgery import copied, map_tensors, tensors_in
+from perfkit.backends.torch_surgery import map_tensors, tensors_in
 from perfkit.parallel.batch import length, sliced
 from perfkit.parallel.planning import MICRO_BATCHES, Costs, Split, Unit
 from perfkit.parallel.torch_data import units_of
@@ -131,7 +133,7 @@ def _called(step: Step) -> tuple[tuple[Unit, ...], dict[str, tuple[float, int, i
     sizes: dict[int, tuple[int, int, bool]] = {}
     started: list[float] = []
 
-    def before(module, _args):
+    def before(_module, _args):
         step.work.backend.synchronize(None)
         started.append(time.perf_counter())
 
@@ -174,15 +176,60 @@ def _splits(step: Step, layers: Mapping[str, tuple[float, int, int, bool]], part
         splits = planned(step.work, parts)
     except UnsupportedError:
         return ()
+    inputs = _inputs(step, splits)
     found = []
     for name, split in splits.items():
         seconds, taken, given, learns = layers[name]
-        parameters = list(step.model.get_submodule(name).parameters())
-        sends = [("all_reduce", given)] if split.adds else [("all_gather", given)] if split.gathers else []
+        layer = step.model.get_submodule(name)
+        sends = [("all_reduce", given)] if split.adds else [("gather_inside", given)] if split.gathers else []
         if learns and not split.adds:  # each process has a part of the inputs' gradient
             sends.append(("all_reduce", taken))
-        found.append(Split(name, seconds, sum(map(_bytes, parameters)), len(parameters), tuple(sends)))
+        left = part_of(layer, inputs[name], parts, rows=split.adds)
+        found.append(Split(name, seconds, left, sum(map(_bytes, layer.parameters())), tuple(sends)))
     return tuple(found)
+
+
+def part_of(layer: nn.Module, given: torch.Tensor, parts: int, rows: bool) -> float:
+    """The time of one device's part of a split layer as a share of the whole one's, forwards and backwards."""
+    part: Any = copy.deepcopy(layer)
+    if rows:  # of the weight as it is multiplied: each part takes some of the inputs
+        part.weight = nn.Parameter(part.weight.detach().chunk(parts, 1)[0].contiguous())
+    else:
+        whole = {name: value.detach() for name, value in layer.named_parameters(recurse=False)}
+        dim = 1 if isinstance(layer, nn.Embedding) else 0
+        for name, value in whole.items():
+            setattr(part, name, nn.Parameter(value.chunk(parts, dim)[0].contiguous()))
+    mine = given.chunk(parts, -1)[0].contiguous() if rows else given
+    sides = ((layer, given), (part, mine))
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(5):
+        for (side, inputs), found in zip(sides, times, strict=True):
+            found.append(seconds_of(partial(_both_passes, side, inputs)))
+            side.zero_grad(set_to_none=True)
+    return min(max(median(times[1]) / median(times[0]), 1 / parts), 1.0)
+
+
+def _both_passes(layer: nn.Module, inputs: torch.Tensor) -> None:
+    layer(inputs).sum().backward()
+
+
+def _inputs(step: Step, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """What those layers are given in a call; with a gradient of their own where they had one."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keeping(name: str) -> Callable:
+        def before(_module, args):
+            found[name] = args[0].detach().requires_grad_(args[0].requires_grad)
+
+        return before
+
+    handles = [step.model.get_submodule(name).register_forward_pre_hook(keeping(name)) for name in names]
+    try:
+        step.both_passes(*step.batch(step.rows))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:

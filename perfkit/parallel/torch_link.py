@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import nn
 
-from perfkit._recipe import chain_of
+from perfkit._recipe import chain_of, names
 from perfkit._variant import apply
 from perfkit._workload import Workload
 from perfkit.parallel import planning
 from perfkit.parallel.gathering import gathered
 from perfkit.parallel.links import Measured
-from perfkit.parallel.planning import Cluster, Costs, Overheads, Way
+from perfkit.parallel.planning import MICRO_BATCHES, Cluster, Costs, Overheads, Way
 from perfkit.parallel.torch_costs import Step, costs, seconds_of, timed_calls
 
 SIZES = (4, 1 << 14, 1 << 18, 1 << 21, 1 << 24)
@@ -40,10 +41,21 @@ def operations(device: str) -> dict[tuple[str, int], Callable[[], Any]]:
         part = torch.zeros(values // ranks, device=device)
         alone = torch.zeros(max(size // 4, 1), device=device)
         found["all_reduce", size] = partial(dist.all_reduce, alone)
-        found["all_gather", size] = partial(dist.all_gather_into_tensor, whole, part)
-        found["reduce_scatter", size] = partial(dist.reduce_scatter_tensor, part, whole)
+        found["all_gather", size] = partial(_ALL_GATHER, whole, part)
+        found["gather_inside", size] = partial(_gather_inside, part)
+        found["reduce_scatter", size] = partial(_REDUCE_SCATTER, part, whole)
         found["send", size] = partial(_there_and_back, alone, rank, ranks)
     return found
+
+
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _gather_inside(part: torch.Tensor) -> None:
+    rows = min(64, part.numel())
+    matrix = part[: part.numel() // rows * rows].view(rows, -1)
+    funcol.wait_tensor(funcol.all_gather_tensor(matrix, gather_dim=1, group=dist.group.WORLD)).sum()
 
 
 def _there_and_back(tensor: torch.Tensor, rank: int, ranks: int) -> None:
@@ -109,13 +121,13 @@ def costs_of(step: Step, times: Mapping[Any, float], link: Measured) -> Costs:
     return costs(step, link.ranks, least, update_s)
 
 
-def trained(work: Workload, recipe: str, batch_dim: int = 0) -> Callable[[], None]:
+def trained(work: Workload, recipe: str) -> Callable[[], None]:
     """A step of the model spread by that recipe, as its user would make it."""
     from perfkit.parallel.batch import dealer
 
     chain = chain_of(recipe)
     deal = dealer(chain, "torch")
-    batch = deal(((work.inputs.args), work.training.targets))
+    batch = deal((work.inputs.args, work.training.targets))
     spread = apply(chain, gathered(work, chain)).works[-1]
     finished = spread.backend.finish(spread)
 
@@ -147,10 +159,14 @@ def ladders(work: Workload) -> dict[str, tuple[Workload, str, Way]]:
         optimizer=partial(torch.optim.Adam, lr=1e-3),
         seed=0,
     )
+    if "pipeline_parallel" in names():
+        micro_batches = ranks * MICRO_BATCHES
+        recipe = f"pipeline_parallel({ranks}, micro_batches={micro_batches})"
+        found["micro_batch"] = narrow, recipe, Way(pipeline=ranks, micro_batches=micro_batches)
     return {name: (bind(model.to(work.device)), recipe, way) for name, (model, recipe, way) in found.items()}
 
 
-def overheads_of(measured: Mapping[str, float], expected: Mapping[str, float], splits: int) -> Overheads:
+def overheads_of(measured: Mapping[str, float], expected: Mapping[str, float], splits: int, rounds: int) -> Overheads:
     """What the steps of `ladders` take longer than they should.
 
     FSDP2's is one for each unit and one for each parameter: 4 and 8 of them in one ladder, 2 and 16 in the other.
@@ -158,7 +174,11 @@ def overheads_of(measured: Mapping[str, float], expected: Mapping[str, float], s
     over = {name: max(measured[name] - expected[name], 0.0) for name in measured}
     tensor = min(max((2 * over["wide"] - over["narrow"]) / 24, 0.0), over["narrow"] / 8)
     return Overheads(
-        step=over["step"], unit=(over["narrow"] - 8 * tensor) / 4, tensor=tensor, split=over["split"] / max(splits, 1)
+        step=over["step"],
+        unit=(over["narrow"] - 8 * tensor) / 4,
+        tensor=tensor,
+        split=over["split"] / splits,
+        micro_batch=over.get("micro_batch", 0.0) / rounds,
     )
 
 
@@ -181,7 +201,7 @@ def calibrated(
     for key, each in small_steps.items():
         calls |= {(key, name): call for name, call in steps_together(each).items()}
     calls |= {("ladder", name): trained(bound, recipe) for name, (bound, recipe, _) in small.items()}
-    calls |= {("layout", recipe): trained(work, recipe, batch_dim) for recipe in layouts}
+    calls |= {("layout", recipe): trained(work, recipe) for recipe in layouts}
     times = interleaved(calls, rounds, told)
 
     def part(group: Any) -> dict[Any, float]:
@@ -195,7 +215,6 @@ def calibrated(
         name: planning.predict(costs_small[id(bound.model)], way, plain).step_s
         for name, (bound, _, way) in small.items()
     }
-    found = overheads_of(part("ladder"), expected, splits=4)
+    found = overheads_of(part("ladder"), expected, splits=4, rounds=link.ranks * (MICRO_BATCHES + 1) - 1)
     cluster = Cluster(link.ranks, link, overlaps=not shared, overheads=found)
     return costs_of(step, part("model"), link), cluster, part("layout")
-
