@@ -8,9 +8,11 @@ round, and of branches the costliest counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from jax.extend.core import Literal
 
 from perfkit.profiling.jax_scopes import place
 
@@ -80,15 +82,24 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                     yield from _equations(inner)
 
 
-def _walked(jaxpr: Any, within: str, times: int) -> Iterator[tuple[str, int, float, str]]:
-    """Of every equation: its path, how often it runs, its operations each time, and why they are not known."""
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+def _walked(
+    jaxpr: Any, within: str, times: int, wanted: Sequence[bool] | None = None
+) -> Iterator[tuple[str, int, float, str]]:
+    """Of every equation: its path, how often it runs, its operations each time, and why they are not known.
+
+    What nobody reads is left out, as XLA leaves it out.
+
+    Args:
+        wanted: which of the jaxpr's results are read; None for all.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for eqn, read in _needed(jaxpr, wanted):
         name, params = eqn.primitive.name, eqn.params
         path = f"{within}/{eqn.source_info.name_stack}/{name}"
         if name in _FORMULAS:
             yield path, times, float(_FORMULAS[name](eqn, path)), ""
         elif name == "ffi_call":
-            yield (path, times, *_custom_call(eqn))
+            yield (path, times, *_custom_call(eqn, read))
         elif name == "scan":
             yield path, times, 0.0, ""
             yield from _walked(params["jaxpr"], path, times * params["length"])
@@ -101,12 +112,27 @@ def _walked(jaxpr: Any, within: str, times: int) -> Iterator[tuple[str, int, flo
         else:
             inner = next((params[key] for key in _INNER if key in params), None)
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                rows = list(_walked(inner, path, times * _devices(eqn)))
+                rows = list(_walked(inner, path, times * _devices(eqn), None if name == "while" else read))
                 yield from rows
                 if name == "while" and any(flops for _, _, flops, _ in rows):
                     yield path, times, 0.0, "products in a loop of unknown length are counted as one round"
             else:
                 yield path, times, 0.0, ""
+
+
+def _needed(jaxpr: Any, wanted: Sequence[bool] | None) -> list[tuple[Any, list[bool]]]:
+    """The equations of which a result is read, or that have effects; with which of their results are."""
+    outputs = jaxpr.outvars
+    if wanted is not None and len(wanted) == len(outputs):
+        outputs = [var for var, read in zip(outputs, wanted, strict=True) if read]
+    live = {var for var in outputs if not isinstance(var, Literal)}
+    found = []
+    for eqn in reversed(jaxpr.eqns):
+        read = [var in live for var in eqn.outvars]
+        if any(read) or eqn.effects or not read:
+            live.update(var for var in eqn.invars if not isinstance(var, Literal))
+            found.append((eqn, read))
+    return found[::-1]
 
 
 def _devices(eqn: Any) -> int:
@@ -150,14 +176,19 @@ _FORMULAS: dict[str, Callable[[Any, str], int]] = {
 }
 
 
-def _custom_call(eqn: Any) -> tuple[float, str]:
+def _custom_call(eqn: Any, read: Sequence[bool]) -> tuple[float, str]:
     """Of perfkit's own kernels; what other custom calls compute, nobody knows."""
     target, shapes = eqn.params["target_name"], [var.aval.shape for var in eqn.invars]
     attributes = dict(eqn.params["attributes"] or ())
     if target.startswith("perfkit_rnn_xla"):
-        matrices = sum(math.prod(shape) for shape in shapes[4:] if len(shape) == 2)
-        forward = 2.0 * math.prod(shapes[0][:2]) * matrices
-        return (2 * forward if target.endswith("backward") else forward), ""
+        backward = target.endswith("backward")
+        matrices = [shape for shape in shapes[4:] if len(shape) == 2]
+        rows = math.prod(shapes[0][:2])
+        forward = 2.0 * rows * sum(map(math.prod, matrices))
+        if not backward:
+            return forward, ""
+        of_inputs = matrices[: 2 * attributes["directions"] : 2]  # each direction's: with its inputs, with its state
+        return 2 * forward - (0.0 if read[0] else 2.0 * rows * sum(map(math.prod, of_inputs))), ""
     if target.startswith("perfkit_conv2d_xla"):
         return _own_convolution([int(size) for size in _array(attributes["shape"])]), ""
     return 0.0, f"custom call {target} is not counted"

@@ -230,17 +230,6 @@ def program(executable: Any) -> Program:
     return Program(executable.hlo_modules()[0].as_serialized_hlo_module_proto())
 
 
-def loaded(client: Any, wanted: set[int]) -> dict[int, Program]:
-    """Programs that are loaded on a client, by the number that its traces call them by."""
-    found: dict[int, Program] = {}
-    for executable in client.live_executables():
-        serialized = executable.hlo_modules()[0].as_serialized_hlo_module_proto()
-        number = Message(serialized).integer(5)
-        if number in wanted:
-            found[number] = Program(serialized)
-    return found
-
-
 def _orders(message: Message) -> dict[int, list[int]]:
     """The schedule: instructions by computation."""
     found: dict[int, list[int]] = {}

@@ -26,19 +26,16 @@ class Run:
     Args:
         called: its modules, by path, as one call calls them.
         jaxpr: of one call or training step.
-        arguments: of one call, as the jaxpr takes them: in inference parameters, other state, args and kwargs; in
-            training the trainer's state, args, kwargs and targets.
         call: one whole, synchronized call.
-        again: compiles what the jaxpr is of, with the compiler's options.
+        jitted: what the jaxpr is of.
     """
 
     work: Workload
     finished: Finished
     called: dict[str, Called]
     jaxpr: Any
-    arguments: tuple[Any, ...]
     call: Callable[[], Any]
-    again: Callable[[dict[str, Any] | None], Any]
+    jitted: Any
 
     @functools.cached_property
     def scopes(self) -> frozenset[str]:
@@ -49,42 +46,62 @@ class Run:
         return place(op_name, self.work.trains, self.scopes, alone=self.compiled is None)
 
     @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Of one call, as the jaxpr takes them.
+
+        In inference parameters, other state, args and kwargs; in training the trainer's state, which a step may take
+        over, args, kwargs and targets.
+        """
+        return _arguments(self.work, self.finished)
+
+    def again(self, options: dict[str, Any] | None = None) -> Any:
+        """Compile what the jaxpr is of, with options for the compiler."""
+        return self.jitted.lower(*self.arguments).compile(compiler_options=options)
+
+    @property
     def compiled(self) -> Any:
         """The program behind it; None where the model runs operation by operation. It was called before."""
         return self.finished.program() if self.finished.program else None
 
 
 @contextmanager
-def marking(work: Workload) -> Iterator[Run]:
-    """Within it, the workload can be run with its modules marked."""
+def marking(work: Workload, *, run: bool = True) -> Iterator[Run]:
+    """Within it, the workload can be run with its modules marked.
+
+    Args:
+        run: make a first call of it.
+    """
     found = marked(work.model)
     work = work.replace(model=found.model)
     with _names_kept():
         finished = work.backend.finish(work)
-        jitted, arguments = _program(work, finished)
-        jaxpr = jitted.trace(*arguments).jaxpr
+        jitted = _jitted(work, finished)
+        jaxpr = jitted.trace(*_arguments(work, finished)).jaxpr
         called = {path: Called(**vars(item)) for path, item in found.called.items()}
         call = work.backend.caller(work, finished)
-        call()
-
-        def again(options: dict[str, Any] | None = None) -> Any:
-            return jitted.lower(*arguments).compile(compiler_options=options)
-
-        yield Run(work, finished, called, jaxpr, arguments, call, again)
+        if run:
+            call()
+        yield Run(work, finished, called, jaxpr, call, jitted)
 
 
-def _program(work: Workload, finished: Finished) -> tuple[Any, tuple]:
-    """The call or step as one jitted function, whether it runs as one or not, and what it is called with."""
-    inputs = work.inputs.args, dict(work.inputs.kwargs)
+def _jitted(work: Workload, finished: Finished) -> Any:
+    """The call or step as one jitted function, whether it runs as one or not."""
     if work.training is not None:
-        trainer = finished.trainer
-        return trainer.program.jitted, (trainer.state, *trainer.placement.batch((*inputs, work.training.targets)))
+        return finished.trainer.program.jitted
     function = work.model.function()
 
     def call(params, rest, args, kwargs):
         return function(params, rest, *args, **kwargs)[0]
 
-    return jax.jit(call), (work.model.params, work.model.rest, *inputs)
+    return jax.jit(call)
+
+
+def _arguments(work: Workload, finished: Finished) -> tuple[Any, ...]:
+    inputs = work.inputs.args, dict(work.inputs.kwargs)
+    if work.training is None:
+        return work.model.params, work.model.rest, *inputs
+    trainer = finished.trainer
+    return trainer.state, *trainer.placement.batch((*inputs, work.training.targets))
 
 
 @contextmanager

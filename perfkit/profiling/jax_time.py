@@ -82,7 +82,7 @@ def _time(run: Run, trace: Trace, reader: Reader, split: str, count: jax_flops.C
 def _reader(run: Run, trace: Trace, count: jax_flops.Counted) -> tuple[Reader, str]:
     """What reads the trace, and how the time of fusions of whole layers was shared out."""
     alone = run.compiled is None
-    programs = _programs(run.work, trace)
+    programs = _programs(trace)
     if not alone:
         for program in programs.values():
             program.name_products(_missing(program, run, count))
@@ -119,7 +119,7 @@ def _apart(run: Run) -> dict[Place, float]:
 
     call()
     trace = jax_trace.taken(call, FEWEST)
-    reader = Reader(_programs(run.work, trace), run.place)
+    reader = Reader(_programs(trace), run.place)
     found: dict[Place, float] = {}
     for step in trace.steps:
         for item, ms in _swept(trace, reader, step):
@@ -136,9 +136,8 @@ def _missing(program: jax_hlo.Program, run: Run, count: jax_flops.Counted) -> di
     return {count.paths[key]: flops for key, flops in count.by_place.items() if key not in there}
 
 
-def _programs(work: Workload, trace: Trace) -> dict[int, jax_hlo.Program]:
-    client = jax.local_devices(backend=work.device)[0].client
-    return jax_hlo.loaded(client, {event.program for event in trace.events})
+def _programs(trace: Trace) -> dict[int, jax_hlo.Program]:
+    return {number: jax_hlo.Program(serialized) for number, serialized in trace.compiled.items()}
 
 
 def _swept(trace: Trace, reader: Reader, step: tuple[float, float]) -> Any:

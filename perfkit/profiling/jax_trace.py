@@ -9,16 +9,19 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.profiler import ProfileData
 
+from perfkit.profiling._wire import Message
+
 STEP = "perfkit step"
 _WAITS = re.compile(r"::Await$|BlockHostUntilReady|SynchronizeAllActivity|cuStreamSynchronize|cuEventSynchronize")
 _LAUNCHED = re.compile(r"^PjitFunction\((.*)\)$|^(ExecuteReplicated|pmap_lib)")
+_NUMBERED = re.compile(r"\((\d+)\)$")
 _COMPILES = re.compile(r"^(backend_compile\w*|lower_sharding_computation)$")
 _COPIES = re.compile(r"memcpy|memset", re.IGNORECASE)
 
@@ -69,6 +72,7 @@ class Trace:
         host: what the host did, by start.
         device: whether `events` are of a device with a memory of its own; else they ran on this processor.
         programs: names by number.
+        compiled: the programs that were loaded meanwhile, each a serialized HloModuleProto, by number.
     """
 
     steps: tuple[tuple[float, float], ...]
@@ -76,6 +80,7 @@ class Trace:
     host: tuple[Host, ...]
     device: bool
     programs: dict[int, str]
+    compiled: dict[int, bytes] = field(default_factory=dict)
 
 
 def taken(call: Callable[[], Any], steps: int) -> Trace:
@@ -89,14 +94,15 @@ def taken(call: Callable[[], Any], steps: int) -> Trace:
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
-    options.enable_hlo_proto = False
     with tempfile.TemporaryDirectory(prefix="perfkit-trace-") as folder:
         with jax.profiler.trace(folder, profiler_options=options):
             for number in range(steps):
                 with jax.profiler.StepTraceAnnotation(STEP, step_num=number):
                     call()
         (path,) = Path(folder).rglob("*.xplane.pb")
-        return read(ProfileData.from_file(str(path)))
+        serialized = path.read_bytes()
+    trace = read(ProfileData.from_serialized_xspace(serialized))
+    return replace(trace, compiled=_compiled(serialized, set(trace.programs)))
 
 
 def read(data: ProfileData) -> Trace:
@@ -137,6 +143,25 @@ def read(data: ProfileData) -> Trace:
     return Trace(steps, _at_their_modules(found, host, programs), host, bool(on_device), programs)
 
 
+def _compiled(serialized: bytes, wanted: set[int]) -> dict[int, bytes]:
+    """The programs that a trace carries with it; ProfileData does not give them out.
+
+    Source: openxla/xla, xla/tsl/profiler/protobuf/xplane.proto and xla/service/hlo.proto, for the fields' numbers.
+    """
+    found: dict[int, bytes] = {}
+    for plane in Message(serialized).messages(1):
+        if plane.text(2) != "/host:metadata":
+            continue
+        for entry in plane.messages(4):
+            (program,) = entry.messages(2)
+            number = _NUMBERED.search(program.text(2))
+            if number and int(number[1]) in wanted:
+                for stat in program.messages(5):
+                    for hlo in stat.messages(6):
+                        found[int(number[1])] = bytes(hlo.fields[1][0])
+    return found
+
+
 def _works(plane: Any) -> bool:
     return any(event.duration_ns for line in _lines(plane, True) for event in line.events)
 
@@ -147,10 +172,8 @@ def _lines(plane: Any, device: bool) -> Iterable[Any]:
     Of a GPU the lines that tools derive from the streams would count everything twice.
     """
     lines = list(plane.lines)
-    if not device:
-        return lines
-    operations = [line for line in lines if line.name == "XLA Ops"]
-    return operations or [line for line in lines if line.name.startswith("Stream")]
+    streams = [line for line in lines if line.name.startswith("Stream")]
+    return streams or [line for line in lines if line.name == "XLA Ops"] if device else lines
 
 
 def _host(events: Iterable[Any], ms: Callable[[float], float]) -> tuple[Host, ...]:
@@ -190,7 +213,7 @@ def _at_their_modules(events: list[Event], host: tuple[Host, ...], programs: dic
 
     Only where the launches of a name are as many as its runs; where they are not, nothing is said.
     """
-    events = sorted(events, key=lambda event: event.start_ms)
+    events = _numbered(sorted(events, key=lambda event: event.start_ms))
     launches: dict[str, list[str]] = {}
     for item in host:
         if item.kind == "dispatch":
@@ -204,3 +227,17 @@ def _at_their_modules(events: list[Event], host: tuple[Host, ...], programs: dic
         if len(made) == len(ordered):
             module_of |= dict(zip(ordered, made, strict=True))
     return tuple(Event(**{**vars(event), "module": module_of.get((event.program, event.run), "")}) for event in events)
+
+
+def _numbered(events: list[Event]) -> list[Event]:
+    """The events with numbers for runs where the device gives none: one ends where another program or itself begins."""
+    found: list[Event] = []
+    program, run, seen = 0, 0, set[str]()
+    for event in events:
+        if not event.run and event.program:
+            if event.program != program or event.name in seen:
+                program, run, seen = event.program, run + 1, set()
+            seen.add(event.name)
+            event = replace(event, run=-run)
+        found.append(event)
+    return found
