@@ -48,7 +48,9 @@ def factory(tmp_path, monkeypatch):
     sys.modules.pop("users_models", None)
 
 
-@pytest.mark.parametrize("command", [(), ("optimize",), ("plan",), ("train",), ("recipes",), ("doctor",), ("demo",)])
+@pytest.mark.parametrize(
+    "command", [(), ("optimize",), ("plan",), ("profile",), ("train",), ("recipes",), ("doctor",), ("demo",)]
+)
 def test_help_teaches(run, command):
     code, out, _ = run(*command, "--help")
     assert code == 0

@@ -12,6 +12,7 @@ from perfkit._recipe import names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PROFILES = (ROOT / "docs" / "profiling.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").rglob("*.md")])
 LESSONS = sorted((ROOT / "docs" / "recipes").glob("*.md"))
 
@@ -68,8 +69,26 @@ def test_the_pages_show_what_was_recorded():
         )
 
 
-def commands() -> list[str]:
-    lines = [line.partition("#")[0].strip() for block in blocks("") for line in block.splitlines()]
+def test_the_page_on_profiles_shows_what_was_recorded():
+    from bench import profiling_page
+
+    shown = PROFILES.partition(profiling_page.BEGIN)[2].partition(profiling_page.END)[0]
+    assert shown.strip() == profiling_page.example(), "run python -m bench.profiling_page --page"
+
+
+def test_the_example_of_profiling_runs(tmp_path, monkeypatch, capsys):
+    import sample_profiles
+
+    monkeypatch.chdir(tmp_path)
+    # Measuring those takes seconds and has tests of its own.
+    monkeypatch.setattr("perfkit.profiling.ceilings.measured", lambda *_: sample_profiles.ceilings())
+    (code,) = blocks("python", PROFILES)
+    assert run(code, "profiling.md")["profile"].outcome == "complete"
+    assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".json"}
+
+
+def commands(text: str = README) -> list[str]:
+    lines = [line.partition("#")[0].strip() for block in blocks("", text) for line in block.splitlines()]
     return [line for line in lines if line]
 
 
@@ -77,7 +96,7 @@ def test_there_are_commands():
     assert {line.split()[0] for line in commands()} == {"make", "perfkit"}
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("perfkit")])
+@pytest.mark.parametrize("line", [line for line in commands() + commands(PROFILES) if line.startswith("perfkit")])
 def test_commands_are_understood(line):
     """Parsed for real, down to the command's own options; the long ones are not run."""
     _, name, *arguments = shlex.split(line)

@@ -277,7 +277,7 @@ def of(model: Any, example_inputs: Any = None) -> Backend:
             f"model is a {type(model).__module__}.{type(model).__qualname__}: expected a torch.nn.Module, "
             "a flax nnx.Module, a flax linen Module with params=variables, or a JAX function with params=its parameters"
         )
-    frameworks = {_framework(type(model)), *(_framework(type(leaf)) for leaf in _leaves(example_inputs))} - {None}
+    frameworks = {_framework(type(model)), *(_framework(type(leaf)) for leaf in leaves_in(example_inputs))} - {None}
     if "torch" in frameworks:
         raise InvalidInputError(
             f"model is a {type(model).__name__} and torch is among its inputs: pass the torch.nn.Module itself, "
@@ -290,12 +290,13 @@ def _framework(kind: type) -> str | None:
     return {"torch": "torch", "jax": "jax", "jaxlib": "jax", "flax": "jax"}.get(kind.__module__.partition(".")[0])
 
 
-def _leaves(tree: Any) -> Iterator[Any]:
+def leaves_in(tree: Any) -> Iterator[Any]:
+    """What nested lists, tuples and dicts hold; no framework is asked."""
     if isinstance(tree, Mapping):
         tree = list(tree.values())
     if isinstance(tree, (list, tuple)):
         for item in tree:
-            yield from _leaves(item)
+            yield from leaves_in(item)
     else:
         yield tree
 

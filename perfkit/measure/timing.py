@@ -163,13 +163,14 @@ def paired(
 def alone(call: Call, *, budget_s: float) -> Latency:
     """Warm up and time one variant by itself, for what a step takes; to compare two there is `paired`.
 
-    Sampling ends when p99 is supported or `budget_s` seconds are spent, but not before three calls are timed.
+    Sampling ends when p99 is supported or three quarters of `budget_s` seconds are spent, but not before three calls
+    are timed.
     """
-    end = time.perf_counter() + budget_s
     warm_up(call, budget_s=budget_s / 4)
-    block = max(1, min(int(CALIBRATION_S / _quickest(call)), MOST_CALLS))
+    block = max(1, min(int(BLOCK_S / _quickest(call)), MOST_CALLS))
     times: list[int] = []
     with _quiet_gc():
+        end = time.perf_counter() + 0.75 * budget_s
         while len(times) < ALONE_CALLS or (time.perf_counter() < end and len(times) < statistics.samples_needed(99)):
             times += _timed(call, block)
             gc.collect()

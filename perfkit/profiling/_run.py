@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,6 +22,7 @@ from perfkit._variant import Variant, apply, first_line
 from perfkit._workload import Workload, calibrated, check_mode
 from perfkit.measure import timing
 from perfkit.measure.environment import environment
+from perfkit.profiling import ceilings, energy, telemetry
 from perfkit.profiling._basics import Basics, unprofiled
 from perfkit.profiling._profile import Profile
 from perfkit.profiling.utilization import utilized
@@ -60,7 +60,7 @@ def profile(
         recipe: profile what this chain makes of the model, to lay it beside a profile of the model as it is.
         budget_s: seconds for timing steps; the other passes take a few steps each.
         seed: for every run of the model.
-        snapshot: torch: file for the allocations of a step, which pytorch.org/memory_viz opens.
+        snapshot: file for the allocations of a step: of torch for pytorch.org/memory_viz, of JAX for `go tool pprof`.
         progress: called with a line of text as the work goes on.
 
     Raises:
@@ -114,9 +114,18 @@ class _Kept:
 
     def ended(self, outcome: str, error: BaseException) -> None:
         told = "interrupted" if outcome == "interrupted" else f"{type(error).__name__}: {first_line(error)}"
-        if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "not enough memory" in str(error):
+        if any(map(_ran_out, (error, error.__cause__))):
             told = f"out of memory ({told})"
         self.keep(outcome=outcome, explanation=f"while {self._doing}: {told}")
+
+
+_NO_MEMORY = ("not enough memory", "allocate memory", "RESOURCE_EXHAUSTED")
+"""What messages say of memory where the error is no class of its own."""
+
+
+def _ran_out(error: BaseException | None) -> bool:
+    named = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    return named or any(told in str(error) for told in _NO_MEMORY)
 
 
 def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path | None) -> None:
@@ -125,10 +134,7 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
     finished = backend.finish(work)
     call = backend.caller(work, finished)
     time_room, memory_room = (import_module(f"perfkit.profiling.{framework}_{name}") for name in ("time", "memory"))
-    with ExitStack() as stack:
-        telemetry = _room("telemetry")
-        watched = stack.enter_context(telemetry.watching(work.device)) if telemetry else None
-        stack.enter_context(finished.keeping_state())
+    with finished.keeping_state():
         with backend.watching_compiles() as log:
             backend.seed(work.seed)
             seconds, _ = timing.first_call(call)
@@ -137,20 +143,19 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
             step = timing.alone(call, budget_s=budget_s)
             basics = Basics(step, first.first_call_s, compile_seconds(first, step), log().graphs - first.log.graphs)
         kept.keep(time=unprofiled(basics, "the run ended before the operations were profiled"))
-        kept.doing("profiling its operations")
-        kept.keep(time=time_room.collected(work, finished, basics))
-        kept.doing("following its memory")
-        kept.keep(memory=memory_room.collected(work, finished))
-        if snapshot is not None:
-            memory_room.snapshot(work, finished, Path(snapshot))
-        if ceilings := _room("ceilings"):
+        with telemetry.watching(work.device) as watched:  # not while steps are timed: looking takes time
+            kept.doing("profiling its operations")
+            kept.keep(time=time_room.collected(work, finished, basics))
+            kept.doing("following its memory")
+            kept.keep(memory=memory_room.collected(work, finished))
+            if snapshot is not None:
+                kept.doing("writing its allocations")
+                memory_room.snapshot(work, finished, Path(snapshot))
             kept.doing("measuring what this machine reaches at best")
             found = ceilings.measured(framework, work.device)
             kept.keep(ceilings=found, time=utilized(kept.profile.time, found))
-        if energy := _room("energy"):
             kept.doing("measuring its energy")
             kept.keep(energy=energy.measured(call, work.device))
-        if watched:
             kept.keep(devices=watched.states())
     if advice := _room("advice"):
         kept.keep(findings=advice.findings(kept.profile))

@@ -34,6 +34,8 @@ def collected(work: Workload, finished: Finished) -> Memory:
     Args:
         work: holds a copy of the caller's model; its state is as before when this returns or raises.
     """
+    if work.device not in ("cpu", "cuda"):
+        return _unknown(f"no allocations are told of device {work.device!r}")
     trace = traced(work, finished, STEPS)
     start, end = trace.steps[SHOWN]
     moments = list(_moments(trace, start, end))
@@ -62,6 +64,23 @@ def collected(work: Workload, finished: Finished) -> Memory:
         reserved=card["reserved"],
         device_used=card["device_used"],
         fragmentation=card["fragmentation"],
+    )
+
+
+def _unknown(reason: str) -> Memory:
+    missing = Quantity.missing("B", reason)
+    return Memory(
+        peak=missing,
+        by_category={},
+        by_module={},
+        timeline=(),
+        largest=(),
+        growth=missing,
+        process_high_water=missing,
+        native_heap=missing,
+        reserved=missing,
+        device_used=missing,
+        fragmentation=Quantity.missing("ratio", reason),
     )
 
 

@@ -153,10 +153,16 @@ class Where:
             self._open.pop()[1].__exit__(None, None, None)
 
     def _mark(self) -> None:
-        """From here on, nodes of the autograd graph are made by the innermost module."""
+        """From here on, nodes of the autograd graph are made by the innermost module.
+
+        Each thread numbers its own: where a card's backward pass runs parts of the forward pass again, in a thread of
+        autograd's, their nodes stay unknown.
+        """
         numbers, paths = self._made
-        numbers.append(torch.autograd._get_sequence_nr())
-        paths.append(self._open[-1][0] if self._open else "")
+        number = torch.autograd._get_sequence_nr()
+        if not numbers or number >= numbers[-1]:
+            numbers.append(number)
+            paths.append(self._open[-1][0] if self._open else "")
 
 
 def _is_compiled(module: nn.Module) -> bool:

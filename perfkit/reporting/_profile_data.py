@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from perfkit.profiling import _views
 from perfkit.profiling._profile import Profile, Span, Time
 from perfkit.reporting._format import clean, shorten
 
-MOST_SPANS, MOST_NODES, MOST_NAME = 20_000, 4000, 120
+MOST_SPANS, MOST_NODES, MOST_NAME, MOST_ROWS, MOST_DEPTH = 20_000, 4000, 120, 32, 40
 COLOURS = 7
 """Colours of modules; what belongs to none of them has one more, grey."""
 
@@ -57,7 +56,7 @@ def left_out(profile: Profile) -> int:
 
 
 def tree(profile: Profile) -> Node:
-    """Time and arithmetic from the operations up; memory from what each module holds at the peak."""
+    """Time and arithmetic from the operations up, memory from what each module holds."""
     kinds = {module.path: module.kind for module in profile.time.modules} if profile.time else {}
     root = Node(shorten(clean(profile.model), MOST_NAME), kinds.get("", ""), "")
     if profile.time is not None:
@@ -80,13 +79,24 @@ def tree(profile: Profile) -> Node:
 
 
 def _held_by_module(profile: Profile) -> dict[str, float]:
-    held = dict(profile.memory.by_module) if profile.memory else {}
-    return {path: _finite(size) for path, size in held.items()}
+    """Activations by the module that made them: those kept for the backward pass, else those held at the peak."""
+    kept = {module.path: _finite(module.saved_bytes) for module in profile.time.modules} if profile.time else {}
+    if not any(kept.values()):
+        return {path: _finite(size) for path, size in profile.memory.by_module.items()} if profile.memory else {}
+    own = dict(kept)
+    for path, size in kept.items():
+        above = path
+        while above:
+            above = above.rpartition(".")[0]
+            if above in own:
+                own[above] -= size
+                break
+    return own
 
 
 def _module(root: Node, path: str, kinds: dict[str, str]) -> Node:
     node, reached = root, ""
-    for part in path.split(".") if path else ():
+    for part in path.split(".", MOST_DEPTH) if path else ():
         reached = f"{reached}.{part}" if reached else part
         node = _child(node, part, kinds.get(reached, ""), reached)
     return node
@@ -165,27 +175,44 @@ def _largest(nodes: list[tuple[Node, int]]) -> list[tuple[Node, int]]:
 
 def _columns(time: Time, colours: dict[str, int]) -> dict[str, Any]:
     """The spans as columns, in the order of their start; names and tracks once each."""
-    spans: Iterable[Span] = (
-        span for span in time.spans if math.isfinite(span.start_ms) and math.isfinite(span.duration_ms)
-    )
-    spans = sorted(spans, key=lambda span: -span.duration_ms)[:MOST_SPANS]
-    spans = sorted(spans, key=lambda span: (span.start_ms, span.depth, -span.duration_ms))
+    finite = (span for span in time.spans if math.isfinite(span.start_ms) and math.isfinite(span.duration_ms))
+    longest = sorted(finite, key=lambda span: -span.duration_ms)[:MOST_SPANS]
+    spans = sorted(longest, key=lambda span: (span.start_ms, span.depth, -span.duration_ms))
     tables: dict[str, dict[str, int]] = {"names": {}, "tracks": {}, "kinds": {}, "modules": {}}
 
     def place(table: str, text: str) -> int:
         return tables[table].setdefault(shorten(clean(text), MOST_NAME), len(tables[table]))
 
+    rows = _rows(spans)
     columns: dict[str, Any] = {
         "name": [place("names", span.name) for span in spans],
         "track": [place("tracks", span.track) for span in spans],
         "kind": [place("kinds", span.kind) for span in spans],
         "module": [place("modules", span.module) for span in spans],
         "colour": [_coloured(span.module, colours) for span in spans],
-        "depth": [span.depth for span in spans],
+        "row": rows,
         "start": [round(span.start_ms, 4) for span in spans],
         "length": [round(max(span.duration_ms, 0.0), 4) for span in spans],
     }
     return columns | {name: list(table) for name, table in tables.items()}
+
+
+def _rows(spans: list[Span]) -> list[int]:
+    """The row of each span in its track: its depth, or the next one below in which nothing is under way.
+
+    Work that goes on at once need not be nested, and what lies in one row must not overlap.
+    """
+    ends: dict[str, list[float]] = {}
+    found = []
+    for span in spans:
+        busy = ends.setdefault(span.track, [])
+        row = min(span.depth, MOST_ROWS - 1)
+        while row < min(len(busy), MOST_ROWS - 1) and busy[row] > span.start_ms + 1e-4:
+            row += 1
+        busy += [-math.inf] * (row + 1 - len(busy))
+        busy[row] = max(busy[row], span.start_ms + span.duration_ms)
+        found.append(row)
+    return found
 
 
 def _finite(value: float) -> float:

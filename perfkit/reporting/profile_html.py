@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from perfkit.profiling import _views
 from perfkit.profiling._profile import DeviceState, Memory, Profile
-from perfkit.reporting import _facts, _profile_data, _profile_facts, html, profile_plots
+from perfkit.reporting import _facts, _profile_data, _profile_facts, _profile_rows, html, profile_plots
 from perfkit.reporting._format import (
     clean,
     format_bytes,
@@ -56,12 +56,12 @@ def script() -> Markup:
 def _view(profile: Profile) -> dict[str, Any]:
     """Everything the templates show, in words: they decide nothing."""
     facts = _profile_facts
-    ops, modules = facts.op_facts(profile), facts.module_facts(profile)
+    ops, modules = _profile_rows.op_facts(profile), _profile_rows.module_facts(profile)
     root = _profile_data.tree(profile)
     colours = _profile_data.colours(root)
     on_device = profile.time is not None and _views.on_device(profile.time)
-    phases = facts.phase_rows(profile)
-    held = facts.category_rows(profile.memory) if profile.memory else ()
+    phases = _profile_rows.phase_rows(profile)
+    held = _profile_rows.category_rows(profile.memory) if profile.memory else ()
     return {
         "model": shorten(clean(profile.model), MOST_TITLE),
         "identity": " · ".join(part for part in (profile.framework, profile.mode, profile.device) if part),
@@ -89,9 +89,9 @@ def _view(profile: Profile) -> dict[str, Any]:
         "no_roofline": _no_roofline(profile),
         "memory": _memory(profile.memory) if profile.memory else None,
         "devices": [_device(device) for device in profile.devices],
-        "overhead": facts.overhead(profile),
-        "methods": facts.methods(profile),
-        "missing": facts.missing(profile),
+        "overhead": _profile_rows.overhead(profile),
+        "methods": _profile_rows.methods(profile),
+        "missing": _profile_rows.missing(profile),
         "notes": profile.notes,
         "environment": _facts.environment_rows(profile.environment),
         "footer": " · ".join(part for part in (f"perfkit {profile.perfkit_version}".strip(), profile.created) if part),
@@ -107,7 +107,7 @@ def _view(profile: Profile) -> dict[str, Any]:
     }
 
 
-def _module_row(facts: _profile_facts.ModuleFacts, profile: Profile) -> dict[str, Any]:
+def _module_row(facts: _profile_rows.ModuleFacts, profile: Profile) -> dict[str, Any]:
     module, trains = facts.module, profile.mode == "training"
     kept = module.saved_bytes if trains else module.output_bytes
     return {
@@ -118,12 +118,12 @@ def _module_row(facts: _profile_facts.ModuleFacts, profile: Profile) -> dict[str
         "forward": _cell(module.forward_ms, format_ms),
         "backward": _cell(module.backward_ms, format_ms),
         "flops": _cell(module.flops, format_flops),
-        "parameters": _cell(module.parameters, _profile_facts.parameters),
+        "parameters": _cell(module.parameters, _profile_rows.parameters),
         "kept": _cell(kept, format_bytes),
     }
 
 
-def _op_row(facts: _profile_facts.OpFacts) -> dict[str, Any]:
+def _op_row(facts: _profile_rows.OpFacts) -> dict[str, Any]:
     op = facts.op
     return {
         "name": shorten(clean(op.name), MOST_TITLE),
@@ -147,7 +147,7 @@ def _memory(memory: Memory) -> dict[str, Any]:
                 "amount": f"{size}, {format_percent(share)}",
                 "swatch": profile_plots.colour(name),
             }
-            for name, size, share in _profile_facts.category_rows(memory)
+            for name, size, share in _profile_rows.category_rows(memory)
         ],
         "largest": [
             {
@@ -163,8 +163,11 @@ def _memory(memory: Memory) -> dict[str, Any]:
         ],
         "more": len(memory.largest) - len(shown),
         "pairs": [
-            (label, _facts.with_reason(quantity))
-            for label, quantity in (("peak", memory.peak), *_profile_facts.memory_pairs(memory))
+            (
+                "activations at the peak",
+                shorten(clean(_profile_rows.by_module(memory) or "none known by module"), MOST_TEXT),
+            ),
+            *((label, _facts.with_reason(quantity)) for label, quantity in _profile_rows.memory_pairs(memory)),
         ],
     }
 
@@ -177,7 +180,7 @@ def _device(device: DeviceState) -> dict[str, Any]:
         "curves": [Markup(curve) for curve in curves if curve],
         "reasons": device.reasons,
         "processes": ", ".join(device.processes),
-        "readings": _profile_facts.reading_rows(device),
+        "readings": _profile_rows.reading_rows(device),
     }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from perfkit.profiling import _views
 from perfkit.profiling import roofline as roof
 from perfkit.profiling._profile import CATEGORIES, Memory, MemoryPoint, Profile, Series
-from perfkit.reporting import _profile_facts, _rows, _svg
+from perfkit.reporting import _profile_rows, _rows, _svg
 from perfkit.reporting._format import clean, counted, format_bytes, format_ms, format_number, format_percent, shorten
 from perfkit.reporting._svg import Canvas, Scale
 
@@ -38,7 +38,13 @@ def roofline(profile: Profile, width: float) -> str:
     lowest = max(min(intensities), min(ridges) / 3e3)
     reached = [place.gflops for place in dots if place.intensity >= lowest]
     height, bottom, left = (380.0, 336.0, 52.0) if width >= _rows.NARROW else (320.0, 276.0, 46.0)
-    x = _svg.scale([lowest / 1.5, *ridges, *intensities, max(ridges) * 6], left, width - 6, log=True, margin=0.02)
+    x = _svg.scale(
+        [min(lowest / 1.5, min(ridges) / 20), *ridges, *intensities, max(ridges) * 6],
+        left,
+        width - 6,
+        log=True,
+        margin=0.02,
+    )
     top_roof = max(roofs.values())
     highest = min(max(top_roof, *reached), 5 * top_roof)
     y = _svg.scale([max(min(reached), top_roof / 1e5) / 2, highest * 1.8], bottom, 8, log=True, margin=0.02)
@@ -113,7 +119,7 @@ def memory(found: Memory, width: float) -> str:
     points = _thinned(found.timeline)
     if len(points) < 2:
         return ""
-    names = _profile_facts.categories(found)
+    names = _profile_rows.categories(found)
     heights = [[_held(point, name) for name in names] for point in points]
     totals = [sum(row) for row in heights]
     most = max(totals)
@@ -124,7 +130,7 @@ def memory(found: Memory, width: float) -> str:
     x = Scale(points[0].at_ms, max(points[-1].at_ms, points[0].at_ms + 1e-9), 64, width - 8)
     y = Scale(0, most * 1.08, bottom, top)
     unit = 1024 ** min(4, int(math.log(most, 1024)))
-    told = ", ".join(f"{name} {size}" for name, size, _ in _profile_facts.category_rows(found))
+    told = ", ".join(f"{name} {size}" for name, size, _ in _profile_rows.category_rows(found))
     canvas = Canvas(width, height, "Memory over a step", f"Peak {format_bytes(most)}: {told}.")
     for tick in Scale(0, most * 1.08 / unit, 0, 1).ticks(5):
         canvas.line(x.start, y(tick * unit), x.end, y(tick * unit), "grid")
@@ -160,11 +166,11 @@ def _held(point: MemoryPoint, name: str) -> float:
 
 def _steps(points: Sequence[MemoryPoint], values: Sequence[float], x: Scale, y: Scale) -> list[tuple[float, float]]:
     """What is held stays held until the next point: a stair, not a slope."""
-    found: list[tuple[float, float]] = []
-    for index, (point, value) in enumerate(zip(points, values, strict=True)):
-        if index:
-            found.append((x(point.at_ms), found[-1][1]))
-        found.append((x(point.at_ms), y(value)))
+    found = [(x(points[0].at_ms), y(values[0]))]
+    for index in range(1, len(points)):
+        at, height = x(points[index].at_ms), y(values[index])
+        if height != found[-1][1] or index == len(points) - 1:
+            found += [(at, found[-1][1]), (at, height)]
     return found
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perfkit.profiling._profile import Profile
-from perfkit.reporting import _facts, _profile_facts
+from perfkit.reporting import _facts, _profile_facts, _profile_rows
 from perfkit.reporting._format import (
     clean,
     counted,
@@ -78,7 +78,7 @@ def _header(profile: Profile) -> Iterator[RenderableType]:
 def _findings(profile: Profile) -> Iterator[RenderableType]:
     for finding in profile.findings[:MOST_FINDINGS]:
         facts = _profile_facts.finding_facts(finding, profile)
-        yield Text.assemble((clean(facts.kind), "bold"), (f"  {facts.share}", "bold yellow"))
+        yield Text.assemble((clean(facts.kind), "bold"), (f"  {clean(facts.share)}", "bold yellow"))
         yield _below(line(shorten(clean(facts.told), MOST_TOLD)))
         yield _below(line(shorten(clean(facts.advice), MOST_TOLD)))
         if facts.command:
@@ -92,7 +92,7 @@ def _findings(profile: Profile) -> Iterator[RenderableType]:
 
 
 def _modules(profile: Profile, *, wide: bool) -> Iterator[RenderableType]:
-    facts = sorted(_profile_facts.module_facts(profile), key=lambda item: -item.self_share)
+    facts = sorted(_profile_rows.module_facts(profile), key=lambda item: -item.self_share)
     shown = [item for item in facts if item.self_share >= SMALLEST_SHARE][:MOST_MODULES]
     if not shown:
         return
@@ -105,12 +105,12 @@ def _modules(profile: Profile, *, wide: bool) -> Iterator[RenderableType]:
     for item in shown:
         module = item.module
         name = cell(shorten(clean(item.path), MOST_NAME), "bold")
-        if item.path == module.path:
+        if wide and item.path == module.path:
             name.append(f"  {shorten(clean(module.kind), MOST_NAME)}", "dim")
         row = [name, cell(format_percent(item.self_share)), *([bar(item.self_share, most)] if wide else [])]
         row += [cell(format_ms(module.forward_ms))] + ([cell(format_ms(module.backward_ms))] if trains else [])
         row += [cell(format_flops(module.flops) if module.flops else "")]
-        row += [cell(_profile_facts.parameters(module.parameters) if module.parameters else "")]
+        row += [cell(_profile_rows.parameters(module.parameters) if module.parameters else "")]
         row += [cell(format_bytes(module.saved_bytes if trains else module.output_bytes))]
         table.add_row(*row)
     yield table
@@ -118,7 +118,7 @@ def _modules(profile: Profile, *, wide: bool) -> Iterator[RenderableType]:
 
 
 def _ops(profile: Profile, *, wide: bool) -> Iterator[RenderableType]:
-    facts = _profile_facts.op_facts(profile)
+    facts = _profile_rows.op_facts(profile)
     shown = [item for item in facts if item.share >= SMALLEST_SHARE][:MOST_OPS]
     if not shown:
         return
@@ -140,11 +140,11 @@ def _parts(profile: Profile) -> Iterator[RenderableType]:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    phases = [f"{name} {format_percent(share)}" for name, _, share in _profile_facts.phase_rows(profile) if share]
+    phases = [f"{name} {format_percent(share)}" for name, _, share in _profile_rows.phase_rows(profile) if share]
     if phases:
         table.add_row("phases", line(" · ".join(phases)))
     if (memory := profile.memory) is not None:
-        held = [f"{name} {size}" for name, size, share in _profile_facts.category_rows(memory) if share >= 0.001]
+        held = [f"{name} {size}" for name, size, share in _profile_rows.category_rows(memory) if share >= 0.001]
         if held:
             table.add_row("held at the peak", line(" · ".join(held)))
         for piece in memory.largest[:MOST_ALLOCATIONS]:
@@ -152,7 +152,7 @@ def _parts(profile: Profile) -> Iterator[RenderableType]:
             table.add_row("", line(f"{format_bytes(piece.bytes)} {piece.category}  {where}", "dim"))
         pairs = [
             f"{name} {format_quantity(value)}"
-            for name, value in _profile_facts.memory_pairs(memory)
+            for name, value in _profile_rows.memory_pairs(memory)
             if value.value is not None
         ]
         if pairs:
@@ -163,7 +163,7 @@ def _parts(profile: Profile) -> Iterator[RenderableType]:
 
 def _devices(profile: Profile) -> Iterator[RenderableType]:
     for device in profile.devices:
-        known = [f"{name} {text}" for name, text in _profile_facts.reading_rows(device)]
+        known = [f"{name} {text}" for name, text in _profile_rows.reading_rows(device)]
         told = [*known, *(f"clock held down: {reason}" for reason in device.reasons)]
         told += [f"also computing: {process}" for process in device.processes]
         yield Text()
@@ -172,9 +172,9 @@ def _devices(profile: Profile) -> Iterator[RenderableType]:
 
 def _notes(profile: Profile) -> Iterator[RenderableType]:
     yield Text()
-    for labels, reason in _profile_facts.missing(profile):
+    for labels, reason in _profile_rows.missing(profile):
         yield line(f"unavailable: {labels}: {reason}", "dim")
-    for note in (_profile_facts.overhead(profile), *profile.notes):
+    for note in (_profile_rows.overhead(profile), *profile.notes):
         if note:
             yield line(f"note: {note}")
     yield line(f"measured on {_facts.environment_line(profile.environment)}", "dim")

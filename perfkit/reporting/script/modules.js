@@ -17,7 +17,7 @@ function modules(root, data, tip) {
     breadcrumbs();
     if (!size(state.at)) {
       field.style.height = "";
-      field.append(element("p", "about", { time: "No time", flops: "No arithmetic", memory: "No activations held at the peak" }[state.by] + " known by module."));
+      field.append(element("p", "about", { time: "No time", flops: "No arithmetic", memory: "No activations" }[state.by] + " known by module."));
     } else if (state.shape === "flame") {
       field.style.height = `${flame(state.at, 0, field.clientWidth, 0) * ROW}px`;
     } else {

@@ -13,13 +13,13 @@ function timeline(root, data, tip) {
   const last = spans.start.reduce((most, start, index) => Math.max(most, start + spans.length[index]), first) || 1;
   let view = { from: first, to: last }, hovered = -1, matches = null, colours;
 
-  // One row for each depth of each track, with its spans in order.
+  // The rows of each track, with their spans in order.
   function laidOut() {
     const made = spans.tracks.map(() => []);
     spans.start.forEach((_, index) => {
-      const track = made[spans.track[index]], depth = Math.min(spans.depth[index], 24);
-      while (track.length <= depth) track.push([]);
-      track[depth].push(index);
+      const track = made[spans.track[index]], row = spans.row[index];
+      while (track.length <= row) track.push([]);
+      track[row].push(index);
     });
     return made.map(track => track.filter(row => row.length));
   }
@@ -44,6 +44,7 @@ function timeline(root, data, tip) {
     return pen;
   }
 
+  const plain = kind => kind === "phase" || kind === "wait";
   const across = ms => ((ms - view.from) / (view.to - view.from)) * holder.clientWidth;
   const at = x => view.from + (x / holder.clientWidth) * (view.to - view.from);
 
@@ -84,9 +85,8 @@ function timeline(root, data, tip) {
 
   function drawSpan(pen, index, left, y, wide) {
     const kind = spans.kinds[spans.kind[index]], dim = matches && !matches.has(index);
-    const colour = kind === "wait" ? colours.bad : colours.palette[spans.colour[index]];
-    pen.globalAlpha = dim ? 0.08 : { phase: 0.16, module: 0.3, wait: 0.5 }[kind] || 0.62;
-    pen.fillStyle = kind === "phase" ? colours.muted : colour;
+        pen.globalAlpha = dim ? 0.08 : { phase: 0.16, module: 0.3, wait: 0.3 }[kind] || 0.62;
+    pen.fillStyle = plain(kind) ? colours.muted : colours.palette[spans.colour[index]];
     pen.fillRect(left, y, wide, ROW - 2);
     if (index === hovered) {
       pen.globalAlpha = 1;
@@ -165,7 +165,7 @@ function timeline(root, data, tip) {
           const kind = spans.kinds[spans.kind[span]], left = place(spans.start[span]);
           if (kind === "phase" || kind === "module") continue;
           pen.globalAlpha = 0.75;
-          pen.fillStyle = kind === "wait" ? colours.bad : colours.palette[spans.colour[span]];
+          pen.fillStyle = plain(kind) ? colours.rule : colours.palette[spans.colour[span]];
           const wide = place(spans.start[span] + spans.length[span]) - left;
           pen.fillRect(left, 3 + index * high, Math.max(wide, 0.5), Math.max(high - 1, 1));
         }
