@@ -76,15 +76,16 @@ def test_the_page_on_profiles_shows_what_was_recorded():
     assert shown.strip() == profiling_page.example(), "run python -m bench.profiling_page --page"
 
 
-def test_the_example_of_profiling_runs(tmp_path, monkeypatch, capsys):
+def test_the_examples_of_profiling_run(tmp_path, monkeypatch, capsys):
     import sample_profiles
 
     monkeypatch.chdir(tmp_path)
     # Measuring those takes seconds and has tests of its own.
     monkeypatch.setattr("perfkit.profiling.ceilings.measured", lambda *_: sample_profiles.ceilings())
-    (code,) = blocks("python", PROFILES)
-    assert run(code, "profiling.md")["profile"].outcome == "complete"
-    assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".json"}
+    alone, looped = blocks("python", PROFILES)
+    assert run(alone, "profiling.md")["profile"].outcome == "complete"
+    assert {path.name for path in tmp_path.iterdir()} == {"profile.html", "profile.json"}
+    assert run(looped, "profiling.md")["profiler"].report.counted == 27
 
 
 def commands(text: str = README) -> list[str]:

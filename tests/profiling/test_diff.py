@@ -134,8 +134,14 @@ def test_from_files_and_dicts(tmp_path):
     profiles = [sample_profiles.cnn(), sample_profiles.faster()]
     for path, profile in zip(paths, profiles, strict=True):
         profile.to_json(path)
-    result = diff(*profiles)
-    assert diff(*paths) == diff(*map(str, paths)) == diff(*(profile.to_dict() for profile in profiles)) == result
+    result = profiles[0].diff(profiles[1])
+    assert (
+        diff(*profiles)
+        == diff(*paths)
+        == diff(*map(str, paths))
+        == diff(*(profile.to_dict() for profile in profiles))
+        == result
+    )
     assert json.loads(result.to_json())["ratio"] == result.ratio
 
 
