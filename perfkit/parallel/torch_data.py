@@ -39,7 +39,7 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     if recipe.shard:
         policy = CPUOffloadPolicy() if recipe.offload and work.device == "cuda" else OffloadPolicy()
         before = dict(model.named_parameters())
-        units = _units(model)
+        units = units_of(model)
         for unit in units:
             fully_shard(unit, mesh=mesh, offload_policy=policy, mp_policy=_precision(recipe, whole=unit is model))
         follow(work.training.optimizer, before, dict(model.named_parameters()))
@@ -117,7 +117,7 @@ def _about_norms(model: nn.Module, device: str, group: Any) -> list[str]:
     return [f"{', '.join(norms)}: synchronized, statistics of the whole batch"]
 
 
-def _units(model: nn.Module) -> list[nn.Module]:
+def units_of(model: nn.Module) -> list[nn.Module]:
     """What is gathered and freed as one, innermost first: the model's children, or those of its lists; then the rest.
 
     Parameters that two of them share must be in one unit: then the model is one.
