@@ -48,7 +48,10 @@ def embedded(profile: Profile) -> str:
 def script() -> Markup:
     """The page's script: our own, without a library."""
     folder = files("perfkit.reporting") / "script"
-    parts = [(folder / f"{name}.js").read_text(encoding="utf-8") for name in ("base", "timeline", "modules", "page")]
+    parts = [
+        (folder / f"{name}.js").read_text(encoding="utf-8")
+        for name in ("base", "timeline", "modules", "memory", "page")
+    ]
     # Safe as markup: these are files of ours, and hold no data.
     return Markup('(() => {\n"use strict";\n' + "\n".join(parts) + "})();")
 
