@@ -10,7 +10,8 @@ from typing import Any
 from markupsafe import Markup
 
 from perfkit.profiling import _views
-from perfkit.profiling._profile import Profile, Span, Time
+from perfkit.profiling._profile import Memory, Profile, Span, Time
+from perfkit.reporting import _profile_rows, profile_plots
 from perfkit.reporting._format import clean, shorten
 
 MOST_SPANS, MOST_NODES, MOST_NAME, MOST_ROWS, MOST_DEPTH = 20_000, 4000, 120, 32, 40
@@ -40,7 +41,20 @@ class Node:
 def script_data(profile: Profile, root: Node, colours: dict[str, int]) -> Markup:
     """The data as JSON that is safe inside a `<script>` element; `root` from `tree`, `colours` from `colours`."""
     spans = _columns(profile.time, colours) if profile.time is not None else None
-    return _inline({"tree": _flat(root, colours), "spans": spans})
+    memory = _memory(profile.memory) if profile.memory is not None else None
+    return _inline({"tree": _flat(root, colours), "spans": spans, "memory": memory})
+
+
+def _memory(memory: Memory) -> dict[str, Any]:
+    """What the picture of memory shows, for reading a moment off it."""
+    points, names = profile_plots.thinned(memory.timeline), _profile_rows.categories(memory)
+    return {
+        "names": names,
+        "at": [round(point.at_ms, 4) for point in points],
+        "held": [[round(profile_plots.held(point, name)) for name in names] for point in points],
+        "left": profile_plots.MEMORY_LEFT,
+        "right": profile_plots.MEMORY_RIGHT,
+    }
 
 
 def _inline(data: Any) -> Markup:

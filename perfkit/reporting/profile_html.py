@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from perfkit.profiling import _views
 from perfkit.profiling._profile import DeviceState, Memory, Profile
-from perfkit.reporting import _facts, _profile_data, _profile_facts, _profile_rows, html, profile_plots
+from perfkit.reporting import _facts, _profile_data, _profile_facts, _profile_rows, html, plots, profile_plots
 from perfkit.reporting._format import (
     clean,
     format_bytes,
@@ -48,7 +48,10 @@ def embedded(profile: Profile) -> str:
 def script() -> Markup:
     """The page's script: our own, without a library."""
     folder = files("perfkit.reporting") / "script"
-    parts = [(folder / f"{name}.js").read_text(encoding="utf-8") for name in ("base", "timeline", "modules", "page")]
+    parts = [
+        (folder / f"{name}.js").read_text(encoding="utf-8")
+        for name in ("base", "timeline", "modules", "memory", "page")
+    ]
     # Safe as markup: these are files of ours, and hold no data.
     return Markup('(() => {\n"use strict";\n' + "\n".join(parts) + "})();")
 
@@ -61,6 +64,7 @@ def _view(profile: Profile) -> dict[str, Any]:
     colours = _profile_data.colours(root)
     on_device = profile.time is not None and _views.on_device(profile.time)
     phases = _profile_rows.phase_rows(profile)
+    steps = [(facts.per(profile), profile.time.step)] if profile.time is not None else []
     held = _profile_rows.category_rows(profile.memory) if profile.memory else ()
     return {
         "model": shorten(clean(profile.model), MOST_TITLE),
@@ -96,6 +100,7 @@ def _view(profile: Profile) -> dict[str, Any]:
         "environment": _facts.environment_rows(profile.environment),
         "footer": " · ".join(part for part in (f"perfkit {profile.perfkit_version}".strip(), profile.created) if part),
         "pictures": {
+            "steps": _both(lambda width: plots.distributions(steps, width, facts.per(profile))),
             "phases": _both(profile_plots.shares, phases, [f"p{index}" for index in range(len(phases))], "Phases"),
             "roofline": _both(profile_plots.roofline, profile),
             "memory": _both(profile_plots.memory, profile.memory) if profile.memory else "",
