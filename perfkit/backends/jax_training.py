@@ -22,8 +22,8 @@ FIRST_SCALE, GROWTH_INTERVAL = 2.0**15, 2000
 class Trainer:
     """`forward → loss → gradients → optimizer update` as one compiled function, on state of its own.
 
-    Nobody trains op by op in JAX, so the original's step is one program too. Under the recipes `compile` and `donate` its outputs
-    also take over its inputs' memory (donation).
+    Nobody trains op by op in JAX, so the original's step is one program too. Under the recipes `compile` and `donate`
+    its outputs also take over its inputs' memory (donation).
 
     Args:
         work: a training workload.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from perfkit._report import Effect
@@ -18,9 +20,7 @@ OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad")
 def refusal(optimizer: torch.optim.Optimizer) -> str | None:
     """Why an optimizer has no twin with a state in few bits; None where it has one."""
     if type(optimizer) not in KINDS:
-        return (
-            f"torchao holds the moments of Adam and AdamW in few bits, and the optimizer is {type(optimizer).__name__}"
-        )
+        return f"torchao's states in few bits are Adam's and AdamW's, and the optimizer is {type(optimizer).__name__}"
     if optimizer.state:
         return "the optimizer has taken steps: its moments would be lost"
     if any(group.get("maximize") for group in optimizer.param_groups):
@@ -30,7 +30,7 @@ def refusal(optimizer: torch.optim.Optimizer) -> str | None:
 
 def low_bit(work: Workload, bits: str) -> tuple[Workload, Effect]:
     """The optimizer's twin of the same settings, on the same parameters."""
-    with without_lines("Failed to load", "Skipping import"):
+    with without_lines("Failed to load"):
         import torchao.optim
     optimizer = work.training.optimizer
     kind = getattr(torchao.optim, KINDS[type(optimizer)] + {"8": "8bit", "4": "4bit", "fp8": "Fp8"}[bits])
@@ -46,12 +46,9 @@ def low_bit(work: Workload, bits: str) -> tuple[Workload, Effect]:
     fits = [p for p in held if p.numel() >= LEAST and p.numel() % block == 0]
     if not fits:
         return work, Effect(notes=(f"no parameter has {LEAST} numbers or more, in a multiple of {block}",))
-    from dataclasses import replace
-
     work = work.replace(training=replace(work.training, optimizer=twin))
-    notes = [
-        f"{len(fits)} of {len(held)} parameters, {sum(p.numel() for p in fits) / sum(p.numel() for p in held):.1%}"
-    ]
+    share = sum(p.numel() for p in fits) / sum(p.numel() for p in held)
+    notes = [f"the moments of {len(fits)} of {len(held)} parameters, {share:.1%} of the numbers"]
     if work.device == "cpu":
         notes.append("the update runs eagerly on CPU: torchao would compile it anew for each shape")
     notes.append("its learning rate is a tensor: change it with optimizer.param_groups[…]['lr'].fill_(…)")
