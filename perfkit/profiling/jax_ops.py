@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from perfkit.profiling._profile import Op
-from perfkit.profiling.jax_hlo import CONTROL, NO_WORK, Instruction, Program
+from perfkit.profiling.jax_hlo import CONTROL, NO_WORK, Program
+from perfkit.profiling.jax_hlo_read import Instruction
 from perfkit.profiling.jax_scopes import Place
+from perfkit.profiling.jax_shares import Shares, by_place
 from perfkit.profiling.jax_trace import Event, Host, Trace
 
 _RANKS = {"compile": 2, "dispatch": 3}
@@ -36,8 +38,6 @@ _PLAIN = frozenset(
 """Left out of the names of fusions, where they hold anything else."""
 
 _MOST_NAMES = 3
-
-Shares = dict[Place, float]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Reader:
                 name = program.name.removeprefix("jit_") if self.alone else f"{at.primitive or 'XLA'} ({name})"
             yield Row(name, kind, at.module, at.phase, shapes, moved, flops)
             return
-        for at, group in _by_place(program, item, self.place).items():
+        for at, group in by_place(program, item, self.place).items():
             if share := shares.get(at, 0.0):
                 flops = sum(each.product_flops for each in group)
                 yield Row(self._name(group), kind, at.module, at.phase, shapes, moved * share, flops, share)
@@ -140,34 +140,6 @@ class Reader:
         if item.opcode in ("copy", *CONTROL) or "/" not in item.op_name:
             return item.opcode
         return self.place(item.op_name).primitive or item.target or item.opcode
-
-
-def holds_layers(program: Program, item: Instruction, place: Callable[[str], Place]) -> bool:
-    """Whether a fusion holds products of more than one place of the model, so that its time is theirs together."""
-    if item.opcode != "fusion":
-        return False
-    groups = _by_place(program, item, place).values()
-    return sum(any(each.product_flops for each in group) for group in groups) > 1
-
-
-def shares_by_work(program: Program, item: Instruction, place: Callable[[str], Place]) -> Shares:
-    """By operations and bytes: where nothing better is known."""
-    work = {
-        at: sum(each.product_flops + each.bytes for each in group)
-        for at, group in _by_place(program, item, place).items()
-    }
-    return {at: each / sum(work.values()) for at, each in work.items()}
-
-
-def shares_by_time(
-    program: Program, item: Instruction, place: Callable[[str], Place], ms_by_place: dict[Place, float]
-) -> Shares:
-    """By the times that the places in it take where they are not fused; empty where one with products has none."""
-    groups = _by_place(program, item, place)
-    times = {at: ms_by_place.get(at, 0.0) for at in groups}
-    if any(not times[at] and any(each.product_flops for each in group) for at, group in groups.items()):
-        return {}
-    return {at: ms / sum(times.values()) for at, ms in times.items()}
 
 
 def swept(
@@ -248,16 +220,6 @@ def union(intervals: Iterable[tuple[float, float]], until: tuple[float, float]) 
 
 def of_step(trace: Trace, until: tuple[float, float]) -> list[Event]:
     return [event for event in trace.events if event.end_ms > until[0] and event.start_ms < until[1]]
-
-
-def _by_place(program: Program, item: Instruction, place: Callable[[str], Place]) -> dict[Place, list[Instruction]]:
-    """What a fusion is made of, by place; a place's `primitive` is left out."""
-    found: dict[Place, list[Instruction]] = {}
-    for inner in program.inside(item):
-        if inner.opcode not in NO_WORK and "/" in inner.op_name:
-            at = place(inner.op_name)
-            found.setdefault(Place(at.module, at.phase), []).append(inner)
-    return found
 
 
 def _within(row: Row, module: str) -> Row:
