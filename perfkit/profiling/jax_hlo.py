@@ -1,4 +1,4 @@
-"""A compiled XLA program as its compiler left it: what stands where, what is fused of what, what is read and written."""
+"""A compiled XLA program as its compiler left it: what stands where, what is fused, what is read and written."""
 
 from __future__ import annotations
 
