@@ -96,9 +96,14 @@ class Program:
             return 2 * written
         return written + sum(self.instructions[operand].bytes for operand in dict.fromkeys(item.operands))
 
-    def shapes(self, item: Instruction) -> str:
-        """Of the inputs, for reading."""
-        operands = [self.instructions[operand] for operand in item.operands]
+    def shapes(self, item: Instruction, inner: Iterable[Instruction] = ()) -> str:
+        """Of the inputs, for reading; of a fusion with a product in it, of the product's.
+
+        Args:
+            inner: what of a fusion is asked for.
+        """
+        product = max(inner, key=lambda each: each.product_flops, default=item)
+        operands = [self.instructions[operand] for operand in (product if product.product_flops else item).operands]
         found = [str(array) for operand in operands if operand.opcode != "constant" for array in operand.arrays]
         return ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
 
