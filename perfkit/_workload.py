@@ -44,6 +44,8 @@ class Training:
         averaged: makes of this process' loss the one over the whole batch.
         micro_batches: how many parts of one size a step runs one after the other, adding up their gradients.
         batch_dim: the dimension along which the first input is cut into them.
+        exchanging: torch: says whether the next backward pass shall send gradients: that of the last micro-batch alone;
+            None where none sends any, or all must.
         rounds: torch: what is done beside steps that each process takes by itself; None where they take them together.
     """
 
@@ -56,6 +58,7 @@ class Training:
     averaged: Callable[[Any], Any] | None = None
     micro_batches: int = 1
     batch_dim: int = 0
+    exchanging: Callable[[bool], None] | None = None
     rounds: Any = None
 
 

@@ -40,6 +40,11 @@ class Checkpoint(Recipe):
 
         return checkpointed(work, self.budget)
 
+    def jax(self, work):
+        from perfkit.memory.jax_checkpoint import checkpointed
+
+        return checkpointed(work, self.budget)
+
 
 RECIPE = Checkpoint
 

@@ -34,6 +34,12 @@ def block() -> tuple[nnx.Module, tuple[jax.Array]]:
     return Block(rngs=nnx.Rngs(0)), (jax.random.normal(jax.random.key(1), (3, 7, WIDTH)),)
 
 
+def small(rows: int = 64) -> tuple[nnx.Module, tuple[jax.Array]]:
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(8, 32, rngs=rngs), nnx.relu, nnx.Linear(32, 4, rngs=rngs))
+    return model, (jax.random.normal(jax.random.key(1), (rows, 8)),)
+
+
 def loaded(name: str, batch_size: int = 4) -> tuple[Any, tuple]:
     """A reference model and its inputs."""
     return reference.load(name, framework="jax", batch_size=batch_size)

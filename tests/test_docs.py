@@ -82,10 +82,11 @@ def test_the_examples_of_profiling_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # Measuring those takes seconds and has tests of its own.
     monkeypatch.setattr("perfkit.profiling.ceilings.measured", lambda *_: sample_profiles.ceilings())
-    alone, looped = blocks("python", PROFILES)
-    assert run(alone, "profiling.md")["profile"].outcome == "complete"
-    assert {path.name for path in tmp_path.iterdir()} == {"profile.html", "profile.json"}
-    assert run(looped, "profiling.md")["profiler"].report.counted == 27
+    profiling, looping = blocks("python", PROFILES)
+    assert run(profiling, "profiling.md")["profile"].outcome == "complete"
+    assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".json"}
+    assert run(looping, "profiling.md")["profiler"].report.counted == 37
+    assert (tmp_path / "steps.json").is_file()
 
 
 def commands(text: str = README) -> list[str]:

@@ -18,15 +18,13 @@ from perfkit._errors import InvalidInputError
 from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, Finished, Rounds, Traffic, check_loss, does_not_run
-from perfkit.backends.jax_compile import persistent_cache, watching
+from perfkit.backends.jax_compile import WITHOUT_YNNPACK, persistent_cache, watching
 from perfkit.backends.jax_dress import as_called, dressed, finished, writer
 from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
 from perfkit.backends.jax_placement import device_bytes
 from perfkit.backends.jax_precision import cast
 from perfkit.backends.jax_training import Trainer
 from perfkit.backends.jax_trees import leaves
-
-WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 class JaxBackend(Backend):

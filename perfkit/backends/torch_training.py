@@ -54,6 +54,8 @@ class Trainer:
             return
         rows = even_rows(tensors_in((inputs.args, inputs.kwargs)), dim, parts)
         for index in range(parts):
+            if self.training.exchanging is not None:
+                self.training.exchanging(index == parts - 1)
             yield map_tensors(sliced(rows, parts, index, dim), (inputs, targets))
 
     def _backward(self, inputs: Inputs, targets: Any) -> torch.Tensor:

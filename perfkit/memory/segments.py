@@ -75,19 +75,21 @@ def choose(saved_bytes: float, segmented: Callable[[float], Iterable[Segment]], 
     for share in SHARES:
         segments = tuple(segmented(share * saved_bytes))
         if any(not segment.fixed for segment in segments):
-            choices.append(_fitted(segments, saved_bytes, limit_bytes))
+            last = sorted(range(len(segments)), reverse=True)
+            slowest = sorted(last, key=lambda index: -segments[index].seconds)
+            choices += [_fitted(segments, saved_bytes, limit_bytes, order) for order in (slowest, last)]
     fitting = [choice for choice in choices if choice.peak_bytes <= limit_bytes]
     if fitting:
         return min(fitting, key=lambda choice: choice.seconds)
     return min(choices, key=lambda choice: choice.peak_bytes, default=None)
 
 
-def _fitted(segments: tuple[Segment, ...], saved_bytes: float, limit_bytes: float) -> Choice:
-    """Recompute all; then not the slowest ones, as long as the limit allows it or nothing more is held for it."""
+def _fitted(segments: tuple[Segment, ...], saved_bytes: float, limit_bytes: float, order: Iterable[int]) -> Choice:
+    """Recompute all; then give up one after the other, as long as the limit allows it or no more is held for it."""
     outside = saved_bytes - sum(segment.saved_bytes for segment in segments)
     again = [not segment.fixed for segment in segments]
     peak = _peak(segments, again, outside)
-    for index in sorted(range(len(segments)), key=lambda index: -segments[index].seconds):
+    for index in order:
         if again[index]:
             without = [*again[:index], False, *again[index + 1 :]]
             less = _peak(segments, without, outside)

@@ -144,7 +144,19 @@ class Way:
     micro_batches: int = 1
 
     def __str__(self) -> str:
-        """As a recipe, in the order of a chain."""
+        """In a few words: "data 4, sharded × tensor 2"."""
+        parts = []
+        if self.pipeline > 1:
+            parts.append(f"pipeline {self.pipeline} of {self.micro_batches}")
+        if self.data > 1:
+            parts.append(f"data {self.data}{', sharded' if self.shard else ''}")
+        if self.tensor > 1:
+            parts.append(f"tensor {self.tensor}")
+        return " × ".join(parts) or "one device"
+
+    @property
+    def recipe(self) -> str:
+        """As a recipe, in the order of a chain; empty for one device."""
         parts = []
         if self.pipeline > 1:
             parts.append(f"pipeline_parallel({self.pipeline}, micro_batches={self.micro_batches})")
@@ -152,7 +164,7 @@ class Way:
             parts.append(f"tensor_parallel({self.tensor})")
         if self.data > 1:
             parts.append(f"data_parallel({self.data}{', shard=True' if self.shard else ''})")
-        return "+".join(parts) or "one device"
+        return "+".join(parts)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,11 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     told = f"data: the batch in {mesh.size()} parts, {what}"
     spread = work.spread or Spread()
     spread = replace(spread, shares=mesh.size(), parts=(*spread.parts, told))
-    work = work.replace(training=replace(work.training, averaged=averaged), spread=spread)
+    exchanging: Any = getattr(model, "set_requires_gradient_sync")  # noqa: B009, of the class that torch gave it
+    if work.training.micro_batches > 1:
+        notes.append(f"gradients are sent with the last of {work.training.micro_batches} micro-batches")
+    training = replace(work.training, averaged=averaged, exchanging=exchanging)
+    work = work.replace(training=training, spread=spread)
     touched = tuple(name for name, _ in model.named_parameters() if name not in idle)
     skipped = tuple(Skipped(name, "no gradient reaches it on the example inputs") for name in idle)
     return work, Effect(touched, skipped, tuple(notes))

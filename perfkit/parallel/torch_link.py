@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import nn
 
 from perfkit._recipe import chain_of, names
@@ -24,7 +24,7 @@ from perfkit.parallel.torch_costs import Step, costs, seconds_of, timed_calls
 SIZES = (4, 1 << 14, 1 << 18, 1 << 21, 1 << 24)
 """Bytes that are sent."""
 
-WIDTH = 64
+WIDTH, ROWS = 64, 64
 SHORT = 0.1
 """Calls that take less than this many seconds are timed several at a time."""
 
@@ -42,7 +42,7 @@ def operations(device: str) -> dict[tuple[str, int], Callable[[], Any]]:
         alone = torch.zeros(max(size // 4, 1), device=device)
         found["all_reduce", size] = partial(dist.all_reduce, alone)
         found["all_gather", size] = partial(_ALL_GATHER, whole, part)
-        found["gather_inside", size] = partial(_gather_inside, part)
+        found["gather_inside", size] = partial(_gather_inside, whole, part, ranks)
         found["reduce_scatter", size] = partial(_REDUCE_SCATTER, part, whole)
         found["send", size] = partial(_there_and_back, alone, rank, ranks)
     return found
@@ -52,10 +52,11 @@ _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def _gather_inside(part: torch.Tensor) -> None:
-    rows = min(64, part.numel())
-    matrix = part[: part.numel() // rows * rows].view(rows, -1)
-    funcol.wait_tensor(funcol.all_gather_tensor(matrix, gather_dim=1, group=dist.group.WORLD)).sum()
+def _gather_inside(whole: torch.Tensor, part: torch.Tensor, ranks: int) -> None:
+    """As a layer split by columns does it: gather, and put the parts of each row side by side."""
+    _ALL_GATHER(whole, part)
+    rows = math.gcd(part.numel(), ROWS)
+    torch.cat(whole.view(ranks, rows, -1).unbind(0), dim=1)
 
 
 def _there_and_back(tensor: torch.Tensor, rank: int, ranks: int) -> None:

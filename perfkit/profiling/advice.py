@@ -75,7 +75,8 @@ def _disturbed(finding: Finding, facts: Facts) -> Finding:
 
 
 def _worth(finding: Finding) -> bool:
-    return finding.predicted.value is None or finding.predicted.value >= LEAST_GAIN
+    """What is wrong in the caller's own code is told however little it costs; a recipe has to pay."""
+    return not finding.recipe or finding.predicted.value is None or finding.predicted.value >= LEAST_GAIN
 
 
 def _has(facts: Facts, recipe: str) -> bool:

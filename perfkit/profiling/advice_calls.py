@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Iterator
 
 from perfkit._report import Quantity
-from perfkit.profiling._profile import Finding
-from perfkit.profiling.facts import COPIES, Facts, megabytes, names, percent, sped
+from perfkit.profiling._profile import Finding, Op, Span
+from perfkit.profiling.facts import Facts, is_copy, megabytes, names, percent, sped
 
 LEAST_SHARE = 0.02
 LEAST_BYTES = 1e5
@@ -18,10 +18,10 @@ LAYOUT = re.compile(r"(nchwToNhwc|nhwcToNchw|nchw_to_nhwc|nhwc_to_nchw)", re.IGN
 
 def copies(facts: Facts) -> Iterator[Finding]:
     """Tensors that are copied into another order or dtype, module by module."""
-    inside = set(facts.recurrent)  # a recurrent layer turns its input by itself
-    by_place: dict[str, list] = {}
+    elsewhere = {*facts.recurrent, *facts.float64}  # a recurrent layer turns its input by itself
+    by_place: dict[str, list[Op]] = {}
     for op in facts.ops:
-        if COPIES.match(op.name) and op not in inside and op.phase in ("forward", "loss", "backward"):
+        if is_copy(op) and op not in elsewhere and op.phase in ("forward", "loss", "backward"):
             by_place.setdefault(op.module, []).append(op)
     for module, ops in by_place.items():
         moved, share = sum(op.moved_bytes for op in ops), facts.share(ops)
@@ -59,24 +59,20 @@ def layouts(facts: Facts) -> Iterator[Finding]:
 
 
 def read_back(facts: Facts) -> Iterator[Finding]:
-    """The host reads a number off the device in the middle of a step, and waits for it."""
-    time = facts.profile.time
-    reading = [
-        op
-        for op in (time.ops if time else ())
-        if READ_BACK.search(op.name) and op.phase in ("forward", "loss", "backward")
-    ]
-    if not reading:
+    """The host waits for a value in the middle of a step."""
+    ops = facts.profile.time.ops
+    reading = [op for op in ops if READ_BACK.search(op.name) and op.phase in ("forward", "loss", "backward")]
+    waits = _waits_within(facts)
+    if not reading and not waits:
         return
-    calls = sum(op.calls for op in reading)
-    cpu = facts.profile.device == "cpu"
-    waiting = time.waiting.value or 0.0
+    waited_ms, times = sum(span.duration_ms for span in waits), sum(op.calls for op in reading) or len(waits)
+    share = max(waited_ms / facts.step_ms, facts.share(reading)) if facts.step_ms else 0.0
     yield Finding(
         kind="a value read back",
-        told=f"the host reads a value off the device {calls:.0f} times a step"
-        + ("" if cpu else f", and waits for {percent(waiting)} of it"),
-        where=names(reading)[:5],
-        share=facts.share(reading) if cpu else waiting,
+        told=f"the host reads a value off the device {times:.0f} times in the middle of a step"
+        + (f", and waits {percent(waited_ms / facts.step_ms)} of it" if waits else ""),
+        where=names(reading)[:5] or tuple(dict.fromkeys(span.module or span.name for span in waits))[:5],
+        share=share,
         resource="time",
         recipe="",
         advice="keep .item(), float(), printing and `if tensor:` out of the step: they stop the host until the device "
@@ -84,10 +80,17 @@ def read_back(facts: Facts) -> Iterator[Finding]:
         predicted=Quantity.missing(
             "ratio",
             "a processor does not wait for itself: it costs on a device, and in compiled graphs"
-            if cpu
+            if facts.profile.device == "cpu"
             else "it depends on what the host could have started meanwhile",
         ),
     )
+
+
+def _waits_within(facts: Facts) -> list[Span]:
+    """The host's waits that it goes on working after; the one at the end of a step is the profiler's own."""
+    host = [span for span in facts.profile.time.spans if span.track.startswith("host")]
+    last_ms = max((span.start_ms for span in host if span.kind == "op"), default=0.0)
+    return [span for span in host if span.kind == "wait" and span.start_ms + span.duration_ms <= last_ms]
 
 
 def recompiles(facts: Facts) -> Iterator[Finding]:

@@ -14,6 +14,8 @@ FEW_CHANNELS = 8
 """Up to so many input channels perfkit's convolution beats the libraries' on a processor."""
 EFFICIENCY = 0.5
 """Of the roof, what perfkit's convolution is taken to reach."""
+CALL_MS = 0.03
+"""What calling it takes besides."""
 RECURRENT_FACTOR = {"fused_kernels": 1.5, "half+fused_kernels": 2.4}
 """Slower than what was measured on the reference models in bench/results: 1.4 to 2.0, and 2.5 to 8.0 with bfloat16."""
 
@@ -90,7 +92,7 @@ def _least_ms(facts: Facts, passes: list[Op], written: Shape) -> float | None:
     computing_ms = sum(op.flops for op in passes) / peak / 1e6
     rounds = 2 if any(op.phase == "backward" for op in passes) else 1
     moved = rounds * (written.bytes / 4 + shapes_of(passes[0])[0].bytes)
-    return max(computing_ms, moved / bandwidth / 1e6) / EFFICIENCY
+    return max(computing_ms, moved / bandwidth / 1e6) / EFFICIENCY + rounds * CALL_MS
 
 
 def _of(ops: list[Op]) -> str:

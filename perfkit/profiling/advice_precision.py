@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from perfkit.profiling._profile import Finding, Op
-from perfkit.profiling.facts import Facts, names, percent, shapes_of, sped
+from perfkit.profiling.facts import Facts, is_copy, names, percent, sped
 
 LEAST_SHARE = 0.01
 WORTH = 1.3
@@ -16,15 +16,13 @@ CAST = 1.5
 
 def float64(facts: Facts) -> Iterator[Finding]:
     """Numbers of 64 bits, which are rarely meant: a Python or numpy number found its way into the model."""
-    ops = [op for op in facts.ops if any(shape.dtype == "float64" and len(shape.sizes) for shape in shapes_of(op))]
-    working = [op for op in ops if op.phase != "other" or op.flops]
-    share = facts.share(working)
-    if not working or share < LEAST_SHARE:
+    share = facts.share(facts.float64)
+    if share < LEAST_SHARE:
         return
     yield Finding(
         kind="float64",
-        told=f"{len(working)} operations compute in float64: {percent(share)} of the step",
-        where=names(working)[:5],
+        told=f"{len(facts.float64)} operations compute in float64: {percent(share)} of the step",
+        where=names(op for op in facts.float64 if not is_copy(op))[:5],
         share=share,
         resource="time",
         recipe="",

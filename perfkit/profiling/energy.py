@@ -61,6 +61,16 @@ def measured(call: Callable[[], Any], device: str, idle_s: float = 1.0) -> Energ
         return missing(str(reason))
 
 
+def source(device: str) -> str:
+    """The counter that there is for a device, or why there is none."""
+    try:
+        with _counter(device) as counter:
+            counter.joules()
+            return counter.source
+    except Unavailable as reason:
+        return f"unavailable: {reason}"
+
+
 def missing(reason: str) -> Energy:
     """No energy, and why."""
     step, mean, idle = (Quantity.missing(unit, reason) for unit in ("J", "W", "W"))

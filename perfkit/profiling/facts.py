@@ -18,7 +18,7 @@ PRODUCTS = re.compile(
 )
 RECURRENT = re.compile(r"(rnn|lstm|gru)", re.IGNORECASE)
 RECURRENT_LAYERS = ("LSTM", "GRU", "RNN", "LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell", "RNNCell")
-COPIES = re.compile(r"^(aten::)?(clone|contiguous|copy_|_to_copy|copy|transpose_copy)$")
+COPIES = frozenset(["clone", "contiguous", "copy_", "_to_copy", "copy", "transpose", "reshape"])
 OWN = re.compile(r"perfkit|^triton_|CompiledFxGraph")
 """perfkit's kernels and compiled ones: they are fused already."""
 SIZES = {
@@ -145,6 +145,11 @@ class Facts:
         return tuple(op for op in self.ops if op not in inside and (PRODUCTS.search(op.name) or op.flops))
 
     @cached_property
+    def float64(self) -> tuple[Op, ...]:
+        """Operations with an input of 64 bits that is more than a single number."""
+        return tuple(op for op in self.ops if any(part.dtype == "float64" and part.sizes for part in shapes_of(op)))
+
+    @cached_property
     def fusable(self) -> tuple[Op, ...]:
         """Elementwise operations, pools, norms: what a compiler writes into its neighbours."""
         others = {*self.recurrent, *self.products}
@@ -157,6 +162,11 @@ class Facts:
             and not is_host(op)
             and not re.search(r"embedding|_local_scalar|item$|callback", op.name)
         )
+
+
+def is_copy(op: Op) -> bool:
+    """Whether an operation moves numbers and changes none; in JAX several may be fused: "transpose + copy"."""
+    return set(op.name.removeprefix("aten::").split(" + ")) <= COPIES
 
 
 def is_host(op: Op) -> bool:
@@ -175,7 +185,7 @@ def sped(share: float, factor: float, because: str) -> Quantity:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %"
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
 
 
 def megabytes(size: float) -> str:

@@ -48,6 +48,7 @@ def argument(name: str) -> tuple[str, str]:
     keys = [key for key in keys if key]
     while keys and keys[0].isdigit():
         keys = keys[1:]  # the place in a chain of optimizers
+    keys = keys[1:] if keys[:1] == ["params"] else keys  # linen's collection
     return category, ".".join(keys[:-1]) if category in ("parameters", "optimizer state") else ""
 
 

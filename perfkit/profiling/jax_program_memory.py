@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jax
+
 from perfkit._report import Quantity
 from perfkit.profiling import jax_hlo, jax_trace
 from perfkit.profiling.jax_buffers import Buffer, Buffers, buffers
-from perfkit.profiling.jax_held import Held, Moment, argument, argument_names
+from perfkit.profiling.jax_held import Held, Moment, argument, argument_names, described
 from perfkit.profiling.jax_hlo import Program
 from perfkit.profiling.jax_run import Run
 
@@ -22,7 +24,7 @@ def moments(run: Run) -> tuple[list[Moment], Quantity, dict[str, float]]:
     compiled = run.compiled if run.work.trains else run.again(None)
     executable = compiled.runtime_executable()
     told, program = compiled.memory_analysis(), jax_hlo.program(executable)
-    found = buffers(program, executable.get_compiled_memory_stats().serialized_buffer_assignment_proto)
+    assignment = executable.get_compiled_memory_stats().serialized_buffer_assignment_proto
     sizes = {
         "temp": float(told.temp_size_in_bytes),
         "arguments": float(told.argument_size_in_bytes),
@@ -36,7 +38,21 @@ def moments(run: Run) -> tuple[list[Moment], Quantity, dict[str, float]]:
         method += (
             f"; what a library allocates within {library} fusion(s) is not in it: see the process' high-water mark"
         )
+    if not assignment:
+        return [_unplanned(run, sizes)], Quantity(peak, "B", method=f"{method}; it gives no plan of buffers"), sizes
+    found = buffers(program, assignment)
     return list(_moments(run, program, found)), Quantity(peak, "B", method=method), sizes
+
+
+def _unplanned(run: Run, sizes: dict[str, float]) -> Moment:
+    """Where XLA does not tell its buffers: the arguments that it was given, and in sum what else it says it holds."""
+    held = []
+    for name, leaf in zip(argument_names(run), jax.tree.leaves(run.arguments), strict=True):
+        category, module = argument(name)
+        held.append(Held(float(leaf.nbytes), category, module, "argument", described(leaf)))
+    unused = sizes["arguments"] - sum(each.bytes for each in held)
+    rest = {"temporaries": sizes["temp"], "other": sizes["output"] - sizes["alias"] + unused}
+    return Moment(0.0, (*held, *(Held(size, category) for category, size in rest.items())), peak=True)
 
 
 def _moments(run: Run, program: Program, found: Buffers) -> Iterator[Moment]:

@@ -42,8 +42,9 @@ class Run:
         """The author's own scopes."""
         return jax_flops.own_scopes(self.jaxpr)
 
-    def place(self, op_name: str) -> Place:
-        return place(op_name, self.work.trains, self.scopes, alone=self.compiled is None)
+    def place(self, op_name: str, *, alone: bool = False) -> Place:
+        """See `jax_scopes.place`."""
+        return place(op_name, self.work.trains, self.scopes, alone=alone)
 
     @property
     def arguments(self) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 
 _MARK = re.compile(r"\{(:?)([^{}:]*)\}")
 _INNER_FUNCTION = re.compile(r"/jit\((\w+)\)[^{}]*$")
-_FUNCTION = re.compile(r"^jit\((\w+)\)/[^{}]*$")
+_FUNCTION = re.compile(r"^jit\((\w+)\)/[^/{}]*$")
 _TRANSFORMED = re.compile(r"^(?:(?:jvp|transpose|vmap)\()*(.*?)\)*$")
 
 

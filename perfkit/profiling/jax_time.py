@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from typing import Any
@@ -13,18 +14,19 @@ from perfkit._workload import Workload
 from perfkit.backends import Finished
 from perfkit.profiling import jax_flops, jax_hlo, jax_ops, jax_trace
 from perfkit.profiling._basics import Basics
-from perfkit.profiling._profile import PHASES, Op, Span, Time
+from perfkit.profiling._profile import PHASES, Op, Time
 from perfkit.profiling.jax_modules import modules
 from perfkit.profiling.jax_ops import Reader, Shares
 from perfkit.profiling.jax_run import WITHOUT_LIBRARY_FUSIONS, Run, marking
 from perfkit.profiling.jax_scopes import Place
+from perfkit.profiling.jax_spans import spans
 from perfkit.profiling.jax_trace import Event, Trace
 
 PROFILED_S = 0.5
 FEWEST, MOST = 4, 20
 """So many steps are profiled, about PROFILED_S long together; the quicker half of them counts."""
 
-MOST_GAPS, MOST_SPANS = 5, 4000
+MOST_GAPS = 5
 
 
 def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
@@ -56,7 +58,7 @@ def _time(run: Run, trace: Trace, reader: Reader, split: str, count: jax_flops.C
     waits = [(item.start_ms, item.end_ms) for item in trace.host if item.kind == "wait"]
     waiting_ms = sum(end - start for step in quick for start, end in jax_ops.union(waits, step)) / len(quick)
     shown = quick[len(quick) // 2]
-    form = "one XLA program" if run.compiled else "operation by operation, each an XLA program of its own"
+    form = "one XLA program" if len(trace.programs) == 1 else f"{len(trace.programs)} XLA programs, one after another"
     how = f"XLA's own times of what it runs, {form}; mean of the quicker {len(quick)} of {len(trace.steps)} steps"
     nothing = None if trace.events else "the profiler recorded no operation of XLA's"
     attributed_ms = sum(op.self_ms for op in ops)
@@ -75,18 +77,18 @@ def _time(run: Run, trace: Trace, reader: Reader, split: str, count: jax_flops.C
         utilization=Quantity.missing("ratio", "the machine's ceilings are measured later"),
         ops=ops,
         modules=modules(run, ops, count),
-        spans=_spans(run, trace, reader, shown),
+        spans=spans(run.work.model.name, trace, reader, shown),
     )
 
 
 def _reader(run: Run, trace: Trace, count: jax_flops.Counted) -> tuple[Reader, str]:
     """What reads the trace, and how the time of fusions of whole layers was shared out."""
-    alone = run.compiled is None
+    alone = len(trace.programs) > 1
     programs = _programs(trace)
     if not alone:
         for program in programs.values():
             program.name_products(_missing(program, run, count))
-    plain = Reader(programs, run.place, device=trace.device, alone=alone)
+    plain = Reader(programs, functools.partial(run.place, alone=alone), device=trace.device, alone=alone)
     fused = {
         (event.program, event.name): item
         for event in trace.events
@@ -156,29 +158,6 @@ def _gaps(covered: list[tuple[float, float]], step: tuple[float, float]) -> tupl
     starts = [*(start for start, _ in covered), step[1]]
     gaps = sorted((start - end for end, start in zip(ends, starts, strict=True)), reverse=True)
     return tuple(gap for gap in gaps[:MOST_GAPS] if gap > 0)
-
-
-def _spans(run: Run, trace: Trace, reader: Reader, step: tuple[float, float]) -> tuple[Span, ...]:
-    """One step's host and operations; where there are too many, the longest."""
-    found = []
-    for item in trace.host:
-        if item.end_ms > step[0] and item.start_ms < step[1]:
-            kind = item.kind if item.kind in ("module", "wait") else "op"
-            name = f"dispatch {item.name}" if item.kind == "dispatch" else item.name or run.work.model.name
-            found.append((item.start_ms, item.end_ms, name, "host", kind, item.module))
-    for event in jax_ops.of_step(trace, step):
-        rows = reader.rows(event)
-        kind = "copy" if event.copies else "kernel" if trace.device else "op"
-        module = max(rows, key=lambda row: row.share).module if rows else ""
-        name = " + ".join(dict.fromkeys(row.name for row in rows)) or event.name
-        found.append((event.start_ms, event.end_ms, name, event.track, kind, module))
-    found = sorted(found, key=lambda span: span[0] - span[1])[:MOST_SPANS]
-    spans, open_until = [], {}
-    for start, end, name, track, kind, module in sorted(found, key=lambda span: (span[0], -span[1])):
-        around = [until for until in open_until.get(track, ()) if until > start]
-        spans.append(Span(name, track, kind, start - step[0], end - start, len(around), module))
-        open_until[track] = [*around, end]
-    return tuple(spans)
 
 
 def _share(value: float, missing: str | None, method: str) -> Quantity:

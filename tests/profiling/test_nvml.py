@@ -15,6 +15,7 @@ from perfkit.kernels import _native
 from perfkit.profiling import nvml, telemetry
 from perfkit.profiling.nvml import Live, Recording, Refused, Replay, opened
 from perfkit.profiling.nvml_readings import READINGS, others, quantity
+from perfkit.reporting import diagnosis
 
 RECORDED = sorted((Path(__file__).parents[2] / "bench" / "results").glob("telemetry-*.json"))
 
@@ -198,3 +199,17 @@ def test_the_dynamic_linker_finds_it(tmp_path):
     assert (
         told.count("Fake Card, 80 GiB, compute capability 9.0, driver 570.00, power limit 700 W, ECC on, MIG off") == 2
     )
+
+
+def test_doctor_tells_of_cards(fake_nvml, monkeypatch):
+    monkeypatch.setattr("perfkit.measure._hardware.accelerators", lambda: (("Fake Card",), ""))
+    fake_nvml("cards=2 power=120000 reasons=0x8 refuse=nvmlDeviceGetTemperature:3")
+    from perfkit import _doctor
+
+    counters, cards = _doctor._counters_and_cards()
+    assert counters["cuda"] == "NVML energy counter, 2 cards"
+    assert len(cards) == 2
+    told = diagnosis.card_now(cards[0])
+    assert told.startswith("power 120 W; sm clock 1,900 MHz")
+    assert "temperature" not in told
+    assert "clock held down by a hardware slowdown; also computing: " in told

@@ -14,8 +14,9 @@ from torch.cuda import _memory_viz
 from perfkit import InvalidInputError, reference
 from perfkit.profiling import torch_memory
 from perfkit.profiling._profile import CATEGORIES
-from perfkit.profiling.torch_memory import _moments
-from perfkit.profiling.torch_trace import Block, Trace, held
+from perfkit.profiling.torch_memory import STEPS, _card, _growth, _moments
+from perfkit.profiling.torch_snapshot import MOST_ENTRIES
+from perfkit.profiling.torch_trace import Block, Trace, held, traced
 
 X = torch.randn(16, 64)
 PARAMETERS = 4 * (64 * 128 + 128 + 128 * 32 + 32)
@@ -31,11 +32,10 @@ def trained():
     return collected(Net(), mode="training")
 
 
-@pytest.mark.parametrize("name", ["cnn", "lstm"])
-@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize(("name", "mode"), [("cnn", "training"), ("cnn", "inference"), ("lstm", "training")])
 def test_the_categories_add_up_to_a_peak_that_is_measured_otherwise(name, mode):
     """Another reading of the profiler: it sums up what grew during one step, and knows no block from another."""
-    task = reference.task(name, framework="torch", batch_size=16)
+    task = reference.task(name, framework="torch", batch_size=4)
     training = {"loss": task.loss, "targets": task.targets, "optimizer": task.optimizer} if mode == "training" else {}
     work = work_of(task.model, task.example_inputs, mode, **training)
     finished = work.backend.finish(work)
@@ -84,10 +84,14 @@ def test_the_timeline_begins_with_what_is_held_and_contains_the_peak(trained):
     assert [point.at_ms for point in memory.timeline] == sorted(point.at_ms for point in memory.timeline)
 
 
-def test_a_leak_is_told_and_nothing_else_is():
-    assert collected(Leaking())[1].growth.value == 16 * 32 * 4
-    assert collected(Net())[1].growth.value == 0
-    assert collected(Recurrent(), (torch.randn(5, 4, 6),), "training")[1].growth.value == 0
+def test_a_leak_is_told_and_nothing_else_is(trained):
+    def growth(model, inputs, mode="inference"):
+        work = work_of(model, inputs, mode)
+        return _growth(traced(work, work.backend.finish(work), STEPS)).value
+
+    assert growth(Leaking(), (X,)) == 16 * 32 * 4
+    assert growth(Recurrent(), (torch.randn(5, 4, 6),), "training") == 0
+    assert trained[1].growth.value == 0
 
 
 def test_what_is_not_there_has_a_reason(trained):
@@ -122,6 +126,51 @@ def test_a_snapshot_that_cannot_be_written_is_refused(tmp_path):
     work = work_of(Net(), (X,))
     with pytest.raises(InvalidInputError, match="cannot be written"):
         torch_memory.snapshot(work, work.backend.finish(work), tmp_path / "missing" / "step.pickle")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """What torch would tell of a card: 600 B of 800 B used at the peak, and what was asked of it."""
+    asked = []
+    told = {
+        "synchronize": None,
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 600,
+        "max_memory_reserved": 800,
+        "mem_get_info": (1000, 10_000),
+    }
+    for name, answer in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: asked.append(options))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", asked.append)
+    return asked
+
+
+def test_what_the_caching_allocator_of_a_card_tells(card):
+    calls = []
+    found = _card(lambda: calls.append("step"), "cuda")
+    assert calls == ["step"]
+    assert (found["allocated"].value, found["reserved"].value, found["device_used"].value) == (600, 800, 9000)
+    assert found["fragmentation"].value == pytest.approx(0.25)
+
+
+def test_recording_on_a_card_ends_also_when_the_step_raises(card, tmp_path):
+    work = work_of(Net(), (X,)).replace(device="cuda")
+    path = tmp_path / "step.pickle"
+    torch_memory.snapshot(work, work.backend.finish(work), path)
+    assert card == [{"max_entries": MOST_ENTRIES}, str(path), {"enabled": None}]
+    card.clear()
+    work.model.first = torch.nn.Linear(3, 3)
+    with pytest.raises(RuntimeError):
+        torch_memory.snapshot(work, work.backend.finish(work), path)
+    assert card in ([], [{"max_entries": MOST_ENTRIES}, {"enabled": None}])
+
+
+def test_a_device_that_tells_no_allocations():
+    work = work_of(Net(), (X,)).replace(device="mps")
+    found = torch_memory.collected(work, work.backend.finish(work))
+    assert found.peak.unavailable == "no allocations are told of device 'mps'"
 
 
 def test_blocks_move_the_timeline_when_they_are_born_and_freed():
