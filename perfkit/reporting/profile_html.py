@@ -137,7 +137,7 @@ def _op_row(facts: _profile_rows.OpFacts) -> dict[str, Any]:
         "phase": op.phase,
         "share": _cell(facts.share, format_percent),
         "ms": _cell(op.self_ms, format_ms),
-        "calls": (f"{op.calls:g}", _finite(op.calls)),
+        "calls": (facts.calls, _finite(op.calls)),
         "rate": (facts.rate, _finite(op.flops / op.self_ms) if op.self_ms else 0.0),
         "roof": (facts.bound, _finite(facts.reached)),
     }
@@ -194,7 +194,7 @@ def _both(draw: Callable[..., str], *what: Any) -> Markup:
 
 
 def _no_roofline(profile: Profile) -> str:
-    """Why there is no roofline; "" where nothing is said of it elsewhere either."""
+    """Why there is no roofline, where there is none."""
     if profile.ceilings is None:
         return "the machine's ceilings were not measured."
     if (bandwidth := profile.ceilings.bandwidth_gb_s).value is None:
