@@ -96,7 +96,7 @@ def _profiled(work: Workload, finished: Finished, where: Where, steps: int) -> R
         stack.enter_context(finished.keeping_state())
         step()
         stack.enter_context(without_lines("USDT:"))
-        profiler = stack.enter_context(torch.profiler.profile(activities=activities, acc_events=True))
+        profiler = stack.enter_context(torch.profiler.profile(activities=activities))
         stack.enter_context(where.following())
         for _ in range(steps + 1):
             step()
