@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from perfkit._report import Quantity
+from perfkit._variant import first_line
 from perfkit._workload import Workload
 from perfkit.backends import Finished
 from perfkit.backends.torch_stderr import without_lines
@@ -46,7 +47,11 @@ def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
         work: holds a copy of the caller's model; its state is as before when this returns or raises.
         basics: of the same workload.
     """
-    count = counted(work, finished)
+    try:
+        count = counted(work, finished)
+        arithmetic = Quantity(count.flops(), "FLOP", method=_COUNTED)
+    except NotImplementedError as error:  # operations that cannot run while another looks at what runs
+        count, arithmetic = Count(), Quantity.missing("FLOP", f"it cannot be counted: {first_line(error)}")
     where = Where(work.model)
     events = _profiled(work, finished, where, _steps(count))
     profiled = sorted(_split(events, where, count.operators), key=lambda step: step.event.duration_ns)
@@ -73,7 +78,7 @@ def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
             "ratio",
             method=f"median of {len(profiled)} profiled steps / median of those without",
         ),
-        flops=Quantity(count.flops(), "FLOP", method=_COUNTED),
+        flops=arithmetic,
         utilization=Quantity.missing("ratio", "the machine's ceiling was not measured"),
         ops=ops,
         modules=modules(work.model, ops, count, on_device),
