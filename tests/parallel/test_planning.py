@@ -188,14 +188,21 @@ def make():
     adam = functools.partial(torch.optim.Adam, lr=1e-3)
     x, y = torch.randn(8, 16), torch.randn(8, 8)
     return {"model": model, "example_inputs": (x,), "targets": y, "loss": torch.nn.MSELoss(), "optimizer": adam}
+
+if __name__ == "__main__":
+    from perfkit import cli
+    from perfkit.parallel import planning_layouts
+
+    planning_layouts.ROUNDS = 1
+    cli.main(["plan", "planned_here:make", "--parallel", "--devices", "2"])
 """
 
 
 def test_two_processes_measure_what_lies_between_them(tmp_path):
     pytest.importorskip("torch")
     (tmp_path / "planned_here.py").write_text(FACTORY)
-    command = [sys.executable, "-m", "perfkit.cli", "plan", "planned_here:make", "--parallel", "--devices", "2"]
-    about = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "perfkit.cli", "launch", "--nproc", "2", "planned_here.py"]
+    about = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | about, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "computing, link and framework, by 2 processes" in " ".join(done.stdout.split())
