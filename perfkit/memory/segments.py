@@ -31,7 +31,7 @@ class Segment:
     seconds: float
     chunks: int = 1
     fixed: str = ""
-    place: object = None
+    place: tuple[str, tuple[int, ...]] = ("", ())
 
 
 @dataclass(frozen=True)

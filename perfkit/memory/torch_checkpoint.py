@@ -65,7 +65,7 @@ def _segments(name: str, module: nn.Module, found: dict[str, Record], most: floa
     elif record.sequence > 1 and not whole.fixed:
         chunks = min(math.ceil(record.saved_bytes / most), record.sequence, MOST_CHUNKS)
         yield _segment(name, found, chunks) if chunks > 1 else whole
-    elif type(module).forward is nn.Sequential.forward and record.calls == 1:
+    elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and record.calls == 1:
         yield from _runs(name, module, found, most)
     else:
         inner = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
@@ -94,7 +94,7 @@ def _runs(name: str, module: nn.Sequential, found: dict[str, Record], most: floa
                 parts[0].input_bytes,
                 sum(part.seconds for part in parts),
                 fixed=fixed,
-                place=(name, run[0], run[-1] + 1),
+                place=(name, (run[0], run[-1] + 1)),
             )
             run.clear()
 
@@ -114,7 +114,7 @@ def _runs(name: str, module: nn.Sequential, found: dict[str, Record], most: floa
 def _segment(name: str, found: dict[str, Record], chunks: int = 1) -> Segment:
     record = found[name]
     fixed = _once(name, found) or ("it writes to its input" if record.writes_input else "")
-    return Segment(name, record.saved_bytes, record.input_bytes, record.seconds, chunks, fixed, place=(name,))
+    return Segment(name, record.saved_bytes, record.input_bytes, record.seconds, chunks, fixed, place=(name, ()))
 
 
 def _once(name: str, found: dict[str, Record]) -> str:
@@ -125,10 +125,10 @@ def _once(name: str, found: dict[str, Record]) -> str:
 
 
 def _apply(model: nn.Module, segment: Segment) -> None:
-    name, *span = segment.place  # type: ignore[misc]
+    name, span = segment.place
     module = model.get_submodule(name)
-    if span:
-        _run_in_groups(module, tuple(span))
+    if isinstance(module, nn.Sequential) and span:
+        _run_in_groups(module, span)
     elif segment.chunks > 1:
         around_forward(module, partial(_in_pieces, chunks=segment.chunks))
     else:
@@ -148,7 +148,7 @@ def _whole(forward: Callable) -> Callable:
     return checkpointed
 
 
-def _run_in_groups(module: nn.Sequential, span: tuple[int, int]) -> None:
+def _run_in_groups(module: nn.Sequential, span: tuple[int, ...]) -> None:
     """Children `span[0]` to `span[1] - 1` as one segment, beside those that are already."""
     spans = sorted([*getattr(type(module), SPANS, ()), span])
     starts = dict(spans)
