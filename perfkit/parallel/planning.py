@@ -68,6 +68,7 @@ class Costs:
         rows: of the whole batch.
         pass_s: seconds of forward and backward by rows, on as many devices at a time as there will be.
         update_s: of the optimizer's step.
+        forward_s: of a forward call on the whole batch, with what belongs to no unit.
         units: in the order of their calls.
         splits: by number of devices along "tensor".
         bytes, tensors: of all parameters that are trained, and how many they are.
@@ -76,6 +77,7 @@ class Costs:
     rows: int
     pass_s: Mapping[int, float]
     update_s: float
+    forward_s: float
     units: tuple[Unit, ...]
     splits: Mapping[int, tuple[Split, ...]]
     bytes: int
@@ -231,7 +233,7 @@ def predict(costs: Costs, way: Way, cluster: Cluster) -> Prediction:
     share = 1 / way.data  # of the batch, and so of activations
     splits = costs.splits.get(way.tensor, ()) if way.tensor > 1 else ()
     total_s = sum(unit.seconds for unit in costs.units) or 1.0
-    kept = 1 - min(sum(split.seconds * (1 - split.left) for split in splits) / total_s, 1.0)
+    kept = 1 - min(sum(split.seconds * (1 - split.left) for split in splits) / costs.forward_s, 1.0)
     held = costs.bytes - sum(split.bytes for split in splits) * (1 - 1 / way.tensor)
     stages = stages_of(costs.units, way.pipeline)
     longest = max(sum(unit.seconds for unit in stage) for stage in stages) / total_s if way.pipeline > 1 else 1.0
