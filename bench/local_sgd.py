@@ -126,9 +126,9 @@ def measured() -> list[str]:
     recorded = json.loads(path.read_text())
     return [
         "",
-        f"{recorded['processes']} processes, batches of 64 rows, torch {recorded['libraries']['torch']}.",
-        f"Losses are of averaged models: the mean of the last {AVERAGED} up to each quarter of the steps. Bytes are those",
-        f"that a process hands to its all-reduces. Source: `bench/results/{path.name}`.",
+        f"{recorded['processes']} processes, batches of 64 rows, torch {recorded['libraries']['torch']}. Losses are of",
+        f"averaged models, the mean of the last {AVERAGED} up to each quarter of the steps; bytes are those given to",
+        f"all-reduces. Source: `bench/results/{path.name}`.",
         "",
         "| model, steps | recipe | bytes a step | loss at ¼, ½, ¾ and the end | held-out |",
         "|---|---|---|---|---|",

@@ -17,7 +17,8 @@ from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_surgery import map_tensors, tensors_in
 from perfkit.parallel.batch import length, sliced
-from perfkit.parallel.planning import MICRO_BATCHES, Costs, Split, Unit
+from perfkit.parallel.planning import MICRO_BATCHES
+from perfkit.parallel.planning_parts import Costs, Split, Unit
 from perfkit.parallel.torch_data import units_of
 
 BLOCK, WATCHED = 3, 5

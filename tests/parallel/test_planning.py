@@ -13,19 +13,8 @@ from click.testing import CliRunner
 from perfkit import InvalidInputError, UnsupportedError, cli
 from perfkit._recipe import chain_of
 from perfkit.parallel.links import Measured, Ring
-from perfkit.parallel.planning import (
-    BUCKET,
-    Cluster,
-    Costs,
-    Overheads,
-    Split,
-    Unit,
-    Way,
-    predict,
-    ranked,
-    stages_of,
-    ways,
-)
+from perfkit.parallel.planning import BUCKET, predict, ranked, stages_of, ways
+from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Split, Unit, Way
 from perfkit.parallel.torch_costs import needed_rows
 
 ROOT = Path(__file__).parents[2]
