@@ -23,7 +23,8 @@ from bench.record import RESULTS, device_slug
 from perfkit._recipe import names
 from perfkit.measure.environment import environment
 from perfkit.parallel.launching import Launch, launch, told
-from perfkit.parallel.planning import MICRO_BATCHES, Way, predict
+from perfkit.parallel.planning import MICRO_BATCHES, predict
+from perfkit.parallel.planning_parts import Way
 
 MODELS = ("cnn2", "text_lstm", "transformer")
 BATCH_SIZE, POSITIONS, WIDTH, HEADS = 64, 64, 128, 4

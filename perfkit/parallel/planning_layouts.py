@@ -13,7 +13,8 @@ from perfkit._variant import apply
 from perfkit._workload import check_mode
 from perfkit.parallel import world
 from perfkit.parallel.links import Ring
-from perfkit.parallel.planning import Cluster, Prediction, ranked
+from perfkit.parallel.planning import ranked
+from perfkit.parallel.planning_parts import Cluster, Prediction
 
 LATENCY_US = 10.0
 """Of one message, where nobody says: a launch of NCCL's, or a switched network."""

@@ -17,11 +17,12 @@ from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_surgery import map_tensors, tensors_in
 from perfkit.parallel.batch import length, sliced
-from perfkit.parallel.planning import MICRO_BATCHES, Costs, Split, Unit
+from perfkit.parallel.planning import MICRO_BATCHES
+from perfkit.parallel.planning_parts import Costs, Split, Unit
 from perfkit.parallel.torch_data import units_of
 
-BLOCK = 3
-"""Passes that are timed together."""
+BLOCK, WATCHED = 3, 5
+"""Passes that are timed together, and passes in which layers are."""
 
 
 class Step:
@@ -76,13 +77,14 @@ def costs(
     update_s: float,
 ) -> Costs:
     """All that `planning` asks, from times of passes by rows and of the optimizer's step."""
-    units, layers = _called(step)
+    units, layers, forward_s = _called(step)
     trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
     splits = {parts: _splits(step, layers, parts) for parts in range(2, devices + 1) if devices % parts == 0}
     return Costs(
         rows=step.rows,
         pass_s=dict(passes),
         update_s=update_s,
+        forward_s=forward_s,
         units=units,
         splits=splits,
         bytes=sum(map(_bytes, trained)),
@@ -124,11 +126,14 @@ def seconds_of(call: Callable[[], None], times: int = BLOCK) -> float:
     return (time.perf_counter() - start) / times
 
 
-def _called(step: Step) -> tuple[tuple[Unit, ...], dict[str, tuple[float, int, int, bool]]]:
-    """The units in the order of their calls; and of each layer its seconds, bytes in and out, and if inputs learn."""
+def _called(step: Step) -> tuple[tuple[Unit, ...], dict[str, tuple[float, int, int, bool]], float]:
+    """The units in the order of their calls; of each layer its seconds, bytes in and out, and if inputs learn.
+
+    And the seconds of the model's forward call.
+    """
     names = {id(module): name for name, module in step.model.named_modules()}
     modules = [unit for unit in units_of(step.model) if unit is not step.model] or [step.model]
-    watched = {id(module): module for module in [*modules, *_layers(step.model)]}
+    watched = {id(module): module for module in [*modules, *_layers(step.model), step.model]}
     times: dict[int, list[float]] = {}
     sizes: dict[int, tuple[int, int, bool]] = {}
     started: list[float] = []
@@ -148,24 +153,26 @@ def _called(step: Step) -> tuple[tuple[Unit, ...], dict[str, tuple[float, int, i
     for module in watched.values():
         handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:
-        for _ in range(5):
+        for _ in range(WATCHED):
             step.both_passes(*step.batch(step.rows))
     finally:
         for handle in handles:
             handle.remove()
+    # A module that is called several times in a pass takes that many times its median.
+    seconds = {key: median(found) * len(found) / WATCHED for key, found in times.items()}
     order = [module for module in (watched[key] for key in times) if any(module is unit for unit in modules)]
     found = tuple(
         Unit(
             names[id(module)],
-            median(times[id(module)]),
+            seconds[id(module)],
             sum(map(_bytes, module.parameters())),
             len(list(module.parameters())),
             sizes[id(module)][1],
         )
         for module in order
     )
-    layers = {names[key]: (median(seconds), *sizes[key]) for key, seconds in times.items()}
-    return found, layers
+    layers = {names[key]: (seconds[key], *sizes[key]) for key in times}
+    return found, layers, seconds[id(step.model)]
 
 
 def _splits(step: Step, layers: Mapping[str, tuple[float, int, int, bool]], parts: int) -> tuple[Split, ...]:

@@ -18,7 +18,8 @@ from perfkit._workload import Workload
 from perfkit.parallel import planning
 from perfkit.parallel.gathering import gathered
 from perfkit.parallel.links import Measured
-from perfkit.parallel.planning import MICRO_BATCHES, Cluster, Costs, Overheads, Way
+from perfkit.parallel.planning import MICRO_BATCHES
+from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Way
 from perfkit.parallel.torch_costs import Step, costs, seconds_of, timed_calls
 
 SIZES = (4, 1 << 14, 1 << 18, 1 << 21, 1 << 24)

@@ -13,19 +13,8 @@ from click.testing import CliRunner
 from perfkit import InvalidInputError, UnsupportedError, cli
 from perfkit._recipe import chain_of
 from perfkit.parallel.links import Measured, Ring
-from perfkit.parallel.planning import (
-    BUCKET,
-    Cluster,
-    Costs,
-    Overheads,
-    Split,
-    Unit,
-    Way,
-    predict,
-    ranked,
-    stages_of,
-    ways,
-)
+from perfkit.parallel.planning import BUCKET, predict, ranked, stages_of, ways
+from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Split, Unit, Way
 from perfkit.parallel.torch_costs import needed_rows
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +26,7 @@ COSTS = Costs(
     rows=64,
     pass_s={4: 0.1, 8: 0.15, 32: 0.45, 64: 0.85},
     update_s=0.02,
+    forward_s=0.6,
     units=UNITS,
     splits={2: (SPLIT,)},
     bytes=40 * MB,
@@ -98,11 +88,11 @@ def test_shards_update_their_part_and_gather_each_unit_twice():
 
 def test_split_layers_take_what_their_parts_take_and_send_for_the_whole_batch():
     found = predict(COSTS, Way(tensor=2), cluster(split=1e-3))
-    assert found.computing_s == pytest.approx(0.85 * (1 - 0.2 / 0.5 * 0.5) + 0.02 * 35 / 40)
+    assert found.computing_s == pytest.approx(0.85 * (1 - 0.2 / 0.6 * 0.5) + 0.02 * 35 / 40)
     assert found.sending_s == pytest.approx(sum(SLOW.seconds(kind, MB, 2) for kind in ("all_reduce", "all_gather")))
     assert found.overhead_s == 1e-3
     both = predict(COSTS, Way(data=2, tensor=2, shard=True), cluster(4))
-    assert both.computing_s == pytest.approx(0.45 * 0.8 + 0.02 * 35 / 40 / 2)
+    assert both.computing_s == pytest.approx(0.45 * (1 - 0.1 / 0.6) + 0.02 * 35 / 40 / 2)
 
 
 def test_a_pipeline_waits_for_its_first_and_last_micro_batch():
@@ -131,7 +121,7 @@ def test_the_layouts_are_those_that_recipes_can_make():
     for way in ways(COSTS, 4):
         assert all(recipe.size for recipe in chain_of(way.recipe.partition("pipeline")[0].rstrip("+") or []))
     with pytest.raises(InvalidInputError, match="64 rows and 1 unit"):
-        ranked(Costs(64, {64: 1.0}, 0.1, UNITS[:1], {}, MB, 1), cluster(3))
+        ranked(Costs(64, {64: 1.0}, 0.1, 0.3, UNITS[:1], {}, MB, 1), cluster(3))
 
 
 def test_a_quick_link_is_used_and_a_slow_one_avoided():
