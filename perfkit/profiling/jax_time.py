@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
+from perfkit._errors import UnsupportedError
 from perfkit._report import Quantity
 from perfkit._workload import Workload
 from perfkit.backends import Finished
 from perfkit.profiling import jax_flops, jax_hlo, jax_ops, jax_shares, jax_trace
-from perfkit.profiling._basics import Basics
+from perfkit.profiling._basics import Basics, unprofiled
 from perfkit.profiling._profile import PHASES, Op, Time
 from perfkit.profiling.jax_modules import modules
 from perfkit.profiling.jax_ops import Reader
@@ -43,7 +44,10 @@ def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
         count = jax_flops.counted(run.jaxpr, work.trains, run.scopes)
         steps = max(FEWEST, min(MOST, round(PROFILED_S / (basics.step.median_ms / 1e3))))
         run.call()
-        trace = jax_trace.taken(run.call, steps)
+        try:
+            trace = jax_trace.taken(run.call, steps)
+        except UnsupportedError as error:
+            return unprofiled(basics, str(error))
         reader, split = _reader(run, trace, count)
         return _time(run, trace, reader, split, count, basics)
 
