@@ -45,45 +45,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     there = [name for name in ("torch", "jax") if find_spec(name)]
     parser.add_argument("--frameworks", nargs="+", choices=there, default=there, help="rows of others are kept")
+    every = list(dict.fromkeys(case[0] for case in CASES))
+    parser.add_argument("--models", nargs="+", choices=every, default=every, help="rows of others are kept")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, metavar="N", help="seconds for timing each recipe")
     parser.add_argument("--page", action="store_true", help="measure nothing, only write the page")
     options = parser.parse_args()
     if not options.page:
-        record(options.frameworks, options.budget_s)
+        record(options.frameworks, options.models, options.budget_s)
     write()
 
 
-def record(frameworks: list[str], budget_s: float) -> None:
+def record(frameworks: list[str], models: list[str], budget_s: float) -> None:
+    """Try every case of them; what is recorded of others stays."""
     path = RESULTS / f"advice-{device_slug()}.json"
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [row for row in kept if row["framework"] not in frameworks]
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    about = {"environment": dataclasses.asdict(environment()), "date": dt.date.today().isoformat()}
     for framework in frameworks:
-        for case in CASES:
-            for row in tried(framework, *case, budget_s):
-                print(row, flush=True)
-                rows.append(row)
-    found = {"environment": dataclasses.asdict(environment()), "date": dt.date.today().isoformat(), "rows": rows}
-    path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        for name, mode, batch_size in CASES:
+            if name not in models:
+                continue
+            case = {"framework": framework, "model": name, "mode": mode, "batch_size": batch_size}
+            found = tried(case, budget_s)
+            print(*found, sep="\n", flush=True)
+            rows = [row for row in rows if not case.items() <= row.items()] + found
+            path.write_text(json.dumps(about | {"rows": rows}, indent=1, sort_keys=True) + "\n")
     print(f"wrote {path}")
 
 
-def tried(framework: str, name: str, mode: str, batch_size: int, budget_s: float) -> list[dict[str, Any]]:
+def tried(case: dict[str, Any], budget_s: float) -> list[dict[str, Any]]:
     """Profile one model; a row for each finding that names a recipe."""
-    arguments = given(framework, name, mode, batch_size)
-    about = {"framework": framework, "model": name, "mode": mode, "batch_size": batch_size}
+    arguments = given(**case)
     profile = perfkit.profile(**arguments, budget_s=min(budget_s, 3.0))
     if profile.outcome != "complete":
-        return [about | {"failed": profile.explanation}]
+        return [case | {"failed": profile.explanation}]
     by_recipe = {finding.recipe: finding for finding in reversed(profile.findings) if finding.recipe}
-    return [about | told(finding) | gained(finding, arguments, budget_s) for finding in reversed(by_recipe.values())]
+    return [case | told(finding) | gained(finding, arguments, budget_s) for finding in reversed(by_recipe.values())]
 
 
-def given(framework: str, name: str, mode: str, batch_size: int) -> dict[str, Any]:
+def given(framework: str, model: str, mode: str, batch_size: int) -> dict[str, Any]:
     """The arguments of `profile` and `optimize`, a new model among them."""
     if mode == "inference":
-        model, example_inputs = reference.load(name, framework=framework, batch_size=batch_size)
-        return {"model": model, "example_inputs": example_inputs, "mode": mode}
-    task = reference.task(name, framework=framework)
+        module, example_inputs = reference.load(model, framework=framework, batch_size=batch_size)
+        return {"model": module, "example_inputs": example_inputs, "mode": mode}
+    task = reference.task(model, framework=framework)
     fields = ("model", "example_inputs", "targets", "loss", "optimizer")
     return {field: getattr(task, field) for field in fields} | {"mode": mode}
 

@@ -83,7 +83,7 @@ def batch(facts: Facts) -> Iterator[Finding]:
         f"{percent(held / peak)} of the peak of {megabytes(peak)} grows with the batch",
         (),
         held / peak,
-        "accumulate",
+        "accumulate(batch_dim=1)" if facts.time_major else "accumulate",
         "run the step in micro-batches, if memory is short: it takes longer",
         peak / (peak - held / 2),
         "half of it at a time, in two micro-batches",

@@ -48,9 +48,14 @@ class Shape:
 
 def shapes_of(op: Op) -> tuple[Shape, ...]:
     """The inputs of an operation, read from its text."""
+    return read_shapes(op.shapes)
+
+
+def read_shapes(text: str) -> tuple[Shape, ...]:
+    """The shapes of "float32[64, 10], int64[64]"."""
     return tuple(
         Shape(dtype, tuple(int(size) for size in sizes.split(",") if size.strip()))
-        for dtype, sizes in re.findall(r"([a-z]+\d+|bool)\[([\d, ]*)\]", op.shapes)
+        for dtype, sizes in re.findall(r"([a-z]+\d+|bool)\[([\d, ]*)\]", text)
     )
 
 
@@ -137,6 +142,16 @@ class Facts:
             and op.phase in ("forward", "backward")
             and (RECURRENT.search(op.name) or any(_within(op.module, place) for place in places))
         )
+
+    @cached_property
+    def time_major(self) -> bool:
+        """Whether the model's input has time first and the batch second, as its recurrent layers take it."""
+        inputs = [shape.sizes for shape in read_shapes(self.profile.inputs)]
+        if not inputs or len(inputs[0]) != 3 or inputs[0][0] == inputs[0][1]:
+            return False
+        first = [shapes[0].sizes for shapes in map(shapes_of, self.recurrent) if shapes]
+        rows = {sizes[0] for sizes in first if len(sizes) == 2}  # of a cell at one time step
+        return inputs[0] in first or (inputs[0][1] in rows and inputs[0][0] not in rows)
 
     @cached_property
     def products(self) -> tuple[Op, ...]:
