@@ -12,6 +12,7 @@ import functools
 import json
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +36,8 @@ WITHIN = 0.25
 def main() -> None:
     options = _parser().parse_args()
     if options.worker:
-        return work(options.models, options.rounds, options.worker)
+        work(options.models, options.rounds, options.worker)
+        return
     if not options.page:
         record(options)
     if not options.quick:
@@ -101,6 +103,7 @@ def work(models: Sequence[str], rounds: int, file: Path) -> None:
 
     from perfkit.parallel import torch_link, torch_world
 
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of a model that makes no such view
     torch_world.join()
     processes = dist.get_world_size()
     rows = []

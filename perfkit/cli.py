@@ -176,6 +176,28 @@ main.add_command(_cli_profile.profile)
 
 
 @main.command()
+@click.argument("model")
+@framework_option
+@mode_option("training")
+@click.option("--recipe", help="Of the model under this recipe.  [default: the model as it is]")
+@click.option("--limit-mb", type=click.FloatRange(min=1), help="Memory to stay within.  [default: what is free]")
+@click.option("--multiple-of", type=click.IntRange(min=1), default=1, show_default=True, help="Try multiples only.")
+def max_batch(model, framework, mode, recipe, limit_mb, multiple_of) -> None:
+    """Find the largest batch of the reference model MODEL that fits into memory."""
+    with status() as progress:
+        loaded = load(model, framework, mode, 64)
+        found = perfkit.max_batch_size(
+            **{name: value for name, value in loaded.items() if name != "calibration"},
+            mode=mode,
+            recipe=recipe,
+            limit_bytes=None if limit_mb is None else int(limit_mb * 1e6),
+            multiple_of=multiple_of,
+            progress=progress,
+        )
+    out.print(str(found), highlight=False, soft_wrap=True)
+
+
+@main.command()
 def recipes() -> None:
     """List the recipes there are."""
     table = Table("recipe", "stage", "frameworks", "what it does", box=None, header_style="bold", pad_edge=False)

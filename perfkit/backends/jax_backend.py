@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -163,6 +164,15 @@ class JaxBackend(Backend):
 
     def leaves(self, tree: Any) -> Iterator[jax.Array]:
         return (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, (jax.Array, np.ndarray)))
+
+    def mapped(self, function: Callable[[Any], Any], tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: function(leaf) if isinstance(leaf, (jax.Array, np.ndarray)) else leaf, tree)
+
+    def rows(self, leaf: Any, indices: list[int], dim: int) -> jax.Array:
+        return jnp.take(leaf, np.array(indices), axis=dim)
+
+    def forget(self) -> None:
+        gc.collect()
 
     def _check_runs(self, work: Workload) -> None:
         inputs, name = work.inputs, work.model.name

@@ -25,8 +25,8 @@ LOSS, OPTIMIZER = "{:loss}", "{:optimizer}"
 class Trainer:
     """`forward → loss → gradients → optimizer update` as one compiled function, on state of its own.
 
-    Nobody trains op by op in JAX, so the original's step is one program too. Under the recipe `compile` its outputs
-    also take over its inputs' memory (donation).
+    Nobody trains op by op in JAX, so the original's step is one program too. Under the recipes `compile` and `donate`
+    its outputs also take over its inputs' memory (donation).
 
     Args:
         work: a training workload.
@@ -38,7 +38,7 @@ class Trainer:
         state = model.params, model.rest, training.optimizer.init(model.params), _first_scale()
         self.state = _owned(self.placement.state(state))
         step = _step(self.placement.function(model.function()), training, self.placement.averaged)
-        self.program = self.placement.program(step, (0,) if model.ahead else (), self.state)
+        self.program = self.placement.program(step, (0,) if model.ahead or training.donates else (), self.state)
 
     @property
     def held(self) -> tuple[Any, Any]:

@@ -86,7 +86,7 @@ def _runs(name: str, module: nn.Sequential, found: dict[str, Record], most: floa
     def ended() -> Iterator[Segment]:
         if run:
             parts = [_segment(children[index], found) for index in run]
-            fixed = next((part.fixed for part in parts if part.fixed), "")
+            fixed = parts[0].fixed or next(filter(None, (_once(children[index], found) for index in run)), "")
             told = children[run[0]] if len(run) == 1 else f"{children[run[0]]} to {children[run[-1]]}"
             yield Segment(
                 told,
@@ -113,15 +113,15 @@ def _runs(name: str, module: nn.Sequential, found: dict[str, Record], most: floa
 
 def _segment(name: str, found: dict[str, Record], chunks: int = 1) -> Segment:
     record = found[name]
-    inner = [other for key, other in found.items() if key == name or key.startswith(f"{name}.")]
-    fixed = ""
-    if any(one.changes for one in inner):
-        fixed = "it changes its buffers"
-    elif record.writes_input:
-        fixed = "it writes to its input"
-    elif record.calls > 1:
-        fixed = "it is called more than once"
+    fixed = _once(name, found) or ("it writes to its input" if record.writes_input else "")
     return Segment(name, record.saved_bytes, record.input_bytes, record.seconds, chunks, fixed, place=(name,))
+
+
+def _once(name: str, found: dict[str, Record]) -> str:
+    """Why a module cannot be run again, whatever it is run from."""
+    if any(one.changes for key, one in found.items() if key == name or key.startswith(f"{name}.")):
+        return "it changes its buffers"
+    return "it is called more than once" if found[name].calls > 1 else ""
 
 
 def _apply(model: nn.Module, segment: Segment) -> None:

@@ -12,13 +12,14 @@ import jax
 from perfkit._report import Quantity
 from perfkit._workload import Workload
 from perfkit.backends import Finished
-from perfkit.profiling import jax_flops, jax_hlo, jax_ops, jax_trace
+from perfkit.profiling import jax_flops, jax_hlo, jax_ops, jax_shares, jax_trace
 from perfkit.profiling._basics import Basics
 from perfkit.profiling._profile import PHASES, Op, Time
 from perfkit.profiling.jax_modules import modules
-from perfkit.profiling.jax_ops import Reader, Shares
+from perfkit.profiling.jax_ops import Reader
 from perfkit.profiling.jax_run import WITHOUT_LIBRARY_FUSIONS, Run, marking
 from perfkit.profiling.jax_scopes import Place
+from perfkit.profiling.jax_shares import Shares
 from perfkit.profiling.jax_spans import spans
 from perfkit.profiling.jax_trace import Event, Trace
 
@@ -92,7 +93,7 @@ def _reader(run: Run, trace: Trace, count: jax_flops.Counted) -> tuple[Reader, s
     fused = {
         (event.program, event.name): item
         for event in trace.events
-        if (item := plain.instruction(event)) and jax_ops.holds_layers(programs[event.program], item, run.place)
+        if (item := plain.instruction(event)) and jax_shares.holds_layers(programs[event.program], item, run.place)
     }
     if not fused:
         return plain, ""
@@ -100,9 +101,9 @@ def _reader(run: Run, trace: Trace, count: jax_flops.Counted) -> tuple[Reader, s
     shares: dict[str, Shares] = {}
     measured = 0
     for (number, name), item in fused.items():
-        shares[name] = jax_ops.shares_by_time(programs[number], item, run.place, by_place)
+        shares[name] = jax_shares.shares_by_time(programs[number], item, run.place, by_place)
         measured += bool(shares[name])
-        shares[name] = shares[name] or jax_ops.shares_by_work(programs[number], item, run.place)
+        shares[name] = shares[name] or jax_shares.shares_by_work(programs[number], item, run.place)
     told = f"; the time of {len(fused)} fusion(s) of several layers shared out among them "
     how = "as they take it where XLA does not fuse them" if measured == len(fused) else "by their operations and bytes"
     return Reader(programs, run.place, shares, device=trace.device), told + how

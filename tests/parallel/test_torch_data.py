@@ -74,7 +74,6 @@ def test_gradients_are_sent_with_the_last_micro_batch_alone(found):
     # gloo builds a reduce-scatter of an all-reduce; the loss is one more.
     once, again = (int(re.search(r"(\d+) × all_reduce", told)[1]) for told in (whole, parts))
     assert once == again > 1
-    assert reduced[0] == reduced[1]
     assert any("the last of 2 micro-batches" in note for note in found["block in parts"]["notes"])
 
 

@@ -144,6 +144,16 @@ def test_a_compiled_model_is_seen_as_it_runs():
     assert [module.flops for module in found.modules if module.path == "first"] == [flops.linear(16, 64, 128)]
 
 
+def test_what_cannot_be_counted_is_timed_all_the_same(monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("no rule for it")
+
+    monkeypatch.setattr("perfkit.profiling.torch_flops.count", refuse)
+    found = time_of(Net())
+    assert found.flops.unavailable == "it cannot be counted: no rule for it"
+    assert places(found, "aten::addmm") == {("first", "forward"), ("block.1", "forward")}
+
+
 def test_nothing_of_the_model_or_of_torch_changes():
     work = work_of(Net(), (X,), "training")
     finished = work.backend.finish(work)
