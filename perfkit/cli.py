@@ -177,15 +177,15 @@ main.add_command(_cli_profile.profile)
 
 @main.command()
 @click.argument("model")
-@framework_option
-@mode_option("training")
+@common.framework_option
+@common.mode_option("training")
 @click.option("--recipe", help="Of the model under this recipe.  [default: the model as it is]")
 @click.option("--limit-mb", type=click.FloatRange(min=1), help="Memory to stay within.  [default: what is free]")
 @click.option("--multiple-of", type=click.IntRange(min=1), default=1, show_default=True, help="Try multiples only.")
 def max_batch(model, framework, mode, recipe, limit_mb, multiple_of) -> None:
     """Find the largest batch of the reference model MODEL that fits into memory."""
-    with status() as progress:
-        loaded = load(model, framework, mode, 64)
+    with common.status() as progress:
+        loaded = common.load(model, framework, mode, 64)
         found = perfkit.max_batch_size(
             **{name: value for name, value in loaded.items() if name != "calibration"},
             mode=mode,
@@ -194,7 +194,7 @@ def max_batch(model, framework, mode, recipe, limit_mb, multiple_of) -> None:
             multiple_of=multiple_of,
             progress=progress,
         )
-    out.print(str(found), highlight=False, soft_wrap=True)
+    common.out.print(str(found), highlight=False, soft_wrap=True)
 
 
 @main.command()
