@@ -27,6 +27,8 @@ from perfkit.reporting._format import (
 WIDE, NARROW, CURVE = 900, 350, 420
 # More belongs into the JSON: the page is read by a person.
 MOST_OPS, MOST_MODULES, MOST_ALLOCATIONS, MOST_FINDINGS = 200, 300, 40, 20
+# A distribution of a handful of steps has no shape.
+FEWEST_STEPS = 20
 MOST_TITLE, MOST_TEXT, MOST_PATH = 120, 1000, 48
 
 Cell = tuple[str, float]
@@ -65,6 +67,7 @@ def _view(profile: Profile) -> dict[str, Any]:
     on_device = profile.time is not None and _views.on_device(profile.time)
     phases = _profile_rows.phase_rows(profile)
     steps = [(facts.per(profile), profile.time.step)] if profile.time is not None else []
+    steps = [(name, step) for name, step in steps if len(step.samples_ms) >= FEWEST_STEPS]
     held = _profile_rows.category_rows(profile.memory) if profile.memory else ()
     return {
         "model": shorten(clean(profile.model), MOST_TITLE),

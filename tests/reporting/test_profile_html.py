@@ -146,6 +146,14 @@ def test_an_unfinished_profile_says_so_and_shows_what_there_is(pages):
     assert "Largest at the peak" not in interrupted
 
 
+def test_a_handful_of_steps_is_not_drawn_as_a_distribution(pages):
+    few = sample_profiles.cnn(time=sample_profiles.time(step=sample_profiles.latency(11.7, 12)))
+    source = profile_html.render(few)
+    assert "How many took how long" not in source
+    assert "forward 3.70 ms, 28.7%" in Page(source, scripts=True).words
+    assert "How many took how long" in pages["cnn"]
+
+
 def test_same_profile_same_page(pages):
     assert profile_html.render(sample_profiles.cnn()) == pages["cnn"]
 
