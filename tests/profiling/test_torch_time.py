@@ -97,6 +97,20 @@ def test_recurrent_layers_are_one_operation():
     assert places(found, "aten::mkldnn_rnn_layer_backward") == {("lstm", "backward")}
 
 
+def test_perfkits_own_kernels_are_operations():
+    """Without a profiler they are called past torch's dispatcher, which is quicker and which no profiler sees."""
+    from perfkit.kernels.rnn import lstm
+
+    class Own(Recurrent):
+        def forward(self, x):
+            weights = [[getattr(self.lstm, name) for name in self.lstm._all_weights[0]]]
+            return self.fc(lstm(x, weights, implementation="reference")[0][-1])
+
+    found = time_of(Own(), (torch.randn(5, 4, 6),))
+    (layer,) = [op for op in found.ops if op.name == "perfkit::rnn"]
+    assert (layer.phase, layer.flops) == ("forward", flops.recurrent("lstm", 5, 4, 6, 8))
+
+
 def test_fast_paths_stay():
     """TransformerEncoderLayer leaves its own if any module in it has a hook."""
     block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
