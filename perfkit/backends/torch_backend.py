@@ -19,7 +19,7 @@ from perfkit._report import Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, CompileLog, Finished, Traffic, check_loss, does_not_run
 from perfkit.backends.torch_stderr import without_lines
-from perfkit.backends.torch_surgery import COMPILED_WITH, cast, copied, local, settle_forward, tensors_in
+from perfkit.backends.torch_surgery import COMPILED_WITH, ELSEWHERE, cast, copied, local, settle_forward, tensors_in
 from perfkit.backends.torch_training import Trainer
 
 
@@ -108,7 +108,8 @@ class TorchBackend(Backend):
         buffers = {id(tensor): tensor for tensor in work.model.buffers()}
         held = map(local, (parameters | buffers).values())
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
-        return sum(storages.values()), sum(tensor.numel() for tensor in parameters.values())
+        elsewhere = getattr(work.model, ELSEWHERE, 0)
+        return sum(storages.values()), sum(tensor.numel() for tensor in parameters.values()) + elsewhere
 
     def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
         call = self.caller(work, finished)

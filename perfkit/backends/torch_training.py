@@ -29,6 +29,7 @@ class Trainer:
         self.around = work.training.around
         self.teacher = work.training.teacher
         self.averaged = work.training.averaged
+        self.gradients = work.training.gradients or self._gradients
         self.scaler = torch.amp.GradScaler(work.device, enabled=work.training.loss_scaling)
 
     def step(self, inputs: Inputs, targets: Any) -> torch.Tensor:
@@ -37,16 +38,20 @@ class Trainer:
             for context in self.around:
                 contexts.enter_context(context())
             self.optimizer.zero_grad(set_to_none=True)
-            outputs = self.model(*inputs.args, **inputs.kwargs)
-            loss = self.loss(outputs, targets)
-            if self.teacher is not None:
-                with torch.no_grad():
-                    taught = self.teacher(*inputs.args, **inputs.kwargs)
-                loss = (loss + _distance(outputs, taught)) / 2
-            self.scaler.scale(loss).backward()
+            loss = self.gradients(self.model, inputs, targets)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        return loss.detach() if self.averaged is None else self.averaged(loss.detach())
+        return loss if self.averaged is None else self.averaged(loss)
+
+    def _gradients(self, model: nn.Module, inputs: Inputs, targets: Any) -> torch.Tensor:
+        outputs = model(*inputs.args, **inputs.kwargs)
+        loss = self.loss(outputs, targets)
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = self.teacher(*inputs.args, **inputs.kwargs)
+            loss = (loss + _distance(outputs, taught)) / 2
+        self.scaler.scale(loss).backward()
+        return loss.detach()
 
     @contextmanager
     def keeping_state(self) -> Iterator[None]:
