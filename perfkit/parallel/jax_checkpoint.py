@@ -12,13 +12,15 @@ from perfkit.backends import Finished
 
 def write(folder: Path, finished: Finished) -> None:
     """Write parameters, other state, optimizer state and loss scale; all processes together."""
+    trainer = finished.trainer
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.resolve(), jax.tree.leaves(finished.trainer.state))
+        checkpointer.save(folder.resolve(), trainer.placement.stored(trainer.state))
 
 
 def read(folder: Path, finished: Finished) -> None:
     """Read the same, sharded as the state lies now."""
-    leaves, structure = jax.tree.flatten(finished.trainer.state)
+    trainer = finished.trainer
+    leaves = trainer.placement.stored(trainer.state)
     with ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.restore(folder.resolve(), jax.tree.map(ocp.utils.to_shape_dtype_struct, leaves))
-    finished.restore(jax.tree.unflatten(structure, found))
+    finished.restore(trainer.placement.loaded(trainer.state, found))
