@@ -14,7 +14,7 @@ from perfkit._errors import UnsupportedError, nearest
 from perfkit._report import Effect
 from perfkit._workload import Workload
 from perfkit.backends.jax_quantized import is_quantized
-from perfkit.backends.jax_trees import leaves_with_names
+from perfkit.backends.jax_trees import layer_of, leaves_with_names
 from perfkit.parallel.balance import Costs, balanced, spans
 from perfkit.parallel.batch import length, sliced
 from perfkit.parallel.jax_mesh import mesh_of
@@ -63,12 +63,13 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     )
     function = model.function()
     operations = operations_of(function, model.params, model.rest, args, kwargs)
+    operations = replace(operations, layers=tuple(map(layer_of, names)))
     places, costs = _cut(work, recipe, plan, operations, names, (args, kwargs))
     owned = [
-        sorted(set().union(*(operations.weights(eqn) for eqn in operations.eqns[start:end])))
+        list(dict.fromkeys(each for eqn in operations.eqns[start:end] for each in sorted(operations.weights(eqn))))
         for start, end in spans(places, len(operations.eqns))
     ]
-    owned[0] = sorted({*owned[0], *(set(range(len(names))) - set().union(*owned))})  # what no stage reads is the first's
+    owned[0] += sorted(set(range(len(names))) - set().union(*owned))  # what no stage reads is the first's
     cuts = Cuts(
         places,
         len(operations.eqns),
@@ -79,7 +80,7 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     )
     placement = Piped(mesh_of(work.layout), model, cuts)
     _check_optimizer(work, placement)
-    layers = [list(dict.fromkeys(_layer(names[index]) for index in each)) for each in owned]
+    layers = [list(dict.fromkeys(layer_of(names[index]) for index in each)) for each in owned]
     told = replace(plan, schedule="gpipe").told(layers, max(costs.sent_bytes[place] for place in places))
     spread = work.spread or Spread()
     spread = replace(spread, parts=(*spread.parts, told), balance=costs.shares(places), bubble=plan.bubble)
@@ -113,7 +114,7 @@ def _cut(
 
 
 def _begins(operations: Operations, name: str, names: list[str]) -> int:
-    layers = [_layer(each) for each in names]
+    layers = [layer_of(each) for each in names]
     if name not in layers:
         raise UnsupportedError(f"split_at={name!r}: no layer is called so; {nearest(name, list(dict.fromkeys(layers)))}")
     first = next(
@@ -127,10 +128,6 @@ def _begins(operations: Operations, name: str, names: list[str]) -> int:
     if first not in operations.places():
         raise UnsupportedError(f"split_at={name!r}: no cut is possible there")
     return first
-
-
-def _layer(name: str) -> str:
-    return name.rpartition(".")[0] or name
 
 
 def _output_dims(work: Workload, recipe: PipelineParallel, plan: Plan, batch: Any) -> tuple[int, ...]:

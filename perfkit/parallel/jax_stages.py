@@ -60,11 +60,13 @@ class Operations:
         closed: the jaxpr; its inputs are the parameters, and then all others.
         parameters: how many of the inputs are parameters.
         outputs: how many of its outputs are the model's; behind them is its new state.
+        layers: of each parameter the layer, whose parameters stay together; empty for each by itself.
     """
 
     closed: Any
     parameters: int
     outputs: int
+    layers: tuple[str, ...] = ()
 
     @cached_property
     def _made(self) -> dict[Any, tuple[Any, bool, bool]]:
@@ -113,10 +115,10 @@ class Operations:
 
     def places(self) -> dict[int, int]:
         """Where it can be cut, with the bytes that are sent there."""
-        first: dict[int, int] = {}
-        last: dict[int, int] = {}
+        first: dict[Any, int] = {}
+        last: dict[Any, int] = {}
         for index, eqn in enumerate(self.eqns):
-            for weight in self.weights(eqn):
+            for weight in (self.layers[each] if self.layers else each for each in self.weights(eqn)):
                 first.setdefault(weight, index)
                 last[weight] = index
         found = {}
