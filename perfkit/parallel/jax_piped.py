@@ -24,7 +24,7 @@ from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit.parallel.balance import spans
 from perfkit.parallel.batch import axis_of
 from perfkit.parallel.jax_mesh import OnMesh, local, put
-from perfkit.parallel.jax_stages import Operations, inlined
+from perfkit.parallel.jax_stages import Operations, Part, inlined
 
 if TYPE_CHECKING:
     from perfkit.backends.jax_model import Function, JaxModel
@@ -39,7 +39,8 @@ class Cuts:
     Args:
         places: before which operations.
         operations: how many there are.
-        owned: numbers of the parameters that each stage has.
+        parts: what parameters were taken apart into: number and row of each part.
+        owned: numbers of the parts that each stage has.
         micro_batches: into how many parts the rows of a device are divided.
         batch_dim: the dimension of the inputs that is divided.
         output_dims: of each output the dimension of the rows.
@@ -47,6 +48,7 @@ class Cuts:
 
     places: tuple[int, ...]
     operations: int
+    parts: tuple[Part, ...]
     owned: tuple[tuple[int, ...], ...]
     micro_batches: int
     batch_dim: int
@@ -59,24 +61,26 @@ def operations_of(function: Function, params: Any, rest: Any, args: Any, kwargs:
     Raises:
         UnsupportedError: it changes its other state.
     """
-    flat, structure = jax.tree.flatten((params, rest, args, kwargs))
+    weights, structure = jax.tree.flatten(params)
+    others, around = jax.tree.flatten((rest, args, kwargs))
     found: list[int] = []
 
     def call(*given: Any) -> list[Any]:
-        params, rest, args, kwargs = jax.tree.unflatten(structure, given)
+        params = jax.tree.unflatten(structure, given[: len(weights)])
+        rest, args, kwargs = jax.tree.unflatten(around, given[len(weights) :])
         outputs, new = function(params, rest, *args, **kwargs)
         leaves = jax.tree.leaves(outputs)
         found[:] = [len(leaves)]
         return [*leaves, *jax.tree.leaves(new)]
 
-    closed = inlined(call, *flat)
-    count, state = len(jax.tree.leaves(params)), len(jax.tree.leaves(rest))
+    closed, parts = inlined(call, weights, others)
+    count, state = len(parts), len(jax.tree.leaves(rest))
     if list(closed.jaxpr.outvars[found[0] :]) != list(closed.jaxpr.invars[count : count + state]):
         raise UnsupportedError(
             "the model changes state as it runs (running statistics, or the counter of its random numbers), which "
             "every micro-batch would do: train it with data_parallel, or without batch norm and dropout"
         )
-    return Operations(closed, count, found[0])
+    return Operations(closed, parts, found[0])
 
 
 class Piped(OnMesh):
@@ -92,7 +96,12 @@ class Piped(OnMesh):
         super().__init__(mesh, batch_dim)
         self.model, self.cuts = model, cuts
         leaves, self.structure = jax.tree.flatten(model.params)
-        self.forms = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        self.whole = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        self.forms = [
+            jax.ShapeDtypeStruct(leaves[index].shape[row is not None :], leaves[index].dtype)
+            for index, row in cuts.parts
+        ]
+        self._gathered = jax.jit(self._unpacked, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def along_data(self, batch_dim: int) -> Piped:
         """The same with the batch shared out along "data"."""
@@ -109,7 +118,8 @@ class Piped(OnMesh):
 
     def rows(self, params: Any) -> dict[str, np.ndarray]:
         """Parameters, or what is shaped like them, packed: by dtype one row for each stage."""
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+        whole = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+        parts = [whole[index] if row is None else whole[index][row] for index, row in self.cuts.parts]
         where = [self.slices(stage) for stage in range(len(self.cuts.owned))]
         packed = {}
         for dtype in dict.fromkeys(str(form.dtype) for form in self.forms):
@@ -118,7 +128,7 @@ class Piped(OnMesh):
             for stage, each in enumerate(where):
                 for index, (name, start, end) in each.items():
                     if name == dtype:
-                        rows[stage, start:end] = leaves[index].ravel()
+                        rows[stage, start:end] = parts[index].ravel()
             packed[dtype] = rows
         return packed
 
@@ -129,14 +139,21 @@ class Piped(OnMesh):
     def held(self, tree: Any) -> Any:
         """Whole parameters, gathered from all devices: every process calls it."""
         packed, rest = tree
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        return local(jax.jit(self._unpacked, out_shardings=whole)(packed)), local(rest)
+        with jax.ensure_compile_time_eval():  # also where the model is called in a program of the caller's
+            return local(self._gathered(packed)), local(rest)
 
     def _unpacked(self, packed: dict[str, jax.Array]) -> Any:
-        leaves: dict[int, Any] = {}
+        parts: dict[int, Any] = {}
         for stage in range(len(self.cuts.owned)):
-            leaves |= self._weights(stage, {dtype: rows[stage] for dtype, rows in packed.items()})
-        return jax.tree.unflatten(self.structure, [leaves[index] for index in range(len(self.forms))])
+            parts |= self._weights(stage, {dtype: rows[stage] for dtype, rows in packed.items()})
+        leaves: dict[int, Any] = {}
+        for number, (index, row) in enumerate(self.cuts.parts):
+            if row is None:
+                leaves[index] = parts[number]
+            else:
+                leaves.setdefault(index, []).append(parts[number])
+        whole = [jnp.stack(leaf) if isinstance(leaf, list) else leaf for leaf in leaves.values()]
+        return jax.tree.unflatten(self.structure, whole)
 
     def _weights(self, stage: int, row: dict[str, Any]) -> dict[int, Any]:
         return {
@@ -145,25 +162,19 @@ class Piped(OnMesh):
         }
 
     def pieces(self, tree: Any) -> Any:
-        """Each parameter on the device that has its stage, without sending anything."""
+        """Each parameter on the device that has its stage, without sending anything; stacks of several are gathered."""
         packed, rest = tree
+        if any(row is not None for _, row in self.cuts.parts):
+            return self.held(tree)
         leaves: dict[int, Any] = {}
-        for stage in range(len(self.cuts.owned)):
+        for stage, owned in enumerate(self.cuts.owned):
             device = self.mesh.devices.reshape(len(self.cuts.owned), -1)[stage, 0]
-            here = device.process_index == jax.process_index()
-            if here:
-                row = {
-                    dtype: next(shard.data for shard in rows.addressable_shards if shard.device == device)[0]
-                    for dtype, rows in packed.items()
-                }
-                leaves |= self._weights(stage, row)
-            else:
-                elsewhere = SingleDeviceSharding(device)
-                for index in self.cuts.owned[stage]:
-                    form = self.forms[index]
-                    leaves[index] = jax.make_array_from_single_device_arrays(
-                        form.shape, elsewhere, [], dtype=form.dtype
-                    )
+            if device.process_index == jax.process_index():
+                leaves |= self._weights(stage, {dtype: _row(rows, device) for dtype, rows in packed.items()})
+                continue
+            for index in owned:
+                about = self.forms[index].shape, SingleDeviceSharding(device), []
+                leaves[index] = jax.make_array_from_single_device_arrays(*about, dtype=self.forms[index].dtype)
         return jax.tree.unflatten(self.structure, [leaves[index] for index in range(len(self.forms))]), local(rest)
 
     def bytes_of(self, params: Any) -> int:
@@ -184,9 +195,8 @@ class Piped(OnMesh):
         """What is packed in a leaf of the state; a leaf that is not packed, by itself."""
         if not self._packs(leaf):
             return [leaf]
-        (dtype,) = {str(form.dtype) for form in self.forms}
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.leaves(jax.jit(self._unpacked, out_shardings=everywhere)({dtype: leaf}))
+        (dtype,) = {str(form.dtype) for form in self.forms}  # as `_packs` saw to
+        return jax.tree.leaves(self._gathered({dtype: leaf}))
 
     def _packs(self, leaf: jax.Array) -> bool:
         if len({str(form.dtype) for form in self.forms}) > 1:
@@ -220,7 +230,7 @@ class Piped(OnMesh):
                 shape[dim] = rows
             return jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(leaf))
 
-        forms = jax.tree.unflatten(self.structure, self.forms)
+        forms = jax.tree.unflatten(self.structure, self.whole)
         micro = jax.tree.unflatten(structure, map(one, inputs, dims))
         operations = operations_of(function, forms, rest, *micro)
         if len(operations.eqns) != cuts.operations:
@@ -287,6 +297,11 @@ class Piped(OnMesh):
 
         _, made = lax.scan(turn, nothing, jnp.arange(count + stages - 1))
         return [_joined(leaf[stages - 1 :], dim)[None] for leaf, dim in zip(made, cuts.output_dims, strict=True)]
+
+
+def _row(rows: jax.Array, device: Any) -> jax.Array:
+    """The row of an array that a device of this process holds."""
+    return next(shard.data for shard in rows.addressable_shards if shard.device == device)[0]
 
 
 def _parted(leaf: jax.Array, dim: int, count: int) -> jax.Array:

@@ -63,8 +63,9 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     )
     function = model.function()
     operations = operations_of(function, model.params, model.rest, args, kwargs)
-    operations = replace(operations, layers=tuple(map(layer_of, names)))
-    places, costs = _cut(work, recipe, plan, operations, names, (args, kwargs))
+    names = [names[index] if row is None else f"{names[index]}[{row}]" for index, row in operations.parts]
+    operations = replace(operations, layers=tuple(_layer(name) for name in names))
+    places, costs = _cut(work, recipe, plan, operations, (args, kwargs))
     owned = [
         list(dict.fromkeys(each for eqn in operations.eqns[start:end] for each in sorted(operations.weights(eqn))))
         for start, end in spans(places, len(operations.eqns))
@@ -73,6 +74,7 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     cuts = Cuts(
         places,
         len(operations.eqns),
+        operations.parts,
         tuple(map(tuple, owned)),
         plan.micro_batches,
         recipe.batch_dim,
@@ -80,7 +82,7 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     )
     placement = Piped(mesh_of(work.layout), model, cuts)
     _check_optimizer(work, placement)
-    layers = [list(dict.fromkeys(layer_of(names[index]) for index in each)) for each in owned]
+    layers = [list(dict.fromkeys(operations.layers[index] for index in each)) for each in owned]
     told = replace(plan, schedule="gpipe").told(layers, max(costs.sent_bytes[place] for place in places))
     spread = work.spread or Spread()
     spread = replace(spread, parts=(*spread.parts, told), balance=costs.shares(places), bubble=plan.bubble)
@@ -94,16 +96,17 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
 
 
 def _cut(
-    work: Workload, recipe: PipelineParallel, plan: Plan, operations: Operations, names: list[str], batch: Any
+    work: Workload, recipe: PipelineParallel, plan: Plan, operations: Operations, batch: Any
 ) -> tuple[tuple[int, ...], Costs]:
     """Before which operations to cut; measured on rank 0, and the same on every process."""
     found: Any = None
     if work.world.leads:
-        flat = jax.tree.leaves((work.model.params, work.model.rest, batch))
-        found = operations.costs(flat, work.trains)
+        whole = jax.tree.leaves(work.model.params)
+        parts = [whole[index] if row is None else whole[index][row] for index, row in operations.parts]
+        found = operations.costs([*parts, *jax.tree.leaves((work.model.rest, batch))], work.trains)
     costs: Costs = work.world.agree(found)
     if recipe.split_at:
-        return tuple(sorted(_begins(operations, name, names) for name in recipe.split_at)), costs
+        return tuple(sorted(_begins(operations, name) for name in recipe.split_at)), costs
     places = balanced(costs, plan.stages, math.inf)
     if places is None:
         raise UnsupportedError(
@@ -113,8 +116,14 @@ def _cut(
     return places, costs
 
 
-def _begins(operations: Operations, name: str, names: list[str]) -> int:
-    layers = [layer_of(each) for each in names]
+def _layer(name: str) -> str:
+    """The layer of a part: "conv1" of "conv1.kernel"; "blocks[2]" of "blocks.kernel[2]", whose parts are one block."""
+    whole, bracket, row = name.partition("[")
+    return f"{whole.rpartition('.')[0] or whole}[{row}" if bracket else layer_of(whole)
+
+
+def _begins(operations: Operations, name: str) -> int:
+    layers = operations.layers
     if name not in layers:
         raise UnsupportedError(f"split_at={name!r}: no layer is called so; {nearest(name, list(dict.fromkeys(layers)))}")
     first = next(
