@@ -271,7 +271,7 @@ def _gathering(module: nnx.Module, trainer: Trainer, model: JaxModel) -> None:
     """Let a call of a module gather its parameters from all devices first."""
     function = jax.jit(model.function())
 
-    def __call__(self, *args, **kwargs):
+    def __call__(_, *args, **kwargs):
         return function(*trainer.held, *args, **kwargs)[0]
 
     become(module, __call__)

@@ -50,7 +50,7 @@ def balanced(costs: Costs, stages: int, capacity_bytes: float = math.inf) -> tup
     Returns:
         One place fewer than there are stages; None where there are too few places, or the stages do not fit.
     """
-    least = _cuts(costs, stages, capacity_bytes, math.inf, lambda longest, time, sent: (max(longest, time), 0))
+    least = _cuts(costs, stages, capacity_bytes, math.inf, lambda longest, time, _sent: (max(longest, time), 0))
     if least is None:
         return None
     longest = max(sum(costs.seconds[start:end]) for start, end in spans(least, len(costs.seconds)))

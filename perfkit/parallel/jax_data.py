@@ -51,9 +51,9 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     mesh, model = mesh_of(work.layout), work.model
     named, structure = leaves_with_names(model.params)
     if isinstance(model.placement, Piped):
-        placement = model.placement.along_data(recipe.batch_dim)
-        return _told(work, placement, tuple(name for name, _ in named), (), recipe)
-    placed, touched, skipped = [], [], []
+        touched = tuple(name for name, _ in named)
+        return _told(work, model.placement.along_data(recipe.batch_dim), touched, (), recipe)
+    placed, taken, skipped = [], [], []
     for name, leaf in named:
         leaf = replicated(leaf, mesh)
         reason = _share(leaf, mesh) if recipe.shard else None
@@ -61,15 +61,19 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
             skipped.append(Skipped(name, reason))
         else:
             leaf = leaf if reason is None else put(leaf, reason)
-            touched.append(name)
+            taken.append(name)
         placed.append(leaf)
     placement = Mapped(mesh, recipe.batch_dim) if recipe.engine == "pmap" else OnMesh(mesh, recipe.batch_dim)
     model = model.with_state(with_leaves(structure, placed), replicated(model.rest, mesh))
-    return _told(work.replace(model=model), placement, tuple(touched), tuple(skipped), recipe)
+    return _told(work.replace(model=model), placement, tuple(taken), tuple(skipped), recipe)
 
 
 def _told(
-    work: Workload, placement: OnMesh | Mapped, touched: tuple[str, ...], skipped: tuple[Skipped, ...], recipe: DataParallel
+    work: Workload,
+    placement: OnMesh | Mapped,
+    touched: tuple[str, ...],
+    skipped: tuple[Skipped, ...],
+    recipe: DataParallel,
 ) -> tuple[Workload, Effect]:
     what = "parameters, gradients and optimizer state in parts" if recipe.shard else "gradients averaged"
     told = f"data: the batch in {placement.mesh.shape[AXIS]} parts, {what}"

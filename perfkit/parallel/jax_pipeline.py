@@ -18,8 +18,9 @@ from perfkit.backends.jax_trees import layer_of, leaves_with_names
 from perfkit.parallel.balance import Costs, balanced, spans
 from perfkit.parallel.batch import length, sliced
 from perfkit.parallel.jax_mesh import mesh_of
-from perfkit.parallel.jax_piped import Cuts, Piped, operations_of
+from perfkit.parallel.jax_piped import Piped, operations_of
 from perfkit.parallel.jax_stages import Operations
+from perfkit.parallel.jax_turns import Cuts
 from perfkit.parallel.pipeline_plan import Plan, planned
 from perfkit.parallel.spread import Spread
 
@@ -52,7 +53,9 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     if plan.devices == 1:
         return work, Effect(notes=("one device along the pipeline axis: nothing to cut",))
     if work.training.teacher is not None:
-        raise UnsupportedError("a recipe before it compares with the outputs of the whole original: train with it alone")
+        raise UnsupportedError(
+            "a recipe before it compares with the outputs of the whole original: train with it alone"
+        )
     named, _ = leaves_with_names(model.params)
     if quantized := [name for name, leaf in named if is_quantized(leaf)]:
         raise UnsupportedError(f"{quantized[0]} is quantized: stages hold their weights as plain numbers")
@@ -78,7 +81,7 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
         tuple(map(tuple, owned)),
         plan.micro_batches,
         recipe.batch_dim,
-        _output_dims(work, recipe, plan, (args, kwargs)),
+        _output_dims(work, plan, (args, kwargs)),
     )
     placement = Piped(mesh_of(work.layout), model, cuts)
     _check_optimizer(work, placement)
@@ -88,7 +91,7 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     spread = replace(spread, parts=(*spread.parts, told), balance=costs.shares(places), bubble=plan.bubble)
     notes = (
         told,
-        "each device holds its stage's weights and their optimizer state; activations are computed again in the backward",
+        "each device holds the weights and optimizer state of its stage; a backward computes activations again",
         f"one program by jax.shard_map over {work.layout}, on {work.world.size} process(es)",
     )
     work = work.replace(model=replace(model, placement=placement), spread=spread)
@@ -111,7 +114,8 @@ def _cut(
     if places is None:
         raise UnsupportedError(
             f"{plan.stages} stages were asked for, and {work.model.name} cannot be cut into so many: there are "
-            f"{len(costs.sent_bytes)} places where floating-point arrays alone go on, and no weight is used on both sides"
+            f"{len(costs.sent_bytes)} places where nothing but floating-point arrays goes on, with no weight used on "
+            "both sides"
         )
     return places, costs
 
@@ -125,7 +129,9 @@ def _layer(name: str) -> str:
 def _begins(operations: Operations, name: str) -> int:
     layers = operations.layers
     if name not in layers:
-        raise UnsupportedError(f"split_at={name!r}: no layer is called so; {nearest(name, list(dict.fromkeys(layers)))}")
+        raise UnsupportedError(
+            f"split_at={name!r}: no layer is called so; {nearest(name, list(dict.fromkeys(layers)))}"
+        )
     first = next(
         (
             index
@@ -139,7 +145,7 @@ def _begins(operations: Operations, name: str) -> int:
     return first
 
 
-def _output_dims(work: Workload, recipe: PipelineParallel, plan: Plan, batch: Any) -> tuple[int, ...]:
+def _output_dims(work: Workload, plan: Plan, batch: Any) -> tuple[int, ...]:
     """Of each output the dimension of the rows.
 
     Raises:
@@ -173,14 +179,16 @@ def _check_optimizer(work: Workload, placement: Piped) -> None:
     params = jax.tree.map(np.asarray, work.model.params)
     gradients = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(leaf.dtype), params)
     try:
-        expected = placement.rows(_updates(optimizer, gradients, params))
-        found = _updates(optimizer, placement.rows(gradients), placement.rows(params))
+        expected = placement.packing.rows(_updates(optimizer, gradients, params))
+        found = _updates(optimizer, placement.packing.rows(gradients), placement.packing.rows(params))
         off = max(
             float(np.abs(found[name] - wanted).max() / max(np.abs(wanted).max(), 1e-30))
             for name, wanted in expected.items()
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UnsupportedError(f"the optimizer does not take packed parameters: {type(error).__name__}: {error}") from error
+        raise UnsupportedError(
+            f"the optimizer does not take packed parameters: {type(error).__name__}: {error}"
+        ) from error
     if not off <= 1e-4:
         raise UnsupportedError(
             "the optimizer looks at whole parameters, by their shape or name (as adafactor, lamb and masks do), and "

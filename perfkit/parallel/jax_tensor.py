@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 AXIS = "tensor"
 
+
 @dataclass(frozen=True)
 class Cut:
     """How one parameter is cut: along which dimension, and how that is told."""

@@ -61,7 +61,7 @@ def planned(work: Workload, recipe: PipelineParallel) -> Plan | str:
             "the same number of two or more"
         )
     if recipe.split_at and len(recipe.split_at) != stages - 1:
-        return f"split_at names {len(recipe.split_at)} layer(s) to begin a stage with, and {stages} stages need {stages - 1}"
+        return f"split_at names {len(recipe.split_at)} layer(s) to cut at, and {stages} stages need {stages - 1}"
     rows = length(work, recipe.batch_dim)
     if rows is None:
         return f"the first input has no dimension {recipe.batch_dim} to divide: set batch_dim="
@@ -70,7 +70,7 @@ def planned(work: Workload, recipe: PipelineParallel) -> Plan | str:
     count = recipe.micro_batches or _micro_batches(rows // data, devices, schedule)
     if count is None or (rows // data) % count:
         told = f"{count} micro-batches" if count else f"{devices} or more micro-batches, one for each device,"
-        return f"{rows // data} rows of a process cannot be divided into {told} evenly: take another batch, or micro_batches="
+        return f"{rows // data} rows of a process cannot be divided into {told} evenly: set micro_batches="
     if not _suits(count, devices, schedule):
         return f"{count} micro-batches are too few or too odd for {schedule!r}: take a multiple of {devices}"
     return Plan(devices, stages, schedule, count, rows // data // count, data * count)

@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from perfkit.backends import Finished
 
-
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 """The optimizer's state and settings by parameter: processes may hold different ones, as the stages of a pipeline."""
 

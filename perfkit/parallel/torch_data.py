@@ -18,7 +18,7 @@ from perfkit.backends.torch_surgery import copied, map_tensors
 from perfkit.parallel.batch import part
 from perfkit.parallel.spread import Spread
 from perfkit.parallel.torch_mesh import alike, follow, mesh_of
-from perfkit.parallel.torch_schedule import pipelined
+from perfkit.parallel.torch_pipe import pipelined
 
 if TYPE_CHECKING:
     from perfkit.recipes.data_parallel import DataParallel

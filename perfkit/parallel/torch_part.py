@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import clip_grad
 
 from perfkit._errors import UnsupportedError
 from perfkit.backends.torch_surgery import ELSEWHERE
+from perfkit.parallel.torch_pipe import group_of
+
+if TYPE_CHECKING:
+    from perfkit.parallel.layout import Layout
 
 
 class Elsewhere(nn.Module):
@@ -62,3 +69,25 @@ def _keep(module: nn.Module, kept: set[int]) -> None:
         for name, tensor in list(held.items()):
             if tensor is not None and id(tensor) not in kept:
                 setattr(module, name, None)  # recurrent modules keep lists of their weights up to date by this
+
+
+@contextmanager
+def norms_of_all(layout: Layout, device: str) -> Iterator[None]:
+    """Within it `torch.nn.utils.clip_grad_norm_` takes the norm over all stages: an optimizer's hook may call it."""
+    own: Any = clip_grad._get_total_norm
+    group = group_of(layout, device)
+
+    def over_all(tensors, norm_type=2.0, error_if_nonfinite=False, foreach=None):
+        here = own(tensors, norm_type, False, foreach).to(device)
+        there = [torch.zeros_like(here) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(there, here, group=group)
+        total = torch.linalg.vector_norm(torch.stack(there), norm_type)
+        if error_if_nonfinite and not torch.isfinite(total):
+            raise RuntimeError(f"the norm of the gradients is {float(total)}: they cannot be clipped")
+        return total
+
+    clip_grad._get_total_norm = over_all
+    try:
+        yield
+    finally:
+        clip_grad._get_total_norm = own

@@ -18,30 +18,27 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from perfkit._errors import UnsupportedError, nearest
 from perfkit._report import Effect
 from perfkit._workload import Inputs, Workload
-from perfkit.backends.torch_surgery import COMPILED_WITH, copied, derive, map_tensors, tensors_in, unwrapped
+from perfkit.backends.torch_surgery import COMPILED_WITH, copied, derive, unwrapped
 from perfkit.parallel.balance import Costs, balanced, spans
-from perfkit.parallel.batch import length, sliced
 from perfkit.parallel.pipeline_plan import Plan, planned
 from perfkit.parallel.spread import Spread
 from perfkit.parallel.torch_mesh import alike, mesh_of
-from perfkit.parallel.torch_part import held_alone
-from perfkit.parallel.torch_schedule import PIPELINE, Pipeline, StageModule, gradients, infer, micro_batches, norms_of_all
-from perfkit.parallel.torch_split import random_state
+from perfkit.parallel.torch_part import held_alone, norms_of_all
+from perfkit.parallel.torch_pipe import PIPELINE, Pipeline, StageModule
+from perfkit.parallel.torch_pipeline_checks import checked, first_part, reduction
+from perfkit.parallel.torch_schedule import gradients, infer
 from perfkit.parallel.torch_stages import Operations, stage_graphs
 from perfkit.parallel.torch_trace import label, named, tensors_of, traced
 
 if TYPE_CHECKING:
     from perfkit.recipes.pipeline_parallel import PipelineParallel
 
-ROUNDING = 2.0**-24 * 1000
-"""Of numbers added up in another order: some hundreds of them, through a few layers."""
-
 
 def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workload, Effect]:
     """Each process keeps its stages of the model, and the optimizer's part of them.
 
     Raises:
-        UnsupportedError: the model cannot be taken apart, or not into so many stages; or the loss is no mean and no sum.
+        UnsupportedError: the model cannot be taken apart, or not into so many; or the loss is no mean and no sum.
     """
     _refuse(work)
     plan = planned(work, recipe)
@@ -56,8 +53,8 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     graphs = stage_graphs(operations, cuts)
     kind, wraps = unwrapped(model)
     bodies = [StageModule(fx.GraphModule(model, graph), wraps) for graph in graphs]
-    dims, draws = _checked(work, recipe, plan, operations, graphs)
-    mean, loss_dtype = _loss(work, recipe, plan, dims)
+    dims, draws = checked(work, recipe, plan, operations, graphs)
+    mean, loss_dtype = reduction(work, recipe, plan, dims)
     given = named(kind, work.inputs)
     pipe = Pipeline(
         stages={number: bodies[number] for number in range(mesh.get_local_rank(), plan.stages, plan.devices)},
@@ -79,7 +76,7 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     )
     layers = _layers(operations, cuts)
     notes = [*_notes(work, model, pipe)]
-    held_alone(model, work.training and work.training.optimizer, pipe.stages, bodies)
+    held_alone(model, work.training.optimizer if work.training else None, pipe.stages, bodies)
     _attach(model, pipe)
     work = _training(work, pipe)
     told = plan.told(layers, max(costs.sent_bytes[cut] for cut in cuts))
@@ -100,16 +97,14 @@ def _refuse(work: Workload) -> None:
             "scaling a float16 loss looks at the gradients of all stages: use 'bf16', whose gradients need no scaling"
         )
     if work.training.teacher is not None:
-        raise UnsupportedError("a recipe before it compares with the outputs of the whole original: train with it alone")
+        raise UnsupportedError(
+            "a recipe before it compares with the outputs of the whole original: train with it alone"
+        )
 
 
 def _operations(work: Workload, recipe: PipelineParallel, plan: Plan) -> tuple[Operations, bool | None]:
     """What the model calls for a micro-batch; and its mode, if it calls something else in the other one."""
-    model, rows = work.model, length(work, recipe.batch_dim)
-    args, kwargs = map_tensors(
-        sliced(rows, plan.parts, 0, recipe.batch_dim), (work.inputs.args, dict(work.inputs.kwargs))
-    )
-    inputs = Inputs(args, kwargs)
+    model, inputs = work.model, first_part(work, recipe, plan)
     graph = traced(model, inputs)
     model.train(not work.trains)
     other = traced(model, inputs)
@@ -158,7 +153,9 @@ def _begins(operations: Operations, name: str, places: Mapping[int, int]) -> int
         if each == name or each.startswith((f"{name}.", f"{name}[")):
             if place in places:
                 return place
-            raise UnsupportedError(f"split_at={name!r}: {'it comes first' if not place else 'no cut is possible there'}")
+            raise UnsupportedError(
+                f"split_at={name!r}: {'it comes first' if not place else 'no cut is possible there'}"
+            )
     raise UnsupportedError(f"split_at={name!r}: no layer is called so; {nearest(name, known)}")
 
 
@@ -181,107 +178,6 @@ def _outputs(operations: Operations) -> tuple[list[Any], Any]:
     return [None if isinstance(leaf, fx.Node) else leaf for leaf in leaves], structure
 
 
-def _checked(
-    work: Workload, recipe: PipelineParallel, plan: Plan, operations: Operations, graphs: tuple[fx.Graph, ...]
-) -> tuple[tuple[int | None, ...], bool]:
-    """That the stages compute what the model does; along which dimension outputs have rows; whether it draws numbers.
-
-    Raises:
-        UnsupportedError: they do not.
-    """
-    inputs = operations.inputs
-    whole, one = copied(work.model), copied(work.model)
-    with torch.no_grad():
-        work.backend.seed(work.seed)
-        before = random_state(work.device)
-        expected = list(tensors_in(whole(**named(unwrapped(whole)[0], _call(work, recipe, plan)))))
-        draws = not torch.equal(before, random_state(work.device))
-        work.backend.seed(work.seed)
-        received: tuple = ()
-        _, wraps = unwrapped(one)
-        try:
-            for graph in graphs:
-                received = StageModule(fx.GraphModule(one, graph), wraps).compute(received, inputs)
-                received = tuple(tensor.clone() for tensor in received)  # as what is sent: of its own
-            reason = _differs(received, expected)
-        except Exception as error:  # whatever a model may raise that is called in parts
-            reason = f"{type(error).__name__}: {error}"
-    if reason := work.world.agree(reason):
-        raise UnsupportedError(
-            f"the stages of {work.backend.model_name(work)} do not compute what its forward does ({reason}): it depends "
-            "on more than what goes from layer to layer; split_at= other layers, or use data_parallel"
-        )
-    return _output_dims(operations, work, recipe, plan), draws
-
-
-def _call(work: Workload, recipe: PipelineParallel, plan: Plan) -> Inputs:
-    parts = sliced(length(work, recipe.batch_dim), plan.parts, 0, recipe.batch_dim)
-    args, kwargs = map_tensors(parts, (work.inputs.args, dict(work.inputs.kwargs)))
-    return Inputs(args, kwargs)
-
-
-def _differs(found: tuple[torch.Tensor, ...], expected: list[torch.Tensor]) -> str | None:
-    if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
-        return "outputs of other shapes"
-    for mine, wanted in zip(found, expected, strict=True):
-        off = (mine.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-30)
-        if not off <= ROUNDING:
-            return f"outputs are off by {float(off):.2g} of the largest"
-    return None
-
-
-def _output_dims(
-    operations: Operations, work: Workload, recipe: PipelineParallel, plan: Plan
-) -> tuple[int | None, ...]:
-    """Of each output tensor the dimension that grows with the rows; None where there is none."""
-    if plan.parts == 1:
-        return tuple(0 for leaf in operations.outputs[0] if isinstance(leaf, fx.Node))
-    whole = replace(operations, inputs=tensors_of(named(unwrapped(work.model)[0], work.inputs)))
-    dims: list[int | None] = []
-    for leaf in operations.outputs[0]:
-        if isinstance(leaf, fx.Node):
-            small, large = operations.values[leaf].shape, whole.values[leaf].shape
-            grown = [dim for dim in range(len(small)) if small[dim] * plan.parts == large[dim]]
-            dims.append(grown[0] if len(grown) == 1 and len(small) == len(large) else None)
-    return tuple(dims)
-
-
-def _loss(
-    work: Workload, recipe: PipelineParallel, plan: Plan, dims: tuple[int | None, ...]
-) -> tuple[bool, torch.dtype | None]:
-    """Whether the loss of a batch is the mean of those of its parts, False where it is their sum; and its dtype.
-
-    Raises:
-        UnsupportedError: it is neither, so micro-batches have other gradients.
-    """
-    if work.training is None:
-        return True, None
-    twin, count = copied(work.model), plan.parts
-    with torch.no_grad():
-        work.backend.seed(work.seed)
-        outputs = twin(*work.inputs.args, **work.inputs.kwargs)
-        loss, targets = work.training.loss, work.training.targets
-        value = loss(outputs, targets)
-        whole = float(value)
-        along = iter(dims)
-        chunks = [[t] * count if dim is None else t.chunk(count, dim) for t, dim in zip(tensors_in(outputs), along)]
-        of_rows = micro_batches(targets, length(work, recipe.batch_dim), count, recipe.batch_dim)
-        losses = []
-        for index, part in enumerate(of_rows):
-            mine = iter([each[index] for each in chunks])
-            losses.append(float(loss(map_tensors(lambda _, mine=mine: next(mine), outputs), part)))
-    total = sum(losses)
-    near = [abs(found - whole) <= ROUNDING * abs(whole) for found in (total / count, total)]
-    found = work.world.agree(near)
-    if not any(found):
-        raise UnsupportedError(
-            f"the loss is no mean over the batch, and no sum: {whole:.6g} of the whole example batch, and of its {count} "
-            f"parts {total / count:.6g} on average; so micro-batches would have other gradients. Use a mean over rows, "
-            "or micro_batches=1"
-        )
-    return found[0], value.dtype
-
-
 def _notes(work: Workload, model: nn.Module, pipe: Pipeline) -> list[str]:
     notes = []
     norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
@@ -295,7 +191,9 @@ def _notes(work: Workload, model: nn.Module, pipe: Pipeline) -> list[str]:
         how = "training" if pipe.mode else "inference"
         notes.append(f"its forward looks at self.training: the result is for {how} alone")
     if work.training and _hooks(work.training.optimizer):
-        notes.append("in the optimizer's hooks torch's clip_grad_norm_ sees the norm over all stages; others see their own")
+        notes.append(
+            "in the optimizer's hooks torch's clip_grad_norm_ sees the norm over all stages; others see their own"
+        )
     if work.training and not pipe.mean:
         notes.append("the loss is a sum over the batch: those of the micro-batches are added up")
     notes.append("each process is given the whole batch; its model holds the parameters of its own stage")

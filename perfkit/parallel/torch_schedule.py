@@ -6,134 +6,33 @@ read the inputs of the model themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.utils._pytree as pytree
-from torch import fx, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.nn.parallel import DistributedDataParallel
 
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._workload import Inputs
-from perfkit.backends.torch_surgery import map_tensors
-from perfkit.parallel.batch import sliced
 from perfkit.parallel.torch_mesh import mesh_of
+from perfkit.parallel.torch_pipe import Pipeline, StageModule, micro_batches, pipeline_of, unflattened
 from perfkit.parallel.torch_trace import named, tensors_of
 
 if TYPE_CHECKING:
-    from perfkit.parallel.layout import Layout
-
-PIPELINE = "_perfkit_pipeline"
-"""The attribute of a model that holds its `Pipeline`."""
+    pass
 
 SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe, "interleaved": ScheduleInterleaved1F1B}
 
 
-class StageModule(nn.Module):
-    """One stage as torch's schedules call it: `stage(*received, micro_batch)`.
-
-    Args:
-        body: what it computes of what it receives and of the model's inputs.
-        wraps: what `around_forward` put around the whole model, outermost first; goes around each stage.
-    """
-
-    def __init__(self, body: fx.GraphModule, wraps: tuple[Callable[[Callable], Callable], ...]):
-        super().__init__()
-        self.body, self.wraps = body, wraps
-        self.rows: list[dict[str, torch.Tensor]] = []
-        self.made: list[Any] | None = None
-
-    def forward(self, *received: torch.Tensor, micro_batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self.compute(received, self.rows[int(micro_batch)])
-        if self.made is not None:
-            self.made.append(outputs)
-        return outputs
-
-    def compute(self, received: tuple, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """What the stage sends on, of one micro-batch's inputs."""
-
-        def run(body, *args, **kwargs):
-            return body(*args, **kwargs)
-
-        for wrap in reversed(self.wraps):
-            run = wrap(run)
-        return run(self.body, *received, **inputs)
-
-
-class Running(dict):
-    """What was set up for torch's schedules, by what it is for; of a copied model nothing is."""
-
-    def __deepcopy__(self, memo: dict) -> Running:
-        return Running()
-
-
-@dataclass
-class Pipeline:
-    """What a model's class does instead of its forward, and how.
-
-    Args:
-        stages: those of this process, by their numbers.
-        count: how many there are.
-        kind: the model's class, whose forward tells the names of its inputs.
-        names: of the model's inputs that are tensors.
-        fixed: inputs that are none: they must stay as they were.
-        outputs: how the model holds its outputs; of those the last stage makes, the dimension of the rows, None without.
-        mode: True or False where the model computes something else in training and in inference, and was read in one.
-        draws: whether it draws random numbers.
-        mean: whether the loss is a mean over the batch; else it is a sum.
-        loss_dtype: of the loss; None for inference.
-        replicated: whether stages average their gradients along "data".
-        hook: a communication hook of torch's for those gradients.
-    """
-
-    stages: dict[int, StageModule]
-    count: int
-    layout: Layout
-    device: str
-    schedule: str
-    micro_batches: int
-    batch_dim: int
-    kind: type[nn.Module]
-    names: tuple[str, ...]
-    fixed: dict[str, Any]
-    outputs: tuple[list[Any], pytree.TreeSpec]
-    output_dims: tuple[int | None, ...]
-    mode: bool | None
-    draws: bool
-    mean: bool
-    loss_dtype: torch.dtype | None
-    replicated: bool = False
-    hook: Callable | None = None
-    running: Running = field(default_factory=Running)
-
-    @property
-    def group(self) -> Any:
-        return group_of(self.layout, self.device)
-
-    def owner(self, stage: int) -> int:
-        """The global rank that has a stage."""
-        return dist.get_global_rank(self.group, stage % dist.get_world_size(self.group))
-
-
-def group_of(layout: Layout, device: str) -> Any:
-    """The processes of one pipeline."""
-    return mesh_of(layout, device)["pipeline"].get_group()
-
-
-def pipelined(model: nn.Module) -> Pipeline | None:
-    """A model's pipeline; None where it is whole."""
-    return getattr(model, PIPELINE, None)
-
-
 def infer(model: nn.Module, inputs: Inputs) -> Any:
     """The outputs for a whole batch, without gradients, on every process of the pipeline."""
-    pipe = model._perfkit_pipeline
+    pipe = pipeline_of(model)
     missing = [index for index, dim in enumerate(pipe.output_dims) if dim is None]
     if missing:
         raise UnsupportedError(
@@ -149,7 +48,7 @@ def infer(model: nn.Module, inputs: Inputs) -> Any:
 
 def gradients(model: nn.Module, inputs: Inputs, targets: Any, loss: Callable[[Any, Any], Any]) -> torch.Tensor:
     """Add the gradients of the loss to the parameters of this process' stages; returns the loss of the whole batch."""
-    pipe = model._perfkit_pipeline
+    pipe = pipeline_of(model)
     with _drawing(pipe):
         rows = _rows(model, inputs)
         run = _run(pipe, rows[0], trains=True)
@@ -158,10 +57,10 @@ def gradients(model: nn.Module, inputs: Inputs, targets: Any, loss: Callable[[An
         losses: list[torch.Tensor] = []
         _step(pipe, run, rows, losses)
     found = torch.zeros((), dtype=pipe.loss_dtype, device=pipe.device)
-    if pipe.count - 1 in pipe.stages:
+    if pipe.last in pipe.stages:
         told = torch.stack([each.detach() for each in losses])
         found = told.mean() if pipe.mean else told.sum()
-    dist.broadcast(found, pipe.owner(pipe.count - 1), group=pipe.group)
+    dist.broadcast(found, pipe.owner(pipe.last), group=pipe.group)
     return found
 
 
@@ -181,7 +80,7 @@ class Run:
 
 def _step(pipe: Pipeline, run: Run, rows: list[dict], losses: list | None = None) -> list[Any]:
     """Run torch's schedule over the micro-batches; returns the outputs of the last stage, where it is here."""
-    last = pipe.stages.get(pipe.count - 1)
+    last = pipe.stages.get(pipe.last)
     numbers = torch.arange(pipe.micro_batches)
     try:
         for stage in pipe.stages.values():
@@ -202,7 +101,7 @@ def _rows(model: nn.Module, inputs: Inputs) -> list[dict[str, torch.Tensor]]:
     Raises:
         InvalidInputError: they cannot be shared out evenly, or others than those that the model was read with.
     """
-    pipe = model._perfkit_pipeline
+    pipe = pipeline_of(model)
     if pipe.mode is not None and pipe.mode != model.training:
         how = "training" if pipe.mode else "inference"
         raise UnsupportedError(
@@ -231,11 +130,6 @@ def _count(pipe: Pipeline, inputs: Inputs) -> int:
     return next(iter(tensors_of(named(pipe.kind, inputs)).values())).shape[pipe.batch_dim]
 
 
-def micro_batches(tree: Any, rows: int, count: int, batch_dim: int) -> list[Any]:
-    """The parts of a batch."""
-    return [map_tensors(sliced(rows, count, index, batch_dim), tree) for index in range(count)]
-
-
 def _run(pipe: Pipeline, rows: dict[str, torch.Tensor], trains: bool) -> Run:
     """What was set up for such micro-batches, or is now; every process does it together."""
     key = trains, *((name, tuple(tensor.shape), tensor.dtype) for name, tensor in rows.items())
@@ -248,7 +142,7 @@ def _set_up(pipe: Pipeline, rows: dict[str, torch.Tensor], trains: bool) -> Run:
     shapes = _shapes(pipe, rows, trains)
     modules = _replicas(pipe) if trains and pipe.replicated else pipe.stages
     device = torch.device(pipe.device)
-    stages = [
+    stages: list[Any] = [
         PipelineStage(
             module,
             number,
@@ -263,9 +157,14 @@ def _set_up(pipe: Pipeline, rows: dict[str, torch.Tensor], trains: bool) -> Run:
     run = Run(None, shapes, [None] * pipe.micro_batches)
 
     def loss(outputs: tuple, number: torch.Tensor) -> torch.Tensor:
+        assert run.loss is not None
         return run.loss(unflattened(pipe, outputs), run.targets[int(number)])
 
-    about = {"n_microbatches": pipe.micro_batches, "loss_fn": loss if trains else None, "scale_grads": pipe.mean}
+    about: dict[str, Any] = {
+        "n_microbatches": pipe.micro_batches,
+        "loss_fn": loss if trains else None,
+        "scale_grads": pipe.mean,
+    }
     if len(stages) > 1:
         run.schedule = ScheduleInterleaved1F1B(stages, **about)
     else:
@@ -281,21 +180,21 @@ def _shapes(pipe: Pipeline, rows: dict[str, torch.Tensor], trains: bool) -> list
         told: list[Any] = [None]
         if number in pipe.stages:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(trains):
-                received = [_empty(*_form(tensor), device=pipe.device) for tensor in (found[-1] if found else ())]
+                received = [_empty(_form(tensor), pipe.device) for tensor in (found[-1] if found else ())]
                 inputs = {name: mode.from_tensor(tensor) for name, tensor in rows.items()}
                 made = pipe.stages[number].compute(tuple(received), inputs)
             told = [[_form(tensor) for tensor in made]]
         dist.broadcast_object_list(told, pipe.owner(number), group=pipe.group)
-        found.append(tuple(_empty(*about) for about in told[0]))
+        found.append(tuple(map(_empty, told[0])))
     return found
 
 
-def _form(tensor: torch.Tensor) -> tuple:
-    return tuple(tensor.shape), tensor.dtype, tensor.requires_grad
+def _form(tensor: torch.Tensor) -> dict[str, Any]:
+    return {"size": tuple(tensor.shape), "dtype": tensor.dtype, "requires_grad": tensor.requires_grad}
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, device: str = "meta") -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=device, requires_grad=requires_grad)
+def _empty(form: dict[str, Any], device: str = "meta") -> torch.Tensor:
+    return torch.empty(**form, device=device)
 
 
 def _replicas(pipe: Pipeline) -> dict[int, nn.Module]:
@@ -309,19 +208,10 @@ def _replicas(pipe: Pipeline) -> dict[int, nn.Module]:
 def _replica(pipe: Pipeline, stage: StageModule, group: Any) -> nn.Module:
     if not any(parameter.requires_grad for parameter in stage.parameters()):
         return stage
-    replica = DistributedDataParallel(
-        stage, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    replica = DistributedDataParallel(stage, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True)
     if pipe.hook is not None:
         replica.register_comm_hook(group, pipe.hook)
     return replica
-
-
-def unflattened(pipe: Pipeline, outputs: tuple[torch.Tensor, ...]) -> Any:
-    """What the last stage makes, as the model returns it."""
-    leaves, structure = pipe.outputs
-    made = iter(outputs)
-    return pytree.tree_unflatten([next(made) if leaf is None else leaf for leaf in leaves], structure)
 
 
 def _shared(pipe: Pipeline, run: Run, made: list[tuple[torch.Tensor, ...]]) -> Any:
@@ -334,7 +224,7 @@ def _shared(pipe: Pipeline, run: Run, made: list[tuple[torch.Tensor, ...]]) -> A
             tensor = torch.cat([outputs[index] for outputs in made], dim).contiguous()
         else:
             tensor = torch.empty(shape, dtype=like.dtype, device=pipe.device)
-        dist.broadcast(tensor, pipe.owner(pipe.count - 1), group=pipe.group)
+        dist.broadcast(tensor, pipe.owner(pipe.last), group=pipe.group)
         whole.append(tensor)
     return unflattened(pipe, tuple(whole))
 
@@ -349,27 +239,3 @@ def _drawing(pipe: Pipeline) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed + dist.get_rank())
         yield
-
-
-@contextmanager
-def norms_of_all(layout: Layout, device: str) -> Iterator[None]:
-    """Within it `torch.nn.utils.clip_grad_norm_` takes the norm over all stages: an optimizer's hook may call it."""
-    from torch.nn.utils import clip_grad
-
-    own: Any = clip_grad._get_total_norm
-    group = group_of(layout, device)
-
-    def over_all(tensors, norm_type=2.0, error_if_nonfinite=False, foreach=None):
-        here = own(tensors, norm_type, False, foreach).to(device)
-        there = [torch.zeros_like(here) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(there, here, group=group)
-        total = torch.linalg.vector_norm(torch.stack(there), norm_type)
-        if error_if_nonfinite and not torch.isfinite(total):
-            raise RuntimeError(f"the norm of the gradients is {float(total)}: they cannot be clipped")
-        return total
-
-    clip_grad._get_total_norm = over_all
-    try:
-        yield
-    finally:
-        clip_grad._get_total_norm = own

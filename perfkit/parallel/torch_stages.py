@@ -82,9 +82,7 @@ class Operations:
         """What is computed before a place and needed behind it."""
         before, behind = self.nodes[:place], set(self.nodes[place:])
         needed = {leaf for leaf in self.outputs[0] if isinstance(leaf, fx.Node)}
-        return [
-            node for node in before if node not in self.anywhere and (node in needed or behind & node.users.keys())
-        ]
+        return [node for node in before if node not in self.anywhere and (node in needed or behind & node.users.keys())]
 
     def tensors(self, node: fx.Node) -> Iterator[torch.Tensor]:
         """The parameters and buffers that a node reads."""
@@ -200,7 +198,9 @@ def _stage(operations: Operations, start: int, end: int) -> fx.Graph:
     for name in operations.inputs:
         (node,) = (node for node in operations.graph.nodes if node.op == "placeholder" and node.target == name)
         env[node] = graph.placeholder(name)
-    if any(map(operations.in_place, nodes)):  # what is received is a leaf of this stage, which autograd lets nobody change
+    if any(
+        map(operations.in_place, nodes)
+    ):  # what is received is a leaf of this stage, which autograd lets nobody change
         for node in operations.crossing(start) if start else []:
             env[node] = graph.call_method("clone", (env[node],))
 

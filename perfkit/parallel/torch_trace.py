@@ -57,9 +57,13 @@ def named(kind: type[nn.Module], inputs: Inputs) -> dict[str, Any]:
     given = dict(list(bound.items())[1:])
     for name, value in given.items():
         if signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            raise UnsupportedError(f"{kind.__name__}.forward takes any number of arguments: give each a name of its own")
+            raise UnsupportedError(
+                f"{kind.__name__}.forward takes any number of arguments: give each a name of its own"
+            )
         if not isinstance(value, torch.Tensor) and any(True for _ in tensors_in(value)):
-            raise UnsupportedError(f"input {name!r} is a {type(value).__name__} of tensors: pass each by a name of its own")
+            raise UnsupportedError(
+                f"input {name!r} is a {type(value).__name__} of tensors: pass each by a name of its own"
+            )
     return given
 
 
@@ -74,7 +78,8 @@ class Tracer(fx.Tracer):
     def follow(self, model: nn.Module, kind: type[nn.Module], given: dict[str, Any]) -> fx.Graph:
         """The graph of a call with these inputs, of which those that are no tensors are fixed."""
         names = list(tensors_of(given))
-        for module in list(model.modules()):
+        modules: list[Any] = list(model.modules())
+        for module in modules:
             if _stacked(module, unwrapped(module)[0].forward) and module.dropout:
                 module.add_module(BETWEEN, nn.Dropout(module.dropout).train(module.training))
 
@@ -85,7 +90,9 @@ class Tracer(fx.Tracer):
 
         listed = ", ".join(["module", *names])
         own = type(model)
-        model.__class__ = type(kind.__name__, (kind,), {"forward": eval(f"lambda {listed}: call({listed})", {"call": call})})
+        model.__class__ = type(
+            kind.__name__, (kind,), {"forward": eval(f"lambda {listed}: call({listed})", {"call": call})}
+        )
         try:
             graph = self.trace(model)
         finally:
@@ -139,7 +146,7 @@ class Tracer(fx.Tracer):
                 rnn._parameters[name] for way in rnn._all_weights[layer * ways : (layer + 1) * ways] for name in way
             ]
             how = rnn.mode, rnn.bias, rnn.bidirectional, rnn.batch_first
-            called = self.create_proxy("call_function", recurrent_layer, (x, weights, *how), {})
+            called: Any = self.create_proxy("call_function", recurrent_layer, (x, weights, *how), {})
             called.node.meta[LAYER] = f"{path}[{layer}]"
             x, *end = (called[index] for index in range(3 if rnn.mode == "LSTM" else 2))
             ends.append(end)
