@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import itertools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -72,6 +72,13 @@ def unwrapped(module: nn.Module) -> tuple[type[nn.Module], tuple[Callable[[Calla
         kind, wrap = vars(kind)[WRAPPED]
         wraps.append(wrap)
     return kind, tuple(wraps)
+
+
+def wrapped(call: Callable, wraps: Iterable[Callable[[Callable], Callable]]) -> Callable:
+    """`call(module, *args, **kwargs)` within what `unwrapped` told."""
+    for wrap in reversed(tuple(wraps)):
+        call = wrap(call)
+    return call
 
 
 def around_call(module: nn.Module, context: Callable[[], AbstractContextManager]) -> None:

@@ -102,12 +102,17 @@ def _cut(
     work: Workload, recipe: PipelineParallel, plan: Plan, operations: Operations, batch: Any
 ) -> tuple[tuple[int, ...], Costs]:
     """Before which operations to cut; measured on rank 0, and the same on every process."""
-    found: Any = None
+    costs: Any = None
     if work.world.leads:
         whole = jax.tree.leaves(work.model.params)
         parts = [whole[index] if row is None else whole[index][row] for index, row in operations.parts]
-        found = operations.costs([*parts, *jax.tree.leaves((work.model.rest, batch))], work.trains)
-    costs: Costs = work.world.agree(found)
+        try:
+            costs = operations.costs([*parts, *jax.tree.leaves((work.model.rest, batch))], work.trains)
+        except Exception as error:  # whatever an operation may raise by itself; the others wait to be told
+            costs = f"{type(error).__name__}: {error}"
+    costs = work.world.agree(costs)
+    if isinstance(costs, str):
+        raise UnsupportedError(f"{work.model.name} does not run operation by operation: {costs}")
     if recipe.split_at:
         return tuple(sorted(_begins(operations, name) for name in recipe.split_at)), costs
     places = balanced(costs, plan.stages, math.inf)

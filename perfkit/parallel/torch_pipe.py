@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from perfkit.backends.torch_surgery import map_tensors
+from perfkit.backends.torch_surgery import map_tensors, wrapped
 from perfkit.parallel.batch import sliced
 from perfkit.parallel.torch_mesh import mesh_of
 
@@ -45,11 +45,7 @@ class StageModule(nn.Module):
     def compute(self, received: tuple, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What the stage sends on, of one micro-batch's inputs."""
 
-        def run(body, *args, **kwargs):
-            return body(*args, **kwargs)
-
-        for wrap in reversed(self.wraps):
-            run = wrap(run)
+        run = wrapped(lambda body, *args, **kwargs: body(*args, **kwargs), self.wraps)
         return run(self.body, *received, **inputs)
 
 

@@ -110,7 +110,8 @@ def _operations(work: Workload, recipe: PipelineParallel, plan: Plan) -> tuple[O
     other = traced(model, inputs)
     model.train(work.trains)
     mode = None if _text(graph) == _text(other) else work.trains
-    return Operations(graph, model, tensors_of(named(unwrapped(model)[0], inputs))), mode
+    kind, wraps = unwrapped(model)
+    return Operations(graph, model, tensors_of(named(kind, inputs)), wraps), mode
 
 
 def _text(graph: fx.Graph) -> list[str]:
@@ -121,12 +122,17 @@ def _cut(work: Workload, recipe: PipelineParallel, plan: Plan, operations: Opera
     """Where to cut, and what the operations cost: measured on rank 0, and the same on every process."""
     places, reason = operations.places()
     in_flight = plan.micro_batches if plan.schedule == "gpipe" else min(plan.devices, plan.micro_batches)
-    found: Any = None
+    costs: Any = None
     if work.world.leads:
         work.backend.seed(work.seed)
         twin = replace(operations, model=copied(work.model))
-        found = twin.costs(work.trains, work.backend.synchronize, in_flight)
-    costs: Costs = work.world.agree(found)
+        try:
+            costs = twin.costs(work.trains, work.backend.synchronize, in_flight)
+        except Exception as error:  # whatever a model may raise that is called in parts; the others wait to be told
+            costs = f"{type(error).__name__}: {error}"
+    costs = work.world.agree(costs)
+    if isinstance(costs, str):
+        raise UnsupportedError(f"{work.backend.model_name(work)} does not run operation by operation: {costs}")
     if recipe.split_at:
         cuts: tuple[int, ...] | None = tuple(sorted(_begins(operations, name, places) for name in recipe.split_at))
         if len(set(cuts)) < len(cuts):

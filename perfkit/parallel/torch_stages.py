@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perfkit.backends.torch_surgery import map_tensors, tensors_in
+from perfkit.backends.torch_surgery import map_tensors, tensors_in, wrapped
 from perfkit.parallel.balance import Costs, spans
 
 REPEATS = 3
@@ -34,11 +34,13 @@ class Operations:
         graph: of one call.
         model: whose call that is.
         inputs: example tensors by the names of the placeholders; of one micro-batch.
+        wraps: what `around_forward` put around the model, and what goes around each of its stages.
     """
 
     graph: fx.Graph
     model: nn.Module
     inputs: Mapping[str, torch.Tensor]
+    wraps: tuple[Callable[[Callable], Callable], ...] = ()
 
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -57,8 +59,13 @@ class Operations:
 
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fakes = [mode.from_tensor(tensor) for tensor in self.inputs.values()]
-            Looking(fx.GraphModule(self.model, self.graph)).run(*fakes)
+            self.run(Looking, fakes)
         return seen
+
+    def run(self, interpreter: Callable[[fx.GraphModule], fx.Interpreter], inputs: Iterable[torch.Tensor]) -> None:
+        """Run all operations by an interpreter of torch's."""
+        module = fx.GraphModule(self.model, self.graph)
+        wrapped(lambda module, *args: interpreter(module).run(*args), self.wraps)(module, *inputs)
 
     @cached_property
     def outputs(self) -> tuple[list[Any], pytree.TreeSpec]:
@@ -129,7 +136,13 @@ class Operations:
         Args:
             in_flight: of how many micro-batches a stage keeps the outputs.
         """
-        seconds = Timed(self, trains, synchronize).seconds()
+        took: dict[fx.Node, float] = {}
+        data = {id(tensor) for tensor in self.inputs.values()}
+        before = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        with torch.set_grad_enabled(trains):
+            self.run(lambda module: Timed(module, took, data, trains, synchronize), self.inputs.values())
+        for parameter, gradient in before:
+            parameter.grad = gradient
         counted: set[int] = set()
         held = []
         for node in self.nodes:
@@ -137,29 +150,29 @@ class Operations:
             counted |= own.keys()
             kept = 1 + (1 + BESIDES_GRADIENT) * trains
             held.append(kept * sum(map(_bytes, own.values())) + in_flight * trains * _bytes(self.values[node]))
-        return Costs(seconds, held, self.places()[0])
+        return Costs([took[node] for node in self.nodes], held, self.places()[0])
 
 
 class Timed(fx.Interpreter):
     """Runs operations one by one and takes their times, each the best of a few.
 
     Args:
+        took: where the times go, s.
+        data: identities of the model's inputs, which need no gradients.
+        trains: whether backwards are part of it.
         synchronize: waits until the device has done what it was told.
     """
 
-    def __init__(self, operations: Operations, trains: bool, synchronize: Callable[[Any], None]):
-        super().__init__(fx.GraphModule(operations.model, operations.graph))
-        self.operations, self.trains, self.synchronize = operations, trains, synchronize
-        self.took: dict[fx.Node, float] = {}
-        self.data = {id(tensor) for tensor in operations.inputs.values()}
-
-    def seconds(self) -> tuple[float, ...]:
-        before = [(p, p.grad) for p in self.operations.model.parameters()]
-        with torch.set_grad_enabled(self.trains):
-            self.run(*self.operations.inputs.values())
-        for parameter, gradient in before:
-            parameter.grad = gradient
-        return tuple(self.took[node] for node in self.operations.nodes)
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        took: dict[fx.Node, float],
+        data: set[int],
+        trains: bool,
+        synchronize: Callable[[Any], None],
+    ):
+        super().__init__(module)
+        self.took, self.data, self.trains, self.synchronize = took, data, trains, synchronize
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op in ("placeholder", "get_attr", "output"):
