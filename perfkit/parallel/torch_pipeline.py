@@ -25,7 +25,7 @@ from perfkit.parallel.spread import Spread
 from perfkit.parallel.torch_mesh import alike, mesh_of
 from perfkit.parallel.torch_part import held_alone, norms_of_all
 from perfkit.parallel.torch_pipe import PIPELINE, Pipeline, StageModule
-from perfkit.parallel.torch_pipeline_checks import checked, first_part, reduction
+from perfkit.parallel.torch_pipeline_checks import checked, first_part, output_dims, reduction
 from perfkit.parallel.torch_schedule import gradients, infer
 from perfkit.parallel.torch_stages import Operations, stage_graphs
 from perfkit.parallel.torch_trace import label, named, tensors_of, traced
@@ -53,7 +53,8 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     graphs = stage_graphs(operations, cuts)
     kind, wraps = unwrapped(model)
     bodies = [StageModule(fx.GraphModule(model, graph), wraps) for graph in graphs]
-    dims, draws = checked(work, recipe, plan, operations, graphs)
+    draws = checked(work, first_part(work, recipe, plan), operations, cuts, mode)
+    dims = output_dims(operations, work, plan)
     mean, loss_dtype = reduction(work, recipe, plan, dims)
     given = named(kind, work.inputs)
     pipe = Pipeline(
@@ -142,7 +143,7 @@ def _cut(work: Workload, recipe: PipelineParallel, plan: Plan, operations: Opera
     if cuts is None:
         raise UnsupportedError(
             f"{plan.stages} stages were asked for, and {work.backend.model_name(work)} cannot be cut into so many that "
-            f"fit: there are {len(places)} places ({reason or 'one after each operation'})"
+            f"fit: it has {len(places)} place(s) for a cut ({reason or 'one after each operation'})"
         )
     return cuts, costs
 
@@ -202,7 +203,7 @@ def _notes(work: Workload, model: nn.Module, pipe: Pipeline) -> list[str]:
         )
     if work.training and not pipe.mean:
         notes.append("the loss is a sum over the batch: those of the micro-batches are added up")
-    notes.append("each process is given the whole batch; its model holds the parameters of its own stage")
+    notes.append("all processes of a pipeline are given the same batch; each one's model holds its stage's parameters")
     return notes
 
 

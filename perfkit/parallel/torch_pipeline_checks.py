@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from perfkit.parallel.batch import length, sliced
 from perfkit.parallel.pipeline_plan import Plan
 from perfkit.parallel.torch_pipe import StageModule, micro_batches
 from perfkit.parallel.torch_split import random_state
-from perfkit.parallel.torch_stages import Operations
+from perfkit.parallel.torch_stages import Operations, stage_graphs
 from perfkit.parallel.torch_trace import named, tensors_of
 
 if TYPE_CHECKING:
@@ -25,37 +26,48 @@ ROUNDING = 2.0**-24 * 1000
 """Of numbers added up in another order: some hundreds of them, through a few layers."""
 
 
-def checked(
-    work: Workload, recipe: PipelineParallel, plan: Plan, operations: Operations, graphs: tuple[fx.Graph, ...]
-) -> tuple[tuple[int | None, ...], bool]:
-    """That the stages compute what the model does; along which dimension outputs have rows; whether it draws numbers.
+def checked(work: Workload, inputs: Inputs, operations: Operations, cuts: Sequence[int], mode: bool | None) -> bool:
+    """Whether the model draws random numbers; after making sure that its stages compute what it does.
+
+    Where it draws some, stages are compared in the other mode: what is sent lies in memory as it is read, and torch
+    draws numbers in the order in which things lie.
 
     Raises:
-        UnsupportedError: they do not.
+        UnsupportedError: they compute something else.
     """
-    inputs = operations.inputs
-    whole, one = copied(work.model), copied(work.model)
+    work.backend.seed(work.seed)
+    before = random_state(work.device)
     with torch.no_grad():
-        work.backend.seed(work.seed)
-        before = random_state(work.device)
-        expected = list(tensors_in(whole(**named(unwrapped(whole)[0], first_part(work, recipe, plan)))))
-        draws = not torch.equal(before, random_state(work.device))
-        work.backend.seed(work.seed)
-        received: tuple = ()
-        _, wraps = unwrapped(one)
-        try:
-            for graph in graphs:
-                received = StageModule(fx.GraphModule(one, graph), wraps).compute(received, inputs)
-                received = tuple(tensor.clone() for tensor in received)  # as what is sent: of its own
-            reason = _differs(received, expected)
-        except Exception as error:  # whatever a model may raise that is called in parts
-            reason = f"{type(error).__name__}: {error}"
+        copied(work.model)(*inputs.args, **inputs.kwargs)
+    draws = not torch.equal(before, random_state(work.device))
+    reason = _off(work, inputs, operations, (), work.model.training)
+    if reason is None and not (draws and mode is not None):
+        reason = _off(work, inputs, operations, cuts, work.model.training and not draws)
     if reason := work.world.agree(reason):
         raise UnsupportedError(
             f"the stages of {work.backend.model_name(work)} do not compute what its forward does ({reason}): it "
             "depends on more than what goes from layer to layer; split_at= other layers, or use data_parallel"
         )
-    return _output_dims(operations, work, plan), draws
+    return draws
+
+
+def _off(work: Workload, inputs: Inputs, operations: Operations, cuts: Sequence[int], trains: bool) -> str | None:
+    """How far outputs of stages are from the model's; None where that is no more than rounding."""
+    whole, one = (copied(work.model).train(trains) for _ in range(2))
+    with torch.no_grad():
+        work.backend.seed(work.seed)
+        expected = list(tensors_in(whole(*inputs.args, **inputs.kwargs)))
+        work.backend.seed(work.seed)
+        received: tuple[torch.Tensor, ...] = ()
+        try:
+            for graph in stage_graphs(operations, cuts):
+                received = StageModule(fx.GraphModule(one, graph), operations.wraps).compute(
+                    received, operations.inputs
+                )
+                received = tuple(tensor.clone() for tensor in received)  # as what is sent: of its own
+        except Exception as error:  # whatever a model may raise that is called in parts
+            return f"{type(error).__name__}: {error}"
+    return _differs(received, expected)
 
 
 def first_part(work: Workload, recipe: PipelineParallel, plan: Plan) -> Inputs:
@@ -65,7 +77,7 @@ def first_part(work: Workload, recipe: PipelineParallel, plan: Plan) -> Inputs:
     return Inputs(args, kwargs)
 
 
-def _differs(found: tuple[torch.Tensor, ...], expected: list[torch.Tensor]) -> str | None:
+def _differs(found: Sequence[torch.Tensor], expected: list[torch.Tensor]) -> str | None:
     if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
         return "outputs of other shapes"
     for mine, wanted in zip(found, expected, strict=True):
@@ -75,7 +87,7 @@ def _differs(found: tuple[torch.Tensor, ...], expected: list[torch.Tensor]) -> s
     return None
 
 
-def _output_dims(operations: Operations, work: Workload, plan: Plan) -> tuple[int | None, ...]:
+def output_dims(operations: Operations, work: Workload, plan: Plan) -> tuple[int | None, ...]:
     """Of each output tensor the dimension that grows with the rows; None where there is none."""
     if plan.parts == 1:
         return tuple(0 for leaf in operations.outputs[0] if isinstance(leaf, fx.Node))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.nn.parallel import DistributedDataParallel
 
@@ -174,19 +173,35 @@ def _set_up(pipe: Pipeline, rows: dict[str, torch.Tensor], trains: bool) -> Run:
 
 
 def _shapes(pipe: Pipeline, rows: dict[str, torch.Tensor], trains: bool) -> list[tuple[torch.Tensor, ...]]:
-    """What each stage makes of such a micro-batch, without the numbers: told by the process that has the stage."""
+    """What each stage makes of such a micro-batch, without the numbers: found by running it once through all."""
     found: list[tuple[torch.Tensor, ...]] = []
-    for number in range(pipe.count):
-        told: list[Any] = [None]
-        if number in pipe.stages:
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(trains):
-                received = [_empty(_form(tensor), pipe.device) for tensor in (found[-1] if found else ())]
-                inputs = {name: mode.from_tensor(tensor) for name, tensor in rows.items()}
-                made = pipe.stages[number].compute(tuple(received), inputs)
-            told = [[_form(tensor) for tensor in made]]
-        dist.broadcast_object_list(told, pipe.owner(number), group=pipe.group)
-        found.append(tuple(map(_empty, told[0])))
+    received: tuple[torch.Tensor, ...] = ()
+    with torch.random.fork_rng(), _buffers_kept(pipe), torch.set_grad_enabled(trains):
+        for number in range(pipe.count):
+            made: tuple[torch.Tensor, ...] = ()
+            if number in pipe.stages:
+                made = pipe.stages[number].compute(received, rows)
+            told = [list(map(_form, made))]
+            dist.broadcast_object_list(told, pipe.owner(number), group=pipe.group)
+            found.append(tuple(map(_empty, told[0])))
+            sent = made or tuple(_empty(form, pipe.device) for form in told[0])
+            received = tuple(tensor.detach().contiguous() for tensor in sent)
+            for tensor, form in zip(received, told[0], strict=True):
+                dist.broadcast(tensor, pipe.owner(number), group=pipe.group)
+                tensor.requires_grad_(form["requires_grad"])
     return found
+
+
+@contextmanager
+def _buffers_kept(pipe: Pipeline) -> Iterator[None]:
+    """After it running statistics and the like are as before."""
+    held = [(buffer, buffer.clone()) for stage in pipe.stages.values() for buffer in stage.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in held:
+                buffer.copy_(before)
 
 
 def _form(tensor: torch.Tensor) -> dict[str, Any]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perfkit.backends.torch_surgery import map_tensors, tensors_in, wrapped
+from perfkit.backends.torch_surgery import copied, map_tensors, tensors_in, wrapped
 from perfkit.parallel.balance import Costs, spans
 
 REPEATS = 3
@@ -49,17 +48,17 @@ class Operations:
 
     @cached_property
     def values(self) -> dict[fx.Node, Any]:
-        """What each node gives for the inputs, without the numbers."""
+        """What each node gives for the inputs, tensors without their numbers."""
         seen: dict[fx.Node, Any] = {}
 
         class Looking(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
-                seen[n] = super().run_node(n)
-                return seen[n]
+                found = super().run_node(n)
+                seen[n] = map_tensors(lambda tensor: torch.empty_like(tensor, device="meta"), found)
+                return found
 
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fakes = [mode.from_tensor(tensor) for tensor in self.inputs.values()]
-            self.run(Looking, fakes)
+        with torch.no_grad():
+            replace(self, model=copied(self.model)).run(Looking, self.inputs.values())
         return seen
 
     def run(self, interpreter: Callable[[fx.GraphModule], fx.Interpreter], inputs: Iterable[torch.Tensor]) -> None:
@@ -71,7 +70,7 @@ class Operations:
     def outputs(self) -> tuple[list[Any], pytree.TreeSpec]:
         """The leaves of what the model returns, and how it holds them."""
         (output,) = (node for node in self.graph.nodes if node.op == "output")
-        return pytree.tree_flatten(output.args[0], is_leaf=lambda leaf: isinstance(leaf, fx.Node))
+        return pytree.tree_flatten(_plain(output.args[0]), is_leaf=lambda leaf: isinstance(leaf, fx.Node))
 
     @cached_property
     def anywhere(self) -> set[fx.Node]:
@@ -231,6 +230,15 @@ def _stage(operations: Operations, start: int, end: int) -> fx.Graph:
         sent = [graph.call_method("contiguous", (take(node),)) for node in operations.crossing(end)]
         graph.output(tuple(sent))
     return graph
+
+
+def _plain(tree: Any) -> Any:
+    """torch.fx's lists and dicts, which cannot be changed, as Python's own."""
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return list(map(_plain, tree))
+    return tuple(map(_plain, tree)) if type(tree) is tuple else tree
 
 
 def _is_float(value: Any) -> bool:
