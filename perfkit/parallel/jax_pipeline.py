@@ -86,6 +86,8 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     placement = Piped(mesh_of(work.layout), model, cuts)
     _check_optimizer(work, placement)
     layers = [list(dict.fromkeys(operations.layers[index] for index in each)) for each in owned]
+    for stage, (start, end) in enumerate(spans(places, len(operations.eqns))):  # one without weights, by what it does
+        layers[stage] = layers[stage] or [eqn.primitive.name for eqn in operations.eqns[start:end]]
     told = replace(plan, schedule="gpipe").told(layers, max(costs.sent_bytes[place] for place in places))
     spread = work.spread or Spread()
     spread = replace(spread, parts=(*spread.parts, told), balance=costs.shares(places), bubble=plan.bubble)
@@ -118,8 +120,8 @@ def _cut(
     places = balanced(costs, plan.stages, math.inf)
     if places is None:
         raise UnsupportedError(
-            f"{plan.stages} stages were asked for, and {work.model.name} cannot be cut into so many: there are "
-            f"{len(costs.sent_bytes)} places where nothing but floating-point arrays goes on, with no weight used on "
+            f"{plan.stages} stages were asked for, and {work.model.name} cannot be cut into so many: it has "
+            f"{len(costs.sent_bytes)} place(s) where nothing but floating-point arrays goes on, with no weight used on "
             "both sides"
         )
     return places, costs

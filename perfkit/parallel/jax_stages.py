@@ -110,11 +110,13 @@ class Operations:
     def costs(self, args: Sequence[Any], trains: bool) -> Costs:
         """Times of the equations, each run by itself, and what they keep."""
         took: dict[int, float] = {}
+        programs: dict[str, Callable] = {}  # equations that look alike are compiled once
         jaxpr, consts = self.closed.jaxpr, self.closed.consts
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
         for eqn in jaxpr.eqns:
             given = [atom.val if isinstance(atom, Literal) else values[atom] for atom in eqn.invars]
-            program = jax.jit(lambda *given, eqn=eqn: bind(eqn, given))
+            alike = f"{eqn.primitive} {eqn.params} {[(jnp.shape(each), jnp.result_type(each)) for each in given]}"
+            program = programs.setdefault(alike, jax.jit(lambda *given, eqn=eqn: bind(eqn, given)))
             times = []
             for _ in range(1 + REPEATS):
                 began = time.perf_counter()

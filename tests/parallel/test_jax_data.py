@@ -192,6 +192,18 @@ def test_two_processes_train_as_one(two, engine):
     assert two[0][engine]["parallel"] == two[1][engine]["parallel"]
 
 
+def test_a_pipeline_goes_through_two_processes(two):
+    for found in two:
+        result = found["stages"]
+        # Sums of 8 and of 24 numbers in each of three steps; Adam carries a gradient's relative error on.
+        assert result["losses"] == pytest.approx(result["one"], rel=3 * 44 * ROUNDING)
+        assert result["losses"][0] > result["losses"][-1]
+        assert result["loss of params"] == pytest.approx(result["next"], rel=44 * ROUNDING)
+        assert (result["parallel"]["layout"], result["parallel"]["processes"]) == ("pipeline 2 × data 2", 2)
+        assert result["parallel"]["rank_model_bytes"] == [8 * 5 * 4] * 2, "as much as the larger stage has"
+    assert two[0]["stages"]["losses"] == two[1]["stages"]["losses"]
+
+
 def test_two_processes_hold_their_parts_alone(two):
     for found in two:
         assert found["jit"]["parts"] == [[2, 2], [2, 2]]
