@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("jax")
 pytest.importorskip("flax")
 
-from test_jax_data import result, start
+from jax_workers import result, start
 
 MODELS, CHAINS = ("cnn2", "text_lstm", "transformer"), ("pipeline", "both")
 ROUNDING = 2.0**-24
