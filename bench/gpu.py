@@ -1,10 +1,11 @@
-"""`python -m bench.gpu`: everything that needs a GPU, in one go: check, stress, compile, tune, time.
+"""`python -m bench.gpu`: everything that needs a GPU, in one go: check, stress, compile, tune, time, profile.
 
     check    every op's cases by every implementation, forward and every gradient, against float64
     stress   programs that wait for each other on all processors, thousands of steps: the same bits as step by step
     compile  what is to be tuned, by several processes
     tune     implementations and tile sizes, timed; the fastest go into kernels/tuned/<device>.json
     time     the ops as they are then dispatched, against cuDNN, torch.compile and what JAX has
+    profile  cnn and text_lstm, as they are and with our kernels, with the card's own readings and energy
 
 Kept in results/<device>-kernels.json, with what failed and what there was no time for. Each row runs in a process that
 is replaced when it dies or hangs. Exit code 0: all as it should be; 1: a row failed; 2: nothing here to run on.
@@ -31,10 +32,10 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
-SHARES = {"check": 0.25, "stress": 0.08, "compile": 0.17, "tune": 0.2, "time": 0.3}
+SHARES = {"check": 0.2, "stress": 0.06, "compile": 0.14, "tune": 0.17, "time": 0.25, "profile": 0.18}
 """Of the budget, for each part."""
 
-LEAST_S = {"check": 0.0, "stress": 5.0, "compile": 0.0, "tune": 3.0, "time": 2.5}
+LEAST_S = {"check": 0.0, "stress": 5.0, "compile": 0.0, "tune": 3.0, "time": 2.5, "profile": 4.0}
 """What a row is given at least, while there is time left for its part: less would be no use."""
 
 TOGETHER = ("check", "compile")
@@ -103,7 +104,7 @@ def missing() -> str:
 
 def rows(parts: list[str], match: str = "") -> list[Any]:
     """The rows of these parts whose names have that text, in the order in which they run."""
-    from bench import gpu_rows, gpu_time
+    from bench import gpu_profile, gpu_rows, gpu_time
 
     made = {
         "check": gpu_rows.check_rows,
@@ -111,6 +112,7 @@ def rows(parts: list[str], match: str = "") -> list[Any]:
         "compile": gpu_rows.compile_rows,
         "tune": gpu_rows.tune_rows,
         "time": gpu_time.time_rows,
+        "profile": gpu_profile.profile_rows,
     }
     return [row for part in parts for row in made[part]() if match in row.name]
 
@@ -250,6 +252,10 @@ def _told(row: dict[str, Any]) -> str:
         return f"{row['repeats']} times the same bits, {row['programs']} programs on {row['processors']} processors"
     if "compiled" in row:
         return f"{row['compiled']} candidates compiled, {len(row['dropped'])} cannot run"
+    if "step_ms" in row:
+        return f"{row['step_ms']:.3g} ms a step, {len(row['findings'])} findings, {row['written']}"
+    if "busy_w" in row:
+        return f"{row['idle_w']:.0f} W idle, {row['busy_w']:.0f} W at work, {row['written']}"
     if "fastest" in row:
         times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in row["ms"].items())
         return f"{row['fastest']} {row['configuration'] or 'by its rule'} ({times})"

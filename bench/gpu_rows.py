@@ -33,7 +33,7 @@ class Row:
     """One thing to do.
 
     Args:
-        part: "check", "stress", "compile", "tune" or "time".
+        part: "check", "stress", "compile", "tune", "time" or "profile".
         name: for people.
         run: does it, on a device, in about so many seconds; what it returns is written down. A row that failed has
             "failed" in it, one that does not apply "refused".

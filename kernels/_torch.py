@@ -22,7 +22,8 @@ def observer(tensors: Iterable[Tensor]) -> str | None:
     """Who must see a call as one operation, or be given other numbers than lie in memory; None for nobody.
 
     "compiled": torch.compile or torch.export; "subclassed": a tensor's class; "transformed": torch.func; "dual": a
-    derivative in forward mode; "traced": a dispatch mode, or torch.jit.trace; "negated": a tensor negated lazily.
+    derivative in forward mode; "traced": a dispatch mode, torch.jit.trace, or a profiler, which knows operators alone;
+    "negated": a tensor negated lazily.
     """
     if torch.compiler.is_compiling():
         return "compiled"
@@ -33,6 +34,8 @@ def observer(tensors: Iterable[Tensor]) -> str | None:
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         return "dual"
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return "traced"
+    if torch.autograd._profiler_enabled():
         return "traced"
     return "negated" if any(map(Tensor.is_neg, tensors)) else None
 

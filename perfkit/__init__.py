@@ -17,8 +17,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "optimize": "perfkit._optimize",
     "plan": "perfkit._optimize",
+    "max_batch_size": "perfkit._max_batch",
+    "MaxBatch": "perfkit._max_batch",
     "Result": "perfkit._optimize",
     "Plan": "perfkit._optimize",
+    "profile": "perfkit.profiling._run",
+    "Profile": "perfkit.profiling._profile",
     "doctor": "perfkit._doctor",
     "Chain": "perfkit._recipe",
     "LayerRecipe": "perfkit._recipe",
@@ -34,6 +38,7 @@ _PUBLIC = {
     "Skipped": "perfkit._report",
     "Verdict": "perfkit._report",
     "ChainError": "perfkit._errors",
+    "DoesNotRunError": "perfkit._errors",
     "FidelityError": "perfkit._errors",
     "InvalidInputError": "perfkit._errors",
     "MissingDependencyError": "perfkit._errors",
@@ -44,7 +49,7 @@ _PUBLIC = {
     "UnknownRecipeError": "perfkit._errors",
     "UnsupportedError": "perfkit._errors",
 }
-_PACKAGES = ("kernels", "measure", "parallel", "recipes", "reference")
+_PACKAGES = ("kernels", "measure", "parallel", "profiling", "recipes", "reference")
 
 __all__ = ["__version__", *_PACKAGES, *_PUBLIC]
 

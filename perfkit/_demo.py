@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import perfkit
-from perfkit import backends, cli, reference
+from perfkit import _cli_common, backends, cli, reference
 from perfkit._errors import PerfkitWarning, missing
 from perfkit._report import Report
 from perfkit.reference import Framework
@@ -42,14 +42,14 @@ def run(page: Path, budget_s: float) -> None:
         metric, models = _trained(name, frameworks)
         for framework, model in models.items():
             label = f"{name}, {framework}, batch {batch_size}"
-            with cli.status(label) as progress:
+            with _cli_common.status(label) as progress:
                 report = _optimized(name, framework, model, batch_size, metric, budget_s, progress)
             rows.append((label, report))
-            cli.out.print(f"{label}: {report.explanation}", highlight=False, soft_wrap=True)
-    cli.out.print()
-    cli.out.print(terminal.summary_table(rows))
+            _cli_common.out.print(f"{label}: {report.explanation}", highlight=False, soft_wrap=True)
+    _cli_common.out.print()
+    _cli_common.out.print(terminal.summary_table(rows))
     page.write_text(html.page(rows), encoding="utf-8")
-    cli.out.print(
+    _cli_common.out.print(
         f"\n{time.perf_counter() - began:.0f} s. The whole proof is in {page}.", highlight=False, soft_wrap=True
     )
 
@@ -59,7 +59,7 @@ def _trained(name: str, frameworks: list[Framework]) -> tuple[str, dict[Framewor
     first = frameworks[0]
     with cli.training_progress(f"{name} ({first})") as progress:
         trained = reference.train(name, framework=first, progress=progress)
-    cli.out.print(cli.trained_line(name, first, trained), highlight=False, soft_wrap=True)
+    _cli_common.out.print(cli.trained_line(name, first, trained), highlight=False, soft_wrap=True)
     models: dict[Framework, Any] = {first: trained.model}
     if "jax" in frameworks[1:]:
         models["jax"] = reference.to_jax(name, trained.model)

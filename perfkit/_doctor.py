@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from perfkit import _recipe, backends
 from perfkit._report import Environment
 from perfkit.measure.environment import compilers, environment
+
+if TYPE_CHECKING:
+    from perfkit.profiling._profile import DeviceState
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,16 @@ class Diagnosis:
     Args:
         compilers: name and version; None where it was not found.
         devices: the device that each framework would use, or why it cannot be used.
+        energy: the counter that a profile would read energy from, by device, or why there is none.
+        cards: what each NVIDIA card says of itself; empty where there is none.
     """
 
     environment: Environment
     compilers: dict[str, str | None]
     devices: dict[str, str]
     recipes: tuple[Readiness, ...]
+    energy: dict[str, str] = field(default_factory=dict)
+    cards: tuple[DeviceState, ...] = ()
 
     def __rich__(self):
         from perfkit.reporting import diagnosis
@@ -67,7 +75,17 @@ def doctor() -> Diagnosis:
         else:
             device = devices[framework] = _device(framework)
         recipes += [_readiness(name, framework, device, devices[framework]) for name in _recipe.names()]
-    return Diagnosis(environment(), compilers(), devices, tuple(recipes))
+    return Diagnosis(environment(), compilers(), devices, tuple(recipes), *_counters_and_cards())
+
+
+def _counters_and_cards() -> tuple[dict[str, str], tuple[DeviceState, ...]]:
+    from perfkit.profiling import energy, telemetry
+
+    counters = {"cpu": energy.source("cpu")}
+    if not environment().accelerators:
+        return counters, ()
+    with telemetry.watching("cuda") as watch:
+        return counters | {"cuda": energy.source("cuda")}, watch.states()
 
 
 def _device(framework: str) -> str:

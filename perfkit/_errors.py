@@ -3,6 +3,7 @@
     PerfkitError
     ├── InvalidInputError      (ValueError)           what was passed cannot be used: model, inputs, option, budget
     │   ├── UnknownRecipeError                        no recipe of that name, or no option of that name
+    │   ├── DoesNotRunError                           the model raises on its example inputs
     │   └── ChainError                                recipes that cannot be chained
     ├── UnsupportedError       (NotImplementedError)  the recipe cannot work on this model, framework, mode or machine
     ├── MissingDependencyError (ImportError)          a library is not installed
@@ -36,6 +37,10 @@ class UnknownRecipeError(InvalidInputError):
     """No recipe, or no option of a recipe, has that name."""
 
 
+class DoesNotRunError(InvalidInputError):
+    """The model raises on its example inputs."""
+
+
 class ChainError(InvalidInputError):
     """These recipes cannot be chained."""
 
@@ -65,7 +70,7 @@ class FidelityError(_ReportedError, ArithmeticError):
 
 
 class SlowerError(_ReportedError, RuntimeError):
-    """`on_slower="raise"` and the result is slower than the original."""
+    """`on_slower="raise"` and the result is slower than the original, or a recipe for memory saves none."""
 
 
 class PerfkitWarning(UserWarning):

@@ -8,25 +8,31 @@ from perfkit.backends import Traffic
 from perfkit.measure import memory
 
 
-def measurement(name: str, variant: Variant, latency: Latency | None) -> Measurement:
-    """Put together what was timed and what is measured apart from timing: memory and size."""
+def measurement(name: str, variant: Variant, latency: Latency | None, anew: bool = False) -> Measurement:
+    """Put together what was timed and what is measured apart from timing: memory and size.
+
+    Args:
+        anew: compile once more, where that is what it takes to count memory.
+    """
     work, backend = variant.work, variant.work.backend
     model_bytes, parameters = backend.size(work)
-    peak = high_water = no_inputs("B")
+    peak = high_water = optimizer = no_inputs("B")
     if variant.measurable:
         with variant.finished.keeping_state():
-            peak = backend.tensor_peak(work, variant.finished)
+            peak = backend.tensor_peak(work, variant.finished, anew=anew)
+            optimizer = backend.optimizer_state(work, variant.finished)
             high_water = memory.process_high_water(variant.call)
     return Measurement(
         name=name,
         latency=latency,
         throughput=_throughput(variant, latency),
         first_call_s=variant.first_call_s,
-        compile_s=_compile_seconds(variant, latency),
+        compile_s=compile_seconds(variant, latency),
         tensor_peak_bytes=peak,
         process_high_water_bytes=high_water,
         model_bytes=model_bytes,
         parameters=parameters,
+        optimizer_state_bytes=optimizer,
     )
 
 
@@ -83,7 +89,8 @@ def _throughput(variant: Variant, latency: Latency | None) -> Quantity:
     return Quantity(batch / latency.median_ms * 1e3, "items/s", method=f"{batch} items per median call")
 
 
-def _compile_seconds(variant: Variant, latency: Latency | None) -> Quantity:
+def compile_seconds(variant: Variant, latency: Latency | None) -> Quantity:
+    """What of the first call was compilation."""
     if latency is None:
         return no_inputs("s")
     if variant.log.seconds is not None:

@@ -14,7 +14,7 @@ from perfkit._proof import Settings
 from perfkit._recipe import Chain, Recipe
 from perfkit._report import Candidate, Effect
 from perfkit._variant import apply
-from perfkit._workload import Workload, calibration_inputs, check_mode
+from perfkit._workload import Workload, calibrated, check_mode
 from perfkit.parallel.gathering import gathered
 
 AUTO = "auto"
@@ -69,7 +69,8 @@ def optimize(
         max_drop: by how much `evaluate` may fall; by default 0.
         budget_s: seconds to spend measuring (a chain, by default 6) or searching ("auto", by default 90).
         strict: a recipe that touches nothing is an error.
-        on_slower: "warn", "revert" (return the original) or "raise".
+        on_slower: "warn", "revert" (return the original) or "raise". With a recipe whose aim is memory, time is the
+            price that the report tells, and this is about a result that saves no memory.
         seed: for every run of the model and for the order of the measurements.
         progress: called with a line of text as the work goes on.
 
@@ -81,7 +82,7 @@ def optimize(
         UnsupportedError: a recipe cannot work on this model or machine.
         FidelityError: the result's numbers are too far from the original's.
         NoEffectError: `strict` and a recipe touched nothing.
-        SlowerError: `on_slower="raise"` and the result is slower.
+        SlowerError: `on_slower="raise"` and the result is slower, or saves no memory where that is the aim.
 
     Example:
         >>> result = perfkit.optimize(model, recipe="bf16+compile", example_inputs=(x,))
@@ -96,7 +97,7 @@ def optimize(
         work = backend.bind(
             model, params, example_inputs, mode=mode, loss=loss, targets=targets, optimizer=optimizer, seed=seed
         )
-        work = _calibrated(work, calibration)
+        work = calibrated(work, calibration)
         if chain is None:
             result = _search.search(work, settings)
         else:
@@ -183,7 +184,7 @@ def plan(
         work = backend.bind(
             model, params, example_inputs, mode=mode, loss=loss, targets=targets, optimizer=optimizer, seed=seed
         )
-        work = _calibrated(work, calibration)
+        work = calibrated(work, calibration)
         about = (backend.model_name(work), work.framework, mode, work.device)
         if chain is None:
             chains, left_out = _search.sensible(work)
@@ -206,14 +207,6 @@ def _planned(chain: Chain, work: Workload) -> list[PlannedStep]:
         caution = _recipe.ask(recipe, "unprofitable", work.framework, work.device) or ""
         steps.append(PlannedStep(str(recipe), recipe.stage.name, effect, refusal or "", caution))
     return steps
-
-
-def _calibrated(work: Workload, batches: Iterable | None) -> Workload:
-    if batches is None:
-        return work
-    backend = work.backend
-    inputs = calibration_inputs(batches, lambda batch: backend.as_inputs(work, batch), backend.batch_size)
-    return work.replace(calibration=inputs)
 
 
 def _settings(chain, tolerance, evaluate, max_drop, budget_s, strict, on_slower, progress) -> Settings:

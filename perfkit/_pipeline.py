@@ -13,7 +13,7 @@ from perfkit._errors import FidelityError, NoEffectError, PerfkitWarning, Slower
 from perfkit._proof import Settings
 from perfkit._recipe import Chain
 from perfkit._repair import Missed, repairable, repaired
-from perfkit._report import Candidate, Effect, Report, Verdict
+from perfkit._report import Candidate, Effect, Report
 from perfkit._variant import Applied, Variant, apply, observed, ready
 from perfkit._workload import Workload
 from perfkit.backends import Finished
@@ -41,6 +41,14 @@ class Result:
     def params(self) -> Any:
         """The parameters that `model` takes as its first argument (JAX functions and linen); None elsewhere."""
         return self.finished.params() if self.finished.params else None
+
+    def settle(self) -> None:
+        """Bring the processes' models together, where a recipe lets them differ for some steps; else do nothing.
+
+        Every process calls it: before the model is evaluated or saved in the middle of such steps.
+        """
+        if self.finished.rounds is not None:
+            self.finished.rounds.settle()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.finished.call(*args, **kwargs)
@@ -71,7 +79,7 @@ def concluded(original: Variant, result: Variant, applied: Applied, settings: Se
 
     Raises:
         FidelityError: outputs or losses are too far off, or the caller's metric dropped too much.
-        SlowerError: slower, and `on_slower="raise"`.
+        SlowerError: slower, or a recipe for memory that saves none, and `on_slower="raise"`.
     """
     report = _proof.prove(original, result, applied, settings)
     if report.fidelity and not report.fidelity.ok:
@@ -86,8 +94,7 @@ def concluded(original: Variant, result: Variant, applied: Applied, settings: Se
             f"{report.metric.after:g}, which is more than max_drop={report.metric.max_drop:g}",
             report,
         )
-    if report.speedup and report.speedup.verdict == Verdict.SLOWER:
-        message = f"{report.recipe} makes {report.model} slower here: {report.speedup}"
+    if message := report.failing:
         if settings.on_slower == "raise":
             raise SlowerError(message, report)
         if settings.on_slower == "revert":

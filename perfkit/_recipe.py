@@ -10,6 +10,9 @@ define
     unprofitable(framework, device)      why it can hardly pay on this machine; None where it may
     observed(effect, log)                the Effect, completed from what was compiled on the first call
     unsought(work) -> str | None         why recipe="auto" leaves it out; None where it may be tried
+    judged_at(steps) -> Sequence[int]    of so many training steps those whose losses can be compared with the
+                                         original's, where it trains another way by design: it is judged by how far it
+                                         comes
     variants(work) -> tuple[Recipe]      the option settings that recipe="auto" should try
 
 and nothing about other recipes: `stage` orders a chain, and two recipes that `provide` the same thing exclude each
@@ -64,6 +67,7 @@ class Recipe:
         tolerance: relative error of the outputs that it may add, unitless.
         positional: the options that may be given without their names: "data_parallel(2)".
         retrains: its training starts from another loss than the original's, and is judged by where it ends.
+        aim: what it is for, "speed" or "memory". Where it is memory, more time is its price and no failure.
     """
 
     stage: ClassVar[Stage]
@@ -71,6 +75,7 @@ class Recipe:
     tolerance: ClassVar[float] = 0.0
     positional: ClassVar[tuple[str, ...]] = ()
     retrains: ClassVar[bool] = False
+    aim: ClassVar[str] = "speed"
 
     @property
     def name(self) -> str:
@@ -189,6 +194,11 @@ class Chain:
     def tolerance(self) -> float:
         """The relative error that the steps together may add."""
         return sum(recipe.tolerance for recipe in self.recipes)
+
+    @property
+    def aim(self) -> str:
+        """ "memory" where one of the recipes is for it, else "speed"."""
+        return "memory" if any(recipe.aim == "memory" for recipe in self.recipes) else "speed"
 
 
 def chain_of(spec: str | Recipe | Chain | Iterable) -> Chain:

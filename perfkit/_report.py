@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
+WORTH_SAVING = 1.02
+"""Ratio of memory before to after from which on it is called a saving."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Quantity:
     @classmethod
     def missing(cls, unit: str, reason: str) -> Quantity:
         return cls(None, unit, unavailable=reason)
+
+
+NO_OPTIMIZER = Quantity.missing("B", "there is no optimizer in inference")
 
 
 class Verdict(enum.StrEnum):
@@ -97,6 +102,7 @@ class Measurement:
         process_high_water_bytes: how far the process' resident memory rose during one call.
         model_bytes: parameters and buffers, tied ones once.
         parameters: number of parameters, tied ones once.
+        optimizer_state_bytes: what the optimizer holds on the device between two steps.
     """
 
     name: str
@@ -108,6 +114,26 @@ class Measurement:
     process_high_water_bytes: Quantity
     model_bytes: int
     parameters: int
+    optimizer_state_bytes: Quantity = NO_OPTIMIZER
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Memory that a result does without.
+
+    Args:
+        what: "tensor peak" or "optimizer state".
+        before, after: bytes.
+    """
+
+    what: str
+    before: float
+    after: float
+
+    @property
+    def ratio(self) -> float:
+        """3.0 where a third is left."""
+        return self.before / max(self.after, 1.0)
 
 
 @dataclass(frozen=True)
@@ -282,6 +308,7 @@ class Report:
             None where it was not measured.
         parallel: what several devices gave and cost; None where one process has the whole model.
         payback_calls: after how many calls the cost of optimizing is earned back.
+        aim: "memory" where a recipe of the chain is for it, and more time is its price; else "speed".
         optimizing_s: seconds spent applying recipes and compiling, measurements not included.
     """
 
@@ -310,29 +337,56 @@ class Report:
     not_measured: str = ""
     created: str = ""
     perfkit_version: str = ""
+    aim: str = "speed"
     schema_version: int = field(default=SCHEMA_VERSION)
+
+    @property
+    def savings(self) -> tuple[Saving, ...]:
+        """Where the aim is memory: what it did without, the largest ratio first; empty where that is nothing."""
+        if self.aim != "memory":
+            return ()
+        kinds = {"tensor peak": "tensor_peak_bytes", "optimizer state": "optimizer_state_bytes"}
+        sides = {what: (getattr(self.before, field), getattr(self.after, field)) for what, field in kinds.items()}
+        found = [Saving(what, a.value, b.value) for what, (a, b) in sides.items() if a.value and b.value is not None]
+        saved = [item for item in found if item.ratio >= WORTH_SAVING]
+        return tuple(sorted(saved, key=lambda item: -item.ratio))
+
+    @property
+    def failing(self) -> str:
+        """Why the result is no gain: slower, or, where the aim is memory, saving none. Empty where it is one."""
+        if self.speedup is None or self.savings:
+            return ""
+        if self.aim == "memory":
+            peaks = self.before.tensor_peak_bytes, self.after.tensor_peak_bytes
+            unknown = next((peak.unavailable for peak in peaks if peak.unavailable), None)
+            told = "none of it was measured" if unknown else f"a step peaks at {peaks[1].value / 1e6:.3g} MB, as before"
+            more = f" ({unknown})" if unknown else ""
+            return f"{self.recipe} saves no memory on {self.model} here: {told}{more}"
+        if self.speedup.verdict == Verdict.SLOWER:
+            return f"{self.recipe} makes {self.model} slower here: {self.speedup}"
+        return ""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; numbers that are not finite become None (`fidelity.reason` tells)."""
-        return _plain(self)
+        return plain(self)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as canonical JSON (sorted keys); written to `path` if one is given."""
         import json
 
-        return _written(json.dumps(self.to_dict(), sort_keys=True, indent=2, allow_nan=False) + "\n", path)
+        return written(json.dumps(self.to_dict(), sort_keys=True, indent=2, allow_nan=False) + "\n", path)
 
     def to_markdown(self, path: str | Path | None = None) -> str:
         """The report as Markdown, short enough for a pull request."""
         from perfkit.reporting import markdown
 
-        return _written(markdown.render(self), path)
+        return written(markdown.render(self), path)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The report as one self-contained HTML page: no network is needed to view it."""
         from perfkit.reporting import html
 
-        return _written(html.render(self), path)
+        return written(html.render(self), path)
 
     def __rich__(self):
         from perfkit.reporting import terminal
@@ -350,13 +404,13 @@ class Report:
         return html.embedded(self)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, enum.Enum):
@@ -364,7 +418,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _written(text: str, path: str | Path | None) -> str:
+def written(text: str, path: str | Path | None) -> str:
     """Write `text` to `path` whole or not at all, and return it."""
     if path is not None:
         path = Path(path)

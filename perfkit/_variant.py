@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -107,16 +108,30 @@ def compared(
     baseline: Variant, variant: Variant, names: tuple[str, str], budget_s: float
 ) -> tuple[Latency, Latency, Comparison]:
     """Time two variants interleaved, and leave both in the state they are in."""
+    steps = math.lcm(baseline.work.period, variant.work.period)
     with baseline.finished.keeping_state(), variant.finished.keeping_state():
         return timing.paired(
-            baseline.call,
-            variant.call,
+            _repeated(baseline.call, steps // baseline.work.period),
+            _repeated(variant.call, steps // variant.work.period),
             baseline=names[0],
             variant_name=names[1],
             budget_s=budget_s,
             seed=baseline.work.seed,
             world=baseline.work.world,
+            steps=steps,
         )
+
+
+def _repeated(call: Callable[[], Any], times: int) -> Callable[[], Any]:
+    """The call, made so often in one."""
+    if times == 1:
+        return call
+
+    def repeated():
+        for _ in range(times):
+            call()
+
+    return repeated
 
 
 def no_inputs(unit: str) -> Quantity:

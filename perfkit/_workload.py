@@ -44,6 +44,12 @@ class Training:
         averaged: makes of this process' loss the one over the whole batch.
         gradients: torch: `gradients(model, inputs, targets)` adds the gradients to the parameters and returns the loss,
             where that is not one call, one loss and one backward.
+        micro_batches: how many parts of one size a step runs one after the other, adding up their gradients.
+        donates: JAX: the step's outputs take over the memory of the state that it was given.
+        batch_dim: the dimension along which the first input is cut into them.
+        exchanging: torch: says whether the next backward pass shall send gradients: that of the last micro-batch alone;
+            None where none sends any, or all must.
+        rounds: torch: what is done beside steps that each process takes by itself; None where they take them together.
     """
 
     loss: Callable[[Any, Any], Any]
@@ -54,6 +60,11 @@ class Training:
     teacher: Callable[..., Any] | None = None
     averaged: Callable[[Any], Any] | None = None
     gradients: Callable[[Any, Inputs, Any], Any] | None = None
+    micro_batches: int = 1
+    donates: bool = False
+    batch_dim: int = 0
+    exchanging: Callable[[bool], None] | None = None
+    rounds: Any = None
 
 
 @dataclass(frozen=True)
@@ -99,9 +110,27 @@ class Workload:
         return self.mode == "training"
 
     @property
+    def period(self) -> int:
+        """Training steps that are alike only together: what they cost is told for one of them, on average."""
+        return self.spread.period if self.spread else 1
+
+    @property
     def takes_part(self) -> bool:
         """Whether a timed call is made by this process: one process makes those of a whole model."""
         return self.spread is not None or self.world.leads
+
+
+def calibrated(work: Workload, batches: Iterable | None) -> Workload:
+    """The workload with what a caller passed as `calibration=`; as it is without any.
+
+    Raises:
+        InvalidInputError: see `calibration_inputs`.
+    """
+    if batches is None:
+        return work
+    backend = work.backend
+    inputs = calibration_inputs(batches, lambda batch: backend.as_inputs(work, batch), backend.batch_size)
+    return work.replace(calibration=inputs)
 
 
 def calibration_inputs(batches: Any, as_inputs: Callable[[Any], Inputs], rows: Callable[[Inputs], int | None]):

@@ -21,6 +21,8 @@ class DataParallel(ParallelRecipe):
         shard: each device holds a part of parameters, gradients and optimizer state, and gathers weights when needed:
             less memory, more traffic.
         compress: send gradients in bfloat16: half the traffic, and a rounding of 2^-9 of each. PyTorch alone.
+        precision: with `shard`, "bf16" computes with weights and activations in bfloat16, and halves their traffic;
+            gradients are added up, and parameters kept, in float32. PyTorch alone; in JAX use the recipe `bf16`.
         offload: with `shard`, parameters and optimizer state wait in the host's memory. CUDA alone.
         batch_dim: the dimension of the inputs that is the batch; of targets it is the first one of that length.
         engine: JAX only: "jit", one program for which XLA finds what must be sent; "pmap", gradients averaged by hand.
@@ -34,6 +36,7 @@ class DataParallel(ParallelRecipe):
     tolerance = 1e-3  # sums in another order, over some steps of an optimizer
 
     shard: bool = False
+    precision: str | None = None
     compress: bool = False
     offload: bool = False
     batch_dim: int = 0
@@ -46,6 +49,11 @@ class DataParallel(ParallelRecipe):
             raise InvalidInputError(f"data_parallel(engine={self.engine!r}): expected {known}")
         if self.offload and not self.shard:
             raise InvalidInputError("data_parallel(offload=True) is about sharded parameters: add shard=True")
+        if self.precision is not None and not (self.precision == "bf16" and self.shard):
+            raise InvalidInputError(
+                f"data_parallel(precision={self.precision!r}, shard={self.shard!r}): expected 'bf16', with shard=True; "
+                "for whole parameters use 'bf16+data_parallel'"
+            )
         if self.compress and self.shard:
             raise InvalidInputError("data_parallel(compress=True) is about whole gradients: leave shard out")
 

@@ -7,6 +7,11 @@ from importlib.util import find_spec
 
 import pytest
 
+# Each of pytest's workers has its share of the cores: threads of several that spin for the same core hold up all. Read
+# when a framework is first imported, so it must stand here. Not in the process that starts the workers: they inherit.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
+
 FRAMEWORKS = tuple(name for name in ("torch", "jax") if find_spec(name))
 
 

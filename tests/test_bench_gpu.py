@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 import planted_gpu_rows
 import torch
 
-from bench import gpu, gpu_rows, gpu_time
+from bench import gpu, gpu_profile, gpu_rows, gpu_time
 from bench.gpu_cases import Conv, Linear, Rnn
 from perfkit import InvalidInputError
 from perfkit.kernels import _autotune
@@ -55,7 +55,7 @@ def test_without_a_gpu_it_says_what_is_missing(capsys):
 def test_unknown_parts_are_an_error(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--only", "check,tine"])
-    assert "tine: expected some of check,stress,compile,tune,time" in capsys.readouterr().err
+    assert "tine: expected some of check,stress,compile,tune,time,profile" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -237,3 +237,17 @@ def test_a_part_keeps_to_its_budget_and_its_file(tmp_path, capsys):
     gpu._write(path, [{"part": "tune", "name": "kept"}, {"part": "check", "name": "old"}])
     gpu._write(path, found)
     assert [row["name"] for row in json.loads(path.read_text())["rows"]] == ["kept", *(row["name"] for row in found)]
+
+
+def test_profiles_are_written_whole(tmp_path):
+    """On a CPU's tensors; telemetry and the other framework's device are a card's."""
+    label = "torch lstm batch 2 inference"
+    row = gpu_profile.profiled("torch", "lstm", 2, "inference", None, label, "cpu", 0.2, tmp_path)
+    assert row["written"] == "torch-lstm-batch-2-inference.json"
+    assert row["step_ms"] > 0
+    assert "failed" not in row
+    written = json.loads((tmp_path / row["written"]).read_text())
+    assert written["outcome"] == "complete"
+    assert (tmp_path / "torch-lstm-batch-2-inference.html").read_text().startswith("<!")
+    assert gpu_profile.recorded("cpu", 1.0) == {"refused": "telemetry is of a card"}
+    assert gpu._told(row).endswith(row["written"])

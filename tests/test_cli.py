@@ -6,8 +6,9 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
-from perfkit import cli
+from perfkit import _cli_common, cli
 from perfkit._recipe import names
 
 
@@ -17,8 +18,8 @@ def run(monkeypatch):
 
     def call(*arguments):
         # the consoles write to the streams as they are when they print, so a fresh pair sees the runner's
-        monkeypatch.setattr(cli, "out", cli.Console(width=100))
-        monkeypatch.setattr(cli, "err", cli.Console(width=100, stderr=True))
+        monkeypatch.setattr(_cli_common, "out", Console(width=100))
+        monkeypatch.setattr(_cli_common, "err", Console(width=100, stderr=True))
         done = CliRunner().invoke(cli.main, arguments, catch_exceptions=False)
         return done.exit_code, done.stdout, done.stderr
 
@@ -47,7 +48,9 @@ def factory(tmp_path, monkeypatch):
     sys.modules.pop("users_models", None)
 
 
-@pytest.mark.parametrize("command", [(), ("optimize",), ("plan",), ("train",), ("recipes",), ("doctor",), ("demo",)])
+@pytest.mark.parametrize(
+    "command", [(), ("optimize",), ("plan",), ("profile",), ("train",), ("recipes",), ("doctor",), ("demo",)]
+)
 def test_help_teaches(run, command):
     code, out, _ = run(*command, "--help")
     assert code == 0
@@ -74,13 +77,13 @@ def test_optimize_writes_what_is_asked_for(run, factory):
         "optimize", "users_models:pair", "--recipe", "half", "--budget", "0.3", "--json",
         "--html", "page.html", "--save-report", "report.json",
     )  # fmt: skip
-    assert code in (0, cli.SLOWER, cli.NOISY)
+    assert code in (0, _cli_common.SLOWER, _cli_common.NOISY)
     report = json.loads(out)
     assert report["recipe"] == "half"
     assert report == json.loads((factory / "report.json").read_text())
     assert "<html" in (factory / "page.html").read_text()
     assert "page.html" in err
-    verdicts = {"slower": cli.SLOWER, "too noisy": cli.NOISY}
+    verdicts = {"slower": _cli_common.SLOWER, "too noisy": _cli_common.NOISY}
     assert code == verdicts.get(report["speedup"]["verdict"], 0)
 
 

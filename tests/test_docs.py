@@ -12,6 +12,7 @@ from perfkit._recipe import names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PROFILES = (ROOT / "docs" / "profiling.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").rglob("*.md")])
 LESSONS = sorted((ROOT / "docs" / "recipes").glob("*.md"))
 
@@ -31,9 +32,17 @@ def run(code: str, name: str) -> dict:
     return names
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    """Little time for measuring: the pages' examples need not be precise here."""
+    monkeypatch.setattr("perfkit._optimize.CHAIN_BUDGET_S", 0.3)
+    monkeypatch.setattr("perfkit._optimize.SEARCH_BUDGET_S", 10.0)
+
+
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 @pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+@pytest.mark.usefixtures("hasty")
 def test_examples_run(number, capsys):
     names = run(blocks("python")[number], f"README, example {number}")
     assert names["result"].report.fidelity.ok
@@ -41,6 +50,7 @@ def test_examples_run(number, capsys):
 
 @pytest.mark.parametrize("page", LESSONS, ids=lambda page: page.stem)
 @pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
+@pytest.mark.usefixtures("hasty")
 def test_lessons_run(page, capsys):
     (code,) = blocks("python", page.read_text())
     names = run(code, page.name)
@@ -59,8 +69,28 @@ def test_the_pages_show_what_was_recorded():
         )
 
 
-def commands() -> list[str]:
-    lines = [line.partition("#")[0].strip() for block in blocks("") for line in block.splitlines()]
+def test_the_page_on_profiles_shows_what_was_recorded():
+    from bench import profiling_page
+
+    shown = PROFILES.partition(profiling_page.BEGIN)[2].partition(profiling_page.END)[0]
+    assert shown.strip() == profiling_page.example(), "run python -m bench.profiling_page --page"
+
+
+def test_the_examples_of_profiling_run(tmp_path, monkeypatch, capsys):
+    import sample_profiles
+
+    monkeypatch.chdir(tmp_path)
+    # Measuring those takes seconds and has tests of its own.
+    monkeypatch.setattr("perfkit.profiling.ceilings.measured", lambda *_: sample_profiles.ceilings())
+    profiling, looping = blocks("python", PROFILES)
+    assert run(profiling, "profiling.md")["profile"].outcome == "complete"
+    assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".json"}
+    assert run(looping, "profiling.md")["profiler"].report.counted == 37
+    assert (tmp_path / "steps.json").is_file()
+
+
+def commands(text: str = README) -> list[str]:
+    lines = [line.partition("#")[0].strip() for block in blocks("", text) for line in block.splitlines()]
     return [line for line in lines if line]
 
 
@@ -68,7 +98,7 @@ def test_there_are_commands():
     assert {line.split()[0] for line in commands()} == {"make", "perfkit"}
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("perfkit")])
+@pytest.mark.parametrize("line", [line for line in commands() + commands(PROFILES) if line.startswith("perfkit")])
 def test_commands_are_understood(line):
     """Parsed for real, down to the command's own options; the long ones are not run."""
     _, name, *arguments = shlex.split(line)

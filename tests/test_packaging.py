@@ -35,7 +35,10 @@ def test_every_source_file_is_in_the_wheel(wheel):
     packed = set(wheel.namelist())
     for folder, package in {"perfkit": "perfkit", "kernels": "perfkit/kernels", "recipes": "perfkit/recipes"}.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".html", ".typed", ".json", ".cpp", ".hpp") and "__pycache__" not in path.parts:
+            if (
+                path.suffix in (".py", ".html", ".js", ".typed", ".json", ".cpp", ".hpp")
+                and "__pycache__" not in path.parts
+            ):
                 assert f"{package}/{path.relative_to(ROOT / folder)}" in packed
 
 

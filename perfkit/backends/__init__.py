@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from perfkit._errors import InvalidInputError, missing, nearest
+from perfkit._errors import DoesNotRunError, InvalidInputError, missing, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,6 +59,19 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """What concerns a training in which the processes' models differ for some steps.
+
+    Args:
+        settle: brings them together now; every process calls it.
+        skip_warm_up: goes on as after any steps that are taken together at first.
+    """
+
+    settle: Callable[[], None]
+    skip_warm_up: Callable[[], None]
+
+
+@dataclass(frozen=True)
 class Finished:
     """A workload in the form the caller uses it.
 
@@ -70,7 +83,8 @@ class Finished:
         params: tells the parameters that `model` takes as first argument; None where it holds its own.
         program: tells the compiled program behind it once it was called (JAX); None where there is none.
         trainer: holds all that training changes, for `perfkit.parallel.checkpoint`; None for inference.
-        restore: JAX: `restore(state)` puts what a checkpoint held in the place of `trainer.state`.
+        restore: JAX: `restore(state, remembered)` takes over what a checkpoint held of `trainer.settled`.
+        rounds: where the processes' models differ for some steps; None elsewhere.
     """
 
     model: Any
@@ -80,7 +94,8 @@ class Finished:
     params: Callable[[], Any] | None = None
     program: Callable[[], Any] | None = None
     trainer: Any = None
-    restore: Callable[[Any], None] | None = None
+    restore: Callable[[Any, Any], None] | None = None
+    rounds: Rounds | None = None
 
 
 class Backend(ABC):
@@ -133,8 +148,16 @@ class Backend(ABC):
         """Bytes of parameters and buffers, and number of parameters; tied ones once."""
 
     @abstractmethod
-    def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
-        """High-water mark of tensor memory during one call, above what was held before it."""
+    def tensor_peak(self, work: Workload, finished: Finished, anew: bool = False) -> Quantity:
+        """High-water mark of tensor memory during one call, above what was held before it: the optimizer's state too.
+
+        Args:
+            anew: compile once more, where that is what it takes.
+        """
+
+    @abstractmethod
+    def optimizer_state(self, work: Workload, finished: Finished) -> Quantity:
+        """Bytes that the optimizer holds on the device, after a step was taken."""
 
     @abstractmethod
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
@@ -160,10 +183,23 @@ class Backend(ABC):
     def leaves(self, tree: Any) -> Iterator[Any]:
         """The tensors or arrays in nested inputs or outputs."""
 
+    @abstractmethod
+    def mapped(self, function: Callable[[Any], Any], tree: Any) -> Any:
+        """Nested inputs or targets with `function` applied to each tensor or array."""
+
+    @abstractmethod
+    def rows(self, leaf: Any, indices: list[int], dim: int) -> Any:
+        """A tensor or array of these rows of another, along one dimension."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Hand the device memory back that is held for nothing."""
+
     def caller(self, work: Workload, finished: Finished) -> Callable[[], Any]:
         """One synchronized call on the example inputs, as the caller would make it: forward, or a training step.
 
-        Of a whole model in a world of several processes one makes it, and the others do nothing.
+        Where steps are alike only together, as many as that, after any warm-up of theirs. Of a whole model in a world
+        of several processes one makes it, and the others do nothing.
         """
         if not work.takes_part:
             return _nothing
@@ -176,8 +212,11 @@ class Backend(ABC):
             return outputs
 
         def train():
-            loss = finished.train_step((work.inputs, work.training.targets))
-            synchronize(loss)
+            if finished.rounds is not None:
+                finished.rounds.skip_warm_up()
+            for _ in range(work.period):
+                loss = finished.train_step((work.inputs, work.training.targets))
+                synchronize(loss)
             return loss
 
         return train if work.trains else infer
@@ -190,11 +229,17 @@ class Backend(ABC):
             return [self.numpy(leaf) for leaf in self.leaves(outputs)]
 
     def losses(self, work: Workload, finished: Finished, steps: int, seed: int) -> tuple[float, ...]:
-        """The losses of `steps` on the example batch, from the state as it is and back to it."""
+        """The losses of `steps` on the example batch, from the state as it is and back to it.
+
+        Where the processes' models differ for some steps, they are brought together before the last one.
+        """
         self.seed(seed)
         with finished.keeping_state():
             batch = work.inputs, work.training.targets
-            return tuple(float(finished.train_step(batch)) for _ in range(steps))
+            losses = [float(finished.train_step(batch)) for _ in range(steps - 1)]
+            if finished.rounds is not None:
+                finished.rounds.settle()
+            return (*losses, float(finished.train_step(batch)))
 
     def batch_size(self, inputs: Inputs | None) -> int | None:
         """Length of the first dimension of the first input; None where there is none."""
@@ -244,7 +289,7 @@ def of(model: Any, example_inputs: Any = None) -> Backend:
             f"model is a {type(model).__module__}.{type(model).__qualname__}: expected a torch.nn.Module, "
             "a flax nnx.Module, a flax linen Module with params=variables, or a JAX function with params=its parameters"
         )
-    frameworks = {_framework(type(model)), *(_framework(type(leaf)) for leaf in _leaves(example_inputs))} - {None}
+    frameworks = {_framework(type(model)), *(_framework(type(leaf)) for leaf in leaves_in(example_inputs))} - {None}
     if "torch" in frameworks:
         raise InvalidInputError(
             f"model is a {type(model).__name__} and torch is among its inputs: pass the torch.nn.Module itself, "
@@ -257,19 +302,20 @@ def _framework(kind: type) -> str | None:
     return {"torch": "torch", "jax": "jax", "jaxlib": "jax", "flax": "jax"}.get(kind.__module__.partition(".")[0])
 
 
-def _leaves(tree: Any) -> Iterator[Any]:
+def leaves_in(tree: Any) -> Iterator[Any]:
+    """What nested lists, tuples and dicts hold; no framework is asked."""
     if isinstance(tree, Mapping):
         tree = list(tree.values())
     if isinstance(tree, (list, tuple)):
         for item in tree:
-            yield from _leaves(item)
+            yield from leaves_in(item)
     else:
         yield tree
 
 
-def does_not_run(name: str, inputs: str, error: Exception) -> str:
-    """The message for example inputs that do not fit the model."""
-    return (
+def does_not_run(name: str, inputs: str, error: Exception) -> DoesNotRunError:
+    """The error for example inputs that do not fit the model."""
+    return DoesNotRunError(
         f"{name} does not run on example_inputs ({inputs}): {type(error).__name__}: {error}. "
         "A tuple is passed as positional arguments, a dict as keyword arguments where its keys are the model's "
         "parameters, anything else as the only argument"

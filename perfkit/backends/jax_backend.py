@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,10 +16,10 @@ import optax
 from flax import nnx
 
 from perfkit._errors import InvalidInputError
-from perfkit._report import Quantity
+from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
-from perfkit.backends import Backend, Finished, Traffic, check_loss, does_not_run
-from perfkit.backends.jax_compile import persistent_cache, watching
+from perfkit.backends import Backend, Finished, Rounds, Traffic, check_loss, does_not_run
+from perfkit.backends.jax_compile import WITHOUT_YNNPACK, persistent_cache, watching
 from perfkit.backends.jax_dress import as_called, become, dressed, finished, writer
 from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
 from perfkit.backends.jax_placement import device_bytes
@@ -98,7 +99,7 @@ class JaxBackend(Backend):
         total = work.model.placement.bytes_of(work.model.params) + sum(map(device_bytes, rest.values()))
         return total, sum(leaf.size for leaf in parameters.values())
 
-    def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
+    def tensor_peak(self, work: Workload, finished: Finished, anew: bool = False) -> Quantity:
         if finished.program:
             compiled, form = finished.program(), "the program"
         else:
@@ -110,17 +111,35 @@ class JaxBackend(Backend):
         if analysis is None:
             return Quantity.missing("B", f"XLA gives no memory analysis on {work.device!r}")
         unseen = compiled.as_text().count("kind=kCustom") if work.device == "cpu" else 0
+        if unseen and anew and work.trains:
+            try:
+                compiled = finished.trainer.program.lowered.compile(compiler_options=WITHOUT_YNNPACK)
+            except jax.errors.JaxRuntimeError as error:
+                return Quantity.missing("B", f"XLA cannot be asked to count what YNNPACK takes ({error})")
+            analysis, form, unseen = compiled.memory_analysis(), f"{form}, compiled without YNNPACK", 0
         if unseen:
             return Quantity.missing("B", f"XLA runs {unseen} fusion(s) in YNNPACK, whose memory it does not count")
         peak = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return Quantity(peak, "B", method=f"XLA memory analysis of {form}: temporaries and outputs")
 
+    def optimizer_state(self, work: Workload, finished: Finished) -> Quantity:
+        if not work.trains:
+            return NO_OPTIMIZER
+        leaves = [leaf for leaf in jax.tree.leaves(finished.trainer.state[2]) if isinstance(leaf, jax.Array)]
+        near = [leaf for leaf in leaves if leaf.sharding.memory_kind in (None, _memory_kind(leaf))]
+        return Quantity(float(sum(map(device_bytes, near))), "B", method="arrays of the optax state in device memory")
+
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
         from perfkit.parallel.jax_collectives import collectives, told
 
-        found = collectives(finished.program().as_text(), work.world.devices)
-        method = f"HLO of the compiled program, as a ring sends it: {told(found)}"
-        sent = Quantity(sum(item.sent_bytes for item in found), "B", method=method)
+        parts = finished.trainer.program.parts() if finished.trainer else [(finished.program(), 1)]
+        sent_bytes, lines = 0.0, []
+        for compiled, steps in parts:
+            found = collectives(compiled.as_text(), work.world.devices)
+            sent_bytes += sum(item.sent_bytes for item in found) / steps
+            lines.append(told(found) if steps == 1 else f"every {steps} steps {told(found)}")
+        method = f"HLO of the compiled program, as a ring sends it: {'; '.join(lines)}"
+        sent = Quantity(sent_bytes, "B", method=method)
         return Traffic(sent, Quantity.missing("ratio", "XLA's program is one call: JAX does not tell its parts' times"))
 
     def watching_compiles(self):
@@ -146,13 +165,22 @@ class JaxBackend(Backend):
     def leaves(self, tree: Any) -> Iterator[jax.Array]:
         return (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, (jax.Array, np.ndarray)))
 
+    def mapped(self, function: Callable[[Any], Any], tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: function(leaf) if isinstance(leaf, (jax.Array, np.ndarray)) else leaf, tree)
+
+    def rows(self, leaf: Any, indices: list[int], dim: int) -> jax.Array:
+        return jnp.take(leaf, np.array(indices), axis=dim)
+
+    def forget(self) -> None:
+        gc.collect()
+
     def _check_runs(self, work: Workload) -> None:
         inputs, name = work.inputs, work.model.name
         with self.preserved():
             try:
                 outputs, _ = work.model.function()(work.model.params, work.model.rest, *inputs.args, **inputs.kwargs)
             except Exception as error:
-                raise InvalidInputError(does_not_run(name, self.describe(inputs), error)) from error
+                raise does_not_run(name, self.describe(inputs), error) from error
             if not any(True for _ in self.leaves(outputs)):
                 raise InvalidInputError(f"{name} returned a {type(outputs).__name__} without any array in it")
             if work.training is not None:
@@ -259,12 +287,23 @@ def _finished_training(work: Workload) -> Finished:
             yield
         write()
 
-    def restore(state):
-        trainer.state = state
+    def restore(state, remembered):
+        trainer.restore(state, remembered)
         write()
 
-    program = lambda: trainer.program.compiled  # noqa: E731
-    return Finished(model, call, keeping_state, train_step, params, program, trainer, restore)
+    def settle():
+        trainer.settle()
+        write()
+
+    def program():
+        return trainer.program.compiled
+
+    rounds = Rounds(settle, trainer.program.skip_warm_up) if trainer.program.rounds else None
+    return Finished(model, call, keeping_state, train_step, params, program, trainer, restore, rounds)
+
+
+def _memory_kind(leaf: jax.Array) -> str:
+    return next(iter(leaf.devices())).default_memory().kind
 
 
 def _gathering(module: nnx.Module, trainer: Trainer, model: JaxModel) -> None:

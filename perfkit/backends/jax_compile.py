@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from perfkit._errors import UnsupportedError
 from perfkit.backends import CompileLog
 
 _STAGES = (
@@ -18,6 +19,9 @@ _STAGES = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
+WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
+"""Compiler options of a CPU program in which XLA knows of all memory."""
+
 _HIT = "/jax/compilation_cache/cache_hits"
 _SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -36,14 +40,41 @@ class Program:
 
     def __init__(self, function: Callable, donate: tuple[int, ...] = (), jit: Callable = jax.jit):
         self.jitted = jit(function, donate_argnums=donate)
+        self.lowered: jax.stages.Lowered | None = None
         self.compiled: jax.stages.Compiled | None = None
+
+    rounds: bool = False
+    """Whether the devices' models differ for some steps of training, so that they must be settled."""
+
+    remembered: Any = ()
+    """What it knows of earlier calls; values that nobody changes."""
+
+    def begun(self, state: Any) -> Any:
+        """What it remembers at the beginning of a training in that state."""
+        return ()
+
+    def skip_warm_up(self) -> None:
+        """Go on as after any warm-up."""
+
+    def settled(self, state: Any) -> Any:
+        """The state of training with the devices' models brought together."""
+        return state
+
+    def whole(self, state: Any) -> Any:
+        """The settled state as it is for any number of devices."""
+        return state
+
+    def parts(self) -> list[tuple[Any, int]]:
+        """The compiled programs behind it, each with in how many calls it runs once."""
+        return [(self.compiled, 1)]
 
     def __call__(self, *args: Any) -> Any:
         if self.compiled is None:
             if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
                 return self.jitted(*args)
             with persistent_cache():
-                self.compiled = self.jitted.lower(*args).compile()
+                self.lowered = self.jitted.lower(*args)
+                self.compiled = self.lowered.compile()
         try:
             return self.compiled(*args)
         except (
@@ -51,6 +82,19 @@ class Program:
             ValueError,
         ):  # other shapes, dtypes or devices, or a trace: jit takes them all, or says why not
             return self.jitted(*args)
+
+
+def counted_bytes(lowered: jax.stages.Lowered, device: str) -> float:
+    """Temporary bytes of a program, by XLA's memory analysis; on CPU of one without YNNPACK, whose XLA does not count.
+
+    Raises:
+        UnsupportedError: XLA gives no analysis on this device.
+    """
+    compiled = lowered.compile(compiler_options=WITHOUT_YNNPACK if device == "cpu" else None)
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise UnsupportedError(f"XLA gives no memory analysis on {device!r}")
+    return float(analysis.temp_size_in_bytes)
 
 
 @contextmanager

@@ -10,18 +10,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from perfkit._batch import axis_of, even_rows
+
 if TYPE_CHECKING:
     from perfkit._workload import Inputs, Training, Workload
     from perfkit.backends.jax_model import Function
 
 FIRST_SCALE, GROWTH_INTERVAL = 2.0**15, 2000
 
+LOSS, OPTIMIZER = "{:loss}", "{:optimizer}"
+"""Scopes in the names of a step's operations, for profiles."""
+
 
 class Trainer:
     """`forward → loss → gradients → optimizer update` as one compiled function, on state of its own.
 
-    Nobody trains op by op in JAX, so the original's step is one program too. Under the recipe `compile` its outputs
-    also take over its inputs' memory (donation).
+    Nobody trains op by op in JAX, so the original's step is one program too. Under the recipes `compile` and `donate`
+    its outputs also take over its inputs' memory (donation).
 
     Args:
         work: a training workload.
@@ -34,7 +39,7 @@ class Trainer:
         state = params, model.rest, training.optimizer.init(params), _first_scale()
         self.state = _owned(self.placement.state(state))
         step = _step(self.placement.function(model.function()), training, self.placement.averaged)
-        self.program = self.placement.program(step, (0,) if model.ahead else (), self.state)
+        self.program = self.placement.program(step, (0,) if model.ahead or training.donates else (), self.state)
 
     @property
     def held(self) -> tuple[Any, Any]:
@@ -55,41 +60,94 @@ class Trainer:
     @contextmanager
     def keeping_state(self) -> Iterator[None]:
         """Within it the model may be trained; after it, its state is as before."""
-        before = _owned(self.state)
+        before, remembered = _owned(self.state), self.program.remembered
         try:
             yield
         finally:
-            self.state = before
+            self.state, self.program.remembered = before, remembered
+
+    def settle(self) -> None:
+        """Bring the devices' models together, where they differ for some steps."""
+        self.state = self.program.settled(self.state)
+
+    @property
+    def settled(self) -> tuple[Any, Any]:
+        """The state as it is for any number of devices, and what the program remembers; after `settle`."""
+        return self.program.whole(self.state), self.program.remembered
+
+    def restore(self, state: Any, remembered: Any) -> None:
+        """Take over what `settled` told; where nothing is known to be remembered, training begins from that state."""
+        self.state = _owned(self.placement.state(state))
+        self.program.remembered = self.program.begun(self.state) if remembered is None else remembered
 
 
 def _step(function: Function, training: Training, averaged: Callable[[Any], Any]):
     optimizer, scaling = training.optimizer, training.loss_scaling
 
-    def step(state, args, kwargs, targets):
-        params, rest, moments, (scale, clean_steps) = state
-
+    def gradients_of(params, rest, scale, args, kwargs, targets):
         def scaled_loss(params):
             outputs, new_rest = function(params, rest, *args, **kwargs)
-            loss = training.loss(outputs, targets)
-            if training.teacher is not None:
-                loss = (loss + _distance(outputs, training.teacher(*args, **kwargs))) / 2
-            return (loss * scale.astype(loss.dtype) if scaling else loss), (loss, new_rest)
+            with jax.named_scope(LOSS):
+                loss = training.loss(outputs, targets)
+                if training.teacher is not None:
+                    loss = (loss + _distance(outputs, training.teacher(*args, **kwargs))) / 2
+                return (loss * scale.astype(loss.dtype) if scaling else loss), (loss, new_rest)
 
-        gradients, (loss, new_rest) = averaged(jax.grad(scaled_loss, has_aux=True)(params))
-        if not scaling:
-            updates, moments = optimizer.update(gradients, moments, params)
-            return (optax.apply_updates(params, updates), new_rest, moments, (scale, clean_steps)), loss
-        gradients = jax.tree.map(lambda gradient: gradient / scale.astype(gradient.dtype), gradients)
-        finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]))
-        updates, new_moments = optimizer.update(gradients, moments, params)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (optax.apply_updates(params, updates), new_moments),
-            (params, moments),
-        )
-        return (kept[0], new_rest, kept[1], _next_scale(scale, clean_steps, finite)), loss
+        return jax.grad(scaled_loss, has_aux=True)(params)
+
+    of_batch = gradients_of if training.micro_batches == 1 else _accumulated(gradients_of, training)
+
+    def step(state, args, kwargs, targets):
+        params, rest, moments, (scale, clean_steps) = state
+        gradients, (loss, new_rest) = averaged(of_batch(params, rest, scale, args, kwargs, targets))
+        with jax.named_scope(OPTIMIZER):
+            if not scaling:
+                updates, moments = optimizer.update(gradients, moments, params)
+                return (optax.apply_updates(params, updates), new_rest, moments, (scale, clean_steps)), loss
+            gradients = jax.tree.map(lambda gradient: gradient / scale.astype(gradient.dtype), gradients)
+            finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]))
+            updates, new_moments = optimizer.update(gradients, moments, params)
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (optax.apply_updates(params, updates), new_moments),
+                (params, moments),
+            )
+            return (kept[0], new_rest, kept[1], _next_scale(scale, clean_steps, finite)), loss
 
     return step
+
+
+def _accumulated(gradients_of: Callable, training: Training) -> Callable:
+    """The mean of the gradients and losses of the micro-batches, one after the other in a loop.
+
+    Micro-batch i takes the rows i, i + n, i + 2n, …, so that on a mesh every device has its share of each.
+    """
+    parts, batch_dim = training.micro_batches, training.batch_dim
+
+    def of_batch(params, rest, scale, *batch):
+        rows = even_rows(jax.tree.leaves(batch[:2]), batch_dim, parts)
+
+        def micro_batch(index):
+            def of(leaf):
+                dim = axis_of(leaf.shape, rows, batch_dim)
+                if dim is None:
+                    return leaf
+                cut = leaf.reshape(*leaf.shape[:dim], rows // parts, parts, *leaf.shape[dim + 1 :])
+                return jax.lax.dynamic_index_in_dim(cut, index, dim + 1, keepdims=False)
+
+            return jax.tree.map(of, batch)
+
+        def add(carry, index):
+            total, rest = carry
+            gradients, (loss, rest) = gradients_of(params, rest, scale, *micro_batch(index))
+            return (jax.tree.map(jnp.add, total, gradients), rest), loss
+
+        shapes, _ = jax.eval_shape(gradients_of, params, rest, scale, *micro_batch(0))
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (total, rest), losses = jax.lax.scan(add, (nothing, rest), jnp.arange(parts))
+        return jax.tree.map(lambda leaf: leaf / parts, total), (losses.mean(), rest)
+
+    return of_batch
 
 
 def teacher(work: Workload) -> Callable[..., Any]:

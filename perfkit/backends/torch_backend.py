@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import random
 from collections import Counter
@@ -15,11 +16,21 @@ import torch
 from torch import nn
 
 from perfkit._errors import InvalidInputError
-from perfkit._report import Quantity
+from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
-from perfkit.backends import Backend, CompileLog, Finished, Traffic, check_loss, does_not_run
+from perfkit.backends import Backend, CompileLog, Finished, Rounds, Traffic, check_loss, does_not_run
 from perfkit.backends.torch_stderr import without_lines
-from perfkit.backends.torch_surgery import COMPILED_WITH, ELSEWHERE, cast, copied, local, settle_forward, tensors_in
+from perfkit.backends.torch_surgery import (
+    COMPILED_WITH,
+    ELSEWHERE,
+    cast,
+    copied,
+    local,
+    map_tensors,
+    parts,
+    settle_forward,
+    tensors_in,
+)
 from perfkit.backends.torch_training import Trainer
 
 
@@ -80,7 +91,8 @@ class TorchBackend(Backend):
             inputs, targets = batch
             return trainer.step(self.as_inputs(work, inputs), targets)
 
-        return Finished(work.model, work.model, trainer.keeping_state, train_step, trainer=trainer)
+        rounds = trainer.rounds and Rounds(trainer.rounds.settle, trainer.rounds.skip_warm_up)
+        return Finished(work.model, work.model, trainer.keeping_state, train_step, trainer=trainer, rounds=rounds)
 
     def synchronize(self, outputs: Any) -> None:
         if torch.accelerator.is_available():
@@ -111,14 +123,26 @@ class TorchBackend(Backend):
         elsewhere = getattr(work.model, ELSEWHERE, 0)
         return sum(storages.values()), sum(tensor.numel() for tensor in parameters.values()) + elsewhere
 
-    def tensor_peak(self, work: Workload, finished: Finished) -> Quantity:
+    def tensor_peak(self, work: Workload, finished: Finished, anew: bool = False) -> Quantity:
         call = self.caller(work, finished)
+        if work.trains:
+            call()  # the optimizer makes its state in its first step, and holds it from then on
+            work.training.optimizer.zero_grad(set_to_none=True)
         return _cuda_peak(call) if work.device == "cuda" else _profiled_peak(call, work.device)
+
+    def optimizer_state(self, work: Workload, finished: Finished) -> Quantity:
+        if not work.trains:
+            return NO_OPTIMIZER
+        held = [inner for tensor in tensors_in(list(work.training.optimizer.state.values())) for inner in parts(tensor)]
+        on_device = {
+            tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in held if tensor.device.type == work.device
+        }
+        return Quantity(float(sum(on_device.values())), "B", method=f"tensors of optimizer.state on {work.device}")
 
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
         from perfkit.parallel.torch_traffic import traffic
 
-        return traffic(self.caller(work, finished))
+        return traffic(self.caller(work, finished), work.period)
 
     @contextmanager
     def watching_compiles(self) -> Iterator[Callable[[], CompileLog]]:
@@ -145,13 +169,24 @@ class TorchBackend(Backend):
     def leaves(self, tree: Any) -> Iterator[torch.Tensor]:
         return tensors_in(tree)
 
+    def mapped(self, function: Callable[[Any], Any], tree: Any) -> Any:
+        return map_tensors(function, tree)
+
+    def rows(self, leaf: torch.Tensor, indices: list[int], dim: int) -> torch.Tensor:
+        return leaf.index_select(dim, torch.tensor(indices, device=leaf.device))
+
+    def forget(self) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _check_runs(self, work: Workload) -> None:
         inputs, name = work.inputs, self.model_name(work)
         with self.preserved(), self.finish(work).keeping_state(), torch.no_grad():
             try:
                 outputs = work.model(*inputs.args, **inputs.kwargs)
             except Exception as error:
-                raise InvalidInputError(does_not_run(name, self.describe(inputs), error)) from error
+                raise does_not_run(name, self.describe(inputs), error) from error
             if not any(True for _ in self.leaves(outputs)):
                 raise InvalidInputError(f"{name} returned a {type(outputs).__name__} without any tensor in it")
             if work.training is not None:

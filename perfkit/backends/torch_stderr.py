@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def without_lines(prefix: str) -> Iterator[None]:
-    """Within it, what is written to file descriptor 2 is held back; after it, all but the lines of that prefix appears.
+def without_lines(*parts: str) -> Iterator[None]:
+    """Within it, what is written to file descriptor 2 is held back; after it, lines without any of `parts` appear.
 
     For lines that come from C++ and that no setting of the library turns off.
     """
@@ -26,4 +26,4 @@ def without_lines(prefix: str) -> Iterator[None]:
             os.dup2(kept, 2)
             os.close(kept)
             held.seek(0)
-            os.write(2, b"".join(line for line in held if not line.startswith(prefix.encode())))
+            os.write(2, b"".join(line for line in held if not any(part.encode() in line for part in parts)))

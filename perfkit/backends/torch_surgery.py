@@ -194,6 +194,14 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a tensor is made of: itself, or those within a subclass such as a quantized one."""
+    tensor = local(tensor)
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
+
+
 def cast(tree: Any, dtype: torch.dtype, only: tuple[torch.dtype, ...] | None = None) -> Any:
     """`tree` with its floating-point tensors (those of the dtypes in `only`) in `dtype`."""
 

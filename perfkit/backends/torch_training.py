@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from perfkit.backends.torch_surgery import copied, tensors_in
+from perfkit._batch import even_rows, sliced
+from perfkit.backends.torch_surgery import copied, map_tensors, tensors_in
 
 if TYPE_CHECKING:
     from perfkit._workload import Inputs, Workload
@@ -24,33 +25,53 @@ class Trainer:
 
     def __init__(self, work: Workload):
         self.model = work.model
-        self.loss = work.training.loss
+        self.training = work.training
         self.optimizer = work.training.optimizer
-        self.around = work.training.around
-        self.teacher = work.training.teacher
-        self.averaged = work.training.averaged
         self.gradients = work.training.gradients or self._gradients
+        self.rounds = work.training.rounds
+        assert self.rounds is None or self.rounds.model is self.model, "they look after another copy of the model"
         self.scaler = torch.amp.GradScaler(work.device, enabled=work.training.loss_scaling)
 
     def step(self, inputs: Inputs, targets: Any) -> torch.Tensor:
         """Train on one batch; returns the loss before the step: a scalar without history."""
         with ExitStack() as contexts:
-            for context in self.around:
+            for context in self.training.around:
                 contexts.enter_context(context())
             self.optimizer.zero_grad(set_to_none=True)
             loss = self.gradients(self.model, inputs, targets)
+            if self.rounds is not None:
+                self.rounds.before_update()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        return loss if self.averaged is None else self.averaged(loss)
+            if self.rounds is not None:
+                self.rounds.after_update()
+        return loss if self.training.averaged is None else self.training.averaged(loss)
 
-    def _gradients(self, model: nn.Module, inputs: Inputs, targets: Any) -> torch.Tensor:
-        outputs = model(*inputs.args, **inputs.kwargs)
-        loss = self.loss(outputs, targets)
-        if self.teacher is not None:
+    def _gradients(self, _model: nn.Module, inputs: Inputs, targets: Any) -> torch.Tensor:
+        losses = [self._backward(*part) for part in self._micro_batches(inputs, targets)]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def _micro_batches(self, inputs: Inputs, targets: Any) -> Iterator[tuple[Inputs, Any]]:
+        parts, dim = self.training.micro_batches, self.training.batch_dim
+        if parts == 1:
+            yield inputs, targets
+            return
+        rows = even_rows(tensors_in((inputs.args, inputs.kwargs)), dim, parts)
+        for index in range(parts):
+            if self.training.exchanging is not None:
+                self.training.exchanging(index == parts - 1)
+            yield map_tensors(sliced(rows, parts, index, dim), (inputs, targets))
+
+    def _backward(self, inputs: Inputs, targets: Any) -> torch.Tensor:
+        """Add the gradients of one micro-batch to those of the step; returns its loss."""
+        teacher, parts = self.training.teacher, self.training.micro_batches
+        outputs = self.model(*inputs.args, **inputs.kwargs)
+        loss = self.training.loss(outputs, targets)
+        if teacher is not None:
             with torch.no_grad():
-                taught = self.teacher(*inputs.args, **inputs.kwargs)
+                taught = teacher(*inputs.args, **inputs.kwargs)
             loss = (loss + _distance(outputs, taught)) / 2
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss if parts == 1 else loss / parts).backward()
         return loss.detach()
 
     @contextmanager
@@ -61,6 +82,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)  # gradients of FSDP2 cannot be copied, and each step makes new ones
         optimizer = copied(self.optimizer).state_dict()
         scale = self.scaler.state_dict()
+        rounds = self.rounds and self.rounds.state_dict()
         try:
             yield
         finally:
@@ -70,6 +92,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(scale)
+            if self.rounds is not None:
+                self.rounds.load_state_dict(rounds)
 
 
 def teacher(work: Workload) -> nn.Module:

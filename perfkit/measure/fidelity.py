@@ -187,6 +187,39 @@ def compare_ends(before: Sequence[float], after: Sequence[float], *, tolerance: 
     return _of_losses(error, distance, tolerance, reason)
 
 
+def compare_progress(
+    before: Sequence[float], after: Sequence[float], steps: Sequence[int], *, tolerance: float
+) -> Fidelity:
+    """How far a training came that takes another way than the original's, such as one of models averaged at times.
+
+    `error = max(0, end of after - end of before) / (before[0] - end of before)`, the share of the original's progress
+    that is missing, the end being the mean of the last `END` of `steps`, or of the last half of fewer.
+
+    Args:
+        before, after: losses of the original and of the result from the same start on the same data.
+        steps: at which losses are of the same thing, such as of averaged models.
+
+    Raises:
+        ValueError: no steps, or not the same number of them.
+    """
+    first, second = (curve[list(steps)] for curve in _curves(before, after))
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        lost = ~(np.isfinite(first) & np.isfinite(second))
+        reason = f"{_counted(lost)} of the {len(first)} losses that are compared are not finite"
+        return _of_losses(math.inf, math.inf, tolerance, reason)
+    last = min(END, max(1, len(first) // 2))
+    end = float(first[-last:].mean())
+    distance = max(0.0, float(second[-last:].mean()) - end)
+    error = distance / max(abs(float(first[0]) - end), FLAT * float(np.abs(first).mean()), np.finfo(float).tiny)
+    reason = ""
+    if error > tolerance:
+        reason = (
+            f"after {len(before)} steps {error:.3g} of what the original has learned is missing, which is more than "
+            f"{tolerance:g}: exchange more often, or begin with steps that all take together"
+        )
+    return _of_losses(error, distance, tolerance, reason)
+
+
 def _curves(before: Sequence[float], after: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if first.shape != second.shape or first.ndim != 1 or not len(first):

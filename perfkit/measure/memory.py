@@ -46,6 +46,34 @@ def process_high_water(call: Callable[[], Any], repeats: int = 3, proc: str | Pa
     )
 
 
+_MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _MALLINFO)
+
+
+def native_heap(without_bytes: float = 0) -> Quantity:
+    """What the C library's allocator has handed out to the whole process and not got back.
+
+    Args:
+        without_bytes: of the tensors that are known of, which do not count.
+
+    Source: mallinfo(3).
+    """
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        return Quantity.missing("B", "this C library has no mallinfo2: it needs glibc 2.33")
+    mallinfo2.restype = _Mallinfo
+    told = mallinfo2()
+    return Quantity(
+        float(max(told.uordblks + told.hblkhd - without_bytes, 0)),
+        "B",
+        method="mallinfo2 after a step: all of the process that malloc handed out, without tensors",
+    )
+
+
 def _resident_bytes(status: Path, field: str) -> int:
     for line in status.read_text().splitlines():
         if line.startswith(f"{field}:"):

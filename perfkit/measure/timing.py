@@ -52,6 +52,7 @@ PATIENCE_S = 20.0
 CONTENDED = 0.5
 """Threads that wait for a processor for longer than this share of the time measure the scheduler, not the model."""
 
+ALONE_CALLS = 3
 WARM_WINDOW = 5
 WARM_SPREAD = 1.05
 
@@ -120,6 +121,7 @@ def paired(
     budget_s: float,
     seed: int = 0,
     world: World = ALONE,
+    steps: int = 1,
 ) -> tuple[Latency, Latency, Comparison]:
     """Warm up both, time them interleaved, and return the latency of each and their comparison.
 
@@ -131,6 +133,7 @@ def paired(
         baseline, variant_name: their names in the report.
         budget_s: seconds for all of it; see `interleave` for when less or more is used.
         world: the processes that make the calls together. What rank 0 measured is returned on all.
+        steps: how many steps one call makes: latencies are of one, on average.
 
     Warns:
         PerfkitWarning: calls so slow that the budget and its overrun bought too few pairs for a verdict.
@@ -150,8 +153,28 @@ def paired(
     )
     if comparison.verdict == Verdict.SAME and (times.waited.value or 0.0) > CONTENDED:
         comparison = dataclasses.replace(comparison, verdict=Verdict.NOISY)
-    latencies = statistics.latency(times.original_samples_ms), statistics.latency(times.variant_samples_ms)
-    return world.agree((*latencies, comparison))
+    before, after = (
+        statistics.latency([sample / steps for sample in samples])
+        for samples in (times.original_samples_ms, times.variant_samples_ms)
+    )
+    return world.agree((before, after, comparison))
+
+
+def alone(call: Call, *, budget_s: float) -> Latency:
+    """Warm up and time one variant by itself, for what a step takes; to compare two there is `paired`.
+
+    Sampling ends when p99 is supported or three quarters of `budget_s` seconds are spent, but not before three calls
+    are timed.
+    """
+    warm_up(call, budget_s=budget_s / 4)
+    block = max(1, min(int(BLOCK_S / _quickest(call)), MOST_CALLS))
+    times: list[int] = []
+    with _quiet_gc():
+        end = time.perf_counter() + 0.75 * budget_s
+        while len(times) < ALONE_CALLS or (time.perf_counter() < end and len(times) < statistics.samples_needed(99)):
+            times += _timed(call, block)
+            gc.collect()
+    return statistics.latency(_milliseconds(times))
 
 
 def interleave(

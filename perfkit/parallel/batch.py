@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from perfkit._batch import sliced
 from perfkit._recipe import Chain, ParallelRecipe
 from perfkit._workload import Inputs, Workload
 from perfkit.parallel import world
@@ -30,14 +31,6 @@ def length(work: Workload, batch_dim: int) -> int | None:
     return int(first.shape[batch_dim]) if first is not None and len(first.shape) > batch_dim else None
 
 
-def axis_of(shape: tuple[int, ...], rows: int, batch_dim: int) -> int | None:
-    """The dimension of a tensor to share out: `batch_dim`, else the first one, where it has `rows` there."""
-    for dim in (batch_dim, 0):
-        if len(shape) > dim and shape[dim] == rows:
-            return dim
-    return None
-
-
 def part(work: Workload, batch_dim: int, index: int, mapped: Callable[[Callable[[Any], Any], Any], Any]) -> Workload:
     """The workload on one part of its example batch.
 
@@ -54,19 +47,6 @@ def part(work: Workload, batch_dim: int, index: int, mapped: Callable[[Callable[
 
     training = replace(work.training, targets=mapped(of, work.training.targets))
     return work.replace(inputs=Inputs(args, kwargs), training=training)
-
-
-def sliced(rows: int, parts: int, index: int, batch_dim: int) -> Callable[[Any], Any]:
-    """A function that takes part number `index` of `parts` out of a tensor of a batch of `rows`."""
-    each = rows // parts
-
-    def of(tensor: Any) -> Any:
-        dim = axis_of(tuple(tensor.shape), rows, batch_dim)
-        if dim is None:
-            return tensor
-        return tensor[(*(slice(None),) * dim, slice(index * each, (index + 1) * each))]
-
-    return of
 
 
 def dealer(chain: Chain, framework: str) -> Callable[[tuple[tuple, Any]], tuple[tuple, Any]]:

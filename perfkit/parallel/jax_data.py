@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from perfkit._batch import axis_of
 from perfkit._errors import InvalidInputError
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
@@ -19,7 +20,6 @@ from perfkit.backends.jax_compile import Program
 from perfkit.backends.jax_placement import Placement
 from perfkit.backends.jax_quantized import is_quantized
 from perfkit.backends.jax_trees import leaves_with_names, with_leaves
-from perfkit.parallel.batch import axis_of
 from perfkit.parallel.jax_mesh import OnMesh, local, mesh_of, put, replicated, shared_rows
 from perfkit.parallel.jax_piped import Piped
 from perfkit.parallel.spread import Spread
@@ -35,6 +35,8 @@ def refusal(work: Workload, recipe: DataParallel) -> str | None:
     """Why these options are not there for JAX; None where they are."""
     if recipe.compress:
         return "compress is torch's: in JAX gradients are sent in their own type (bf16 makes of it what it can)"
+    if recipe.precision:
+        return "precision is torch's, for the weights that FSDP2 gathers: use 'bf16+data_parallel(shard=True)'"
     if recipe.offload:
         return "offload is torch's: in JAX every array lies on a device of the mesh"
     if recipe.shard and work.layout is not None and work.layout.size("pipeline") > 1:

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from perfkit._batch import axis_of
 from perfkit._errors import InvalidInputError
 from perfkit.backends.jax_compile import Program
 from perfkit.backends.jax_placement import Placement
-from perfkit.parallel.batch import axis_of
 
 if TYPE_CHECKING:
     from perfkit.backends.jax_model import Function

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from perfkit._batch import axis_of
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit.parallel.batch import axis_of
 from perfkit.parallel.jax_inlined import inlined
 from perfkit.parallel.jax_mesh import OnMesh, local, put
 from perfkit.parallel.jax_packing import Packing

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from perfkit._batch import sliced
 from perfkit._errors import UnsupportedError, nearest
 from perfkit._report import Effect
 from perfkit._workload import Workload
 from perfkit.backends.jax_quantized import is_quantized
 from perfkit.backends.jax_trees import layer_of, leaves_with_names
 from perfkit.parallel.balance import Costs, balanced, spans
-from perfkit.parallel.batch import length, sliced
+from perfkit.parallel.batch import length
 from perfkit.parallel.jax_mesh import mesh_of
 from perfkit.parallel.jax_piped import Piped, operations_of
 from perfkit.parallel.jax_stages import Operations
@@ -52,6 +53,8 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     assert isinstance(plan, Plan), plan
     if plan.devices == 1:
         return work, Effect(notes=("one device along the pipeline axis: nothing to cut",))
+    if work.training.micro_batches > 1:
+        raise UnsupportedError("a pipeline divides the batch itself: leave accumulate out, and set micro_batches=")
     if work.training.teacher is not None:
         raise UnsupportedError(
             "a recipe before it compares with the outputs of the whole original: train with it alone"

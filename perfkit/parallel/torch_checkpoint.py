@@ -20,7 +20,12 @@ BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def write(folder: Path, finished: Finished) -> None:
-    """Write model, optimizer, loss scale and this process' random state; all processes together."""
+    """Write model, optimizer, loss scale and this process' random state; all processes together.
+
+    Where the processes' models differ for some steps they are brought together first.
+    """
+    if finished.trainer.rounds is not None:
+        finished.trainer.rounds.settle()
     state = _state(finished) | _random()
     with _alone_or_not() as alone:
         dcp.save(state, checkpoint_id=folder, no_dist=alone)
@@ -34,12 +39,16 @@ def read(folder: Path, finished: Finished) -> None:
     trainer = finished.trainer
     held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     state = _state(finished)
+    if trainer.rounds is not None and not trainer.rounds.written_in(held):
+        del state["rounds"]
     state |= {name: value for name, value in _random().items() if name in held}
     with _alone_or_not() as alone:
         dcp.load(state, checkpoint_id=folder, no_dist=alone)
     parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
     set_state_dict(trainer.model, trainer.optimizer, **parts, options=BY_NAME)
     trainer.scaler.load_state_dict(state["scaler"])
+    if trainer.rounds is not None:
+        trainer.rounds.load_state_dict(state.get("rounds") or trainer.rounds.begun())
     if (cpu := state.get(_name("cpu"))) is not None:
         torch.set_rng_state(cpu)
     if (cuda := state.get(_name("cuda"))) is not None:
@@ -57,7 +66,8 @@ def _alone_or_not() -> Iterator[bool]:
 def _state(finished: Finished) -> dict[str, Any]:
     trainer = finished.trainer
     model, optimizer = get_state_dict(trainer.model, trainer.optimizer, options=BY_NAME)
-    return {"model": model, "optimizer": optimizer, "scaler": trainer.scaler.state_dict()}
+    state = {"model": model, "optimizer": optimizer, "scaler": trainer.scaler.state_dict()}
+    return state if trainer.rounds is None else state | {"rounds": trainer.rounds.state_dict()}
 
 
 def _random() -> dict[str, torch.Tensor]:

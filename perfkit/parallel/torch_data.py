@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.replicate import replicate
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from perfkit._report import Effect, Skipped
@@ -35,23 +35,25 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     work = part(work, recipe.batch_dim, mesh.get_local_rank(), map_tensors)
     model = work.model
     alike(model, group)
-    unused = [] if pipelined(model) else _unused(work)
-    notes = [*_about_norms(model, work.device, group), *_about_unused(unused)]
+    idle = [] if pipelined(model) else unused(work)
+    notes = [*_about_norms(model, work.device, group), *_about_unused(idle)]
     if recipe.shard:
         policy = CPUOffloadPolicy() if recipe.offload and work.device == "cuda" else OffloadPolicy()
         before = dict(model.named_parameters())
-        units = _units(model)
+        units = units_of(model)
         for unit in units:
-            fully_shard(unit, mesh=mesh, offload_policy=policy)
+            fully_shard(unit, mesh=mesh, offload_policy=policy, mp_policy=_precision(recipe, whole=unit is model))
         follow(work.training.optimizer, before, dict(model.named_parameters()))
         names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
+        if recipe.precision:
+            notes.append("weights and activations in bfloat16, gradients added up and parameters kept in float32")
         notes.append(f"FSDP2 in {len(units)} units: {', '.join(names[id(unit)] for unit in units)}")
     elif pipe := pipelined(model):
         pipe.replicated, pipe.hook = True, _in_bfloat16 if recipe.compress else None
         notes.append("gradients of each stage are averaged after its last micro-batch")
     else:
         replicated: Any = replicate(  # the model itself, of a class of torch's
-            model, process_group=group, gradient_as_bucket_view=True, find_unused_parameters=bool(unused)
+            model, process_group=group, gradient_as_bucket_view=True, find_unused_parameters=bool(idle)
         )
         if recipe.compress:
             replicated.register_comm_hook(group, _in_bfloat16)
@@ -66,10 +68,22 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     told = f"data: the batch in {mesh.size()} parts, {what}"
     spread = work.spread or Spread()
     spread = replace(spread, shares=mesh.size(), parts=(*spread.parts, told))
-    work = work.replace(training=replace(work.training, averaged=averaged), spread=spread)
-    touched = tuple(name for name, _ in model.named_parameters() if name not in unused)
-    skipped = tuple(Skipped(name, "no gradient reaches it on the example inputs") for name in unused)
+    exchanging: Any = getattr(model, "set_requires_gradient_sync")  # noqa: B009, of the class that torch gave it
+    if work.training.micro_batches > 1:
+        notes.append(f"gradients are sent with the last of {work.training.micro_batches} micro-batches")
+    training = replace(work.training, averaged=averaged, exchanging=exchanging)
+    work = work.replace(training=training, spread=spread)
+    touched = tuple(name for name, _ in model.named_parameters() if name not in idle)
+    skipped = tuple(Skipped(name, "no gradient reaches it on the example inputs") for name in idle)
     return work, Effect(touched, skipped, tuple(notes))
+
+
+def _precision(recipe: DataParallel, whole: bool) -> MixedPrecisionPolicy:
+    """In what FSDP2 computes and adds up; the whole model's outputs are what they were."""
+    if recipe.precision is None:
+        return MixedPrecisionPolicy()
+    outputs = torch.float32 if whole else None
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=outputs)
 
 
 def _in_bfloat16(group, bucket):  # torch takes no annotations that are text
@@ -80,7 +94,7 @@ def _in_bfloat16(group, bucket):  # torch takes no annotations that are text
     return sent.then(lambda done: gradients.copy_(done.value()[0]))
 
 
-def _unused(work: Workload) -> list[str]:
+def unused(work: Workload) -> list[str]:
     """The parameters that no gradient reaches on the example inputs; told by one step of a copy without optimizing."""
     twin = copied(work.model)
     work.backend.seed(work.seed)
@@ -112,7 +126,7 @@ def _about_norms(model: nn.Module, device: str, group: Any) -> list[str]:
     return [f"{', '.join(norms)}: synchronized, statistics of the whole batch"]
 
 
-def _units(model: nn.Module) -> list[nn.Module]:
+def units_of(model: nn.Module) -> list[nn.Module]:
     """What is gathered and freed as one, innermost first: the model's children, or those of its lists; then the rest.
 
     Parameters that two of them share must be in one unit: then the model is one.

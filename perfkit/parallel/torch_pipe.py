@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from perfkit._batch import sliced
 from perfkit.backends.torch_surgery import map_tensors, wrapped
-from perfkit.parallel.batch import sliced
 from perfkit.parallel.torch_mesh import mesh_of
 
 if TYPE_CHECKING:

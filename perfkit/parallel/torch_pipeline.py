@@ -97,6 +97,8 @@ def _refuse(work: Workload) -> None:
         raise UnsupportedError(
             "scaling a float16 loss looks at the gradients of all stages: use 'bf16', whose gradients need no scaling"
         )
+    if work.training.micro_batches > 1:
+        raise UnsupportedError("a pipeline divides the batch itself: leave accumulate out, and set micro_batches=")
     if work.training.teacher is not None:
         raise UnsupportedError(
             "a recipe before it compares with the outputs of the whole original: train with it alone"

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from perfkit._batch import sliced
 from perfkit._errors import UnsupportedError
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_surgery import copied, map_tensors, tensors_in, unwrapped
-from perfkit.parallel.batch import length, sliced
+from perfkit.parallel.batch import length
 from perfkit.parallel.pipeline_plan import Plan
 from perfkit.parallel.torch_pipe import StageModule, micro_batches
 from perfkit.parallel.torch_split import random_state

@@ -20,8 +20,8 @@ _BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long int
 """By the profiler's names of dtypes; of others a byte each."""
 
 
-def traffic(call: Callable[[], Any]) -> Traffic:
-    """The collective operations and sends of one call, whose own preparations are behind it.
+def traffic(call: Callable[[], Any], steps: int = 1) -> Traffic:
+    """The collective operations and sends of one call of so many steps, prepared before, for one step.
 
     Every process must make the call. The backend's own events are counted (gloo builds a reduce-scatter of an
     all-reduce, say), each from when it was asked for until it was done, the waiting for others included; what is
@@ -38,9 +38,11 @@ def traffic(call: Callable[[], Any]) -> Traffic:
         return Traffic(Quantity.missing("B", reason), Quantity.missing("ratio", reason))
     sent = [(kind, event) for kind, event in found if kind != "recv"]
     told = ", ".join(f"{count} × {kind}" for kind, count in Counter(kind for kind, _ in sent).items())
+    over = f" in {steps} steps" if steps > 1 else ""
     spans = [(event.start_ns(), event.start_ns() + event.duration_ns()) for _, event in found]
+    size = sum(_size(event) for _, event in sent) / steps
     return Traffic(
-        Quantity(float(sum(_size(event) for _, event in sent)), "B", method=f"handed to {told}, by torch's profiler"),
+        Quantity(size, "B", method=f"handed to {told}{over}, by torch's profiler"),
         Quantity(min(covered(spans) / took, 1.0), "ratio", method="time under way, of a step under torch's profiler"),
     )
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from perfkit.backends.torch_surgery import FIXED_SHAPES, INTEGER, ROUNDS, derive
+from perfkit.kernels import _native
+from perfkit.kernels.max_pool_uint8.torch_op import max_pool_uint8
 from perfkit.quantization.torch_ranges import Affine
 
 _quantized = torch.ops.quantized_decomposed
@@ -67,16 +69,36 @@ def dynamic(module: nn.Linear, top: int, bits: int = 8) -> None:
     derive(module, forward=forward, **_MARKED)
 
 
-def pool(module: nn.MaxPool2d, grid: Affine) -> None:
-    """A max-pool on the grid of the layer after it. Rounding before the pool or after it gives the same numbers."""
+def pool(module: nn.MaxPool2d, grid: Affine, flat: bool) -> None:
+    """A max-pool on the grid of the layer after it. Rounding before the pool or after it gives the same numbers.
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    Args:
+        flat: the layer after it takes images as rows, NCHW.
+    """
+    size = 0 if _native.missing() else _square(module)
+
+    def squares(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dim() != 4 or input.device.type != "cpu":
+            return others(self, input)
+        return grid.floats(max_pool_uint8(grid.integers(input), size, flat))
+
+    def others(self, input: torch.Tensor) -> torch.Tensor:
         pooled = F.max_pool2d(
             grid.rounded(input), self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
         )
         return grid.rounded(pooled)  # changes nothing but lets Inductor see a pool between integers
 
-    derive(module, forward=forward, **{ROUNDS: staticmethod(grid.rounded)})
+    derive(module, forward=squares if size else others, **{ROUNDS: staticmethod(grid.rounded)})
+
+
+def _square(module: nn.MaxPool2d) -> int:
+    """The side of the squares that a max-pool takes; 0 where they overlap, pad, have gaps or are none."""
+    pairs = [
+        value if isinstance(value, tuple) else (value, value)
+        for value in (module.kernel_size, module.stride, module.padding, module.dilation)
+    ]
+    size = pairs[0][0]
+    return size if pairs == [(size, size), (size, size), (0, 0), (1, 1)] and not module.ceil_mode else 0
 
 
 def weight_only(module: nn.Module, bits: int = 8) -> None:

@@ -301,5 +301,5 @@ def _quantize_pools(model: nn.Module, followers: dict[str, nn.Module]) -> Iterat
     """Put max-pools on the grid of the layer that takes their output, so that they too run on integers."""
     names = {module: name for name, module in model.named_modules()}
     for pool, follower in followers.items():
-        torch_layers.pool(model.get_submodule(pool), follower.input_grid)
+        torch_layers.pool(model.get_submodule(pool), follower.input_grid, flat=isinstance(follower, nn.Linear))
         yield f"{pool} runs on the grid of {names[follower]}"

@@ -38,8 +38,19 @@ class Affine:
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         """`x` on the grid, in float32: the pair of operations that Inductor turns into integer kernels."""
-        grid = self.scale, self.zero, 0, self.top, torch.uint8
-        return _quantized.dequantize_per_tensor.default(_quantized.quantize_per_tensor.default(x.float(), *grid), *grid)
+        return self.floats(self.integers(x))
+
+    def integers(self, x: torch.Tensor) -> torch.Tensor:
+        """The q of `x`, uint8."""
+        return _quantized.quantize_per_tensor.default(x.float(), *self._grid)
+
+    def floats(self, q: torch.Tensor) -> torch.Tensor:
+        """What q stands for, float32."""
+        return _quantized.dequantize_per_tensor.default(q, *self._grid)
+
+    @property
+    def _grid(self) -> tuple[float, int, int, int, torch.dtype]:
+        return self.scale, self.zero, 0, self.top, torch.uint8
 
 
 @dataclass

@@ -75,6 +75,8 @@ def run(
             progress(step, steps, float(losses[-1]))
         if checkpoints and (step == steps or (every and step % every == 0)):
             checkpoints.save(finished, step)
+    if finished.rounds is not None:
+        finished.rounds.settle()
     heartbeat.rest()
     curve = tuple(map(float, losses))
     return Run(finished, report, curve, time.perf_counter() - started, done + len(curve))

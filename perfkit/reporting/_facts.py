@@ -137,6 +137,9 @@ def headline(report: Report) -> Headline:
         return Headline("Original returned", "", "", "neutral", told or unmeasured, report.explanation)
     if speedup is None:
         return Headline("Not measured", "", "", "neutral", report.not_measured, report.explanation)
+    if report.savings:
+        saved, time = f"{report.savings[0].ratio:.3g}× less {report.savings[0].what}", f"{1 / speedup.ratio:.2f}×"
+        return Headline(saved, "", f"at {time} the time", "good", evidence(speedup), report.explanation)
     figure, interval = format_interval(speedup)
     return Headline(figure, interval, speedup.verdict, TONES[speedup.verdict], evidence(speedup), report.explanation)
 
@@ -235,8 +238,8 @@ def fidelity_rows(result: Fidelity) -> tuple[tuple[str, str], ...]:
         ("allowed", f"{format_error(result.limit)} = {limit}"),
         ("the original's own error", format_error(result.original_error)),
         ("largest absolute error", format_error(result.max_abs_error)),
-        ("signal to quantization noise", _with_reason(result.sqnr_db)),
-        ("top-1 agreement", _with_reason(result.top1_agreement)),
+        ("signal to quantization noise", with_reason(result.sqnr_db)),
+        ("top-1 agreement", with_reason(result.top1_agreement)),
         ("compared with", result.reference),
     ]
     return tuple(found + ([("reason", result.reason)] if result.reason else []))
@@ -328,12 +331,12 @@ def parallel_rows(report: Report) -> tuple[tuple[str, str], ...]:
 
 def _share(quantity: Quantity) -> str:
     if quantity.value is None:
-        return _with_reason(quantity)
+        return with_reason(quantity)
     return format_percent(quantity.value) + (f" ({quantity.method})" if quantity.method else "")
 
 
 def _told(quantity: Quantity) -> str:
-    return _with_reason(quantity) + (f" ({quantity.method})" if quantity.method else "")
+    return with_reason(quantity) + (f" ({quantity.method})" if quantity.method else "")
 
 
 def found_recipe(report: Report) -> str:
@@ -382,7 +385,7 @@ def environment_rows(environment: Environment) -> tuple[tuple[str, str], ...]:
     return (
         ("processor", f"{environment.cpu}, {counted(environment.cores, 'core')}"),
         ("instruction sets", ", ".join(environment.instruction_sets) or "none known"),
-        ("memory", _with_reason(environment.memory_bytes)),
+        ("memory", with_reason(environment.memory_bytes)),
         ("accelerators", ", ".join(environment.accelerators) or "none"),
         ("system", f"{environment.os}, Python {environment.python}"),
         ("libraries", pairs(environment.libraries)),
@@ -401,6 +404,8 @@ def _quantities(report: Report) -> tuple[tuple[str, Quantity, Quantity], ...]:
         sides = [getattr(side.latency, field) if side.latency else untimed for side in (before, after)]
         return label, sides[0], sides[1]
 
+    states = before.optimizer_state_bytes, after.optimizer_state_bytes
+    optimizer = [("optimizer state", *states)] if report.mode == "training" else []
     medians = [Quantity(side.latency.median_ms, "ms") if side.latency else untimed for side in (before, after)]
     return (
         ("median latency", medians[0], medians[1]),
@@ -412,10 +417,11 @@ def _quantities(report: Report) -> tuple[tuple[str, Quantity, Quantity], ...]:
         ("compile", before.compile_s, after.compile_s),
         ("tensor peak", before.tensor_peak_bytes, after.tensor_peak_bytes),
         ("process high-water", before.process_high_water_bytes, after.process_high_water_bytes),
+        *optimizer,
     )
 
 
-def _with_reason(quantity: Quantity) -> str:
+def with_reason(quantity: Quantity) -> str:
     told = format_quantity(quantity)
     return told if quantity.unavailable is None else f"{told}: {quantity.unavailable}"
 

@@ -72,6 +72,16 @@ def format_bytes(value: float) -> str:
     return f"{format_count(value) if power == 0 else format_number(value)} {units[power]}"
 
 
+def format_flops(value: float) -> str:
+    """Operations in decimal units, three significant digits: `345 MFLOP`."""
+    if not math.isfinite(value):
+        return NOT_FINITE
+    prefixes, power = ("", "k", "M", "G", "T", "P"), 0
+    while float(f"{abs(value):.3g}") >= 1000 and power < len(prefixes) - 1:
+        value, power = value / 1000, power + 1
+    return f"{format_number(value)} {prefixes[power]}FLOP"
+
+
 def format_ms(value: float) -> str:
     """Milliseconds, in the unit that reads best: `850 µs`, `12.3 ms`, `4.50 s`, `3.2 min`."""
     if not math.isfinite(value):

@@ -37,11 +37,12 @@ class Canvas:
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
         self._add("line", kind, x1=x1, y1=y1, x2=x2, y2=y2)
 
-    def rect(self, x: float, y: float, width: float, height: float, kind: str) -> None:
-        self._add("rect", kind, x=x, y=y, width=width, height=height)
+    def rect(self, x: float, y: float, width: float, height: float, kind: str, about: str = "") -> None:
+        """A rectangle; as of a circle, `about` is shown when hovering."""
+        self._add("rect", kind, about, x=x, y=y, width=width, height=height)
 
-    def circle(self, x: float, y: float, radius: float, kind: str) -> None:
-        self._add("circle", kind, cx=x, cy=y, r=radius)
+    def circle(self, x: float, y: float, radius: float, kind: str, about: str = "") -> None:
+        self._add("circle", kind, about, cx=x, cy=y, r=radius)
 
     def path(self, points: list[tuple[float, float]], kind: str) -> None:
         """An open line through `points`."""
@@ -63,9 +64,10 @@ class Canvas:
         attributes = f'class="{kind}" x="{number(x)}" y="{number(y)}" text-anchor="{anchor}"'
         self._parts.append(f"<text {attributes}>{escape(shown)}{whole}</text>")
 
-    def _add(self, tag: str, kind: str, **values: float) -> None:
+    def _add(self, tag: str, kind: str, about: str = "", **values: float) -> None:
         attributes = " ".join(f'{name}="{number(value)}"' for name, value in values.items())
-        self._parts.append(f'<{tag} class="{kind}" {attributes}/>')
+        told = f"><title>{escape(about)}</title></{tag}>" if about else "/>"
+        self._parts.append(f'<{tag} class="{kind}" {attributes}{told}')
 
 
 @dataclass(frozen=True)

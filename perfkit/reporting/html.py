@@ -23,7 +23,7 @@ MOST_NAMES, MOST_CANDIDATES, MOST_TITLE = 60, 200, 120
 def render(report: Report) -> str:
     """The report as one self-contained page; no network is needed to view it."""
     return (
-        _templates()
+        templates()
         .get_template("page.html")
         .render(title=f"{shorten(report.model, MOST_TITLE)} · perfkit", views=[_view(report)], summary=[])
     )
@@ -31,7 +31,7 @@ def render(report: Report) -> str:
 
 def embedded(report: Report) -> str:
     """The report for a notebook: an element whose style touches nothing around it."""
-    return _templates().get_template("embedded.html").render(view=_view(report))
+    return templates().get_template("embedded.html").render(view=_view(report))
 
 
 def page(reports: Sequence[tuple[str, Report]]) -> str:
@@ -39,11 +39,12 @@ def page(reports: Sequence[tuple[str, Report]]) -> str:
     views = [_view(report, label=label, anchor=f"report-{index}") for index, (label, report) in enumerate(reports, 1)]
     summary = [_facts.summary(label, report) for label, report in reports]
     title = f"{counted(len(views), 'report')} · perfkit"
-    return _templates().get_template("page.html").render(title=title, views=views, summary=summary)
+    return templates().get_template("page.html").render(title=title, views=views, summary=summary)
 
 
 @functools.cache
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The templates of this folder: what they are given is escaped."""
     return Environment(
         loader=PackageLoader("perfkit", "reporting"),
         autoescape=True,
@@ -114,9 +115,13 @@ def _view(report: Report, label: str = "", anchor: str = "report") -> dict[str, 
 
 
 def _figure(draw: Callable[[Report, float], str], report: Report) -> Markup:
+    return both(lambda width: draw(report, width), WIDE, NARROW)
+
+
+def both(draw: Callable[[float], str], wide_px: float, narrow_px: float) -> Markup:
     """The picture at both widths; text in a picture that is merely scaled down cannot be read on a phone."""
     # Safe as markup: the canvas escapes every text it is given.
-    wide, narrow = Markup(draw(report, WIDE)), Markup(draw(report, NARROW))
+    wide, narrow = Markup(draw(wide_px)), Markup(draw(narrow_px))
     return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(wide, narrow) if wide else Markup()
 
 

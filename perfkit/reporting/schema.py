@@ -1,4 +1,7 @@
-"""The JSON Schema of `Report.to_json()`, generated from the dataclasses: `python -m perfkit.reporting.schema`."""
+"""The JSON Schemas of `Report.to_json()` and `Profile.to_json()`, generated from the dataclasses.
+
+`python -m perfkit.reporting.schema` prints the report's, `python -m perfkit.reporting.schema profile` the profile's.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,28 @@ import enum
 import inspect
 import json
 import re
+import sys
 import types
 import typing
 from typing import Any
 
-from perfkit._report import SCHEMA_VERSION, Quantity, Report
+from perfkit._report import Quantity, Report
+from perfkit.profiling._profile import Profile
 
 # Set by optimize itself, so never NaN or infinite; every other float is measured, and one that is not finite is null.
 ALWAYS_FINITE = frozenset({"apply_s", "confidence", "factor", "max_drop", "optimizing_s", "seconds", "tolerance"})
 _SCALARS = {str: "string", bool: "boolean", int: "integer"}
 
 
-def schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) that every report's `to_dict()` meets."""
+def schema(kind: type[Report] | type[Profile] = Report) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) that the `to_dict()` of every report, or every profile, meets."""
     definitions: dict[str, Any] = {}
-    _define(Report, definitions)
-    root = definitions.pop("Report")
-    root["properties"]["schema_version"]["const"] = SCHEMA_VERSION
+    _define(kind, definitions)
+    root = definitions.pop(kind.__name__)
+    root["properties"]["schema_version"]["const"] = kind.__dataclass_fields__["schema_version"].default
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "perfkit report",
+        "title": f"perfkit {kind.__name__.lower()}",
         **root,
         "$defs": dict(sorted(definitions.items())),
     }
@@ -92,4 +97,4 @@ def _documented(kind: type) -> tuple[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(schema(), indent=2))
+    print(json.dumps(schema(Profile if sys.argv[1:] == ["profile"] else Report), indent=2))

@@ -94,7 +94,7 @@ def _quantities(report: Report) -> Iterator[RenderableType]:
         table.add_row(*(cell(value) for value in (row.label, row.before, row.after, row.change)))
     yield table
     for reason in _facts.missing(report):
-        yield _indented(f"unavailable: {reason}")
+        yield indented(f"unavailable: {reason}")
     yield Text()
 
 
@@ -104,14 +104,14 @@ def _steps(report: Report, *, bars: bool) -> Iterator[RenderableType]:
     ratios = [step.speedup.ratio for step in report.steps if _facts.measured(step.speedup)]
     most = max([1.0, *ratios])
     if ratios:
-        table.add_row(*map(cell, ("original", "", "", "1.00×", "")), *([_bar(1, most)] if bars else []))
+        table.add_row(*map(cell, ("original", "", "", "1.00×", "")), *([bar(1, most)] if bars else []))
     details = []
     for step in report.steps:
         facts = _facts.step_facts(step)
         name = cell(shorten(clean(facts.recipe), MOST_NAME_LENGTH))
         if facts.status != "applied":
             name.append(f"  {facts.status}", "bold yellow")
-        drawn = _bar(step.speedup.ratio, most) if _facts.measured(step.speedup) else Text()
+        drawn = bar(step.speedup.ratio, most) if _facts.measured(step.speedup) else Text()
         cells = (str(facts.touched), str(facts.skipped), facts.speedup, facts.verdict)
         table.add_row(name, *map(cell, cells), *([drawn] if bars else []))
         details += _step_details(facts)
@@ -126,9 +126,9 @@ def _step_details(facts: _facts.StepFacts) -> Iterator[RenderableType]:
         told = [shorten(clean(reason), MOST_REASON_LENGTH) for reason in facts.reasons[:MOST_REASONS]]
         if (rest := len(facts.reasons) - MOST_REASONS) > 0:
             told.append(counted(rest, "more reason"))
-        yield _indented(f"{name} skipped {'; '.join(told)}")
+        yield indented(f"{name} skipped {'; '.join(told)}")
     for note in facts.notes:
-        yield _indented(f"{name}: {note}")
+        yield indented(f"{name}: {note}")
 
 
 def _statements(report: Report) -> Iterator[RenderableType]:
@@ -166,7 +166,7 @@ def _candidates(report: Report) -> Iterator[RenderableType]:
     yield Text()
     yield table
     if (rest := len(candidates) - MOST_CANDIDATES) > 0:
-        yield _indented(f"{counted(rest, 'more candidate')} in the HTML and JSON reports")
+        yield indented(f"{counted(rest, 'more candidate')} in the HTML and JSON reports")
 
 
 def _notes(report: Report) -> Iterator[RenderableType]:
@@ -216,11 +216,11 @@ def _summary_lines(item: _facts.SummaryFacts) -> Iterator[RenderableType]:
     label = line(shorten(clean(item.label), MOST_NAME_LENGTH), "bold")
     yield Text("  ").join((label, line(item.headline.text, STYLES[item.headline.tone])))
     recipe, lost = (shorten(clean(text), MOST_REASON_LENGTH) for text in (item.recipe, item.lost))
-    yield _indented(f"recipe {recipe}")
-    yield _indented(f"tried and lost {lost}")
-    yield _indented(f"vs compiler {_joined(' ', *item.compiled)}")
+    yield indented(f"recipe {recipe}")
+    yield indented(f"tried and lost {lost}")
+    yield indented(f"vs compiler {_joined(' ', *item.compiled)}")
     error = item.error if item.fidelity_ok else f"{item.error} FAILED"
-    yield _indented(f"tensor peak {item.peak[0]} → {item.peak[1]}; relative error {error}")
+    yield indented(f"tensor peak {item.peak[0]} → {item.peak[1]}; relative error {error}")
 
 
 def _joined(join: str, *parts: str) -> str:
@@ -250,11 +250,11 @@ def cell(text: str, style: str = "") -> Text:
     return Text("\n".join(clean(line) for line in text.split("\n")), style)
 
 
-def _indented(text: str) -> Padding:
+def indented(text: str) -> Padding:
     return Padding(line(text, "dim"), (0, 0, 0, 2))
 
 
-def _bar(ratio: float, most: float) -> Text:
+def bar(ratio: float, most: float) -> Text:
     """A bar from zero, in eighths of a cell; the colour adds nothing to its length."""
     eighths = max(1, round(8 * BAR_CELLS * ratio / most))
     return Text("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip(), "cyan")

@@ -7,13 +7,14 @@ import functools
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402 (after the skip)
-from jax import lax  # noqa: E402
-from jaxpr_walk import assert_low_but_close, equations, operand_dtypes, relative_error, unit_roundoff  # noqa: E402
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxpr_walk import assert_low_but_close, equations, operand_dtypes, relative_error, unit_roundoff
 
-from perfkit.backends.jax_autocast import Kept, autocast, autocast_counts  # noqa: E402
+from perfkit.backends.jax_autocast import Kept, autocast, autocast_counts
 
 LOW = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 IMAGES = ("NHWC", "HWIO", "NHWC")

@@ -8,14 +8,15 @@ import gc
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402 (after the skip)
-from jax import lax  # noqa: E402
-from jaxpr_walk import assert_low_but_close, equations, operand_dtypes  # noqa: E402
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxpr_walk import assert_low_but_close, equations, operand_dtypes
 
-from perfkit.backends import jax_autocast_rewrite  # noqa: E402
-from perfkit.backends.jax_autocast import autocast, autocast_counts  # noqa: E402
+from perfkit.backends import jax_autocast_rewrite
+from perfkit.backends.jax_autocast import autocast, autocast_counts
 
 QUICK = {
     "xla_backend_optimization_level": 0,

@@ -6,13 +6,14 @@ import itertools
 
 import pytest
 
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402 (after the skip)
-from jax import lax  # noqa: E402
-from jax.extend.core import primitives  # noqa: E402
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives
 
-from perfkit.backends import jax_autocast_rules as rules  # noqa: E402
+from perfkit.backends import jax_autocast_rules as rules
 
 BFLOAT16 = jnp.dtype("bfloat16")
 TABLES = {

@@ -2,9 +2,11 @@
 
 import pytest
 
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
 
-import perfkit  # noqa: E402
+import jax
+
+import perfkit
 
 
 def peak(function, *inputs):

@@ -2,12 +2,13 @@
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
-from torch._dynamo.utils import counters  # noqa: E402
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
 
-import perfkit  # noqa: E402
+import perfkit
 
 PACKED = "mkldnn_linear_weight_pack_matcher_count"
 

@@ -2,9 +2,11 @@
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from perfkit.backends.torch_surgery import copied  # noqa: E402
+import torch
+
+from perfkit.backends.torch_surgery import copied
 
 
 def test_an_optimizers_hooks_come_along():

@@ -3,9 +3,12 @@
 from dataclasses import replace
 
 import torch
+from max_pool_calls import CASES as POOLS
+from max_pool_calls import images
 from torch import nn
 
 from perfkit.kernels.conv2d import cases, conv2d
+from perfkit.kernels.max_pool_uint8.torch_op import max_pool_uint8
 from perfkit.kernels.rnn import cpu_kernel
 from perfkit.kernels.rnn.problem import Problem
 from perfkit.kernels.rnn.torch_stack import empty_saved
@@ -73,6 +76,14 @@ def rnn_and_gradients():
             yield
 
 
+def max_pool():
+    for shape, size in POOLS:
+        for x in images(shape):
+            for flat in (False, True):
+                max_pool_uint8(x, size, flat)
+        yield
+
+
 def main():
-    count = sum(1 for kernel in (rnn_int8, conv2d_and_gradients, rnn_and_gradients) for _ in kernel())
+    count = sum(1 for kernel in (rnn_int8, conv2d_and_gradients, rnn_and_gradients, max_pool) for _ in kernel())
     print(count, "cases, all of their calls under AddressSanitizer")

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from perfkit import InvalidInputError  # noqa: E402 - after the skip
-from perfkit.kernels import _native  # noqa: E402
-from perfkit.kernels.rnn_int8 import reference, torch_op, weights  # noqa: E402
-from perfkit.measure._hardware import cpu  # noqa: E402
+import torch
+
+from perfkit import InvalidInputError
+from perfkit.kernels import _native
+from perfkit.kernels.rnn_int8 import reference, torch_op, weights
+from perfkit.measure._hardware import cpu
 
 if _native.find_compiler() is None:
     pytest.skip("no C++ compiler is installed", allow_module_level=True)

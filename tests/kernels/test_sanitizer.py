@@ -42,6 +42,7 @@ def sanitized(code: str, cache: Path) -> subprocess.CompletedProcess:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "PYTHONMALLOC": "malloc",
         "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     command = [sys.executable, "-c", code]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from perfkit._report import Fidelity
-from perfkit.measure.fidelity import compare_losses, compare_outputs
+from perfkit.measure.fidelity import compare_losses, compare_outputs, compare_progress
 
 GENERATOR = np.random.default_rng(0)
 LOGITS = GENERATOR.normal(size=(32, 10))
@@ -307,6 +307,22 @@ def test_an_original_that_diverges_with_another_seed_proves_nothing():
     found = compare_losses(LOSSES, LOSSES, tolerance=0.1, seed_noise=math.inf)
     assert not found.ok
     assert "diverges with another seed" in found.reason
+
+
+def test_progress_is_judged_at_the_steps_that_can_be_compared():
+    before, after = (5.0, 4.0, 3.0, 2.0, 1.0), (5.0, 99.0, 3.0, 99.0, 2.0)
+    found = compare_progress(before, after, (0, 2, 4), tolerance=0.3)
+    assert found.ok
+    assert found.relative_error == pytest.approx((2 - 1) / (5 - 1)), "the last of three; the half of them is one"
+    assert not compare_progress(before, after, (0, 2, 4), tolerance=0.2).ok
+    assert compare_progress(before, (*before[:4], 0.5), (0, 4), tolerance=0.0).ok, "further is no error"
+
+
+def test_a_training_that_stands_still_has_made_no_progress():
+    found = compare_progress((5.0, 3.0, 1.0), (5.0, 5.0, 5.0), (0, 1, 2), tolerance=0.5)
+    assert found.relative_error == pytest.approx(1.0)
+    assert "of what the original has learned is missing" in found.reason
+    assert not compare_progress((5.0, 1.0), (5.0, math.nan), (0, 1), tolerance=9.0).ok
 
 
 @pytest.mark.parametrize(("before", "after"), [((), ()), ((1.0, 2.0), (1.0,))])

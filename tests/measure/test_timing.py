@@ -314,6 +314,13 @@ def test_paired_returns_both_latencies_and_the_comparison(machine):
     assert after.p90_ms.value == pytest.approx(3.0)
 
 
+def test_steps_that_are_timed_together_are_told_one_by_one(machine):
+    sides = machine.call("A", 0.006), machine.call("B", 0.003)
+    before, after, comparison = timing.paired(*sides, baseline="original", variant_name="local", budget_s=2.0, steps=3)
+    assert (before.median_ms, after.median_ms) == pytest.approx((2.0, 1.0))
+    assert comparison.ratio == pytest.approx(2.0)
+
+
 def test_paired_keeps_to_its_budget(monkeypatch):
     generator = np.random.default_rng(0)
     machine = use(monkeypatch, Machine(lambda _: math.exp(generator.normal(0, 0.2))))
@@ -376,3 +383,20 @@ def test_real_calls_on_the_real_clock():
     assert before.median_ms < after.median_ms
     assert comparison.pairs >= 8
     assert isinstance(before.p90_ms, Quantity)
+
+
+def test_one_variant_alone_is_timed_until_its_percentiles_are_supported(machine):
+    latency = timing.alone(machine.call("a", 0.001), budget_s=100)
+    assert latency.median_ms == pytest.approx(1)
+    assert latency.p99_ms.value == pytest.approx(1)
+    assert machine.now_s < 2
+
+
+def test_one_variant_alone_ends_with_its_budget(machine):
+    latency = timing.alone(machine.call("a", 0.1), budget_s=2)
+    assert 15 <= len(latency.samples_ms) <= 16
+    assert latency.p90_ms.value is None
+
+
+def test_a_slow_variant_alone_is_timed_three_times(machine):
+    assert len(timing.alone(machine.call("a", 60), budget_s=1).samples_ms) == timing.ALONE_CALLS == 3

@@ -78,6 +78,7 @@ if __name__ == "__main__":
         "jit": trained("data_parallel(shard=True)", w, x, y),
         "pmap": trained("data_parallel(engine='pmap')", w, x, y),
         "stages": in_stages(x, y),
+        "local": trained("local_sgd(sync_every=1)", w, x, y),
         "expected": [],
     }
     for _ in range(STEPS):

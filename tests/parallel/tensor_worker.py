@@ -176,6 +176,30 @@ def train(chain, model, inputs, draws):
     }
 
 
+def averaged(model, inputs):
+    """Parameters after three steps of pairs that are averaged at every step, against those of the whole model.
+
+    SGD is linear in its gradients, so that averages of parameters are what averages of gradients lead to.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    twin, targets = copy.deepcopy(model).train(), torch.linspace(-1, 1, BATCH * 3).view(BATCH, 3).double()
+    sgd = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    chain = "local_sgd(2, sync_every=1)+tensor_parallel(2)"
+    work = applied(chain, model, inputs, loss=loss, targets=targets, optimizer=sgd).works[-1]
+    finished, own = work.backend.finish(work), sgd(twin.parameters())
+    for _ in range(3):
+        finished.train_step((work.inputs, work.training.targets))
+        own.zero_grad()
+        loss(twin(*inputs), targets).backward()
+        own.step()
+    expected = dict(twin.named_parameters())
+    moved = max(off(expected[name].detach(), value) for name, value in model.named_parameters())
+    found = {name: off(value.detach(), expected[name]) for name, value in work.model.named_parameters()}
+    return {"off": max(found.values()), "moved": moved, "parts": work.spread.parts}
+
+
 def main():
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -186,6 +210,7 @@ def main():
         told[name]["training"] = train("tensor_parallel(4)", copy.deepcopy(model), inputs, draws=True)
         both = "data_parallel(2, shard=True)+tensor_parallel(2)"
         told[name]["both"] = train(both, copy.deepcopy(model), inputs, draws=False)
+    told["mlp"]["averaged"] = averaged(*cases()["mlp"])
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, told)
     if dist.get_rank() == 0:

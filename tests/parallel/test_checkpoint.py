@@ -52,7 +52,8 @@ for row in torch.randn(3, 2, 5):
     optimizer.zero_grad()
     model(row).square().mean().backward()
     optimizer.step()
-sharded = SimpleNamespace(trainer=SimpleNamespace(model=model, optimizer=optimizer, scaler=torch.amp.GradScaler("cpu")))
+scaler = torch.amp.GradScaler("cpu")
+sharded = SimpleNamespace(trainer=SimpleNamespace(model=model, optimizer=optimizer, scaler=scaler, rounds=None))
 torch_checkpoint.write(folder / "sharded", sharded)
 whole = model.weight.full_tensor().tolist()
 moments = optimizer.state[model.weight]["exp_avg"].full_tensor().tolist()
@@ -118,7 +119,7 @@ def test_one_process_reads_what_two_wrote_in_shards(by_two):
     folder, (told, _) = by_two
     model = torch.nn.Linear(5, 4)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.2)
-    trainer = SimpleNamespace(model=model, optimizer=optimizer, scaler=torch.amp.GradScaler("cpu"))
+    trainer = SimpleNamespace(model=model, optimizer=optimizer, scaler=torch.amp.GradScaler("cpu"), rounds=None)
     torch_checkpoint.read(folder / "sharded", SimpleNamespace(trainer=trainer))
     assert model.weight.tolist() == told["weight"]
     assert optimizer.state[model.weight]["exp_avg"].tolist() == told["moments"]

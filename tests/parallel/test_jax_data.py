@@ -176,6 +176,14 @@ def test_a_pipeline_goes_through_two_processes(two):
     assert two[0]["stages"]["losses"] == two[1]["stages"]["losses"]
 
 
+def test_two_processes_that_average_at_every_step_train_as_one(two):
+    """Each tells the loss of its own part of the batch, on parameters that are those of one process."""
+    mean = [sum(losses) / 2 for losses in zip(*(found["local"]["losses"] for found in two), strict=True)]
+    assert mean == pytest.approx(two[0]["expected"], rel=3 * 44 * ROUNDING)
+    assert two[0]["local"]["losses"] != two[1]["local"]["losses"]
+    assert two[0]["local"]["parallel"] == two[1]["local"]["parallel"]
+
+
 def test_two_processes_hold_their_parts_alone(two):
     for found in two:
         assert found["jit"]["parts"] == [[2, 2], [2, 2]]

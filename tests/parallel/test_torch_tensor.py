@@ -48,6 +48,13 @@ def test_outputs_are_those_of_the_whole_model(told, model):
         assert rank[model]["inference"]["same"], "a subclass of the model's own class at most"
 
 
+def test_pairs_of_processes_are_averaged_part_by_part(told):
+    for rank in told:
+        result = rank["mlp"]["averaged"]
+        assert result["off"] < 1e-12 < 1e-3 < result["moved"]
+        assert result["parts"][1] == "data: the batch in 2 parts, parameters averaged every step"
+
+
 @pytest.mark.parametrize("chain", ["training", "both"])
 @pytest.mark.parametrize("model", MODELS)
 def test_training_is_that_of_the_whole_model(told, model, chain):

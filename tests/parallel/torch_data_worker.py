@@ -89,6 +89,7 @@ def compared(name, recipe):
         alone.append(float(loss.detach()))
     old, new = dict(model.named_parameters()), dict(result.model.named_parameters())
     far = max(float((whole(new[name].detach()) - old[name]).norm() / old[name].norm().clamp_min(1e-3)) for name in old)
+    outputs = result.model(*part)
     everyone = world.of("torch").gather(losses)
     report, step = result.report, result.report.steps[-1].effect
     return {
@@ -96,6 +97,7 @@ def compared(name, recipe):
         "alone": alone,
         "same_on_both": everyone[0] == everyone[1],
         "parameters_off": far,
+        "dtypes": sorted({str(p.dtype) for p in result.model.parameters()} | {str(outputs.dtype)}),
         "isinstance": isinstance(result.model, type(model)),
         "skipped": {item.name: item.reason for item in step.skipped},
         "notes": step.notes,
@@ -127,6 +129,9 @@ def main():
         "lstm": compared("lstm", "data_parallel(batch_dim=1, compress=True)"),
         "block": compared("block", "data_parallel(2)"),
         "block sharded": compared("block", "data_parallel(shard=True)"),
+        "block bf16": compared("block", "data_parallel(shard=True, precision='bf16')"),
+        "block in parts": compared("block", "accumulate(2)+data_parallel"),
+        "block sharded in parts": compared("block", "accumulate(2)+data_parallel(shard=True)"),
         "shared": compared("shared", "data_parallel(shard=True)"),
         "three": refused("shared", "data_parallel(3)"),
         "odd": refused("shared", "data_parallel", example_inputs=odd[:1], targets=odd[1]),

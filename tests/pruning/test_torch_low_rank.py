@@ -5,18 +5,19 @@ from functools import partial
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from sample_models import torch_models  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence  # noqa: E402
+import torch
+from sample_models import torch_models
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-import perfkit  # noqa: E402
-from perfkit import InvalidInputError, UnsupportedError  # noqa: E402
-from perfkit.backends import backend  # noqa: E402
-from perfkit.backends.torch_training import Trainer  # noqa: E402
-from perfkit.pruning.torch_low_rank import factors  # noqa: E402
-from perfkit.recipes.low_rank import LowRank  # noqa: E402
+import perfkit
+from perfkit import InvalidInputError, UnsupportedError
+from perfkit.backends import backend
+from perfkit.backends.torch_training import Trainer
+from perfkit.pruning.torch_low_rank import factors
+from perfkit.recipes.low_rank import LowRank
 
 BACKEND = backend("torch")
 INFERENCE = {"mode": "inference", "loss": None, "targets": None, "optimizer": None, "seed": 0}

@@ -4,19 +4,20 @@ import copy
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from sample_models import torch_models  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa: E402
+import torch
+from sample_models import torch_models
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-import perfkit  # noqa: E402
-from perfkit import InvalidInputError, UnsupportedError  # noqa: E402
-from perfkit.backends import backend  # noqa: E402
-from perfkit.pruning.amounts import kept  # noqa: E402
-from perfkit.pruning.torch_units import NONE, Units  # noqa: E402
-from perfkit.recipes.prune import Prune  # noqa: E402
+import perfkit
+from perfkit import InvalidInputError, UnsupportedError
+from perfkit.backends import backend
+from perfkit.pruning.amounts import kept
+from perfkit.pruning.torch_units import NONE, Units
+from perfkit.recipes.prune import Prune
 
 
 class Recurrent(nn.Module):

@@ -5,19 +5,20 @@ from functools import partial
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from sample_models import training  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from sample_models import training
+from torch import nn
 
-import perfkit  # noqa: E402
-from perfkit import UnsupportedError, reference  # noqa: E402
-from perfkit.backends import backend  # noqa: E402
-from perfkit.backends.torch_training import Trainer  # noqa: E402
-from perfkit.recipes.prune import Prune  # noqa: E402
-from perfkit.reference import _in_torch as in_torch  # noqa: E402
-from perfkit.reference._catalog import card, dataset  # noqa: E402
-from perfkit.reference._train import shuffled  # noqa: E402
+import perfkit
+from perfkit import UnsupportedError, reference
+from perfkit.backends import backend
+from perfkit.backends.torch_training import Trainer
+from perfkit.recipes.prune import Prune
+from perfkit.reference import _in_torch as in_torch
+from perfkit.reference._catalog import card, dataset
+from perfkit.reference._train import shuffled
 
 BACKEND = backend("torch")
 

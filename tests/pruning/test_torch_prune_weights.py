@@ -5,16 +5,17 @@ from functools import partial
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from sample_models import torch_models  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from sample_models import torch_models
+from torch import nn
 
-from perfkit import NoEffectError, optimize  # noqa: E402
-from perfkit.backends import backend  # noqa: E402
-from perfkit.backends.torch_training import Trainer  # noqa: E402
-from perfkit.pruning.torch_masks import smallest  # noqa: E402
-from perfkit.recipes.prune import Prune  # noqa: E402
+from perfkit import NoEffectError, optimize
+from perfkit.backends import backend
+from perfkit.backends.torch_training import Trainer
+from perfkit.pruning.torch_masks import smallest
+from perfkit.recipes.prune import Prune
 
 BACKEND = backend("torch")
 

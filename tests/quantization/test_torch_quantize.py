@@ -73,11 +73,14 @@ def test_a_dynamic_layer_reads_its_range_from_each_input():
         assert (got - wanted).norm() / wanted.norm() < 0.02
 
 
-def test_a_pool_gives_the_numbers_of_rounding_after_it():
-    pool, x = nn.MaxPool2d(2, stride=1, padding=1), torch.randn(2, 3, 8, 8)
-    wanted = GRID.rounded(pool(x))
-    torch_layers.pool(pool, GRID)
-    assert torch.equal(pool(x), wanted)
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("options", [{}, {"stride": 1, "padding": 1}, {"ceil_mode": True}])
+def test_a_pool_gives_the_numbers_of_rounding_after_it(options, flat):
+    pool, x = nn.MaxPool2d(2, **options), torch.randn(2, 3, 9, 9)
+    wanted = [GRID.rounded(pool(x)), GRID.rounded(pool(x[0]))]
+    torch_layers.pool(pool, GRID, flat)
+    assert torch.equal(pool(x), wanted[0])
+    assert torch.equal(pool(x[0]), wanted[1])
 
 
 @pytest.mark.parametrize("columns", [40, 33, 200])

@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from sample_models import arguments  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from sample_models import arguments
+from torch import nn
 
-from perfkit import InvalidInputError, backends  # noqa: E402
-from perfkit._workload import Inputs  # noqa: E402
-from perfkit.quantization.torch_ranges import Affine, Observed, calibrate, linked  # noqa: E402
+from perfkit import InvalidInputError, backends
+from perfkit._workload import Inputs
+from perfkit.quantization.torch_ranges import Affine, Observed, calibrate, linked
 
 
 def workload(model, *batches):

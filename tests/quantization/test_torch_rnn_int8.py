@@ -8,15 +8,16 @@ import sys
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402 - after the skip
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence  # noqa: E402
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
-from perfkit import InvalidInputError, UnsupportedError  # noqa: E402
-from perfkit.backends.torch_surgery import around_forward  # noqa: E402
-from perfkit.kernels import _native  # noqa: E402
-from perfkit.quantization.torch_rnn_int8 import is_quantized, quantize_rnn, refusal  # noqa: E402
+from perfkit import InvalidInputError, UnsupportedError
+from perfkit.backends.torch_surgery import around_forward
+from perfkit.kernels import _native
+from perfkit.quantization.torch_rnn_int8 import is_quantized, quantize_rnn, refusal
 
 if _native.find_compiler() is None:
     pytest.skip("no C++ compiler is installed", allow_module_level=True)

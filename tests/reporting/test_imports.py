@@ -26,6 +26,8 @@ def run(code: str) -> subprocess.CompletedProcess:
 def test_reporting_imports_no_framework():
     done = run("from perfkit.reporting import html, markdown, plots, schema, terminal; print('imported')")
     assert done.stdout == "imported\n", done.stderr
+    done = run("from perfkit.reporting import profile_html, profile_terminal; print('imported')")
+    assert done.stdout == "imported\n", done.stderr
 
 
 def test_the_block_would_be_noticed():

@@ -1,0 +1,173 @@
+"""`python -m bench.advice`: what advice predicts for the reference models, and what its recipes then give here.
+
+Each model is profiled, and every finding that names a recipe is tried: `perfkit.optimize` with that recipe, interleaved
+with the original in one run. Kept in results/advice-<device>.json, and from there in docs/advice.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime as dt
+import json
+import math
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import perfkit
+from bench.record import RESULTS, device_slug
+from perfkit import PerfkitError, PerfkitWarning, reference
+from perfkit.measure.environment import environment
+from perfkit.profiling._profile import Finding
+
+PAGE = Path(__file__).parents[1] / "docs" / "advice.md"
+BEGIN, END = "<!-- measured: written by python -m bench.advice -->", "<!-- end -->"
+
+CASES = (
+    ("cnn", "inference", 1),
+    ("cnn", "inference", 64),
+    ("cnn", "inference", 512),
+    ("cnn2", "inference", 64),
+    ("lstm", "inference", 64),
+    ("text_lstm", "inference", 64),
+    ("cnn", "training", 64),
+    ("lstm", "training", 64),
+    ("text_lstm", "training", 64),
+)
+BUDGET_S = 6.0
+CLOSE = 1.5
+"""A prediction is called close that is off by no more than this factor."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    there = [name for name in ("torch", "jax") if find_spec(name)]
+    parser.add_argument("--frameworks", nargs="+", choices=there, default=there, help="rows of others are kept")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, metavar="N", help="seconds for timing each recipe")
+    parser.add_argument("--page", action="store_true", help="measure nothing, only write the page")
+    options = parser.parse_args()
+    if not options.page:
+        record(options.frameworks, options.budget_s)
+    write()
+
+
+def record(frameworks: list[str], budget_s: float) -> None:
+    path = RESULTS / f"advice-{device_slug()}.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in kept if row["framework"] not in frameworks]
+    for framework in frameworks:
+        for case in CASES:
+            for row in tried(framework, *case, budget_s):
+                print(row, flush=True)
+                rows.append(row)
+    found = {"environment": dataclasses.asdict(environment()), "date": dt.date.today().isoformat(), "rows": rows}
+    path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    print(f"wrote {path}")
+
+
+def tried(framework: str, name: str, mode: str, batch_size: int, budget_s: float) -> list[dict[str, Any]]:
+    """Profile one model; a row for each finding that names a recipe."""
+    arguments = given(framework, name, mode, batch_size)
+    about = {"framework": framework, "model": name, "mode": mode, "batch_size": batch_size}
+    profile = perfkit.profile(**arguments, budget_s=min(budget_s, 3.0))
+    if profile.outcome != "complete":
+        return [about | {"failed": profile.explanation}]
+    by_recipe = {finding.recipe: finding for finding in reversed(profile.findings) if finding.recipe}
+    return [about | told(finding) | gained(finding, arguments, budget_s) for finding in reversed(by_recipe.values())]
+
+
+def given(framework: str, name: str, mode: str, batch_size: int) -> dict[str, Any]:
+    """The arguments of `profile` and `optimize`, a new model among them."""
+    if mode == "inference":
+        model, example_inputs = reference.load(name, framework=framework, batch_size=batch_size)
+        return {"model": model, "example_inputs": example_inputs, "mode": mode}
+    task = reference.task(name, framework=framework)
+    fields = ("model", "example_inputs", "targets", "loss", "optimizer")
+    return {field: getattr(task, field) for field in fields} | {"mode": mode}
+
+
+def told(finding: Finding) -> dict[str, Any]:
+    """What the advice says."""
+    return {
+        "finding": finding.kind,
+        "recipe": finding.recipe,
+        "resource": finding.resource,
+        "share": finding.share,
+        "predicted": finding.predicted.value,
+        "because": finding.predicted.method or finding.predicted.unavailable,
+    }
+
+
+def gained(finding: Finding, arguments: dict[str, Any], budget_s: float) -> dict[str, Any]:
+    """What the recipe gives: of the time, or of the peak."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PerfkitWarning)  # slower is a result here
+            report = perfkit.optimize(**arguments, recipe=finding.recipe, tolerance=10.0, budget_s=budget_s).report
+    except PerfkitError as error:
+        return {"refused": str(error).splitlines()[0]}
+    if finding.resource == "memory":
+        before, after = (side.tensor_peak_bytes.value for side in (report.before, report.after))
+        return {"gained": before / after if before and after else None}
+    fields = ("low", "high")
+    speedup = report.speedup
+    return {"gained": speedup.ratio, "verdict": str(speedup.verdict)} | {
+        name: getattr(speedup, name) for name in fields
+    }
+
+
+def write() -> None:
+    """Put what was recorded between the marks of the page."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(before + "\n".join([BEGIN, *measured(), END]) + rest.partition(END)[2])
+
+
+def measured() -> list[str]:
+    lines: list[str] = []
+    for path in sorted(RESULTS.glob("advice-*.json")):
+        recorded = json.loads(path.read_text())
+        machine = recorded["environment"]
+        device = ", ".join([*machine["accelerators"], machine["cpu"]])
+        close, all_of_them = agreement(recorded["rows"])
+        where = f"{device}, {machine['cores']} cores{_threads(machine)}, {recorded['date']}"
+        lines += [
+            "",
+            f"{where}; source: `bench/results/{path.name}`.",
+            f"{close} of {all_of_them} predictions are within a factor of {CLOSE:g} of what was measured.",
+            "",
+            "| model, batch | framework | finding | recipe | predicted | gained |",
+            "|---|---|---|---|---|---|",
+            *map(line, recorded["rows"]),
+            "",
+        ]
+    return lines or ["", "Not measured yet.", ""]
+
+
+def _threads(machine: dict[str, Any]) -> str:
+    """How many threads were allowed, where it was said."""
+    told = machine["threads"].get("OMP_NUM_THREADS")
+    return "" if told is None else f", {told} thread{'s' if told > 1 else ''}"
+
+
+def agreement(rows: list[dict[str, Any]]) -> tuple[int, int]:
+    """How many predictions are close to what was gained, and how many there are to compare."""
+    pairs = [(row["predicted"], row["gained"]) for row in rows if row.get("predicted") and row.get("gained")]
+    return sum(abs(math.log(predicted / gained)) <= math.log(CLOSE) for predicted, gained in pairs), len(pairs)
+
+
+def line(row: dict[str, Any]) -> str:
+    where = f"{row['model']}, {row['batch_size']}" + (", training" if row["mode"] == "training" else "")
+    if "failed" in row:
+        return f"| {where} | {row['framework']} | profile failed: {row['failed']} | – | – | – |"
+    predicted = f"{row['predicted']:.2f}×" if row["predicted"] else "not predicted"
+    gain = f"{row['gained']:.2f}×" if row.get("gained") else f"refused: {row['refused']}" if "refused" in row else "–"
+    if "low" in row:
+        gain += f" [{row['low']:.2f}, {row['high']:.2f}] {row['verdict']}"
+    finding = row["finding"] + (" (memory)" if row["resource"] == "memory" else "")
+    return f"| {where} | {row['framework']} | {finding} | `{row['recipe']}` | {predicted} | {gain} |"
+
+
+if __name__ == "__main__":
+    main()

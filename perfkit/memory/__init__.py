@@ -1,0 +1,1 @@
+"""Training in less memory: micro-batches, recomputing, memory of the host, states in fewer bits."""

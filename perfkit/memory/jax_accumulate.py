@@ -1,0 +1,33 @@
+"""What a JAX model makes of a batch that comes in micro-batches."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from perfkit._report import Effect
+from perfkit._workload import Workload
+from perfkit.memory import micro_batches
+
+
+def accumulate(work: Workload, parts: int, batch_dim: int) -> tuple[Workload, Effect]:
+    """Cut each training step into micro-batches.
+
+    Raises:
+        UnsupportedError: the loss is no mean over the batch.
+    """
+    model, inputs = work.model, work.inputs
+    outputs, _ = jax.jit(model.function())(model.params, model.rest, *inputs.args, **inputs.kwargs)
+    floats = [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    rounding = max((float(jnp.finfo(leaf.dtype).eps) for leaf in floats), default=0.0)
+    return micro_batches.accumulated(work, parts, batch_dim, outputs, rounding, jax.tree.map, _notes(work))
+
+
+def _notes(work: Workload) -> list[str]:
+    rest = jax.tree.leaves(work.model.rest)
+    notes = []
+    if any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in rest):
+        notes.append("running statistics are those of each micro-batch, so losses differ from the whole batch's")
+    if any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in rest):
+        notes.append("random numbers are drawn for each micro-batch, in another order")
+    return notes

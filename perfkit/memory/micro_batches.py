@@ -1,0 +1,82 @@
+"""A training step in micro-batches: what it needs of the batch and of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from perfkit._batch import axis_of, even_rows, sliced
+from perfkit._errors import InvalidInputError, UnsupportedError
+from perfkit._report import Effect
+from perfkit._workload import Workload
+
+ROUNDING = 1e-5
+"""Relative distance, in float32, between a mean over the batch and the mean of its micro-batches' means."""
+
+
+def refusal(work: Workload, micro_batches: int, batch_dim: int) -> str | None:
+    """Why the example batch cannot be cut; None where it can."""
+    if not work.trains:
+        return "it cuts training steps: for inference use smaller batches"
+    shared = work.layout.size("data") if work.layout is not None and work.framework == "torch" else 1
+    try:
+        even_rows(_leaves(work, work.inputs.args, work.inputs.kwargs), batch_dim, micro_batches * shared)
+    except InvalidInputError as error:
+        return str(error)
+    return None
+
+
+def accumulated(
+    work: Workload,
+    micro_batches: int,
+    batch_dim: int,
+    outputs: Any,
+    rounding: float,
+    mapped: Callable,
+    notes: list[str],
+) -> tuple[Workload, Effect]:
+    """The workload, trained in micro-batches.
+
+    Args:
+        outputs: of the model on the example inputs.
+        rounding: distance of the loss' dtype from 1 to the next number.
+        mapped: `mapped(function, tree)`: the tree with the function of each tensor.
+        notes: what in the model looks at a batch as a whole.
+
+    Raises:
+        UnsupportedError: the loss is no mean over the batch.
+    """
+    training = work.training
+    rows = even_rows(_leaves(work, work.inputs.args, work.inputs.kwargs), batch_dim, micro_batches)
+    if not _cut(work, training.targets, rows, batch_dim):
+        raise UnsupportedError(
+            f"accumulate cuts the batch of {rows} rows along dimension {batch_dim} of the first input, and no target "
+            f"has that many: set batch_dim= to the batch's dimension"
+        )
+    if _cut(work, outputs, rows, batch_dim):
+        whole = float(training.loss(outputs, training.targets))
+        parts = [sliced(rows, micro_batches, index, batch_dim) for index in range(micro_batches)]
+        mean = sum(float(training.loss(mapped(of, outputs), mapped(of, training.targets))) for of in parts)
+        mean /= micro_batches
+        if not abs(whole - mean) <= max(ROUNDING, 16 * rounding) * max(abs(whole), abs(mean)):
+            raise UnsupportedError(
+                f"the loss of the whole batch is {whole:.6g}, and its {micro_batches} micro-batches have {mean:.6g} on "
+                "average: accumulate needs a loss that is a mean over the batch (no sum, and no mean over tokens "
+                "whose number differs from row to row)"
+            )
+    else:
+        notes = [*notes, "the outputs could not be cut: whether the loss is a mean is told by the loss curves alone"]
+    work = work.replace(training=replace(training, micro_batches=micro_batches, batch_dim=batch_dim))
+    told = f"each step runs {micro_batches} micro-batches of {rows // micro_batches} rows and adds up their gradients"
+    return work, Effect(("training step",), notes=(told, *notes))
+
+
+def _leaves(work: Workload, *trees: Any) -> list[Any]:
+    return list(work.backend.leaves(trees))
+
+
+def _cut(work: Workload, tree: Any, rows: int, batch_dim: int) -> bool:
+    """Whether every tensor with dimensions has the batch's rows in one, and there is such a tensor."""
+    shapes = [tuple(leaf.shape) for leaf in _leaves(work, tree) if len(leaf.shape)]
+    return bool(shapes) and all(axis_of(shape, rows, batch_dim) is not None for shape in shapes)

@@ -1,0 +1,138 @@
+"""Advice on what a compiler takes away: gaps, small operations, trips through memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from perfkit._report import Quantity
+from perfkit.profiling._profile import Finding, Op
+from perfkit.profiling.facts import Facts, is_host, megabytes, names, percent
+
+IDLE = 0.2
+"""Gaps between a device's kernels that are worth a graph."""
+LEAST_SHARE = 0.2
+FUSED = 3.0
+"""Elementwise work and pools get so many times faster within their neighbours: of the reference CNN, 2 to 4 times."""
+STARTING = {"torch": 5.0, "jax": 50.0}
+"""Starting operations one by one, Python included, against starting the compiled program."""
+CHECKS_MS = 0.1
+"""What torch.compile's result looks at on each call, before it does anything."""
+
+
+def launch_bound(facts: Facts) -> Iterator[Finding]:
+    """The device waits between kernels for the host to start the next."""
+    time = facts.profile.time
+    if not facts.on_device or time is None or time.busy.value is None or not facts.by_operation:
+        return
+    idle = 1 - time.busy.value
+    if idle < IDLE:
+        return
+    torch = facts.profile.framework == "torch"
+    kernels = sum(op.calls for op in facts.ops)
+    yield Finding(
+        kind="launch-bound",
+        told=f"the device is idle for {percent(idle)} of the step, between {kernels:.0f} kernels "
+        f"of {1e3 * time.busy.value * facts.step_ms / max(kernels, 1):.0f} µs on average",
+        where=(),
+        share=idle,
+        resource="time",
+        recipe="compile(mode='reduce-overhead')" if torch else "compile",
+        advice="start the whole step at once, as a CUDA graph" if torch else "compile the step into one program",
+        predicted=_predicted(facts, idle),
+    )
+
+
+def by_operation(facts: Facts) -> Iterator[Finding]:
+    """On a processor: starting operations one by one, and taking what is between them through memory."""
+    time = facts.profile.time
+    if facts.on_device or time is None or not facts.by_operation or _slower_compiled(facts):
+        return
+    small, moving = facts.share(_small(facts)) + _outside(facts), facts.share(_moving(facts))
+    if small + moving < LEAST_SHARE:
+        return
+    yield _starting(facts, small) if small >= moving else _through_memory(facts, moving)
+
+
+def _starting(facts: Facts, share: float) -> Finding:
+    small = _small(facts)
+    return Finding(
+        kind="small operations",
+        told=f"{percent(share)} of the step goes into Python and into starting "
+        f"{sum(op.calls for op in small):.0f} small operations",
+        where=names(op for op in small if not is_host(op))[:5],
+        share=share,
+        resource="time",
+        recipe="compile",
+        advice="compile the model into one program",
+        predicted=_predicted(facts, share),
+    )
+
+
+def _through_memory(facts: Facts, share: float) -> Finding:
+    moving = _moving(facts)
+    return Finding(
+        kind="unfused operations",
+        told=f"{sum(op.calls for op in moving):.0f} elementwise operations and pools move "
+        f"{megabytes(sum(op.moved_bytes for op in moving))} through memory: {percent(share)} of the step",
+        where=names(moving)[:5],
+        share=share,
+        resource="time",
+        recipe="compile",
+        advice="let the compiler write them into the operations before and behind them",
+        predicted=_predicted(facts, share),
+    )
+
+
+def _predicted(facts: Facts, share: float) -> Quantity:
+    because = (
+        f"operations started {STARTING[facts.profile.framework]:g} times cheaper, elementwise work {FUSED:g} times"
+    )
+    return Quantity(1 / after_compiling(facts), "ratio", method=f"Amdahl: {share:.0%} of the step; {because}")
+
+
+def after_compiling(facts: Facts, faster: Mapping[Op, float] | None = None) -> float:
+    """The part of the step's time that is left once it is compiled.
+
+    Args:
+        faster: operations that get faster by something else, and by how much.
+    """
+    faster = faster or {}
+    small, moving, starting = set(_small(facts)), set(_moving(facts)), STARTING[facts.profile.framework]
+    left = _outside(facts) / starting
+    for op in facts.ops:
+        factor = faster.get(op) or (starting if op in small else FUSED if op in moving else 1.0)
+        left += facts.share([op]) / factor
+    if facts.profile.framework == "torch":
+        left += CHECKS_MS / facts.profile.time.step.median_ms
+    return left
+
+
+def _outside(facts: Facts) -> float:
+    """The part of the step outside of all operations: Python's, or a device's gaps. A training step's is the
+    optimizer's too, which torch.compile leaves alone."""
+    if facts.trains and not facts.on_device:
+        return 0.0
+    return max(1 - facts.share(facts.ops), 0.0)
+
+
+def _small(facts: Facts) -> list[Op]:
+    return [op for op in facts.ops if is_host(op)] + [op for op in facts.fusable if _starts(facts, op)]
+
+
+def _moving(facts: Facts) -> list[Op]:
+    return [op for op in facts.fusable if not _starts(facts, op)]
+
+
+def _starts(facts: Facts, op: Op) -> bool:
+    """Whether an operation's time is that of starting it."""
+    found = facts.placed(op)
+    return not op.moved_bytes or (found is not None and found.bound == "overhead")
+
+
+def _slower_compiled(facts: Facts) -> bool:
+    """A torch training step on a processor with pools: torch.compile's were measured to be slower, 0.6 to 0.7×."""
+    pools = any("pool" in op.name for op in facts.ops)
+    return facts.trains and facts.profile.framework == "torch" and pools
+
+
+RULES = (launch_bound, by_operation)

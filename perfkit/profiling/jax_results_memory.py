@@ -1,0 +1,64 @@
+"""The memory of a model that runs operation by operation: its arrays, from being made to their last use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from jax.extend.core import Literal
+
+from perfkit._report import Quantity
+from perfkit.profiling.jax_held import Held, Moment, argument, argument_names, described
+from perfkit.profiling.jax_run import Run
+
+
+def moments(run: Run) -> tuple[list[Moment], Quantity, dict[str, float]]:
+    """The moments of a call, one for each operation, and the peak; there is no program to tell of."""
+    found = list(_moments(run))
+    sums = [sum(held.bytes for held in moment.held) for moment in found]
+    peak = max(sums)
+    found[sums.index(peak)] = replace(found[sums.index(peak)], peak=True)
+    method = (
+        "arguments, and each operation's results until their last use, by the jaxpr; what an operation needs within "
+        "itself is not in it"
+    )
+    return found, Quantity(peak, "B", method=method), {}
+
+
+def _moments(run: Run) -> Iterator[Moment]:
+    jaxpr = run.jaxpr.jaxpr
+    always = []
+    for name, var in zip(argument_names(run), jaxpr.invars, strict=True):
+        category, module = argument(name)
+        always.append(Held(_bytes(var), category, module, "argument", described(var.aval)))
+    last: dict[Any, int] = {}
+    for index, eqn in enumerate(jaxpr.eqns):
+        last |= {var: index for var in eqn.invars if not isinstance(var, Literal)}
+    last |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, Literal)}
+    times = _times(run, len(jaxpr.eqns))
+    living: dict[Any, Held] = {}
+    yield Moment(0.0, tuple(always))
+    for index, eqn in enumerate(jaxpr.eqns):
+        at = run.place(f"{eqn.source_info.name_stack}/{eqn.primitive.name}")
+        for var in eqn.outvars:
+            until = last.get(var, index)
+            freed = times[until + 1] if until < len(jaxpr.eqns) else None
+            living[var] = Held(
+                _bytes(var), "activations", at.module, at.primitive, described(var.aval), times[index], freed
+            )
+        yield Moment(times[index], (*always, *living.values()))
+        living = {var: held for var, held in living.items() if last.get(var, -1) > index}
+
+
+def _times(run: Run, count: int) -> list[float]:
+    """When each operation is launched, in ms: evenly spread over a call, since several may share one launch."""
+    start = time.perf_counter()
+    run.call()
+    length_ms = (time.perf_counter() - start) * 1e3
+    return [index * length_ms / max(count, 1) for index in range(count + 1)]
+
+
+def _bytes(var: Any) -> float:
+    return float(getattr(var.aval, "size", 0) * var.aval.dtype.itemsize)

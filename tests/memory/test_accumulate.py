@@ -1,0 +1,161 @@
+"""Micro-batches: the step of the whole batch, in both frameworks; what cannot be cut is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from sample_models import training
+
+import perfkit
+from perfkit import Effect, InvalidInputError, Recipe, Stage, UnsupportedError, backends
+from perfkit._recipe import chain_of
+from perfkit._variant import apply
+
+
+class Taught(Recipe):
+    """A teacher whose outputs are the model's first ones, upside down."""
+
+    stage = Stage.STRUCTURE
+
+    def torch(self, work):
+        from perfkit.backends.torch_training import teacher
+
+        return self._with(work, teacher(work))
+
+    def jax(self, work):
+        from perfkit.backends.jax_training import teacher
+
+        return self._with(work, teacher(work))
+
+    def _with(self, work, original):
+        training = dataclasses.replace(work.training, teacher=lambda *args, **kwargs: -original(*args, **kwargs))
+        return work.replace(training=training), Effect(("model",))
+
+
+def dense(framework, loss=None, time_major=False):
+    """A small regression task without batch norm, whose inputs hold a mask for all rows."""
+    rng = np.random.default_rng(0)
+    x, w, y = rng.normal(size=(6, 12, 5) if time_major else (12, 5)), rng.normal(size=(5, 3)), rng.normal(size=(12, 3))
+    x, w, y, mask = (values.astype("float32") for values in (x, w, y, np.array([1.0, 0.0, 1.0])))
+    if framework == "torch":
+        import torch
+        from torch import nn
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.w = nn.Parameter(torch.tensor(w))
+
+            def forward(self, batch):
+                out = torch.tanh(batch["data"] @ self.w)
+                return (out.sum(0) if time_major else out) * batch["mask"]
+
+        model = Net()
+        return {
+            "model": model,
+            "example_inputs": ({"data": torch.tensor(x), "mask": torch.tensor(mask)},),
+            "targets": torch.tensor(y),
+            "loss": loss or nn.functional.mse_loss,
+            "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        }
+    import jax.numpy as jnp
+    import optax
+
+    def function(params, batch):
+        out = jnp.tanh(batch["data"] @ params["w"])
+        return (out.sum(0) if time_major else out) * batch["mask"]
+
+    return {
+        "model": function,
+        "params": {"w": jnp.array(w)},
+        "example_inputs": ({"data": jnp.array(x), "mask": jnp.array(mask)},),
+        "targets": jnp.array(y),
+        "loss": loss or (lambda out, y: ((out - y) ** 2).mean()),
+        "optimizer": optax.sgd(0.1),
+    }
+
+
+def trained(task, recipe, steps=3, batch=None):
+    """Losses of some steps, the weights after them, and what the first recipe did; nothing is timed."""
+    given = {"params": None} | task
+    backend = backends.of(given["model"], given["example_inputs"])
+    work = backend.bind(mode="training", seed=0, **given)
+    applied = apply(chain_of(recipe), work)
+    result = backend.finish(applied.works[-1] if applied.works else work)
+    losses = [float(result.train_step(batch or (task["example_inputs"], task["targets"]))) for _ in range(steps)]
+    weights = result.params()["w"] if result.params else next(iter(result.model.parameters())).detach()
+    return np.array(losses), np.asarray(weights), [step.effect for step in applied.steps]
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+def test_a_step_is_that_of_the_whole_batch(framework, time_major):
+    """Float32 sums over 12 rows in another order: within 12 roundings."""
+    task = dense(framework, time_major=time_major)
+    losses, weights, _ = trained(task, [])
+    cut, cut_weights, (effect,) = trained(task, f"accumulate(4, batch_dim={int(time_major)})")
+    np.testing.assert_allclose(cut, losses, rtol=12 * 2**-24)
+    np.testing.assert_allclose(cut_weights, weights, rtol=12 * 2**-23, atol=1e-7)
+    assert "4 micro-batches of 3 rows" in effect.notes[0]
+
+
+@pytest.mark.parametrize("recipe", ["accumulate(2)+fp16", "accumulate(2)+compile"])
+def test_together_with_others(framework, recipe):
+    losses, weights, _ = trained(dense(framework), [])
+    cut, cut_weights, _ = trained(dense(framework), recipe)
+    near = 2**-8 if "fp16" in recipe else 12 * 2**-23
+    np.testing.assert_allclose(cut, losses, rtol=near)
+    np.testing.assert_allclose(cut_weights, weights, rtol=near, atol=near)
+
+
+def test_a_teacher_teaches_each_micro_batch(framework):
+    """The distance is in units of the variance within each micro-batch, so the losses are near each other only."""
+    task = dense(framework)
+    whole, parts = (trained(task, [Taught(), *recipe])[0] for recipe in ((), ("accumulate(2)",)))
+    assert whole[0] != pytest.approx(trained(task, [])[0][0]), "the teacher is heard"
+    np.testing.assert_allclose(parts, whole, rtol=0.2)
+
+
+def test_what_looks_at_the_whole_batch_is_named(framework):
+    effect = perfkit.plan(**training(framework), recipe="accumulate(4)", mode="training").steps[0].effect
+    assert "statistics" in " ".join(effect.notes)
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(framework):
+    plan = perfkit.plan(**dense(framework), recipe="accumulate(5)", mode="training")
+    assert "12 rows (dimension 0) cannot be cut into 5 micro-batches" in plan.steps[0].refusal
+
+
+def test_the_last_batch_of_an_epoch_is_refused(framework):
+    task = dense(framework)
+    (inputs,), targets = task["example_inputs"], task["targets"]
+    shorter = ({"data": inputs["data"][:10], "mask": inputs["mask"]},), targets[:10]
+    with pytest.raises(InvalidInputError, match="10 rows"):
+        trained(task, "accumulate(4)", batch=shorter)
+
+
+def test_a_loss_that_is_no_mean_is_refused(framework):
+    task = dense(framework, loss=lambda out, y: ((out - y) ** 2).sum())
+    with pytest.raises(UnsupportedError, match="needs a loss that is a mean over the batch"):
+        perfkit.optimize(**task, recipe="accumulate(4)", mode="training")
+
+
+def test_the_wrong_dimension_is_refused(framework):
+    """Six time steps could be cut into two, and the loss would be that of half the sequence."""
+    with pytest.raises(UnsupportedError, match="set batch_dim="):
+        perfkit.optimize(**dense(framework, time_major=True), recipe="accumulate(2)", mode="training")
+
+
+def test_packed_sequences_are_refused():
+    torch = pytest.importorskip("torch")
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 4, 3), torch.tensor([5, 4, 4, 2]))
+    model = torch.nn.LSTM(3, 2)
+    task = {"targets": torch.zeros(4, 2), "loss": lambda out, y: (out[1][0][-1] - y).square().mean()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UnsupportedError, match="packed sequence"):
+        perfkit.optimize(model, "accumulate(3)", example_inputs=(packed,), mode="training", optimizer=optimizer, **task)
+
+
+@pytest.mark.parametrize("number", [1, 0, 2.5])
+def test_fewer_than_two_is_no_recipe(number):
+    with pytest.raises(InvalidInputError, match="2 or more"):
+        perfkit._recipe.chain_of(f"accumulate({number})")

@@ -1,0 +1,445 @@
+"""Profiles of every kind that `perfkit.profile` can produce, built by hand: no framework, no timing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Iterator
+
+from perfkit._report import Environment, Latency, Quantity
+from perfkit.profiling._profile import (
+    Allocation,
+    Ceilings,
+    DeviceState,
+    Energy,
+    Finding,
+    Memory,
+    MemoryPoint,
+    Module,
+    Op,
+    Profile,
+    Series,
+    Span,
+    Time,
+)
+
+MIB = 2**20
+HOSTILE = "<script>alert('x')</script></script><!--|`a`*b*[bold red]\"&amp;\x1b[31m\n# @octocat ]]>\u2028"
+
+# name, class, parameters, output MiB, FLOPs forward in millions, forward ms, and the operations with their shares
+LAYERS = (
+    ("conv1", "Conv2d", 320, 5.28, 24.9, 0.82, (("aten::convolution", 0.97), ("aten::add_", 0.03))),
+    ("relu", "ReLU", 0, 5.28, 0.0, 0.31, (("aten::relu", 1.0),)),
+    ("pool", "MaxPool2d", 0, 1.32, 0.0, 0.58, (("aten::max_pool2d_with_indices", 1.0),)),
+    ("fc1", "Linear", 692_352, 0.03, 88.6, 1.94, (("aten::addmm", 1.0),)),
+    ("fc2", "Linear", 1_290, 0.002, 0.16, 0.05, (("aten::addmm", 1.0),)),
+)
+BACKWARD = {"aten::addmm": "aten::mm", "aten::convolution": "aten::convolution_backward", "aten::add_": "aten::sum"}
+
+
+def quantity(value: float, unit: str, method: str | None = None) -> Quantity:
+    return Quantity(value, unit, method=method)
+
+
+def latency(median_ms: float, count: int = 200, seed: int = 0) -> Latency:
+    source = random.Random(seed)
+    samples = sorted(median_ms * (0.97 + source.gammavariate(2, 0.015)) for _ in range(count))
+    p99 = Quantity.missing("ms", f"p99 needs 662 samples, have {count}")
+    median = samples[count // 2]
+    return Latency(tuple(samples), median, quantity(samples[int(0.9 * count)], "ms"), quantity(samples[-9], "ms"), p99)
+
+
+def environment(**changes) -> Environment:
+    found = Environment(
+        fingerprint="a1b2c3d4e5f6",
+        cpu="AMD EPYC 9B14",
+        cores=2,
+        instruction_sets=("avx2", "avx512f"),
+        memory_bytes=Quantity(16 * 2**30, "B"),
+        accelerators=(),
+        os="Linux 6.1",
+        python="3.11.7",
+        libraries={"torch": "2.13.0", "numpy": "2.4.0"},
+        threads={"torch": 2},
+        settings={"float32_matmul_precision": "highest"},
+    )
+    return dataclasses.replace(found, **changes)
+
+
+def layer_ops(training: bool) -> Iterator[Op]:
+    """The operations of the small CNN, by layer and phase."""
+    for module, _, _, output_mib, mflops, forward_ms, parts in LAYERS:
+        for name, part in parts:
+            moved = 2.2 * output_mib * MIB + 4 * 1e3
+            yield Op(name, "op", module, "forward", 1, part * forward_ms, part * mflops * 1e6, moved, "float32[64, 32]")
+            if training:
+                back = BACKWARD.get(name, f"{name}_backward")
+                yield Op(back, "op", module, "backward", 2, 1.9 * part * forward_ms, 2 * part * mflops * 1e6, 2 * moved)
+    if training:
+        yield Op("aten::_log_softmax", "op", "", "loss", 1, 0.04, 0, 5e3, "float32[64, 10]")
+        yield Op("aten::_foreach_addcdiv_", "op", "", "optimizer", 2, 0.55, 4.1e6, 11e6)
+        yield Op("aten::_foreach_mul_", "op", "", "optimizer", 4, 0.38, 2.8e6, 16e6)
+
+
+def layer_modules(training: bool) -> tuple[Module, ...]:
+    found = []
+    for name, kind, parameters, output_mib, mflops, forward_ms, _ in LAYERS:
+        back = 1.9 * forward_ms if training else 0.0
+        flops, saved = (3 if training else 1) * mflops * 1e6, training * output_mib * MIB
+        found.append(
+            Module(name, kind, 1, forward_ms, back, forward_ms + back, flops, parameters, saved, output_mib * MIB)
+        )
+    totals = {
+        field: sum(getattr(module, field) for module in found)
+        for field in ("forward_ms", "backward_ms", "flops", "parameters", "saved_bytes")
+    }
+    return (Module("", "MnistCNN", 1, self_ms=0.06, output_bytes=2560, **totals), *found)
+
+
+def laid_out(ops: tuple[Op, ...]) -> tuple[Span, ...]:
+    """One step as spans: phases outside, modules within, operations within those."""
+    spans, now = [], 0.0
+    for phase in ("forward", "loss", "backward", "optimizer"):
+        within = [op for op in ops if op.phase == phase and op.kind == "op"]
+        within = within[::-1] if phase == "backward" else within
+        track, start = ("host: autograd" if phase == "backward" else "host"), now
+        for op in within:
+            now += 0.02
+            if op.module:
+                spans.append(Span(op.module, track, "module", now, op.self_ms + 0.01, 1, op.module))
+            spans.append(Span(op.name, track, "op", now + 0.005, op.self_ms, 2, op.module))
+            now += op.self_ms + 0.01
+        if within:
+            spans.append(Span(phase, "host", "phase", start, now - start, 0))
+    return tuple(sorted(spans, key=lambda span: (span.start_ms, span.depth)))
+
+
+def time(training: bool = True, **changes) -> Time:
+    ops = tuple(layer_ops(training))
+    total = sum(op.self_ms for op in ops)
+    phases = {phase: sum(op.self_ms for op in ops if op.phase == phase) for phase in ("forward", "loss", "backward")}
+    phases |= {"optimizer": sum(op.self_ms for op in ops if op.phase == "optimizer"), "other": 0.1 * total}
+    no_device = Quantity.missing("ratio", "the host computes by itself: there is no device to wait for")
+    found = Time(
+        step=latency(total),
+        first_call_s=quantity(0.0451, "s"),
+        compile_s=quantity(0.0, "s", "nothing was compiled"),
+        recompiles=0,
+        phases_ms={name: ms for name, ms in phases.items() if ms},
+        busy=quantity(0.93, "ratio", "union of operations"),
+        idle_ms=(),
+        waiting=no_device,
+        attributed=quantity(1 / 1.1, "ratio", "operations / profiled step"),
+        overhead=quantity(1.1, "ratio", "profiled step / step"),
+        flops=quantity(sum(op.flops for op in ops), "FLOP", "formulas on the shapes of every operation"),
+        utilization=quantity(0.27, "ratio", "29.8 GFLOP/s in a median step / 162 GFLOP/s, the ceiling for float32"),
+        ops=ops,
+        modules=layer_modules(training),
+        spans=laid_out(ops),
+    )
+    return dataclasses.replace(found, **changes)
+
+
+def memory(training: bool = True, **changes) -> Memory:
+    held = {"parameters": 2.65 * MIB, "inputs": 0.19 * MIB}
+    if training:
+        held |= {"gradients": 2.65 * MIB, "optimizer state": 5.3 * MIB}
+    timeline, peak = [], {}
+    for index in range(120):
+        wave = math.sin(math.pi * index / 119)
+        now = held | {"activations": 14 * MIB * wave, "temporaries": 3 * MIB * abs(math.sin(index / 4)) * wave}
+        timeline.append(MemoryPoint(0.1 * index, now))
+        peak = max(peak, now, key=lambda point: sum(point.values()))
+    gone = Quantity.missing("B", "no CUDA device: there is no caching allocator")
+    activations = peak["activations"]
+    found = Memory(
+        peak=quantity(sum(peak.values()), "B", "allocations traced during one step"),
+        by_category=peak,
+        by_module={"conv1": 0.45 * activations, "relu": 0.4 * activations, "pool": 0.15 * activations},
+        timeline=tuple(timeline),
+        largest=(
+            Allocation(0.45 * activations, "activations", "conv1", "aten::convolution", "float32[64, 32, 26, 26]", 0.1),
+            Allocation(2.64 * MIB, "parameters", "fc1", "", "float32[128, 5408]"),
+            Allocation(1.9 * MIB, "temporaries", "", "aten::mm", "float32[64, 5408]", 4.2, 4.9),
+        ),
+        growth=quantity(0.0, "B"),
+        process_high_water=quantity(41 * MIB, "B", "resident memory, median of 3 steps"),
+        native_heap=quantity(58 * MIB, "B", "mallinfo2"),
+        reserved=gone,
+        device_used=Quantity.missing("B", "no NVIDIA driver"),
+        fragmentation=Quantity.missing("ratio", gone.unavailable),
+    )
+    return dataclasses.replace(found, **changes)
+
+
+def ceilings() -> Ceilings:
+    slow = Quantity.missing("GFLOP/s", "torch has no int8 product for this processor")
+    return Ceilings(
+        {"float32": quantity(162.0, "GFLOP/s"), "bfloat16": quantity(70.0, "GFLOP/s"), "int8": slow},
+        quantity(18.4, "GB/s", "triad of 256 MiB"),
+    )
+
+
+def findings() -> tuple[Finding, ...]:
+    return (
+        Finding(
+            "convolution layout",
+            "38% of the step is spent in convolutions that reorder their inputs.",
+            ("conv1",),
+            0.38,
+            "time",
+            "channels_last+compile",
+            "Keep images with the channels innermost, so that no kernel reorders them.",
+            quantity(1.31, "ratio", "the reorders alone"),
+        ),
+        Finding(
+            "activations dominate",
+            "Activations are 14.0 MiB of the 27.4 MiB held at the peak.",
+            ("conv1", "relu"),
+            0.51,
+            "memory",
+            "bf16",
+            "Keep them in 16 bits.",
+            quantity(1.34, "ratio"),
+        ),
+        Finding(
+            "data waits",
+            "The step waits 4% of its time for its inputs.",
+            (),
+            0.04,
+            "time",
+            "",
+            "Load the next batch while this one is computed.",
+            Quantity.missing("ratio", "not known before the loader is seen"),
+        ),
+    )
+
+
+def cnn(training: bool = True, **changes) -> Profile:
+    """The small CNN on a CPU."""
+    found = Profile(
+        model="MnistCNN",
+        framework="torch",
+        mode="training" if training else "inference",
+        device="cpu",
+        inputs="float32 (64, 1, 28, 28)",
+        environment=environment(),
+        outcome="complete",
+        explanation="",
+        time=time(training),
+        memory=memory(training),
+        ceilings=ceilings(),
+        energy=Energy(
+            *(Quantity.missing(unit, "no RAPL counter can be read here") for unit in ("J", "W", "W")), 0.0, "none"
+        ),
+        findings=findings(),
+        notes=("2 threads.",),
+        created="2026-11-26T10:00:00Z",
+        perfkit_version="0.1.0",
+    )
+    return dataclasses.replace(found, **changes)
+
+
+def inference() -> Profile:
+    return cnn(training=False)
+
+
+def on_gpu() -> Profile:
+    """A launch-bound model on a card: kernels beside host operations, gaps, telemetry, a clock that was held down."""
+    source = random.Random(3)
+    host = tuple(layer_ops(False))
+    kernels = tuple(
+        dataclasses.replace(
+            op, name=f"sm90_{op.name[6:]}_kernel<float, 128, 64>", kind="kernel", self_ms=op.self_ms / 9
+        )
+        for op in host
+    )
+    spans, at = list(laid_out(host)), 0.3
+    for op in kernels:
+        spans.append(Span(op.name, "device 0: stream 7", "kernel", at, op.self_ms, 0, op.module))
+        at += op.self_ms + 0.35
+    spans.append(Span("cudaStreamSynchronize", "host", "wait", 4.0, 0.4, 1))
+    seconds = tuple(0.1 * index for index in range(60))
+    wattage = tuple(310 + 40 * math.sin(second) + source.gauss(0, 6) for second in seconds)
+    card = DeviceState(
+        "NVIDIA H100 80GB HBM3 (0)",
+        {
+            "temperature": quantity(61, "°C"),
+            "power": quantity(338, "W"),
+            "power limit": quantity(700, "W"),
+            "sm clock": quantity(1755, "MHz"),
+            "ECC errors": quantity(0, "count"),
+            "fan": Quantity.missing("%", "not supported: this card has no fan"),
+        },
+        ("software power cap",),
+        ("python (pid 4711), 1.2 GiB",),
+        (
+            Series("power", "W", seconds, wattage),
+            Series("temperature", "°C", seconds, tuple(52 + 9 * (1 - math.exp(-second)) for second in seconds)),
+            Series("sm clock", "MHz", seconds, tuple(1980.0 if second < 3 else 1755.0 for second in seconds)),
+        ),
+    )
+    measured = time(
+        False,
+        ops=(*host, *kernels),
+        spans=tuple(sorted(spans, key=lambda span: span.start_ms)),
+        busy=quantity(0.14, "ratio", "union of kernels"),
+        idle_ms=(0.41, 0.35, 0.35, 0.34),
+        waiting=quantity(0.09, "ratio"),
+        recompiles=2,
+    )
+    return cnn(
+        False,
+        device="cuda",
+        environment=environment(accelerators=("NVIDIA H100 80GB HBM3",)),
+        time=measured,
+        memory=memory(
+            False,
+            reserved=quantity(64 * MIB, "B"),
+            device_used=quantity(1.3 * 2**30, "B"),
+            fragmentation=quantity(0.22, "ratio"),
+        ),
+        energy=Energy(
+            quantity(0.71, "J", "energy above idle / steps"),
+            quantity(338, "W"),
+            quantity(96, "W"),
+            5.02,
+            "NVML, 1 card",
+        ),
+        devices=(card,),
+    )
+
+
+def in_jax() -> Profile:
+    ops = tuple(
+        dataclasses.replace(op, name=name)
+        for op, name in zip(
+            layer_ops(False), ("conv_general_dilated", "add", "max", "reduce_window_max") * 3, strict=False
+        )
+    )
+    programmed = memory(False, program={"temp": 9.1 * MIB, "arguments": 2.84 * MIB, "output": 2560.0, "alias": 0.0})
+    compiled = time(False, ops=ops, first_call_s=quantity(1.9, "s"), compile_s=quantity(1.7, "s", "XLA's own events"))
+    return cnn(False, framework="jax", time=compiled, memory=programmed)
+
+
+def faster() -> Profile:
+    """The CNN after its convolutions became others, in a tenth less time elsewhere, and without one operation."""
+    before = time()
+    ops = tuple(
+        dataclasses.replace(
+            op,
+            name=op.name.replace("aten::conv", "aten::mkldnn_conv"),
+            self_ms=0.6 * op.self_ms if "conv" in op.name else op.self_ms,
+        )
+        for op in before.ops
+        if op.name != "aten::add_"
+    )
+    saved = sum(op.self_ms for op in before.ops) - sum(op.self_ms for op in ops)
+    phases = dict(before.phases_ms)
+    phases["forward"] -= saved
+    modules = tuple(
+        dataclasses.replace(module, self_ms=0.6 * module.self_ms) if module.path == "conv1" else module
+        for module in before.modules
+    )
+    step = latency(sum(phases.values()) / 1.1, seed=4)
+    return cnn(time=time(ops=ops, modules=modules, phases_ms=phases, step=step), memory=memory(False))
+
+
+def failed() -> Profile:
+    """The model raised before anything was measured."""
+    told = "RuntimeError: mat1 and mat2 shapes cannot be multiplied (64x5408 and 3136x128)"
+    return cnn(outcome="failed", explanation=told, time=None, memory=None, ceilings=None, energy=None, findings=())
+
+
+def interrupted() -> Profile:
+    return cnn(outcome="interrupted", explanation="Interrupted while memory was traced.", memory=None, energy=None)
+
+
+def unavailable() -> Profile:
+    """Nothing could be measured, each for a reason of its own."""
+
+    def blank(value):
+        if isinstance(value, Quantity):
+            return Quantity.missing(value.unit, f"no such counter here ({value.unit})")
+        return value
+
+    measured, held = time(ops=(), modules=(), spans=(), phases_ms={}), memory(timeline=(), largest=(), by_category={})
+    fields = [
+        {item.name: blank(getattr(part, item.name)) for item in dataclasses.fields(part)} for part in (measured, held)
+    ]
+    return cnn(
+        time=Time(**fields[0]),
+        memory=Memory(**(fields[1] | {"by_module": {}})),
+        ceilings=Ceilings({"float32": Quantity.missing("GFLOP/s", "no budget")}, Quantity.missing("GB/s", "no budget")),
+        findings=(),
+        devices=(DeviceState("CPU package 0", {"power": Quantity.missing("W", "no permission to read RAPL")}),),
+        created="",
+        perfkit_version="",
+    )
+
+
+def huge() -> Profile:
+    """More of everything than a page can hold."""
+    source = random.Random(1)
+    stem = "model.decoder.layers." + "a_long_module_name." * 4
+    modules, ops, spans = [Module("", "Huge", 1, 900, 1800, 0, 1e12, 10**9, 0, 0)], [], []
+    for index in range(400):
+        path = f"{stem}{index}"
+        modules.append(Module(path, "Block", 1, 0.6, 1.2, 1.8, 6e8, 10**6, 4 * MIB, MIB))
+        ops += [Op(f"aten::op_{part}", "op", path, "forward", 3, source.random(), 1e8, 1e6) for part in range(4)]
+    for index in range(24_000):
+        track, start = f"host {index % 3}", 0.03 * (index // 3)
+        spans.append(
+            Span(f"aten::op_{index % 40}", track, "op", start, 0.03 * source.random(), 2, f"{stem}{index % 400}")
+        )
+    points = tuple(
+        MemoryPoint(0.6 * index, {"parameters": 4e9, "activations": 1e7 * index, "temporaries": 1e8 * source.random()})
+        for index in range(2000)
+    )
+    held = memory(timeline=points, largest=tuple(Allocation(1e8, "activations", stem, "op") for _ in range(400)))
+    card = DeviceState("card", {}, series=(Series("power", "W", tuple(map(float, range(5000))), (1.0,) * 5000),))
+    measured = time(modules=tuple(modules), ops=tuple(ops), spans=tuple(spans), step=latency(2700.0, 2000))
+    return cnn(time=measured, memory=held, devices=(card,), notes=tuple("note " * 40 for _ in range(20)))
+
+
+def hostile() -> Profile:
+    """Every free text is markup for someone: HTML, script, rich, the terminal."""
+    bad = HOSTILE
+    missing = Quantity.missing("B", bad)
+    measured = time(
+        ops=(Op(bad, "op", bad, "forward", 1, 2.0, 1e6, 1e6, bad), *layer_ops(True)),
+        modules=(Module("", bad, 1, 2, 0, 0, 0, 0, 0, 0), Module(bad, bad, 1, 2, 0, 2, 1e6, 3, 0, 0)),
+        spans=(Span(bad, bad, "op", 0, 2.0, 0, bad),),
+    )
+    held = memory(
+        by_module={bad: 1e6},
+        largest=(Allocation(1e6, "activations", bad, bad, bad),),
+        growth=missing,
+        program={bad: 1.0},
+    )
+    device = DeviceState(bad, {bad: missing}, (bad,), (bad,), (Series(bad, bad, (0.0, 1.0), (1.0, 2.0)),))
+    finding = Finding(bad, bad, (bad,), 0.5, "time", bad, bad, quantity(1.2, "ratio", bad))
+    return cnn(
+        model=bad,
+        framework=bad,
+        device=bad,
+        inputs=bad,
+        explanation=bad,
+        outcome="interrupted",
+        time=measured,
+        memory=held,
+        ceilings=Ceilings({bad: quantity(1e3, "GFLOP/s")}, quantity(10.0, "GB/s", bad)),
+        energy=Energy(missing, missing, missing, 1.0, bad),
+        devices=(device,),
+        findings=(finding,),
+        notes=(bad,),
+        environment=environment(cpu=bad, libraries={bad: bad}),
+        created=bad,
+        perfkit_version=bad,
+    )
+
+
+FACTORIES: dict[str, Callable[[], Profile]] = {
+    made.__name__: made for made in (cnn, inference, on_gpu, in_jax, failed, interrupted, unavailable, huge, hostile)
+}
