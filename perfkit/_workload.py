@@ -42,6 +42,8 @@ class Training:
         around: contexts within which every step runs, backward included.
         teacher: `teacher(*args, **kwargs)`, the original's outputs; half of the loss is then the distance to them.
         averaged: makes of this process' loss the one over the whole batch.
+        gradients: torch: `gradients(model, inputs, targets)` adds the gradients to the parameters and returns the loss,
+            where that is not one call, one loss and one backward.
         micro_batches: how many parts of one size a step runs one after the other, adding up their gradients.
         donates: JAX: the step's outputs take over the memory of the state that it was given.
         batch_dim: the dimension along which the first input is cut into them.
@@ -57,6 +59,7 @@ class Training:
     around: tuple[Callable[[], AbstractContextManager], ...] = ()
     teacher: Callable[..., Any] | None = None
     averaged: Callable[[Any], Any] | None = None
+    gradients: Callable[[Any, Inputs, Any], Any] | None = None
     micro_batches: int = 1
     donates: bool = False
     batch_dim: int = 0

@@ -22,6 +22,7 @@ from perfkit.backends import Backend, CompileLog, Finished, Rounds, Traffic, che
 from perfkit.backends.torch_stderr import without_lines
 from perfkit.backends.torch_surgery import (
     COMPILED_WITH,
+    ELSEWHERE,
     cast,
     copied,
     local,
@@ -119,7 +120,8 @@ class TorchBackend(Backend):
         buffers = {id(tensor): tensor for tensor in work.model.buffers()}
         held = map(local, (parameters | buffers).values())
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
-        return sum(storages.values()), sum(tensor.numel() for tensor in parameters.values())
+        elsewhere = getattr(work.model, ELSEWHERE, 0)
+        return sum(storages.values()), sum(tensor.numel() for tensor in parameters.values()) + elsewhere
 
     def tensor_peak(self, work: Workload, finished: Finished, anew: bool = False) -> Quantity:
         call = self.caller(work, finished)

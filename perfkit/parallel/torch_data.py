@@ -18,6 +18,7 @@ from perfkit.backends.torch_surgery import copied, map_tensors
 from perfkit.parallel.batch import part
 from perfkit.parallel.spread import Spread
 from perfkit.parallel.torch_mesh import alike, follow, mesh_of
+from perfkit.parallel.torch_pipe import pipelined
 
 if TYPE_CHECKING:
     from perfkit.recipes.data_parallel import DataParallel
@@ -34,7 +35,7 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     work = part(work, recipe.batch_dim, mesh.get_local_rank(), map_tensors)
     model = work.model
     alike(model, group)
-    idle = unused(work)
+    idle = [] if pipelined(model) else unused(work)
     notes = [*_about_norms(model, work.device, group), *_about_unused(idle)]
     if recipe.shard:
         policy = CPUOffloadPolicy() if recipe.offload and work.device == "cuda" else OffloadPolicy()
@@ -47,13 +48,17 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
         if recipe.precision:
             notes.append("weights and activations in bfloat16, gradients added up and parameters kept in float32")
         notes.append(f"FSDP2 in {len(units)} units: {', '.join(names[id(unit)] for unit in units)}")
+    elif pipe := pipelined(model):
+        pipe.replicated, pipe.hook = True, _in_bfloat16 if recipe.compress else None
+        notes.append("gradients of each stage are averaged after its last micro-batch")
     else:
         replicated: Any = replicate(  # the model itself, of a class of torch's
             model, process_group=group, gradient_as_bucket_view=True, find_unused_parameters=bool(idle)
         )
         if recipe.compress:
             replicated.register_comm_hook(group, _in_bfloat16)
-            notes.append("gradients are sent in bfloat16")
+    if recipe.compress:
+        notes.append("gradients are sent in bfloat16")
 
     def averaged(loss: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(loss, group=group)
