@@ -19,6 +19,9 @@ from perfkit.backends.torch_surgery import around_forward, derive
 from perfkit.memory.segments import Segment, budget_bytes, choose
 from perfkit.memory.torch_saved import MOST_CHUNKS, Record, records, time_dim
 
+WORTH_SHARE = 0.98
+"""Of what is saved: a choice that holds more than this is not worth running anything again."""
+
 
 def checkpointed(work: Workload, budget: float) -> tuple[Workload, Effect]:
     """Choose segments from one measured training step, and run them again in the backward pass."""
@@ -29,7 +32,7 @@ def checkpointed(work: Workload, budget: float) -> tuple[Workload, Effect]:
     limit = budget_bytes(budget, saved)
     choice = choose(saved, lambda most: _segments("", work.model, found, most), limit)
     fixed = tuple(Skipped(name, why) for name, why in _fixed(found).items())
-    if choice is None or not choice.chosen:
+    if choice is None or not choice.chosen or choice.peak_bytes > WORTH_SHARE * saved:
         return work, Effect(
             skipped=fixed, notes=(f"nothing in it can be run again for less than {saved / 1e6:.3g} MB",)
         )
