@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from perfkit._errors import InvalidInputError
-from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Prediction, Split, Unit, Way
+from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Prediction, Split, Stages, Unit, Way
 
 BACKWARD = 2 / 3
 """Share of a forward and backward pass that is backward: behind it gradients can be sent."""
@@ -44,7 +44,9 @@ def ways(costs: Costs, devices: int) -> Iterator[Way]:
     divisors = [number for number in range(1, devices + 1) if devices % number == 0]
     for pipeline, tensor in itertools.product(divisors, divisors):
         data, over = divmod(devices, pipeline * tensor)
-        if over or costs.rows % data or (pipeline > 1 and (tensor > 1 or pipeline > len(costs.units))):
+        if over or costs.rows % data or (pipeline > 1 and tensor > 1):
+            continue
+        if pipeline > len(costs.units) and pipeline not in costs.stages:
             continue
         if tensor > 1 and not costs.splits.get(tensor):
             continue
@@ -61,21 +63,18 @@ def predict(costs: Costs, way: Way, cluster: Cluster) -> Prediction:
     rows = costs.rows / way.data
     share = 1 / way.data  # of the batch, and so of activations
     splits = costs.splits.get(way.tensor, ()) if way.tensor > 1 else ()
-    total_s = sum(unit.seconds for unit in costs.units) or 1.0
     kept = 1 - min(sum(split.seconds * (1 - split.left) for split in splits) / costs.forward_s, 1.0)
     held = costs.bytes - sum(split.bytes for split in splits) * (1 - 1 / way.tensor)
-    stages = stages_of(costs.units, way.pipeline)
-    longest = max(sum(unit.seconds for unit in stage) for stage in stages) / total_s if way.pipeline > 1 else 1.0
-    if way.pipeline > 1:
-        held = max(sum(unit.bytes for unit in stage) for stage in stages)
-    one_s = costs.passing_s(rows / way.micro_batches) * kept * longest
+    stages = stages_of(costs, way.pipeline)
+    held = min(held, stages.bytes)
+    one_s = costs.passing_s(rows / way.micro_batches) * kept * stages.longest
     computing_s, waiting_s = one_s * way.micro_batches, one_s * (way.pipeline - 1)
     update_s = costs.update_s * held / (costs.bytes or 1) / (way.data if way.shard else 1)
 
     sent = [(kind, size * share, way.tensor) for split in splits for kind, size in split.sends]
     sending_s = sum(cluster.link.seconds(kind, size, ranks) for kind, size, ranks in sent)
     if way.pipeline > 1:
-        cut = max(stage[-1].output_bytes for stage in stages[:-1]) * share / way.micro_batches
+        cut = stages.cut_bytes * share / way.micro_batches
         rounds = 2 * (way.micro_batches + way.pipeline - 1)
         sending_s += rounds * cluster.link.seconds("send", cut, 2) * (0.5 if cluster.overlaps else 1.0)
         sent += [("send", cut, 2)] * 2 * way.micro_batches
@@ -95,7 +94,22 @@ def predict(costs: Costs, way: Way, cluster: Cluster) -> Prediction:
     )
 
 
-def stages_of(units: Sequence[Unit], count: int) -> list[Sequence[Unit]]:
+def stages_of(costs: Costs, count: int) -> Stages:
+    """The stages of a pipeline of so many devices; one stage is the model."""
+    if count == 1:
+        return Stages(1.0, costs.bytes, 0)
+    if count in costs.stages:
+        return costs.stages[count]
+    stages = balanced_units(costs.units, count)
+    total_s = sum(unit.seconds for unit in costs.units) or 1.0
+    return Stages(
+        longest=max(sum(unit.seconds for unit in stage) for stage in stages) / total_s,
+        bytes=max(sum(unit.bytes for unit in stage) for stage in stages),
+        cut_bytes=max(stage[-1].output_bytes for stage in stages[:-1]),
+    )
+
+
+def balanced_units(units: Sequence[Unit], count: int) -> list[Sequence[Unit]]:
     """The units in `count` stages, of which the longest is the shortest possible."""
     choices = itertools.combinations(range(1, len(units)), count - 1)
     cut = lambda cuts: [units[start:end] for start, end in itertools.pairwise((0, *cuts, len(units)))]  # noqa: E731

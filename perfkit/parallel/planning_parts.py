@@ -44,6 +44,21 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Stages:
+    """How a pipeline cuts the model.
+
+    Args:
+        longest: the longest stage's share of a pass.
+        bytes: of the parameters of the stage that holds most.
+        cut_bytes: what is sent at the largest cut, of the whole batch.
+    """
+
+    longest: float
+    bytes: int
+    cut_bytes: int
+
+
+@dataclass(frozen=True)
 class Costs:
     """What a training step costs on one device.
 
@@ -55,6 +70,7 @@ class Costs:
         units: in the order of their calls.
         splits: by number of devices along "tensor".
         bytes, tensors: of all parameters that are trained, and how many they are.
+        stages: by number of devices along "pipeline", where it is known; elsewhere cuts are between units.
     """
 
     rows: int
@@ -65,6 +81,7 @@ class Costs:
     splits: Mapping[int, tuple[Split, ...]]
     bytes: int
     tensors: int
+    stages: Mapping[int, Stages] = field(default_factory=dict)
 
     def passing_s(self, rows: float) -> float:
         """Forward and backward of so many rows: measured, or on a line between measured ones."""

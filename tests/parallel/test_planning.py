@@ -1,5 +1,6 @@
 """The planner's model of a step: its formulas, the layouts that there are, and what it is told."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,8 +14,8 @@ from click.testing import CliRunner
 from perfkit import InvalidInputError, UnsupportedError, cli
 from perfkit._recipe import chain_of
 from perfkit.parallel.links import Measured, Ring
-from perfkit.parallel.planning import BUCKET, predict, ranked, stages_of, ways
-from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Split, Unit, Way
+from perfkit.parallel.planning import BUCKET, balanced_units, predict, ranked, ways
+from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Split, Stages, Unit, Way
 from perfkit.parallel.torch_costs import needed_rows
 
 ROOT = Path(__file__).parents[2]
@@ -105,8 +106,16 @@ def test_a_pipeline_waits_for_its_first_and_last_micro_batch():
 
 
 def test_stages_are_balanced():
-    assert [len(stage) for stage in stages_of(UNITS, 2)] == [2, 2]
-    assert [[unit.name for unit in stage] for stage in stages_of(UNITS, 3)] == [["a"], ["b"], ["c", "d"]]
+    assert [len(stage) for stage in balanced_units(UNITS, 2)] == [2, 2]
+    assert [[unit.name for unit in stage] for stage in balanced_units(UNITS, 3)] == [["a"], ["b"], ["c", "d"]]
+
+
+def test_stages_that_are_known_are_taken():
+    known = dataclasses.replace(COSTS, stages={2: Stages(0.5, 15 * MB, 3 * MB)})
+    found = predict(known, Way(pipeline=2, micro_batches=8), cluster())
+    assert found.waiting_s == pytest.approx(0.15 * 0.5)
+    assert found.held_bytes == 4 * 15 * MB
+    assert found.sent_bytes == 16 * 3 * MB / 8 + 4
 
 
 def test_the_layouts_are_those_that_recipes_can_make():
