@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ _PLAIN = frozenset(
 """Left out of the names of fusions, where they hold anything else."""
 
 _MOST_NAMES = 3
+_NOTHING = [0.0] * 4
 
 Key = tuple[str, str, str, str, str]
 """Name, kind, module, phase and shapes: what is told apart."""
@@ -187,26 +189,39 @@ def swept(
 
 
 def ops(
-    timed: Iterable[tuple[Event | Host, float]], reader: Reader, flops: dict[tuple[str, str], float], steps: int
+    steps: Iterable[Iterable[tuple[Event | Host, float]]], reader: Reader, flops: dict[tuple[str, str], float]
 ) -> tuple[Op, ...]:
     """The operations of a step, longest first.
 
+    Times are medians over the steps, so that one in which the machine did something else does not count; of what is not
+    in most of them, means.
+
     Args:
-        timed: of all steps, what ran and its time.
+        steps: of each, what ran and its time.
         flops: of the mathematics, by module and phase.
-        steps: how many steps they are of.
     """
+    each = [_summed(timed, reader) for timed in steps]
+    keys = {key: None for sums in each for key in sums}
+    typical = {key: [_typical([sums.get(key, _NOTHING)[at] for sums in each]) for at in range(4)] for key in keys}
+    own = _shared(flops, {key: values[3] for key, values in typical.items()})
+    made = [Op(*key[:4], calls, ms, own[key], moved, key[4]) for key, (calls, ms, moved, _) in typical.items()]
+    return tuple(sorted(made, key=lambda op: -op.self_ms))
+
+
+def _summed(timed: Iterable[tuple[Event | Host, float]], reader: Reader) -> dict[Key, list[float]]:
+    """Of one step: how often, how long, bytes moved and the compiler's count of operations."""
     sums: dict[Key, list[float]] = {}
     for item, ms in timed:
         rows = [reader.row(item)] if isinstance(item, Host) else reader.rows(item)
         for row in rows:
-            key = row.name, row.kind, row.module, row.phase, row.shapes
-            found = sums.setdefault(key, [0.0] * 4)
-            for index, value in enumerate((1.0, ms * row.share, row.moved_bytes, row.product_flops)):
-                found[index] += value / steps
-    own = _shared(flops, {key: values[3] for key, values in sums.items()})
-    made = [Op(*key[:4], calls, ms, own[key], moved, key[4]) for key, (calls, ms, moved, _) in sums.items()]
-    return tuple(sorted(made, key=lambda op: -op.self_ms))
+            found = sums.setdefault((row.name, row.kind, row.module, row.phase, row.shapes), [0.0] * 4)
+            for at, value in enumerate((1.0, ms * row.share, row.moved_bytes, row.product_flops)):
+                found[at] += value
+    return sums
+
+
+def _typical(values: list[float]) -> float:
+    return statistics.median(values) or statistics.fmean(values)
 
 
 def union(intervals: Iterable[tuple[float, float]], until: tuple[float, float]) -> list[tuple[float, float]]:

@@ -25,8 +25,8 @@ from perfkit.profiling.jax_spans import spans
 from perfkit.profiling.jax_trace import Event, Trace
 
 PROFILED_S = 0.5
-FEWEST, MOST = 4, 20
-"""So many steps are profiled, about PROFILED_S long together; the quicker half of them counts."""
+FEWEST, MOST = 5, 20
+"""So many steps are profiled, about PROFILED_S long together."""
 
 MOST_GAPS = 5
 
@@ -54,35 +54,32 @@ def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
 
 def _time(run: Run, trace: Trace, reader: Reader, split: str, count: jax_flops.Counted, basics: Basics) -> Time:
     lengths = [end - start for start, end in trace.steps]
-    quick = sorted(trace.steps, key=lambda step: step[1] - step[0])[: (len(trace.steps) + 1) // 2]
-    timed = [item for step in quick for item in _swept(trace, reader, step)]
-    ops = jax_ops.ops(timed, reader, count.by_place, len(quick))
-    mean_ms = statistics.fmean(end - start for start, end in quick)
-    covered = [jax_ops.union(((e.start_ms, e.end_ms) for e in jax_ops.of_step(trace, step)), step) for step in quick]
-    busy_ms = sum(end - start for some in covered for start, end in some) / len(quick)
-    waits = [(item.start_ms, item.end_ms) for item in trace.host if item.kind == "wait"]
-    waiting_ms = sum(end - start for step in quick for start, end in jax_ops.union(waits, step)) / len(quick)
-    shown = quick[len(quick) // 2]
-    form = "one XLA program" if len(trace.programs) == 1 else f"{len(trace.programs)} XLA programs, one after another"
-    how = f"XLA's own times of what it runs, {form}; mean of the quicker {len(quick)} of {len(trace.steps)} steps"
-    nothing = None if trace.events else "the profiler recorded no operation of XLA's"
+    ops = jax_ops.ops([_swept(trace, reader, step) for step in trace.steps], reader, count.by_place)
     attributed_ms = sum(op.self_ms for op in ops)
+    step_ms = max(statistics.median(lengths), attributed_ms)
+    covered = [_covered(trace, step) for step in trace.steps]
+    waits = [(item.start_ms, item.end_ms) for item in trace.host if item.kind == "wait"]
+    waiting = [jax_ops.union(waits, step) for step in trace.steps]
+    typical = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2]
+    form = "one XLA program" if len(trace.programs) == 1 else f"{len(trace.programs)} XLA programs, one after another"
+    how = f"XLA's own times of what it runs, {form}; medians of {len(trace.steps)} steps"
+    nothing = None if trace.events else "the profiler recorded no operation of XLA's"
     return Time(
         step=basics.step,
         first_call_s=basics.first_call_s,
         compile_s=basics.compile_s,
         recompiles=basics.recompiles,
-        phases_ms=_phases(ops, mean_ms),
-        busy=_share(busy_ms / mean_ms, nothing, f"union of XLA's operations / step; {how}"),
-        idle_ms=_gaps(covered[len(quick) // 2], shown),
-        waiting=_share(waiting_ms / mean_ms, None, "the host's thread waits for results"),
-        attributed=_share(attributed_ms / mean_ms, nothing, f"{how}{split}"),
+        phases_ms=_phases(ops, step_ms),
+        busy=_share(_part(covered, lengths), nothing, f"union of XLA's operations / step; {how}"),
+        idle_ms=_gaps(covered[typical], trace.steps[typical]),
+        waiting=_share(_part(waiting, lengths), None, "the host's thread waits for results"),
+        attributed=_share(attributed_ms / step_ms, nothing, f"{how}{split}"),
         overhead=Quantity(statistics.median(lengths) / basics.step.median_ms, "ratio", method="jax.profiler"),
         flops=Quantity(count.total, "FLOP", method=_counted_how(count)),
         utilization=Quantity.missing("ratio", "the machine's ceilings are measured later"),
         ops=ops,
         modules=modules(run, ops, count),
-        spans=spans(run.work.model.name, trace, reader, shown),
+        spans=spans(run.work.model.name, trace, reader, trace.steps[typical]),
     )
 
 
@@ -149,6 +146,17 @@ def _programs(trace: Trace) -> dict[int, jax_hlo.Program]:
 
 def _swept(trace: Trace, reader: Reader, step: tuple[float, float]) -> Any:
     return jax_ops.swept(jax_ops.of_step(trace, step), trace.host, reader.controls, step)
+
+
+def _covered(trace: Trace, step: tuple[float, float]) -> list[tuple[float, float]]:
+    """When XLA ran anything."""
+    return jax_ops.union(((event.start_ms, event.end_ms) for event in jax_ops.of_step(trace, step)), step)
+
+
+def _part(covered: list[list[tuple[float, float]]], lengths: list[float]) -> float:
+    """The share of a step that is covered: the median over steps."""
+    shares = [sum(end - start for start, end in some) / ms for some, ms in zip(covered, lengths, strict=True)]
+    return statistics.median(shares)
 
 
 def _phases(ops: tuple[Op, ...], step_ms: float) -> dict[str, float]:
