@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent / "parallel"
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 
 
 def start(script: str, devices: int, **variables: str) -> subprocess.Popen:

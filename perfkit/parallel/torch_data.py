@@ -68,7 +68,7 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     told = f"data: the batch in {mesh.size()} parts, {what}"
     spread = work.spread or Spread()
     spread = replace(spread, shares=mesh.size(), parts=(*spread.parts, told))
-    exchanging: Any = getattr(model, "set_requires_gradient_sync")  # noqa: B009, of the class that torch gave it
+    exchanging: Any = getattr(model, "set_requires_gradient_sync", None)  # of the class that torch gave it, if it did
     if work.training.micro_batches > 1:
         notes.append(f"gradients are sent with the last of {work.training.micro_batches} micro-batches")
     training = replace(work.training, averaged=averaged, exchanging=exchanging)

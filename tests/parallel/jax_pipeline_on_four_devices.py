@@ -27,7 +27,7 @@ def compare(name):
     whole = bound(model, inputs, targets, loss, optax.sgd(0.05, momentum=0.9))
     start = params_of(model)
     losses, expected, _, finished = trained(whole)
-    outputs, found = finished.call(*inputs), {"losses": losses, "moved": off(expected, start, start, terms)}
+    outputs, found = finished.call(*inputs), {"losses": losses, "moved": off(start, expected, start, terms)}
     for chain, recipe in CHAINS.items():
         work, effect = applied(whole, recipe)
         losses, params, traffic, finished = trained(work)
