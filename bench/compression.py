@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import perfkit
+from bench import memory
 from bench.record import RESULTS, device_slug
 from perfkit import PerfkitError, PerfkitWarning, backends, reference
 from perfkit._recipe import chain_of
@@ -196,7 +197,7 @@ def write(page: Path) -> None:
 
 
 def measured(recipe: str) -> list[str]:
-    lines = []
+    lines = memory.measured(recipe)
     for path in sorted(RESULTS.glob("compression-*.json")):
         recorded = json.loads(path.read_text())
         rows = [row for row in recorded["rows"] if recipe in names_in(row["recipe"])]

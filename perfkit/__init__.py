@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "optimize": "perfkit._optimize",
     "plan": "perfkit._optimize",
+    "max_batch_size": "perfkit._max_batch",
+    "MaxBatch": "perfkit._max_batch",
     "Result": "perfkit._optimize",
     "Plan": "perfkit._optimize",
     "profile": "perfkit.profiling._run",

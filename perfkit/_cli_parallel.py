@@ -81,6 +81,44 @@ def start_training(model: str, options: Mapping[str, Any], processes: int, timeo
     start(command, Launch(processes=processes, framework=options["framework"], timeout_s=timeout_s))
 
 
+def plan_layouts(model: str, options: Mapping[str, Any]) -> None:
+    """`perfkit plan --parallel`: in this process where the link was given, else in as many as there are devices.
+
+    Raises:
+        InvalidInputError: no number of devices.
+    """
+    from perfkit import _cli_common as common
+    from perfkit.parallel.environment import launched
+    from perfkit.parallel.launching import Launch
+    from perfkit.parallel.planning_layouts import LATENCY_US, layouts
+
+    if options["devices"] is None:
+        raise InvalidInputError("--parallel: say how many --devices there are")
+    if options["link_gbps"] is None and launched() is None:
+        command = ["-m", "perfkit.cli", "plan", model, "--parallel", *as_arguments(options)]
+        start(command, Launch(processes=options["devices"], framework="torch"))
+    with first_alone(common.status()) as progress:
+        given = common.load(model, options["framework"], "training", options["batch_size"])
+        found = layouts(
+            **given,
+            devices=options["devices"],
+            link_gbps=options["link_gbps"],
+            link_latency_us=options["link_latency_us"] or LATENCY_US,
+            recipe=options["recipe"],
+            batch_dim=_batch_dim(model),
+            progress=progress or str,
+        )
+    if leads():
+        common.out.print(found)
+
+
+def _batch_dim(model: str) -> int:
+    """Of a reference model; sequences lie in time first."""
+    from perfkit.reference._catalog import CARDS
+
+    return 1 if model in CARDS and CARDS[model].kind == "sequences" else 0
+
+
 def leads() -> bool:
     """Whether this process is the first or only one: the one that talks to the user."""
     from perfkit.parallel.environment import launched

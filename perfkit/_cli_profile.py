@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from perfkit.profiling._profile import Finding, Profile
 STDOUT = Path("-")
 
 
-def _file(name: str, about: str):
+def _file(name: str, about: str) -> Callable:
+    """An option that names a file to write."""
     return click.option(name, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help=about)
 
 
@@ -56,6 +57,8 @@ def profile(model, framework, mode, batch_size, recipe, budget, html, json, trac
             raise InvalidInputError("--diff compares two files: of the other options only --html and --json go with it")
         _show_diff(pair, html, json)
         return
+    if optimize and json == STDOUT:
+        raise InvalidInputError("--json - fills standard output, where --optimize prints its report: name a file")
     if not model:
         raise click.UsageError("Missing argument 'MODEL' (or --diff BEFORE AFTER).")
     with common.status() as progress, common.warnings_as_notes():

@@ -70,6 +70,8 @@ def sensible(work: Workload) -> tuple[list[Chain], list[Candidate]]:
         recipe = _recipe.recipe_class(name)()
         if reason := _recipe.refusal(recipe, work):
             left_out.append(Candidate(name, "refused", reason))
+        elif recipe.aim != "speed":
+            left_out.append(Candidate(name, "not tried", f"its aim is {recipe.aim}: choose it by name"))
         elif (
             (reason := _recipe.ask(recipe, "unsought", work))
             or (reason := _recipe.ask(recipe, "unprofitable", work.framework, work.device))

@@ -42,8 +42,13 @@ class Training:
         around: contexts within which every step runs, backward included.
         teacher: `teacher(*args, **kwargs)`, the original's outputs; half of the loss is then the distance to them.
         averaged: makes of this process' loss the one over the whole batch.
+        gradients: torch: `gradients(model, inputs, targets)` adds the gradients to the parameters and returns the loss,
+            where that is not one call, one loss and one backward.
         micro_batches: how many parts of one size a step runs one after the other, adding up their gradients.
+        donates: JAX: the step's outputs take over the memory of the state that it was given.
         batch_dim: the dimension along which the first input is cut into them.
+        exchanging: torch: says whether the next backward pass shall send gradients: that of the last micro-batch alone;
+            None where none sends any, or all must.
         rounds: torch: what is done beside steps that each process takes by itself; None where they take them together.
     """
 
@@ -54,8 +59,11 @@ class Training:
     around: tuple[Callable[[], AbstractContextManager], ...] = ()
     teacher: Callable[..., Any] | None = None
     averaged: Callable[[Any], Any] | None = None
+    gradients: Callable[[Any, Inputs, Any], Any] | None = None
     micro_batches: int = 1
+    donates: bool = False
     batch_dim: int = 0
+    exchanging: Callable[[bool], None] | None = None
     rounds: Any = None
 
 

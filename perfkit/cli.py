@@ -96,11 +96,28 @@ optimize.help += f"\n\n{common.MODEL_HELP}"
 @common.recipe_option
 @common.mode_option()
 @common.batch_option
-def plan(model, framework, recipe, mode, batch_size) -> None:
+@click.option("--parallel", is_flag=True, help="Predict which layout of several devices trains it the quickest.")
+@click.option("--devices", type=click.IntRange(min=2), help="How many, with --parallel.")
+@click.option("--link-gbps", type=click.FloatRange(min=0, min_open=True), help="Gbit/s that each sends; else measured.")
+@click.option("--link-latency-us", type=click.FloatRange(min=0, min_open=True), help="Of a message.  [default: 10]")
+def plan(model, framework, recipe, mode, batch_size, parallel, devices, link_gbps, link_latency_us) -> None:
     """Show what a recipe would do to MODEL, and what is refused and why. Nothing is timed or changed.
 
+    With --parallel its parts are timed, and the training step is predicted for each layout of --devices. Without
+    --link-gbps as many processes are started here, and what lies between them is measured.
     Exits with 1 if a step is refused.
+
+    \b
+    perfkit plan cnn --recipe bf16+compile
+    perfkit plan text_lstm --parallel --devices 8 --link-gbps 400
+    perfkit plan text_lstm --parallel --devices 2
     """
+    options = {"devices": devices, "link_gbps": link_gbps, "link_latency_us": link_latency_us}
+    if parallel:
+        told = {"framework": framework, "recipe": None if recipe == "auto" else recipe, "batch_size": batch_size}
+        return _cli_parallel.plan_layouts(model, told | options)
+    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]:
+        raise InvalidInputError(f"{', '.join(given)}: about several devices, add --parallel")
     with common.status() as progress:
         progress(f"loading {model}")
         found = perfkit.plan(**common.load(model, framework, mode, batch_size), recipe=recipe, mode=mode)
@@ -156,6 +173,28 @@ def train(
 
 main.add_command(_cli_parallel.launch)
 main.add_command(_cli_profile.profile)
+
+
+@main.command()
+@click.argument("model")
+@common.framework_option
+@common.mode_option("training")
+@click.option("--recipe", help="Of the model under this recipe.  [default: the model as it is]")
+@click.option("--limit-mb", type=click.FloatRange(min=1), help="Memory to stay within.  [default: what is free]")
+@click.option("--multiple-of", type=click.IntRange(min=1), default=1, show_default=True, help="Try multiples only.")
+def max_batch(model, framework, mode, recipe, limit_mb, multiple_of) -> None:
+    """Find the largest batch of the reference model MODEL that fits into memory."""
+    with common.status() as progress:
+        loaded = common.load(model, framework, mode, 64)
+        found = perfkit.max_batch_size(
+            **{name: value for name, value in loaded.items() if name != "calibration"},
+            mode=mode,
+            recipe=recipe,
+            limit_bytes=None if limit_mb is None else int(limit_mb * 1e6),
+            multiple_of=multiple_of,
+            progress=progress,
+        )
+    common.out.print(str(found), highlight=False, soft_wrap=True)
 
 
 @main.command()

@@ -69,6 +69,8 @@ class DataParallel(ParallelRecipe):
             from perfkit.parallel.jax_data import refusal
 
             return refusal(work, self)
+        if work.layout.size("pipeline") > 1 and self.shard:
+            return "the stages of pipeline_parallel are held whole: leave shard out"
         if work.layout.size("tensor") > 1 and not self.shard:
             return "torch's DistributedDataParallel does not take the parts of tensor_parallel: add shard=True"
         return "engine='pmap' is JAX's: leave it out, or give it a JAX model" if self.engine == "pmap" else None

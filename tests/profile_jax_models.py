@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ def small(rows: int = 64) -> tuple[nnx.Module, tuple[jax.Array]]:
     return model, (jax.random.normal(jax.random.key(1), (rows, 8)),)
 
 
+@functools.cache
 def loaded(name: str, batch_size: int = 4) -> tuple[Any, tuple]:
     """A reference model and its inputs."""
     return reference.load(name, framework="jax", batch_size=batch_size)

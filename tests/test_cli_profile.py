@@ -172,6 +172,7 @@ def test_the_most_promising_finding():
         ((), "Missing argument 'MODEL'"),
         (("cmm",), "'cnn'"),
         (("cnn", "--diff", "a.json", "b.json"), "--diff compares two files"),
+        (("cnn", "--optimize", "--json", "-"), "name a file"),
         (("--diff", "a.json", "b.json"), "cannot read a.json"),
         (("--diff", "users_models.py", "b.json"), "is not JSON"),
         (("cnn", "--html", "nowhere/page.html"), "cannot write"),

@@ -183,6 +183,18 @@ class Backend(ABC):
     def leaves(self, tree: Any) -> Iterator[Any]:
         """The tensors or arrays in nested inputs or outputs."""
 
+    @abstractmethod
+    def mapped(self, function: Callable[[Any], Any], tree: Any) -> Any:
+        """Nested inputs or targets with `function` applied to each tensor or array."""
+
+    @abstractmethod
+    def rows(self, leaf: Any, indices: list[int], dim: int) -> Any:
+        """A tensor or array of these rows of another, along one dimension."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Hand the device memory back that is held for nothing."""
+
     def caller(self, work: Workload, finished: Finished) -> Callable[[], Any]:
         """One synchronized call on the example inputs, as the caller would make it: forward, or a training step.
 

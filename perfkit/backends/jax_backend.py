@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,15 +19,13 @@ from perfkit._errors import InvalidInputError
 from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, Finished, Rounds, Traffic, check_loss, does_not_run
-from perfkit.backends.jax_compile import persistent_cache, watching
-from perfkit.backends.jax_dress import as_called, dressed, finished, writer
+from perfkit.backends.jax_compile import WITHOUT_YNNPACK, persistent_cache, watching
+from perfkit.backends.jax_dress import as_called, become, dressed, finished, writer
 from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
 from perfkit.backends.jax_placement import device_bytes
 from perfkit.backends.jax_precision import cast
 from perfkit.backends.jax_training import Trainer
 from perfkit.backends.jax_trees import leaves
-
-WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 class JaxBackend(Backend):
@@ -95,9 +94,9 @@ class JaxBackend(Backend):
         return np.asarray(leaf, np.float32) if leaf.dtype in (jnp.bfloat16, jnp.float16) else np.asarray(leaf)
 
     def size(self, work: Workload) -> tuple[int, int]:
-        stored = {id(leaf): leaf for leaf in self.leaves((work.model.params, work.model.rest))}
+        rest = {id(leaf): leaf for leaf in self.leaves(work.model.rest)}
         parameters = {id(leaf): leaf for leaf in leaves(work.model.params) if hasattr(leaf, "dtype")}
-        total = sum(map(device_bytes, stored.values()))
+        total = work.model.placement.bytes_of(work.model.params) + sum(map(device_bytes, rest.values()))
         return total, sum(leaf.size for leaf in parameters.values())
 
     def tensor_peak(self, work: Workload, finished: Finished, anew: bool = False) -> Quantity:
@@ -165,6 +164,15 @@ class JaxBackend(Backend):
 
     def leaves(self, tree: Any) -> Iterator[jax.Array]:
         return (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, (jax.Array, np.ndarray)))
+
+    def mapped(self, function: Callable[[Any], Any], tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: function(leaf) if isinstance(leaf, (jax.Array, np.ndarray)) else leaf, tree)
+
+    def rows(self, leaf: Any, indices: list[int], dim: int) -> jax.Array:
+        return jnp.take(leaf, np.array(indices), axis=dim)
+
+    def forget(self) -> None:
+        gc.collect()
 
     def _check_runs(self, work: Workload) -> None:
         inputs, name = work.inputs, work.model.name
@@ -250,7 +258,10 @@ def _finished_training(work: Workload) -> Finished:
     trainer, held = Trainer(work), work.model
     if isinstance(held, NnxModel):
         module, _ = dressed(held)
-        write = writer(module)
+        into = writer(module)
+        write = lambda: into(*trainer.pieces)  # noqa: E731
+        if held.placement.scattered:
+            _gathering(module, trainer, held)
         call, model, params = module, module, None
     else:
         write = _nowhere
@@ -267,22 +278,22 @@ def _finished_training(work: Workload) -> Finished:
         """Train on `batch = (inputs, targets)` and return the loss."""
         inputs, targets = batch
         loss = trainer.step(as_inputs(held, inputs), targets)
-        write(*trainer.held)
+        write()
         return loss
 
     @contextmanager
     def keeping_state():
         with trainer.keeping_state():
             yield
-        write(*trainer.held)
+        write()
 
     def restore(state, remembered):
         trainer.restore(state, remembered)
-        write(*trainer.held)
+        write()
 
     def settle():
         trainer.settle()
-        write(*trainer.held)
+        write()
 
     def program():
         return trainer.program.compiled
@@ -295,7 +306,17 @@ def _memory_kind(leaf: jax.Array) -> str:
     return next(iter(leaf.devices())).default_memory().kind
 
 
-def _nowhere(params: Any, rest: Any) -> None:
+def _gathering(module: nnx.Module, trainer: Trainer, model: JaxModel) -> None:
+    """Let a call of a module gather its parameters from all devices first."""
+    function = jax.jit(model.function())
+
+    def __call__(_, *args, **kwargs):
+        return function(*trainer.held, *args, **kwargs)[0]
+
+    become(module, __call__)
+
+
+def _nowhere() -> None:
     """A function holds no state to write to."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from perfkit._errors import UnsupportedError
 from perfkit.backends import CompileLog
 
 _STAGES = (
@@ -18,6 +19,9 @@ _STAGES = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
+WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
+"""Compiler options of a CPU program in which XLA knows of all memory."""
+
 _HIT = "/jax/compilation_cache/cache_hits"
 _SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -78,6 +82,19 @@ class Program:
             ValueError,
         ):  # other shapes, dtypes or devices, or a trace: jit takes them all, or says why not
             return self.jitted(*args)
+
+
+def counted_bytes(lowered: jax.stages.Lowered, device: str) -> float:
+    """Temporary bytes of a program, by XLA's memory analysis; on CPU of one without YNNPACK, whose XLA does not count.
+
+    Raises:
+        UnsupportedError: XLA gives no analysis on this device.
+    """
+    compiled = lowered.compile(compiler_options=WITHOUT_YNNPACK if device == "cpu" else None)
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise UnsupportedError(f"XLA gives no memory analysis on {device!r}")
+    return float(analysis.temp_size_in_bytes)
 
 
 @contextmanager

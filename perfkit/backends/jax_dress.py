@@ -90,10 +90,15 @@ def dressed(model: NnxModel) -> tuple[nnx.Module, Callable | None]:
     def __call__(self, *args, **kwargs):
         return runner(self, args, kwargs)
 
+    become(module, __call__)
+    return module, runner
+
+
+def become(module: nnx.Module, __call__: Callable) -> None:
+    """Give a module a subclass of its class with this `__call__`."""
     base = type(module)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     module.__class__ = type(base.__name__, (base,), {**names, "__call__": __call__})
-    return module, runner
 
 
 class _Eager:

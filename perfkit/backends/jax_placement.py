@@ -15,7 +15,34 @@ if TYPE_CHECKING:
 
 
 class Placement(ABC):
-    """Where a model's arrays lie. Parameters carry their sharding themselves; everything else is asked of this."""
+    """Where a model's arrays lie. Parameters carry their sharding themselves; everything else is asked of this.
+
+    Attributes:
+        scattered: whether devices hold different parameters: then a call of the model gathers them first.
+    """
+
+    scattered = False
+
+    def trained(self, params: Any) -> Any:
+        """The parameters in the form in which they are trained."""
+        return params
+
+    def bytes_of(self, params: Any) -> int:
+        """Bytes of the parameters that one device holds."""
+        stored = {id(leaf): leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype")}
+        return sum(map(device_bytes, stored.values()))
+
+    def pieces(self, tree: Any) -> Any:
+        """Parameters and other state as a module of the caller's holds them from step to step."""
+        return self.held(tree)
+
+    def stored(self, state: Any) -> list[Any]:
+        """The leaves of the state of training, as a checkpoint keeps them."""
+        return jax.tree.leaves(state)
+
+    def loaded(self, state: Any, leaves: list[Any]) -> Any:
+        """The state that a checkpoint kept, lying as `state` does."""
+        return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
     @abstractmethod
     def state(self, state: Any) -> Any:

@@ -25,8 +25,8 @@ LOSS, OPTIMIZER = "{:loss}", "{:optimizer}"
 class Trainer:
     """`forward → loss → gradients → optimizer update` as one compiled function, on state of its own.
 
-    Nobody trains op by op in JAX, so the original's step is one program too. Under the recipe `compile` its outputs
-    also take over its inputs' memory (donation).
+    Nobody trains op by op in JAX, so the original's step is one program too. Under the recipes `compile` and `donate`
+    its outputs also take over its inputs' memory (donation).
 
     Args:
         work: a training workload.
@@ -35,15 +35,21 @@ class Trainer:
     def __init__(self, work: Workload):
         model, training = work.model, work.training
         self.placement = model.placement
-        state = model.params, model.rest, training.optimizer.init(model.params), _first_scale()
+        params = self.placement.trained(model.params)
+        state = params, model.rest, training.optimizer.init(params), _first_scale()
         self.state = _owned(self.placement.state(state))
         step = _step(self.placement.function(model.function()), training, self.placement.averaged)
-        self.program = self.placement.program(step, (0,) if model.ahead else (), self.state)
+        self.program = self.placement.program(step, (0,) if model.ahead or training.donates else (), self.state)
 
     @property
     def held(self) -> tuple[Any, Any]:
-        """Parameters and other state as the caller's model holds them."""
+        """Parameters and other state as the caller's model takes them."""
         return self.placement.held(self.state[:2])
+
+    @property
+    def pieces(self) -> tuple[Any, Any]:
+        """Parameters and other state as the caller's module holds them from step to step."""
+        return self.placement.pieces(self.state[:2])
 
     def step(self, inputs: Inputs, targets: Any) -> jax.Array:
         """Train on one batch; returns the loss before the step, a float32 scalar."""

@@ -9,11 +9,20 @@ import jax
 from perfkit.backends.jax_autocast import ARRAYS
 from perfkit.backends.jax_quantized import is_quantized
 
+LAST = ("kernel", "embedding", "bias", "scale")
+"""The last part of a parameter's path in flax; what is before it is the layer's name."""
+
 
 def leaves_with_names(params: Any) -> tuple[list[tuple[str, Any]], Any]:
     """The parameters with their names ("conv1.kernel"), and the tree to put them back into."""
     pairs, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     return [(_name(path), leaf) for path, leaf in pairs], structure
+
+
+def layer_of(name: str) -> str:
+    """The layer of a parameter: "conv1" of "conv1.kernel"; of other names the parameter itself."""
+    layer, _, last = name.rpartition(".")
+    return layer if layer and last in LAST else name
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import random
 from collections import Counter
@@ -19,7 +20,17 @@ from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, CompileLog, Finished, Rounds, Traffic, check_loss, does_not_run
 from perfkit.backends.torch_stderr import without_lines
-from perfkit.backends.torch_surgery import COMPILED_WITH, cast, copied, local, parts, settle_forward, tensors_in
+from perfkit.backends.torch_surgery import (
+    COMPILED_WITH,
+    ELSEWHERE,
+    cast,
+    copied,
+    local,
+    map_tensors,
+    parts,
+    settle_forward,
+    tensors_in,
+)
 from perfkit.backends.torch_training import Trainer
 
 
@@ -109,7 +120,8 @@ class TorchBackend(Backend):
         buffers = {id(tensor): tensor for tensor in work.model.buffers()}
         held = map(local, (parameters | buffers).values())
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
-        return sum(storages.values()), sum(tensor.numel() for tensor in parameters.values())
+        elsewhere = getattr(work.model, ELSEWHERE, 0)
+        return sum(storages.values()), sum(tensor.numel() for tensor in parameters.values()) + elsewhere
 
     def tensor_peak(self, work: Workload, finished: Finished, anew: bool = False) -> Quantity:
         call = self.caller(work, finished)
@@ -156,6 +168,17 @@ class TorchBackend(Backend):
 
     def leaves(self, tree: Any) -> Iterator[torch.Tensor]:
         return tensors_in(tree)
+
+    def mapped(self, function: Callable[[Any], Any], tree: Any) -> Any:
+        return map_tensors(function, tree)
+
+    def rows(self, leaf: torch.Tensor, indices: list[int], dim: int) -> torch.Tensor:
+        return leaf.index_select(dim, torch.tensor(indices, device=leaf.device))
+
+    def forget(self) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _check_runs(self, work: Workload) -> None:
         inputs, name = work.inputs, self.model_name(work)

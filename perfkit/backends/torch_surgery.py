@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import itertools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,6 +26,12 @@ FIXED_SHAPES = "_perfkit_fixed_shapes"
 
 INTEGER = "_perfkit_integer"
 """Marks the classes of layers on integer weights, whose `weight` is what these stand for, in float32."""
+
+ELSEWHERE = "_perfkit_elsewhere"
+"""On a model of which this process holds a part: how many parameters others hold."""
+
+WRAPPED = "_perfkit_wrapped"
+"""On classes that `around_forward` made: the class below, and what its forward was wrapped in."""
 
 ROUNDS = "_perfkit_rounds"
 """On the classes of modules that round what comes in and what goes out: the function that does it."""
@@ -55,7 +61,24 @@ def around_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> N
     Functions of the module, not bound methods: after a graph break torch.compile looks a bound method up by its name
     again, and would find the wrapper in place of what it wraps.
     """
-    derive(module, forward=wrap(type(module).forward))
+    base = type(module)
+    derive(module, forward=wrap(base.forward), **{WRAPPED: (base, wrap)})
+
+
+def unwrapped(module: nn.Module) -> tuple[type[nn.Module], tuple[Callable[[Callable], Callable], ...]]:
+    """The module's class below what `around_forward` put around it; and that, outermost first."""
+    kind, wraps = type(module), []
+    while WRAPPED in vars(kind):
+        kind, wrap = vars(kind)[WRAPPED]
+        wraps.append(wrap)
+    return kind, tuple(wraps)
+
+
+def wrapped(call: Callable, wraps: Iterable[Callable[[Callable], Callable]]) -> Callable:
+    """`call(module, *args, **kwargs)` within what `unwrapped` told."""
+    for wrap in reversed(tuple(wraps)):
+        call = wrap(call)
+    return call
 
 
 def around_call(module: nn.Module, context: Callable[[], AbstractContextManager]) -> None:

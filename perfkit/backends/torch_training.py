@@ -27,6 +27,7 @@ class Trainer:
         self.model = work.model
         self.training = work.training
         self.optimizer = work.training.optimizer
+        self.gradients = work.training.gradients or self._gradients
         self.rounds = work.training.rounds
         assert self.rounds is None or self.rounds.model is self.model, "they look after another copy of the model"
         self.scaler = torch.amp.GradScaler(work.device, enabled=work.training.loss_scaling)
@@ -37,15 +38,18 @@ class Trainer:
             for context in self.training.around:
                 contexts.enter_context(context())
             self.optimizer.zero_grad(set_to_none=True)
-            losses = [self._backward(*part) for part in self._micro_batches(inputs, targets)]
+            loss = self.gradients(self.model, inputs, targets)
             if self.rounds is not None:
                 self.rounds.before_update()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.rounds is not None:
                 self.rounds.after_update()
-        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         return loss if self.training.averaged is None else self.training.averaged(loss)
+
+    def _gradients(self, _model: nn.Module, inputs: Inputs, targets: Any) -> torch.Tensor:
+        losses = [self._backward(*part) for part in self._micro_batches(inputs, targets)]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def _micro_batches(self, inputs: Inputs, targets: Any) -> Iterator[tuple[Inputs, Any]]:
         parts, dim = self.training.micro_batches, self.training.batch_dim
@@ -54,6 +58,8 @@ class Trainer:
             return
         rows = even_rows(tensors_in((inputs.args, inputs.kwargs)), dim, parts)
         for index in range(parts):
+            if self.training.exchanging is not None:
+                self.training.exchanging(index == parts - 1)
             yield map_tensors(sliced(rows, parts, index, dim), (inputs, targets))
 
     def _backward(self, inputs: Inputs, targets: Any) -> torch.Tensor:

@@ -20,17 +20,18 @@ def write(folder: Path, finished: Finished) -> None:
     if finished.rounds is not None:
         finished.rounds.settle()
     state, remembered = finished.trainer.settled
-    _save(folder, state)
+    _save(folder, finished.trainer.placement.stored(state))
     if jax.tree.leaves(remembered):
         _save(_beside(folder), remembered)
 
 
 def read(folder: Path, finished: Finished) -> None:
     """Read the same, sharded as the state lies now."""
-    state, remembered = finished.trainer.settled
+    (state, remembered), placement = finished.trainer.settled, finished.trainer.placement
     there = _beside(folder)
     same = there.is_dir() and _many(there) == len(jax.tree.leaves(remembered))
-    finished.restore(_restored(folder, state), _restored(there, remembered) if same else None)
+    found = placement.loaded(state, _restored(folder, placement.stored(state)))
+    finished.restore(found, _restored(there, remembered) if same else None)
 
 
 def _beside(folder: Path) -> Path:

@@ -21,6 +21,7 @@ from perfkit.backends.jax_placement import Placement
 from perfkit.backends.jax_quantized import is_quantized
 from perfkit.backends.jax_trees import leaves_with_names, with_leaves
 from perfkit.parallel.jax_mesh import OnMesh, local, mesh_of, put, replicated, shared_rows
+from perfkit.parallel.jax_piped import Piped
 from perfkit.parallel.spread import Spread
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def refusal(work: Workload, recipe: DataParallel) -> str | None:
         return "precision is torch's, for the weights that FSDP2 gathers: use 'bf16+data_parallel(shard=True)'"
     if recipe.offload:
         return "offload is torch's: in JAX every array lies on a device of the mesh"
+    if recipe.shard and work.layout is not None and work.layout.size("pipeline") > 1:
+        return "the stages of pipeline_parallel are held whole: leave shard out"
     if recipe.engine == "pmap" and recipe.shard:
         return "jax.pmap keeps whole parameters on each device: use engine='jit' with shard"
     if recipe.engine == "pmap" and work.layout is not None and work.layout.axes != (AXIS,):
@@ -49,7 +52,10 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     """Each device takes its part of the batch; parameters lie on every device, or with `shard` a part on each."""
     mesh, model = mesh_of(work.layout), work.model
     named, structure = leaves_with_names(model.params)
-    placed, touched, skipped = [], [], []
+    if isinstance(model.placement, Piped):
+        touched = tuple(name for name, _ in named)
+        return _told(work, model.placement.along_data(recipe.batch_dim), touched, (), recipe)
+    placed, taken, skipped = [], [], []
     for name, leaf in named:
         leaf = replicated(leaf, mesh)
         reason = _share(leaf, mesh) if recipe.shard else None
@@ -57,17 +63,29 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
             skipped.append(Skipped(name, reason))
         else:
             leaf = leaf if reason is None else put(leaf, reason)
-            touched.append(name)
+            taken.append(name)
         placed.append(leaf)
-    mapped = recipe.engine == "pmap"
-    placement = Mapped(mesh, recipe.batch_dim) if mapped else OnMesh(mesh, recipe.batch_dim)
+    placement = Mapped(mesh, recipe.batch_dim) if recipe.engine == "pmap" else OnMesh(mesh, recipe.batch_dim)
     model = model.with_state(with_leaves(structure, placed), replicated(model.rest, mesh))
+    return _told(work.replace(model=model), placement, tuple(taken), tuple(skipped), recipe)
+
+
+def _told(
+    work: Workload,
+    placement: OnMesh | Mapped,
+    touched: tuple[str, ...],
+    skipped: tuple[Skipped, ...],
+    recipe: DataParallel,
+) -> tuple[Workload, Effect]:
     what = "parameters, gradients and optimizer state in parts" if recipe.shard else "gradients averaged"
-    told = f"data: the batch in {mesh.shape[AXIS]} parts, {what}"
+    told = f"data: the batch in {placement.mesh.shape[AXIS]} parts, {what}"
     spread = work.spread or Spread()
-    work = work.replace(model=replace(model, placement=placement), spread=replace(spread, parts=(*spread.parts, told)))
     notes = [f"one program by jax.{recipe.engine} over {work.layout}, on {work.world.size} process(es)"]
-    return work, Effect(tuple(touched), tuple(skipped), (*notes, *(_about_rest(model.rest) if mapped else ())))
+    if isinstance(placement, Mapped):
+        notes += _about_rest(work.model.rest)
+    model = replace(work.model, placement=placement)
+    work = work.replace(model=model, spread=replace(spread, parts=(*spread.parts, told)))
+    return work, Effect(touched, skipped, tuple(notes))
 
 
 def _share(leaf: Any, mesh: Mesh) -> NamedSharding | str:

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from perfkit._batch import axis_of
 from perfkit._report import Effect
 from perfkit._workload import Workload
 from perfkit.backends.jax_compile import Program
 from perfkit.backends.jax_placement import Placement
 from perfkit.backends.jax_trees import leaves_with_names
-from perfkit.parallel.batch import axis_of
 from perfkit.parallel.jax_mesh import OnMesh, mesh_of, replicated, shared_rows
 from perfkit.parallel.spread import Spread
 

@@ -16,7 +16,7 @@ from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.jax_compile import persistent_cache
 from perfkit.backends.jax_quantized import is_quantized
-from perfkit.backends.jax_trees import leaves_with_names, with_leaves
+from perfkit.backends.jax_trees import layer_of, leaves_with_names, with_leaves
 from perfkit.parallel.jax_collectives import collectives, told
 from perfkit.parallel.jax_mesh import OnMesh, mesh_of, put, replicated
 from perfkit.parallel.jax_uses import Use, Uses, uses
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from perfkit.recipes.tensor_parallel import TensorParallel
 
 AXIS = "tensor"
-LAST = ("kernel", "embedding", "bias", "scale")
-"""The last part of a parameter's path in flax; what is before it is the layer's name."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,14 @@ def _cuts(work: Workload, recipe: TensorParallel, parts: int) -> tuple[dict[str,
     shapes = [leaf.shape for _, leaf in plain]
     biases = {name: leaf.shape for name, leaf in plain if name.rpartition(".")[2] == "bias"}
     weights = [index for index, (name, leaf) in enumerate(plain) if leaf.ndim >= 2 and name not in biases]
-    wanted = recipe.selected(dict.fromkeys(_layer(plain[index][0]) for index in weights))
+    wanted = recipe.selected(dict.fromkeys(layer_of(plain[index][0]) for index in weights))
     found = _uses(work, shapes)
     cuts: dict[str, Cut] = {}
     outgoing: dict[int, int] = {}
     places = {index: place for place, index in enumerate(found.first)}
     for index in sorted(weights, key=lambda index: places.get(index, len(places))):
         name, shape = plain[index][0], shapes[index]
-        cut = _cut(index, name, found, outgoing, parts) if _layer(name) in wanted else "excluded"
+        cut = _cut(index, name, found, outgoing, parts) if layer_of(name) in wanted else "excluded"
         if isinstance(cut, str):
             skipped.append(Skipped(name, cut))
             continue
@@ -89,7 +87,7 @@ def _cuts(work: Workload, recipe: TensorParallel, parts: int) -> tuple[dict[str,
         if cut.told in ("columns", "channels"):
             out = found.first[index].out
             outgoing[index] = out.index(cut.dim)
-            bias = f"{_layer(name)}.bias"
+            bias = f"{layer_of(name)}.bias"
             if biases.get(bias) == tuple(shape[dim] for dim in out):
                 cuts[bias] = Cut(outgoing[index], cut.told)
     return cuts, skipped
@@ -178,10 +176,5 @@ def _told(cuts: dict[str, Cut], parts: int) -> str:
     ways: dict[str, list[str]] = {}
     for name, cut in cuts.items():
         if name.rpartition(".")[2] != "bias":
-            ways.setdefault(cut.told, []).append(_layer(name))
+            ways.setdefault(cut.told, []).append(layer_of(name))
     return split_in_words(ways, parts)
-
-
-def _layer(name: str) -> str:
-    layer, _, last = name.rpartition(".")
-    return layer if layer and last in LAST else name

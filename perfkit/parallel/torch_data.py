@@ -18,6 +18,7 @@ from perfkit.backends.torch_surgery import copied, map_tensors
 from perfkit.parallel.batch import part
 from perfkit.parallel.spread import Spread
 from perfkit.parallel.torch_mesh import alike, follow, mesh_of
+from perfkit.parallel.torch_pipe import pipelined
 
 if TYPE_CHECKING:
     from perfkit.recipes.data_parallel import DataParallel
@@ -34,12 +35,12 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     work = part(work, recipe.batch_dim, mesh.get_local_rank(), map_tensors)
     model = work.model
     alike(model, group)
-    idle = unused(work)
+    idle = [] if pipelined(model) else unused(work)
     notes = [*_about_norms(model, work.device, group), *_about_unused(idle)]
     if recipe.shard:
         policy = CPUOffloadPolicy() if recipe.offload and work.device == "cuda" else OffloadPolicy()
         before = dict(model.named_parameters())
-        units = _units(model)
+        units = units_of(model)
         for unit in units:
             fully_shard(unit, mesh=mesh, offload_policy=policy, mp_policy=_precision(recipe, whole=unit is model))
         follow(work.training.optimizer, before, dict(model.named_parameters()))
@@ -47,13 +48,17 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
         if recipe.precision:
             notes.append("weights and activations in bfloat16, gradients added up and parameters kept in float32")
         notes.append(f"FSDP2 in {len(units)} units: {', '.join(names[id(unit)] for unit in units)}")
+    elif pipe := pipelined(model):
+        pipe.replicated, pipe.hook = True, _in_bfloat16 if recipe.compress else None
+        notes.append("gradients of each stage are averaged after its last micro-batch")
     else:
         replicated: Any = replicate(  # the model itself, of a class of torch's
             model, process_group=group, gradient_as_bucket_view=True, find_unused_parameters=bool(idle)
         )
         if recipe.compress:
             replicated.register_comm_hook(group, _in_bfloat16)
-            notes.append("gradients are sent in bfloat16")
+    if recipe.compress:
+        notes.append("gradients are sent in bfloat16")
 
     def averaged(loss: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(loss, group=group)
@@ -63,7 +68,11 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     told = f"data: the batch in {mesh.size()} parts, {what}"
     spread = work.spread or Spread()
     spread = replace(spread, shares=mesh.size(), parts=(*spread.parts, told))
-    work = work.replace(training=replace(work.training, averaged=averaged), spread=spread)
+    exchanging: Any = getattr(model, "set_requires_gradient_sync", None)  # of the class that torch gave it, if it did
+    if work.training.micro_batches > 1:
+        notes.append(f"gradients are sent with the last of {work.training.micro_batches} micro-batches")
+    training = replace(work.training, averaged=averaged, exchanging=exchanging)
+    work = work.replace(training=training, spread=spread)
     touched = tuple(name for name, _ in model.named_parameters() if name not in idle)
     skipped = tuple(Skipped(name, "no gradient reaches it on the example inputs") for name in idle)
     return work, Effect(touched, skipped, tuple(notes))
@@ -117,7 +126,7 @@ def _about_norms(model: nn.Module, device: str, group: Any) -> list[str]:
     return [f"{', '.join(norms)}: synchronized, statistics of the whole batch"]
 
 
-def _units(model: nn.Module) -> list[nn.Module]:
+def units_of(model: nn.Module) -> list[nn.Module]:
     """What is gathered and freed as one, innermost first: the model's children, or those of its lists; then the rest.
 
     Parameters that two of them share must be in one unit: then the model is one.

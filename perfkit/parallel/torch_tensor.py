@@ -99,6 +99,14 @@ def tensor_parallel(work: Workload, recipe: TensorParallel) -> tuple[Workload, E
     return work, Effect(tuple(splits), tuple(skipped), (told, *notes))
 
 
+def planned(work: Workload, parts: int) -> dict[str, Split]:
+    """How the layers would be split in so many parts, by name; nothing is changed, and no other process is needed."""
+    from perfkit.recipes.tensor_parallel import TensorParallel
+
+    chosen, _ = _layers(work.model, TensorParallel())
+    return _plan(_followed(work, chosen)[0], parts)[0]
+
+
 def _layers(model: nn.Module, recipe: TensorParallel) -> tuple[dict[str, nn.Module], list[Skipped]]:
     """The layers to split, and those that cannot be, by what they are."""
     inside = {

@@ -15,31 +15,34 @@ from perfkit._report import Quantity
 from perfkit.backends import Traffic
 from perfkit.backends.torch_stderr import without_lines
 
-_OPERATION = re.compile(r"(gloo|nccl|xccl|mpi|ucc):(\w+)")
+_OPERATION = re.compile(r"(?:gloo|nccl|xccl|mpi|ucc):(\w+)(?: .*)?")
 _BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long int": 8, "int": 4, "bool": 1}
 """By the profiler's names of dtypes; of others a byte each."""
 
 
 def traffic(call: Callable[[], Any], steps: int = 1) -> Traffic:
-    """The collective operations of one call of so many steps, whose own preparations are behind it, for one step.
+    """The collective operations and sends of one call of so many steps, prepared before, for one step.
 
     Every process must make the call. The backend's own events are counted (gloo builds a reduce-scatter of an
-    all-reduce, say), each from when it was asked for until it was done, the waiting for others included.
+    all-reduce, say), each from when it was asked for until it was done, the waiting for others included; what is
+    received from one process is counted as sent there.
     """
     with without_lines("USDT:"), torch.profiler.profile(record_shapes=True) as profile:
         began = time.perf_counter_ns()
         call()
         took = time.perf_counter_ns() - began
-    found = [event for event in profile.profiler.kineto_results.events() if _OPERATION.fullmatch(event.name())]
+    events = [(_OPERATION.fullmatch(event.name()), event) for event in profile.profiler.kineto_results.events()]
+    found = [(match[1], event) for match, event in events if match]
     if not found:
         reason = "torch's profiler saw no collective operation"
         return Traffic(Quantity.missing("B", reason), Quantity.missing("ratio", reason))
-    kinds = Counter(event.name().partition(":")[2] for event in found)
-    told = ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+    sent = [(kind, event) for kind, event in found if kind != "recv"]
+    told = ", ".join(f"{count} × {kind}" for kind, count in Counter(kind for kind, _ in sent).items())
     over = f" in {steps} steps" if steps > 1 else ""
-    spans = [(event.start_ns(), event.start_ns() + event.duration_ns()) for event in found]
+    spans = [(event.start_ns(), event.start_ns() + event.duration_ns()) for _, event in found]
+    size = sum(_size(event) for _, event in sent) / steps
     return Traffic(
-        Quantity(sum(map(_size, found)) / steps, "B", method=f"handed to {told}{over}, by torch's profiler"),
+        Quantity(size, "B", method=f"handed to {told}{over}, by torch's profiler"),
         Quantity(min(covered(spans) / took, 1.0), "ratio", method="time under way, of a step under torch's profiler"),
     )
 

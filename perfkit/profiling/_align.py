@@ -142,7 +142,8 @@ def _change(before: Part | None, after: Part | None) -> Change:
     values = [getattr(part, field) if part else 0.0 for field in ("ms", "bytes", "calls") for part in (before, after)]
     if before and after:
         was = before.name if before.name != after.name else ""
-        told = status(*values[:2]) if values[2] == values[3] else "changed"
+        alike = math.isclose(values[0], values[1], rel_tol=1e-9) and values[2] == values[3]
+        told = "same" if alike else "changed"
     else:
         was, told = "", "removed" if before else "added"
     return Change(shown.name, was, shown.module, shown.phase, told, *values)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perfkit._report import Environment, Latency, Quantity, plain, written
+
+if TYPE_CHECKING:
+    from perfkit.profiling.diff import ProfileDiff
 
 SCHEMA_VERSION = 1
 
@@ -319,6 +322,16 @@ class Profile:
         from perfkit.profiling import _reading
 
         return _reading.from_json(source)
+
+    def diff(self, after: Profile) -> ProfileDiff:
+        """What changed from this profile to `after`, operation by operation.
+
+        Raises:
+            InvalidInputError: one of them has no times to compare.
+        """
+        from perfkit.profiling import diff
+
+        return diff.diff(self, after)
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as JSON-ready data; numbers that are not finite become None."""

@@ -100,7 +100,7 @@ class Steps(_Written):
             f"  data {_shown(self.data_ms)}, compute {_shown(self.compute_ms)}, waiting for the device "
             f"{_shown(self.sync_ms)}",
             f"  waiting for batches {_shown(self.data_share, 100, '%')} of the time, {_shown(self.throughput)}, "
-            f"{self.recompiles} recompilations",
+            f"{self.recompiles} recompilations; watching took {_shown(self.overhead, 100, '%')}",
             f"  memory per step: process {_shown(self.resident_growth)}, device {_shown(self.device_growth)}",
         ]
         return "\n".join([*told, *(f"  {finding.told} {finding.advice}" for finding in self.findings)])
@@ -124,7 +124,7 @@ class MergedSteps(_Written):
 
     def __str__(self) -> str:
         about = f"{len(self.ranks)} processes, {_shown(self.throughput)}"
-        slow = f"rank {self.slowest_rank} computes longest, {_shown(self.imbalance)} of the mean"
+        slow = f"rank {self.slowest_rank} computes longest, {_shown(self.imbalance, 1, 'times')} the mean"
         return "\n".join([f"{about}; {slow}", *map(str, self.ranks)])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from perfkit.profiling import _reading, _views
 from perfkit.profiling._align import Change, Part, aligned, ranked, status
 from perfkit.profiling._profile import Memory, Module, Profile
 
+SCHEMA_VERSION = 1
 CONFIDENCE = 0.99
 
 
@@ -66,6 +67,7 @@ class ProfileDiff:
     modules: tuple[Change, ...]
     categories: tuple[Change, ...]
     cautions: tuple[str, ...] = ()
+    schema_version: int = field(default=SCHEMA_VERSION)
 
     @property
     def saved_ms(self) -> float:
@@ -218,10 +220,10 @@ def _cautions(old: Profile, new: Profile) -> tuple[str, ...]:
     found = []
     if old.environment.fingerprint != new.environment.fingerprint:
         found.append("different machines or libraries (the fingerprints differ): times say little about the model")
-    for field in ("model", "framework", "mode", "device", "inputs"):
-        one, other = getattr(old, field), getattr(new, field)
+    for name in ("model", "framework", "mode", "device", "inputs"):
+        one, other = getattr(old, name), getattr(new, name)
         if one != other:
-            found.append(f"different {field}: {one} before, {other} after")
+            found.append(f"different {name}: {one} before, {other} after")
     for name, profile in (("before", old), ("after", new)):
         if profile.outcome != "complete":
             found.append(f"the profile {name} is {profile.outcome}: {profile.explanation}")

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from perfkit.profiling._wire import Message
-from perfkit.profiling.jax_hlo import CONTROL, Instruction, Program
+from perfkit.profiling.jax_hlo import CONTROL, Program
+from perfkit.profiling.jax_hlo_read import Instruction
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from perfkit.profiling._profile import Op
-from perfkit.profiling.jax_hlo import CONTROL, NO_WORK, Instruction, Program
+from perfkit.profiling.jax_hlo import CONTROL, NO_WORK, Program
+from perfkit.profiling.jax_hlo_read import Instruction
 from perfkit.profiling.jax_scopes import Place
+from perfkit.profiling.jax_shares import Shares, by_place
 from perfkit.profiling.jax_trace import Event, Host, Trace
 
 _RANKS = {"compile": 2, "dispatch": 3}
@@ -36,8 +39,10 @@ _PLAIN = frozenset(
 """Left out of the names of fusions, where they hold anything else."""
 
 _MOST_NAMES = 3
+_NOTHING = [0.0] * 4
 
-Shares = dict[Place, float]
+Key = tuple[str, str, str, str, str]
+"""Name, kind, module, phase and shapes: what is told apart."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,10 @@ class Reader:
         rows = self._known[key]
         return rows if not event.module else [_within(row, event.module) for row in rows]
 
+    def row(self, item: Host) -> Row:
+        """What the host does for a program, before or while it runs."""
+        return Row(item.kind, "op", item.module, self.place("").phase)
+
     def _read(self, event: Event) -> Iterator[Row]:
         kind = "kernel" if self.device else "op"
         item = self.instruction(event)
@@ -109,7 +118,7 @@ class Reader:
             yield Row(event.name, kind, at.module, at.phase)
             return
         program = self.programs[event.program]
-        shapes, moved = program.shapes(item), program.moved_bytes(item)
+        moved = program.moved_bytes(item)
         shares = self.shares.get(item.name)
         if shares is None:
             at = self.place(program.op_name(item))
@@ -119,11 +128,12 @@ class Reader:
             name = self._name(inner)
             if not any("/" in each.op_name or each.product_flops for each in inner):  # the compiler's own
                 name = program.name.removeprefix("jit_") if self.alone else f"{at.primitive or 'XLA'} ({name})"
-            yield Row(name, kind, at.module, at.phase, shapes, moved, flops)
+            yield Row(name, kind, at.module, at.phase, program.shapes(item, inner), moved, flops)
             return
-        for at, group in _by_place(program, item, self.place).items():
+        for at, group in by_place(program, item, self.place).items():
             if share := shares.get(at, 0.0):
                 flops = sum(each.product_flops for each in group)
+                shapes = program.shapes(item, group)
                 yield Row(self._name(group), kind, at.module, at.phase, shapes, moved * share, flops, share)
 
     def _name(self, inner: list[Instruction]) -> str:
@@ -139,35 +149,8 @@ class Reader:
             return _JAX_NAMES[item.opcode]
         if item.opcode in ("copy", *CONTROL) or "/" not in item.op_name:
             return item.opcode
-        return self.place(item.op_name).primitive or item.target or item.opcode
-
-
-def holds_layers(program: Program, item: Instruction, place: Callable[[str], Place]) -> bool:
-    """Whether a fusion holds products of more than one place of the model, so that its time is theirs together."""
-    if item.opcode != "fusion":
-        return False
-    groups = _by_place(program, item, place).values()
-    return sum(any(each.product_flops for each in group) for group in groups) > 1
-
-
-def shares_by_work(program: Program, item: Instruction, place: Callable[[str], Place]) -> Shares:
-    """By operations and bytes: where nothing better is known."""
-    work = {
-        at: sum(each.product_flops + each.bytes for each in group)
-        for at, group in _by_place(program, item, place).items()
-    }
-    return {at: each / sum(work.values()) for at, each in work.items()}
-
-
-def shares_by_time(
-    program: Program, item: Instruction, place: Callable[[str], Place], ms_by_place: dict[Place, float]
-) -> Shares:
-    """By the times that the places in it take where they are not fused; empty where one with products has none."""
-    groups = _by_place(program, item, place)
-    times = {at: ms_by_place.get(at, 0.0) for at in groups}
-    if any(not times[at] and any(each.product_flops for each in group) for at, group in groups.items()):
-        return {}
-    return {at: ms / sum(times.values()) for at, ms in times.items()}
+        name = self.place(item.op_name).primitive
+        return item.target if name in ("", "ffi_call") and item.target else name or item.opcode
 
 
 def swept(
@@ -206,31 +189,39 @@ def swept(
 
 
 def ops(
-    timed: Iterable[tuple[Event | Host, float]], reader: Reader, flops: dict[tuple[str, str], float], steps: int
+    steps: Iterable[Iterable[tuple[Event | Host, float]]], reader: Reader, flops: dict[tuple[str, str], float]
 ) -> tuple[Op, ...]:
     """The operations of a step, longest first.
 
+    Times are medians over the steps, so that one in which the machine did something else does not count; of what is not
+    in most of them, means.
+
     Args:
-        timed: of all steps, what ran and its time.
+        steps: of each, what ran and its time.
         flops: of the mathematics, by module and phase.
-        steps: how many steps they are of.
     """
-    sums: dict[tuple[str, str, str, str, str], list[float]] = {}
-    for item, ms in timed:
-        rows = [Row(item.kind, "op", item.module, "forward")] if isinstance(item, Host) else reader.rows(item)
-        for row in rows:
-            key = row.name, row.kind, row.module, row.phase, row.shapes
-            found = sums.setdefault(key, [0.0] * 4)
-            for index, value in enumerate((1.0, ms * row.share, row.moved_bytes, row.product_flops)):
-                found[index] += value / steps
-    weights: dict[tuple[str, str], float] = {}
-    for (_, _, module, phase, _), (_, _, _, weight) in sums.items():
-        weights[module, phase] = weights.get((module, phase), 0.0) + weight
-    made = []
-    for (name, kind, module, phase, shapes), (calls, ms, moved, weight) in sums.items():
-        own = flops.get((module, phase), 0.0) * weight / weights[module, phase] if weight else 0.0
-        made.append(Op(name, kind, module, phase, calls, ms, own, moved, shapes))
+    each = [_summed(timed, reader) for timed in steps]
+    keys = {key: None for sums in each for key in sums}
+    typical = {key: [_typical([sums.get(key, _NOTHING)[at] for sums in each]) for at in range(4)] for key in keys}
+    own = _shared(flops, {key: values[3] for key, values in typical.items()})
+    made = [Op(*key[:4], calls, ms, own[key], moved, key[4]) for key, (calls, ms, moved, _) in typical.items()]
     return tuple(sorted(made, key=lambda op: -op.self_ms))
+
+
+def _summed(timed: Iterable[tuple[Event | Host, float]], reader: Reader) -> dict[Key, list[float]]:
+    """Of one step: how often, how long, bytes moved and the compiler's count of operations."""
+    sums: dict[Key, list[float]] = {}
+    for item, ms in timed:
+        rows = [reader.row(item)] if isinstance(item, Host) else reader.rows(item)
+        for row in rows:
+            found = sums.setdefault((row.name, row.kind, row.module, row.phase, row.shapes), [0.0] * 4)
+            for at, value in enumerate((1.0, ms * row.share, row.moved_bytes, row.product_flops)):
+                found[at] += value
+    return sums
+
+
+def _typical(values: list[float]) -> float:
+    return statistics.median(values) or statistics.fmean(values)
 
 
 def union(intervals: Iterable[tuple[float, float]], until: tuple[float, float]) -> list[tuple[float, float]]:
@@ -250,15 +241,25 @@ def of_step(trace: Trace, until: tuple[float, float]) -> list[Event]:
     return [event for event in trace.events if event.end_ms > until[0] and event.start_ms < until[1]]
 
 
-def _by_place(program: Program, item: Instruction, place: Callable[[str], Place]) -> dict[Place, list[Instruction]]:
-    """What a fusion is made of, by place; a place's `primitive` is left out."""
-    found: dict[Place, list[Instruction]] = {}
-    for inner in program.inside(item):
-        if inner.opcode not in NO_WORK and "/" in inner.op_name:
-            at = place(inner.op_name)
-            found.setdefault(Place(at.module, at.phase), []).append(inner)
-    return found
-
-
 def _within(row: Row, module: str) -> Row:
     return row if row.module else Row(**{**vars(row), "module": module})
+
+
+def _shared(flops: dict[tuple[str, str], float], weights: dict[Key, float]) -> dict[Key, float]:
+    """The mathematics' operations of each place, shared out among what computes products there.
+
+    What is of a place in which nothing does goes to those products that are of no place with any.
+    """
+    by_place: dict[tuple[str, str], float] = {}
+    for (_, _, module, phase, _), weight in weights.items():
+        by_place[module, phase] = by_place.get((module, phase), 0.0) + weight
+    left = sum(count for place, count in flops.items() if not by_place.get(place))
+    strangers = sum(weight for place, weight in by_place.items() if not flops.get(place))
+    found = {}
+    for key, weight in weights.items():
+        place = key[2], key[3]
+        if count := flops.get(place):
+            found[key] = count * weight / by_place[place] if weight else 0.0
+        else:
+            found[key] = left * weight / strangers if weight else 0.0
+    return found

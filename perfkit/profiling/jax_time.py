@@ -9,22 +9,24 @@ from typing import Any
 
 import jax
 
+from perfkit._errors import UnsupportedError
 from perfkit._report import Quantity
 from perfkit._workload import Workload
 from perfkit.backends import Finished
-from perfkit.profiling import jax_flops, jax_hlo, jax_ops, jax_trace
-from perfkit.profiling._basics import Basics
+from perfkit.profiling import jax_flops, jax_hlo, jax_ops, jax_shares, jax_trace
+from perfkit.profiling._basics import Basics, unprofiled
 from perfkit.profiling._profile import PHASES, Op, Time
 from perfkit.profiling.jax_modules import modules
-from perfkit.profiling.jax_ops import Reader, Shares
+from perfkit.profiling.jax_ops import Reader
 from perfkit.profiling.jax_run import WITHOUT_LIBRARY_FUSIONS, Run, marking
 from perfkit.profiling.jax_scopes import Place
+from perfkit.profiling.jax_shares import Shares
 from perfkit.profiling.jax_spans import spans
 from perfkit.profiling.jax_trace import Event, Trace
 
 PROFILED_S = 0.5
-FEWEST, MOST = 4, 20
-"""So many steps are profiled, about PROFILED_S long together; the quicker half of them counts."""
+FEWEST, MOST = 5, 20
+"""So many steps are profiled, about PROFILED_S long together."""
 
 MOST_GAPS = 5
 
@@ -42,42 +44,42 @@ def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
         count = jax_flops.counted(run.jaxpr, work.trains, run.scopes)
         steps = max(FEWEST, min(MOST, round(PROFILED_S / (basics.step.median_ms / 1e3))))
         run.call()
-        trace = jax_trace.taken(run.call, steps)
+        try:
+            trace = jax_trace.taken(run.call, steps)
+        except UnsupportedError as error:
+            return unprofiled(basics, str(error))
         reader, split = _reader(run, trace, count)
         return _time(run, trace, reader, split, count, basics)
 
 
 def _time(run: Run, trace: Trace, reader: Reader, split: str, count: jax_flops.Counted, basics: Basics) -> Time:
     lengths = [end - start for start, end in trace.steps]
-    quick = sorted(trace.steps, key=lambda step: step[1] - step[0])[: (len(trace.steps) + 1) // 2]
-    timed = [item for step in quick for item in _swept(trace, reader, step)]
-    ops = jax_ops.ops(timed, reader, count.by_place, len(quick))
-    mean_ms = statistics.fmean(end - start for start, end in quick)
-    covered = [jax_ops.union(((e.start_ms, e.end_ms) for e in jax_ops.of_step(trace, step)), step) for step in quick]
-    busy_ms = sum(end - start for some in covered for start, end in some) / len(quick)
-    waits = [(item.start_ms, item.end_ms) for item in trace.host if item.kind == "wait"]
-    waiting_ms = sum(end - start for step in quick for start, end in jax_ops.union(waits, step)) / len(quick)
-    shown = quick[len(quick) // 2]
-    form = "one XLA program" if len(trace.programs) == 1 else f"{len(trace.programs)} XLA programs, one after another"
-    how = f"XLA's own times of what it runs, {form}; mean of the quicker {len(quick)} of {len(trace.steps)} steps"
-    nothing = None if trace.events else "the profiler recorded no operation of XLA's"
+    ops = jax_ops.ops([_swept(trace, reader, step) for step in trace.steps], reader, count.by_place)
     attributed_ms = sum(op.self_ms for op in ops)
+    step_ms = max(statistics.median(lengths), attributed_ms)
+    covered = [_covered(trace, step) for step in trace.steps]
+    waits = [(item.start_ms, item.end_ms) for item in trace.host if item.kind == "wait"]
+    waiting = [jax_ops.union(waits, step) for step in trace.steps]
+    typical = sorted(range(len(lengths)), key=lengths.__getitem__)[len(lengths) // 2]
+    form = "one XLA program" if len(trace.programs) == 1 else f"{len(trace.programs)} XLA programs, one after another"
+    how = f"XLA's own times of what it runs, {form}; medians of {len(trace.steps)} steps"
+    nothing = None if trace.events else "the profiler recorded no operation of XLA's"
     return Time(
         step=basics.step,
         first_call_s=basics.first_call_s,
         compile_s=basics.compile_s,
         recompiles=basics.recompiles,
-        phases_ms=_phases(ops, mean_ms),
-        busy=_share(busy_ms / mean_ms, nothing, f"union of XLA's operations / step; {how}"),
-        idle_ms=_gaps(covered[len(quick) // 2], shown),
-        waiting=_share(waiting_ms / mean_ms, None, "the host's thread waits for results"),
-        attributed=_share(attributed_ms / mean_ms, nothing, f"{how}{split}"),
+        phases_ms=_phases(ops, step_ms),
+        busy=_share(_part(covered, lengths), nothing, f"union of XLA's operations / step; {how}"),
+        idle_ms=_gaps(covered[typical], trace.steps[typical]),
+        waiting=_share(_part(waiting, lengths), None, "the host's thread waits for results"),
+        attributed=_share(attributed_ms / step_ms, nothing, f"{how}{split}"),
         overhead=Quantity(statistics.median(lengths) / basics.step.median_ms, "ratio", method="jax.profiler"),
         flops=Quantity(count.total, "FLOP", method=_counted_how(count)),
         utilization=Quantity.missing("ratio", "the machine's ceilings are measured later"),
         ops=ops,
         modules=modules(run, ops, count),
-        spans=spans(run.work.model.name, trace, reader, shown),
+        spans=spans(run.work.model.name, trace, reader, trace.steps[typical]),
     )
 
 
@@ -92,7 +94,7 @@ def _reader(run: Run, trace: Trace, count: jax_flops.Counted) -> tuple[Reader, s
     fused = {
         (event.program, event.name): item
         for event in trace.events
-        if (item := plain.instruction(event)) and jax_ops.holds_layers(programs[event.program], item, run.place)
+        if (item := plain.instruction(event)) and jax_shares.holds_layers(programs[event.program], item, run.place)
     }
     if not fused:
         return plain, ""
@@ -100,9 +102,9 @@ def _reader(run: Run, trace: Trace, count: jax_flops.Counted) -> tuple[Reader, s
     shares: dict[str, Shares] = {}
     measured = 0
     for (number, name), item in fused.items():
-        shares[name] = jax_ops.shares_by_time(programs[number], item, run.place, by_place)
+        shares[name] = jax_shares.shares_by_time(programs[number], item, run.place, by_place)
         measured += bool(shares[name])
-        shares[name] = shares[name] or jax_ops.shares_by_work(programs[number], item, run.place)
+        shares[name] = shares[name] or jax_shares.shares_by_work(programs[number], item, run.place)
     told = f"; the time of {len(fused)} fusion(s) of several layers shared out among them "
     how = "as they take it where XLA does not fuse them" if measured == len(fused) else "by their operations and bytes"
     return Reader(programs, run.place, shares, device=trace.device), told + how
@@ -144,6 +146,17 @@ def _programs(trace: Trace) -> dict[int, jax_hlo.Program]:
 
 def _swept(trace: Trace, reader: Reader, step: tuple[float, float]) -> Any:
     return jax_ops.swept(jax_ops.of_step(trace, step), trace.host, reader.controls, step)
+
+
+def _covered(trace: Trace, step: tuple[float, float]) -> list[tuple[float, float]]:
+    """When XLA ran anything."""
+    return jax_ops.union(((event.start_ms, event.end_ms) for event in jax_ops.of_step(trace, step)), step)
+
+
+def _part(covered: list[list[tuple[float, float]]], lengths: list[float]) -> float:
+    """The share of a step that is covered: the median over steps."""
+    shares = [sum(end - start for start, end in some) / ms for some, ms in zip(covered, lengths, strict=True)]
+    return statistics.median(shares)
 
 
 def _phases(ops: tuple[Op, ...], step_ms: float) -> dict[str, float]:

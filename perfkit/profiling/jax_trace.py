@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
+from perfkit._errors import UnsupportedError
 from perfkit.profiling._wire import Message
 
 STEP = "perfkit step"
@@ -90,15 +91,21 @@ def taken(call: Callable[[], Any], steps: int) -> Trace:
         call: one whole, synchronized call, warmed up.
 
     Raises:
-        RuntimeError: another profiler runs in this process.
+        UnsupportedError: another of JAX's profilers runs in this process; no call was made.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory(prefix="perfkit-trace-") as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
+        try:
+            jax.profiler.start_trace(folder, profiler_options=options)
+        except RuntimeError as error:
+            raise UnsupportedError(f"JAX's profiler does not start ({error}): stop the one that runs") from error
+        try:
             for number in range(steps):
                 with jax.profiler.StepTraceAnnotation(STEP, step_num=number):
                     call()
+        finally:
+            jax.profiler.stop_trace()
         (path,) = Path(folder).rglob("*.xplane.pb")
         serialized = path.read_bytes()
     trace = read(ProfileData.from_serialized_xspace(serialized))

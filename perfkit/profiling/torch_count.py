@@ -106,6 +106,8 @@ def within(module: str, path: str) -> bool:
 
 
 class _Counting(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, where: Where, count: Count):
         super().__init__()
         self.where = where
@@ -113,8 +115,14 @@ class _Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.ops.higher_order.cond:
+            chosen, otherwise, operands = args[1:4]
+            with self:
+                return (chosen if bool(args[0]) else otherwise)(*operands)
         if isinstance(func, torch._ops.HigherOrderOperator):
-            return NotImplemented
+            output = func(*args, **kwargs)
+            self._note(func, args, kwargs, output)
+            return output
         if not torch_flops.counted(func) and func is not torch.ops.prim.device.default:
             with self:
                 parts = func.decompose(*args, **kwargs)
@@ -122,10 +130,14 @@ class _Counting(TorchDispatchMode):
                     return parts
         output = func(*args, **kwargs)
         if func.namespace != "profiler":
-            inputs, outputs = list(tensors_in((args, kwargs))), list(tensors_in(output))
-            call = Call(_shapes(inputs), torch_flops.count(func, args, kwargs, output), _moved(func, inputs, outputs))
-            self.count.calls[func._schema.name, self.where.module, self.where.phase].append(call)
+            self._note(func, args, kwargs, output)
         return output
+
+    def _note(self, func: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        inputs, outputs = list(tensors_in((args, kwargs))), list(tensors_in(output))
+        flops = torch_flops.count(func, args, kwargs, output)
+        call = Call(_shapes(inputs), flops, _moved(func, inputs, outputs))
+        self.count.calls[torch_flops.name_of(func), self.where.module, self.where.phase].append(call)
 
 
 class _Saving:
@@ -154,10 +166,11 @@ def _shapes(tensors: list[Tensor]) -> str:
 
 def _moved(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> float:
     held = {_storage(tensor) for tensor in inputs} - {0}
-    if func.is_view or (outputs and not func._schema.is_mutable and held.issuperset(map(_storage, outputs))):
+    changes = getattr(getattr(func, "_schema", None), "is_mutable", False)
+    if getattr(func, "is_view", False) or (outputs and not changes and held.issuperset(map(_storage, outputs))):
         return 0.0
     written = sum(_bytes(tensor) for tensor in _distinct(outputs))
-    if func._schema.name in _LOOKS_UP and inputs:
+    if torch_flops.name_of(func) in _LOOKS_UP and inputs:
         return 2.0 * written + sum(map(_bytes, inputs[1:]))
     read = sum(_bytes(tensor) for tensor in _distinct(inputs))
     return float(read + written)

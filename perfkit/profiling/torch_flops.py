@@ -13,17 +13,22 @@ from perfkit.profiling import flops
 
 
 def count(operator: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> float:
-    """Of one call of `operator`, an `OpOverload`; 0 for what holds no products."""
-    name = operator._schema.name
+    """Of one call of `operator`, an `OpOverload` or a higher-order one; 0 for what holds no products."""
+    name = name_of(operator)
     if name in _FORMULAS:
         return float(_FORMULAS[name](*args, **kwargs))
-    formula = flop_registry.get(operator._overloadpacket)
+    formula = flop_registry.get(getattr(operator, "_overloadpacket", operator))
     return float(formula(*args, **kwargs, out_val=output)) if formula else 0.0
+
+
+def name_of(operator: Any) -> str:
+    """ "aten::addmm", as the profiler calls it."""
+    return operator._schema.name if hasattr(operator, "_schema") else operator.name()
 
 
 def counted(operator: Any) -> bool:
     """Whether there is a rule for it: such are not taken apart."""
-    return operator._schema.name in _FORMULAS or operator._overloadpacket in flop_registry
+    return name_of(operator) in _FORMULAS or operator._overloadpacket in flop_registry
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -32,6 +37,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) ->
 
 
 def _attention_backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> int:
+    return flops.backward(_attention(query, key, value))
+
+
+def _flex_attention_backward(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     return flops.backward(_attention(query, key, value))
 
 
@@ -142,6 +151,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
         [f"{name}_backward" for name in (*_ATTENTIONS, "aten::_scaled_dot_product_flash_attention_for_cpu")],
         _attention_backward,
     ),
+    "flex_attention": _attention,
+    "flex_attention_backward": _flex_attention_backward,
     "aten::linear": _linear,
     "aten::mv": _product,
     "aten::dot": _product,

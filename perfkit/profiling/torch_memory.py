@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import statistics
 from collections import Counter
@@ -50,7 +49,8 @@ def collected(work: Workload, finished: Finished) -> Memory:
     call = work.backend.caller(work, finished)
     with finished.keeping_state():
         high_water = memory.process_high_water(call)
-        heap = _native_heap(work)
+        own = sum(thing.bytes for thing in held(work).values()) if work.device == "cpu" else 0
+        heap = memory.native_heap(own)
         card = _card(call, work.device)
     return Memory(
         peak=Quantity(float(sum(categories.values())), "B", method=_method(work.device, card)),
@@ -163,37 +163,3 @@ def _card(call: Callable[[], Any], device: str) -> dict[str, Quantity]:
             1 - allocated / max(reserved, 1), "ratio", method="1 - peak allocated / peak reserved"
         ),
     }
-
-
-class _Mallinfo(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        )
-    )
-
-
-def _native_heap(work: Workload) -> Quantity:
-    """What malloc has handed out and the workload's tensors do not account for."""
-    try:
-        mallinfo2 = ctypes.CDLL(None).mallinfo2
-    except (AttributeError, OSError, TypeError):
-        return Quantity.missing("B", "this C library has no mallinfo2: it needs glibc 2.33")
-    mallinfo2.restype = _Mallinfo
-    told = mallinfo2()
-    own = sum(thing.bytes for thing in held(work).values()) if work.device == "cpu" else 0
-    return Quantity(
-        float(max(told.uordblks + told.hblkhd - own, 0)),
-        "B",
-        method="mallinfo2 after a step: all of the process that malloc handed out, without this model's tensors",
-    )

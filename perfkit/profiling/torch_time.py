@@ -6,37 +6,28 @@ import contextlib
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity
 
 from perfkit._report import Quantity
+from perfkit._variant import first_line
 from perfkit._workload import Workload
 from perfkit.backends import Finished
 from perfkit.backends.torch_stderr import without_lines
 from perfkit.profiling._basics import Basics, unprofiled
 from perfkit.profiling._profile import Op, Time
-from perfkit.profiling.torch_count import Call, Count, Key, counted
+from perfkit.profiling.torch_count import Count, counted
 from perfkit.profiling.torch_events import WAITS, Event, Recorded, recorded, union_ns
 from perfkit.profiling.torch_modules import modules
-from perfkit.profiling.torch_placing import COMPILED_GRAPH, Placed, Placing, placed
+from perfkit.profiling.torch_operations import Step, operations
+from perfkit.profiling.torch_placing import COMPILED_GRAPH, placed
 from perfkit.profiling.torch_spans import spans
 from perfkit.profiling.torch_where import STEP, Where
 
 MOST_STEPS, FEWEST_STEPS, MOST_EVENTS = 10, 3, 60_000
 GAPS = 10
 _COUNTED = "operators of one step run without torch.compile, by formula; two for a multiply-add, elementwise work not"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One profiled step: its range, its operations, and what the device did in it."""
-
-    event: Event
-    placing: Placing
-    runtime: list[Event]
-    kernels: list[Event]
 
 
 def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
@@ -46,7 +37,11 @@ def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
         work: holds a copy of the caller's model; its state is as before when this returns or raises.
         basics: of the same workload.
     """
-    count = counted(work, finished)
+    try:
+        count = counted(work, finished)
+        arithmetic = Quantity(count.flops(), "FLOP", method=_COUNTED)
+    except NotImplementedError as error:  # operations that cannot run while another looks at what runs
+        count, arithmetic = Count(), Quantity.missing("FLOP", f"it cannot be counted: {first_line(error)}")
     where = Where(work.model)
     events = _profiled(work, finished, where, _steps(count))
     profiled = sorted(_split(events, where, count.operators), key=lambda step: step.event.duration_ns)
@@ -55,7 +50,7 @@ def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
     length_ns = statistics.median(step.event.duration_ns for step in profiled)
     steps = profiled[: len(profiled) // 2 + 1]  # the quicker half: the others were interrupted more
     shown = steps[-1]
-    ops = _operations(steps, count)
+    ops = operations(steps, count)
     busy, gaps = _busy(steps)
     on_device = any(step.kernels for step in steps)
     return Time(
@@ -73,7 +68,7 @@ def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
             "ratio",
             method=f"median of {len(profiled)} profiled steps / median of those without",
         ),
-        flops=Quantity(count.flops(), "FLOP", method=_COUNTED),
+        flops=arithmetic,
         utilization=Quantity.missing("ratio", "the machine's ceiling was not measured"),
         ops=ops,
         modules=modules(work.model, ops, count, on_device),
@@ -96,7 +91,7 @@ def _profiled(work: Workload, finished: Finished, where: Where, steps: int) -> R
         stack.enter_context(finished.keeping_state())
         step()
         stack.enter_context(without_lines("USDT:"))
-        profiler = stack.enter_context(torch.profiler.profile(activities=activities, acc_events=True))
+        profiler = stack.enter_context(torch.profiler.profile(activities=activities))
         stack.enter_context(where.following())
         for _ in range(steps + 1):
             step()
@@ -112,77 +107,6 @@ def _split(events: Recorded, where: Where, whole: set[str]) -> Iterator[Step]:
         runtime = [event for event in events.runtime if mark.start_ns <= event.start_ns < mark.end_ns]
         kernels = [event for event in events.device if mark.start_ns <= event.start_ns < mark.end_ns]
         yield Step(mark, placing, runtime, kernels)
-
-
-def _operations(steps: list[Step], count: Count) -> tuple[Op, ...]:
-    """Operations and kernels summed by name and place, per step, longest first."""
-    rows: defaultdict[tuple, list[float]] = defaultdict(lambda: [0.0] * 4)
-
-    def add(name: str, kind: str, place: Placed | None, ns: int, call: Call) -> None:
-        module, phase = (place.module, place.phase) if place else ("", "other")
-        row = rows[name, kind, module, phase, call.shapes]
-        for index, value in enumerate((1, ns, call.flops, call.moved_bytes)):
-            row[index] += value
-
-    for step in steps:
-        launched: defaultdict[int, list[Event]] = defaultdict(list)
-        for kernel in step.kernels:
-            place = step.placing.launchers.get(kernel.launcher)
-            launched[id(place)].append(kernel)
-            if place is None:
-                add(kernel.name, "kernel", None, kernel.duration_ns, _NOTHING)
-        for place, call in _joined(step.placing.operations, count):
-            kernels = sorted(launched[id(place)], key=lambda kernel: kernel.duration_ns, reverse=True)
-            launches_work = kernels and place.name != COMPILED_GRAPH
-            add(place.name, "op", place, place.ns, Call(call.shapes, 0.0, 0.0) if launches_work else call)
-            for index, kernel in enumerate(kernels):  # an operation's work is its longest kernel's
-                does = launches_work and index == 0
-                add(kernel.name, "kernel", place, kernel.duration_ns, call if does else _NOTHING)
-    per_step = 1 / len(steps)
-    ops = (
-        Op(name, kind, module, phase, *_scaled(row, per_step), shapes)
-        for (name, kind, module, phase, shapes), row in rows.items()
-    )
-    return tuple(sorted(ops, key=lambda op: op.self_ms, reverse=True))
-
-
-_NOTHING = Call("", 0.0, 0.0)
-
-
-def _scaled(row: list[float], per_step: float) -> tuple[float, float, float, float]:
-    calls, ns, flops, moved = row
-    return calls * per_step, ns * per_step / 1e6, flops * per_step, moved * per_step
-
-
-def _joined(operations: list[Placed], count: Count) -> Iterator[tuple[Placed, Call]]:
-    """Each operation with what was counted of it: call by call, both runs being in the same order.
-
-    What was counted and did not run as such is in the compiled graphs of its phase, by their time.
-    """
-    times = Counter((place.name, place.module, place.phase) for place in operations)
-    graphs: Counter[str] = Counter()
-    for place in operations:
-        graphs[place.phase] += place.ns if place.name == COMPILED_GRAPH else 0
-    missing: defaultdict[str, list[Call]] = defaultdict(list)
-    for key, calls in count.calls.items():
-        missing[key[2]] += [] if key in times else calls
-    seen: Counter[Key] = Counter()
-    for place in operations:
-        key = place.name, place.module, place.phase
-        calls = count.calls.get(key, [])
-        if place.name == COMPILED_GRAPH:
-            yield place, _shared(missing[place.phase], place.ns / max(graphs[place.phase], 1), "")
-        elif not calls:
-            yield place, _NOTHING
-        elif len(calls) == times[key]:
-            yield place, calls[seen[key]]
-        else:
-            yield place, _shared(calls, 1 / times[key], calls[0].shapes)
-        seen[key] += 1
-
-
-def _shared(calls: list[Call], share: float, shapes: str) -> Call:
-    return Call(shapes, *(share * sum(getattr(call, name) for call in calls) for name in ("flops", "moved_bytes")))
 
 
 def _busy(steps: list[Step]) -> tuple[float, list[int]]:

@@ -77,7 +77,7 @@ def traced(work: Workload, finished: Finished, steps: int) -> Trace:
         before = held(work)
         stack.enter_context(without_lines("USDT:", "Memory block of unknown size"))
         cpu = [ProfilerActivity.CPU]
-        profiler = stack.enter_context(torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True))
+        profiler = stack.enter_context(torch.profiler.profile(activities=cpu, profile_memory=True))
         stack.enter_context(where.following())
         after = []
         for _ in range(steps):

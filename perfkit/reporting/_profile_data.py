@@ -10,15 +10,13 @@ from typing import Any
 from markupsafe import Markup
 
 from perfkit.profiling import _views
-from perfkit.profiling._profile import Profile, Span, Time
+from perfkit.profiling._profile import Memory, Profile, Span, Time
+from perfkit.reporting import _profile_rows, profile_plots
 from perfkit.reporting._format import clean, shorten
 
 MOST_SPANS, MOST_NODES, MOST_NAME, MOST_ROWS, MOST_DEPTH = 20_000, 4000, 120, 32, 40
 COLOURS = 7
 """Colours of modules; what belongs to none of them has one more, grey."""
-
-NO_MODULE = ("op", "memory", "phase", "outside")
-"""Kinds of nodes that stand for no module: an operation, what a module holds, a phase, what no operation fills."""
 
 # Above this share of the time, a module says nothing by its colour: its parts get colours of their own.
 DOMINANT = 0.8
@@ -26,21 +24,54 @@ DOMINANT = 0.8
 
 @dataclass
 class Node:
-    """A module, or an operation directly in it, in the tree that the map is drawn from."""
+    """A part of the tree that the map is drawn from.
+
+    Args:
+        role: "module", "op" (an operation directly in its module), "memory" (what a module holds), "phase" (operations
+            outside of all modules), "outside" (what no operation fills).
+        kind: a module's class.
+        path: of the module that it is or belongs to.
+    """
 
     name: str
+    role: str
     kind: str
     path: str
     time: float = 0.0
     flops: float = 0.0
     memory: float = 0.0
-    children: dict[str, Node] = field(default_factory=dict)
+    children: dict[tuple[str, str], Node] = field(default_factory=dict)
+
+    def child(self, name: str, role: str, path: str, kind: str = "") -> Node:
+        """The child of that name and role, made where there is none."""
+        if (role, name) not in self.children:
+            shown = shorten(clean(name), MOST_NAME)
+            self.children[role, name] = Node(shown, role, shorten(clean(kind), MOST_NAME), path)
+        return self.children[role, name]
+
+    def modules(self) -> list[Node]:
+        """The modules directly in it, the costliest first."""
+        found = [child for child in self.children.values() if child.role == "module"]
+        return sorted(found, key=lambda child: (-child.time, -child.memory, child.path))
 
 
 def script_data(profile: Profile, root: Node, colours: dict[str, int]) -> Markup:
     """The data as JSON that is safe inside a `<script>` element; `root` from `tree`, `colours` from `colours`."""
     spans = _columns(profile.time, colours) if profile.time is not None else None
-    return _inline({"tree": _flat(root, colours), "spans": spans})
+    memory = _memory(profile.memory) if profile.memory is not None else None
+    return _inline({"tree": _flat(root, colours), "spans": spans, "memory": memory})
+
+
+def _memory(memory: Memory) -> dict[str, Any]:
+    """What the picture of memory shows, for reading a moment off it."""
+    points, names = profile_plots.thinned(memory.timeline), _profile_rows.categories(memory)
+    return {
+        "names": names,
+        "at": [round(point.at_ms, 4) for point in points],
+        "held": [[round(profile_plots.held(point, name)) for name in names] for point in points],
+        "left": profile_plots.MEMORY_LEFT,
+        "right": profile_plots.MEMORY_RIGHT,
+    }
 
 
 def _inline(data: Any) -> Markup:
@@ -58,22 +89,23 @@ def left_out(profile: Profile) -> int:
 def tree(profile: Profile) -> Node:
     """Time and arithmetic from the operations up, memory from what each module holds."""
     kinds = {module.path: module.kind for module in profile.time.modules} if profile.time else {}
-    root = Node(shorten(clean(profile.model), MOST_NAME), kinds.get("", ""), "")
+    root = Node(shorten(clean(profile.model), MOST_NAME), "module", "", "")
     if profile.time is not None:
         for op in _views.hottest(profile.time):
-            # What runs outside of all modules is told apart by its phase.
-            apart = "" if op.module or op.phase in ("forward", "backward") else f"({op.phase})"
-            home = _module(root, op.module, kinds) if not apart else _child(root, apart, "phase", apart)
-            leaf = _child(home, f"{op.name} ", "op", op.module)  # the blank tells it from a module of that name
+            if op.module or op.phase in ("forward", "backward"):
+                home = _module(root, op.module, kinds)
+            else:
+                home = root.child(f"({op.phase})", "phase", "")
+            leaf = home.child(op.name, "op", op.module)
             leaf.time += _finite(op.self_ms)
             leaf.flops += _finite(op.flops)
     for path, held in _held_by_module(profile).items():
         if held > 0:
-            _child(_module(root, path, kinds), "activations ", "memory", path).memory += held
+            _module(root, path, kinds).child("activations", "memory", path).memory += held
     _sum(root)
     if profile.time is not None and (outside := _views.whole_ms(profile.time) - root.time) > 0 < root.time:
-        apart = "(device idle)" if _views.on_device(profile.time) else "(outside of operations)"
-        _child(root, apart, "outside", apart).time = outside
+        name = "(device idle)" if _views.on_device(profile.time) else "(outside of operations)"
+        root.child(name, "outside", "").time = outside
         root.time += outside
     return root
 
@@ -98,14 +130,8 @@ def _module(root: Node, path: str, kinds: dict[str, str]) -> Node:
     node, reached = root, ""
     for part in path.split(".", MOST_DEPTH) if path else ():
         reached = f"{reached}.{part}" if reached else part
-        node = _child(node, part, kinds.get(reached, ""), reached)
+        node = node.child(part, "module", reached, kinds.get(reached, ""))
     return node
-
-
-def _child(node: Node, name: str, kind: str, path: str) -> Node:
-    if name not in node.children:
-        node.children[name] = Node(shorten(clean(name), MOST_NAME), kind, path)
-    return node.children[name]
 
 
 def _sum(node: Node) -> None:
@@ -120,15 +146,10 @@ def colours(root: Node) -> dict[str, int]:
     """A colour for each of the costliest modules, at the level where the model first divides."""
     level = root
     while True:
-        modules = [child for child in level.children.values() if child.kind not in NO_MODULE]
-        modules.sort(key=lambda child: (-child.time, -child.memory, child.path))
-        if not modules or (len(modules) > 1 and modules[0].time < DOMINANT * level.time):
-            break
-        inner = [child for child in modules[0].children.values() if child.kind not in NO_MODULE]
-        if not inner:
-            break
+        modules = level.modules()
+        if not modules or (len(modules) > 1 and modules[0].time < DOMINANT * level.time) or not modules[0].modules():
+            return {child.path: index for index, child in enumerate(modules[:COLOURS])}
         level = modules[0]
-    return {child.path: index for index, child in enumerate(modules[:COLOURS])}
 
 
 def _coloured(path: str, colours: dict[str, int]) -> int:
@@ -149,8 +170,9 @@ def _flat(root: Node, colours: dict[str, int]) -> dict[str, list]:
     if len(nodes) > MOST_NODES:
         nodes = _largest(nodes)
     return {
-        "name": [node.name.rstrip() for node, _ in nodes],
-        "kind": [shorten(clean(node.kind), MOST_NAME) for node, _ in nodes],
+        "name": [node.name for node, _ in nodes],
+        "role": [node.role for node, _ in nodes],
+        "kind": [node.kind for node, _ in nodes],
         "parent": [parent for _, parent in nodes],
         "colour": [_coloured(node.path, colours) for node, _ in nodes],
         "time": [_rounded(node.time) for node, _ in nodes],

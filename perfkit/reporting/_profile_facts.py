@@ -50,7 +50,6 @@ class FindingFacts:
     Args:
         share: "38% of the step, in conv1".
         gain: "1.31× faster, predicted"; where not `predicted`, why there is no prediction.
-        recipe: the chain; empty where none addresses it.
         command: what to type or to call for it; empty where no recipe addresses it.
     """
 
@@ -59,7 +58,6 @@ class FindingFacts:
     share: str
     gain: str
     predicted: bool
-    recipe: str
     advice: str
     command: str
 
@@ -146,8 +144,10 @@ def _busy(time: Time) -> Figure:
 
 
 def _first_call(time: Time) -> Figure:
-    compiled = format_quantity(time.compile_s)
-    about = "nothing was compiled" if time.compile_s.value == 0 else f"of it compilation {compiled}"
+    compiled = time.compile_s
+    about = f"of it compilation {format_quantity(compiled)}" if compiled.value else "nothing was compiled"
+    if compiled.value is None:
+        about = f"compilation: {compiled.unavailable}"
     return _figure("first call", time.first_call_s, about)
 
 
@@ -171,7 +171,6 @@ def finding_facts(finding: Finding, profile: Profile) -> FindingFacts:
         f"{format_percent(finding.share)} of {whole}{where}",
         gain,
         finding.predicted.value is not None,
-        finding.recipe,
         _sentence(finding.advice, finding),
         command(profile, finding.recipe),
     )

@@ -35,6 +35,7 @@ class OpFacts:
 
     op: Op
     ms: str
+    calls: str
     share: float
     rate: str
     bound: str
@@ -61,7 +62,8 @@ def op_facts(profile: Profile) -> tuple[OpFacts, ...]:
         bound = f"{place.bound} {place.share:.0%}" if place else ""
         rate = format_number(op.flops / op.self_ms / 1e6) if op.flops and op.self_ms else ""
         share = _views.share(op.self_ms, profile.time)
-        found.append(OpFacts(op, format_ms(op.self_ms), share, rate, bound, place.share if place else 0.0))
+        calls = format_count(op.calls) if op.calls == round(op.calls) else format_number(op.calls)
+        found.append(OpFacts(op, format_ms(op.self_ms), calls, share, rate, bound, place.share if place else 0.0))
     return tuple(found)
 
 

@@ -68,7 +68,12 @@ def candidates(report: Report, width: float) -> str:
 def latency(report: Report, width: float) -> str:
     """How the times of single calls are distributed, before and after, on one axis."""
     sides = [(name, side.latency) for name, side in (("before", report.before), ("after", report.after))]
-    sides = [(name, found) for name, found in sides if found is not None and found.samples_ms]
+    return distributions([(name, found) for name, found in sides if found is not None], width)
+
+
+def distributions(sides: Sequence[tuple[str, Latency]], width: float, noun: str = "call") -> str:
+    """How the times of single calls are distributed on one axis; a name is also the class of what is drawn."""
+    sides = [(name, found) for name, found in sides if found.samples_ms]
     if not sides:
         return ""
     limits = [_limits(found.samples_ms) for _, found in sides]
@@ -81,7 +86,7 @@ def latency(report: Report, width: float) -> str:
     bottom = row_height * len(sides)
     height = bottom + 36 + 16 * len(beyond)
     canvas = Canvas(width, height, "Latency of single calls", "; ".join(told + beyond) + ".")
-    _time_axis(canvas, axis, bottom, 5 if width < _rows.NARROW else 8)
+    _time_axis(canvas, axis, bottom, 5 if width < _rows.NARROW else 8, noun)
     # As many bins as the calls can fill, and no more than the eye can tell apart.
     calls = max(len(found.samples_ms) for _, found in sides)
     bins = min(round(8 * math.sqrt(calls)), 54 if width < _rows.NARROW else 108)
@@ -229,14 +234,14 @@ def _histogram(canvas: Canvas, axis: Scale, top: float, name: str, found: Latenc
     canvas.text(x, top + 13, told, "value", anchor="middle")
 
 
-def _time_axis(canvas: Canvas, axis: Scale, bottom: float, most: int) -> None:
+def _time_axis(canvas: Canvas, axis: Scale, bottom: float, most: int, noun: str) -> None:
     units = ((1e-6, "nanoseconds"), (1e-3, "microseconds"), (1.0, "milliseconds"), (1e3, "seconds"))
     size, unit = max((item for item in units if item[0] <= axis.high), default=units[0])
     for tick in axis.ticks(most):
         canvas.line(axis(tick), 20, axis(tick), bottom - 10, "grid")
         canvas.text(axis(tick), bottom + 12, f"{tick / size:.4g}", "small muted", anchor="middle")
     scale = ", logarithmic" if axis.log else ""
-    canvas.text(axis.start, bottom + 30, f"{unit} per call{scale}", "small muted")
+    canvas.text(axis.start, bottom + 30, f"{unit} per {noun}{scale}", "small muted")
 
 
 def _first(counts: Sequence[int]) -> int:

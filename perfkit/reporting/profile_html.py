@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from perfkit.profiling import _views
 from perfkit.profiling._profile import DeviceState, Memory, Profile
-from perfkit.reporting import _facts, _profile_data, _profile_facts, _profile_rows, html, profile_plots
+from perfkit.reporting import _facts, _profile_data, _profile_facts, _profile_rows, html, plots, profile_plots
 from perfkit.reporting._format import (
     clean,
     format_bytes,
@@ -27,6 +27,8 @@ from perfkit.reporting._format import (
 WIDE, NARROW, CURVE = 900, 350, 420
 # More belongs into the JSON: the page is read by a person.
 MOST_OPS, MOST_MODULES, MOST_ALLOCATIONS, MOST_FINDINGS = 200, 300, 40, 20
+# A distribution of a handful of steps has no shape.
+FEWEST_STEPS = 20
 MOST_TITLE, MOST_TEXT, MOST_PATH = 120, 1000, 48
 
 Cell = tuple[str, float]
@@ -48,7 +50,10 @@ def embedded(profile: Profile) -> str:
 def script() -> Markup:
     """The page's script: our own, without a library."""
     folder = files("perfkit.reporting") / "script"
-    parts = [(folder / f"{name}.js").read_text(encoding="utf-8") for name in ("base", "timeline", "modules", "page")]
+    parts = [
+        (folder / f"{name}.js").read_text(encoding="utf-8")
+        for name in ("base", "timeline", "modules", "memory", "page")
+    ]
     # Safe as markup: these are files of ours, and hold no data.
     return Markup('(() => {\n"use strict";\n' + "\n".join(parts) + "})();")
 
@@ -61,6 +66,8 @@ def _view(profile: Profile) -> dict[str, Any]:
     colours = _profile_data.colours(root)
     on_device = profile.time is not None and _views.on_device(profile.time)
     phases = _profile_rows.phase_rows(profile)
+    steps = [(facts.per(profile), profile.time.step)] if profile.time is not None else []
+    steps = [(name, step) for name, step in steps if len(step.samples_ms) >= FEWEST_STEPS]
     held = _profile_rows.category_rows(profile.memory) if profile.memory else ()
     return {
         "model": shorten(clean(profile.model), MOST_TITLE),
@@ -96,6 +103,7 @@ def _view(profile: Profile) -> dict[str, Any]:
         "environment": _facts.environment_rows(profile.environment),
         "footer": " · ".join(part for part in (f"perfkit {profile.perfkit_version}".strip(), profile.created) if part),
         "pictures": {
+            "steps": _both(lambda width: plots.distributions(steps, width, facts.per(profile))),
             "phases": _both(profile_plots.shares, phases, [f"p{index}" for index in range(len(phases))], "Phases"),
             "roofline": _both(profile_plots.roofline, profile),
             "memory": _both(profile_plots.memory, profile.memory) if profile.memory else "",
@@ -132,7 +140,7 @@ def _op_row(facts: _profile_rows.OpFacts) -> dict[str, Any]:
         "phase": op.phase,
         "share": _cell(facts.share, format_percent),
         "ms": _cell(op.self_ms, format_ms),
-        "calls": (f"{op.calls:g}", _finite(op.calls)),
+        "calls": (facts.calls, _finite(op.calls)),
         "rate": (facts.rate, _finite(op.flops / op.self_ms) if op.self_ms else 0.0),
         "roof": (facts.bound, _finite(facts.reached)),
     }
@@ -189,7 +197,7 @@ def _both(draw: Callable[..., str], *what: Any) -> Markup:
 
 
 def _no_roofline(profile: Profile) -> str:
-    """Why there is no roofline; "" where nothing is said of it elsewhere either."""
+    """Why there is no roofline, where there is none."""
     if profile.ceilings is None:
         return "the machine's ceilings were not measured."
     if (bandwidth := profile.ceilings.bandwidth_gb_s).value is None:

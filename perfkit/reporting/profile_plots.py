@@ -19,6 +19,8 @@ from perfkit.reporting._svg import Canvas, Scale
 
 # More than these say no more to the eye.
 MOST_DOTS, MOST_LABELS, MOST_POINTS, MOST_NAME = 120, 7, 240, 28
+# What the axes of the picture of memory take on either side; the script reads a time off the pointer's place.
+MEMORY_LEFT, MEMORY_RIGHT = 64, 8
 
 
 def roofline(profile: Profile, width: float) -> str:
@@ -116,18 +118,18 @@ def _inside(x: Scale, y: Scale, place: roof.Placed) -> tuple[float, float]:
 
 def memory(found: Memory, width: float) -> str:
     """Bytes held over a step, by category, one upon the other, with the peak."""
-    points = _thinned(found.timeline)
+    points = thinned(found.timeline)
     if len(points) < 2:
         return ""
     names = _profile_rows.categories(found)
-    heights = [[_held(point, name) for name in names] for point in points]
+    heights = [[held(point, name) for name in names] for point in points]
     totals = [sum(row) for row in heights]
     most = max(totals)
     if not most:
         return ""
     narrow = width < _rows.NARROW
     height, bottom, top = 300.0, 262.0, 30.0
-    x = Scale(points[0].at_ms, max(points[-1].at_ms, points[0].at_ms + 1e-9), 64, width - 8)
+    x = Scale(points[0].at_ms, max(points[-1].at_ms, points[0].at_ms + 1e-9), MEMORY_LEFT, width - MEMORY_RIGHT)
     y = Scale(0, most * 1.08, bottom, top)
     unit = 1024 ** min(4, int(math.log(most, 1024)))
     told = ", ".join(f"{name} {size}" for name, size, _ in _profile_rows.category_rows(found))
@@ -159,7 +161,8 @@ def colour(category: str) -> str:
     return f"k{CATEGORIES.index(category) if category in CATEGORIES else len(CATEGORIES)}"
 
 
-def _held(point: MemoryPoint, name: str) -> float:
+def held(point: MemoryPoint, name: str) -> float:
+    """Bytes of a category at that moment; what is not a number is drawn as nothing."""
     value = point.bytes_by_category.get(name, 0.0)
     return max(value, 0.0) if math.isfinite(value) else 0.0
 
@@ -174,7 +177,7 @@ def _steps(points: Sequence[MemoryPoint], values: Sequence[float], x: Scale, y: 
     return found
 
 
-def _thinned(points: Sequence[MemoryPoint]) -> list[MemoryPoint]:
+def thinned(points: Sequence[MemoryPoint]) -> list[MemoryPoint]:
     """At most `MOST_POINTS`, of each stretch the one that holds most: the peak stays what it is."""
     finite = [point for point in points if math.isfinite(point.at_ms)]
     if len(finite) <= MOST_POINTS:
@@ -182,7 +185,7 @@ def _thinned(points: Sequence[MemoryPoint]) -> list[MemoryPoint]:
     edges = [round(index * len(finite) / MOST_POINTS) for index in range(MOST_POINTS + 1)]
     stretches = (finite[start:end] for start, end in itertools.pairwise(edges))
     return [
-        max(part, key=lambda point: sum(_held(point, name) for name in point.bytes_by_category)) for part in stretches
+        max(part, key=lambda point: sum(held(point, name) for name in point.bytes_by_category)) for part in stretches
     ]
 
 

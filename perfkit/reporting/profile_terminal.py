@@ -99,7 +99,7 @@ def _modules(profile: Profile, *, wide: bool) -> Iterator[RenderableType]:
     trains = profile.mode == "training"
     columns = [("own share", "right"), *([("", "left")] if wide else []), ("forward", "right")]
     columns += [("backward", "right")] if trains else []
-    columns += [("FLOP", "right"), ("parameters", "right"), ("kept" if trains else "output", "right")]
+    columns += [("FLOP", "right"), ("parameters", "right"), ("activations" if trains else "output", "right")]
     table = text_table("module", *columns)
     most = shown[0].self_share
     for item in shown:
@@ -127,7 +127,7 @@ def _ops(profile: Profile, *, wide: bool) -> Iterator[RenderableType]:
     table = text_table("kernel" if shown[0].op.kind == "kernel" else "operation", *columns)
     for item in shown:
         op = item.op
-        row = [shorten(clean(op.name), MOST_OP), format_percent(item.share), item.ms, f"{op.calls:g}"]
+        row = [shorten(clean(op.name), MOST_OP), format_percent(item.share), item.ms, item.calls]
         row += [item.rate, item.bound] if wide else []
         where = " · ".join(part for part in (shorten(clean(op.module), MOST_NAME), op.phase) if part)
         table.add_row(*map(cell, (*row, where)))

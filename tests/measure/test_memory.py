@@ -82,3 +82,19 @@ def test_what_the_call_raises_is_not_taken_for_a_missing_platform(proc):
 
     with pytest.raises(OSError, match="the model's own"):
         process_high_water(call, proc=proc)
+
+
+def test_the_native_heap_tells_what_malloc_gave():
+    before = memory.native_heap()
+    if before.value is None:
+        pytest.skip(before.unavailable)
+    size = 64 * 2**20
+    given = memory.ctypes.create_string_buffer(size)
+    assert memory.native_heap().value - before.value >= size
+    assert memory.native_heap(without_bytes=size).value < memory.native_heap().value
+    del given
+
+
+def test_a_c_library_without_mallinfo_is_a_reason(monkeypatch):
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
+    assert "mallinfo2" in memory.native_heap().unavailable

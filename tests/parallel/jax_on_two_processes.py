@@ -42,6 +42,33 @@ def trained(recipe, w, x, y):
     }
 
 
+def in_stages(x, y):
+    """A pipeline through both processes, each of which shares the batch out among its devices."""
+    params = {"first": np.eye(8, 5, dtype=np.float32), "second": np.full((5, 2), 0.1, np.float32)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", perfkit.PerfkitWarning)
+        result = perfkit.optimize(
+            lambda params, x: jnp.tanh(x @ params["first"]) @ params["second"],
+            "pipeline_parallel(2)+data_parallel(2)",
+            params=params,
+            mode="training",
+            example_inputs=(x,),
+            targets=y,
+            loss=squared,
+            optimizer=optax.adam(0.1),
+            budget_s=0.1,
+        )
+    losses = [float(result.train_step((x, y))) for _ in range(STEPS)]
+    report = result.report
+    return {
+        "losses": losses,
+        "one": report.losses.before[:STEPS],
+        "parallel": report.to_dict()["parallel"],
+        "loss of params": float(squared(result.model(result.params, x), y)),
+        "next": float(result.train_step((x, y))),
+    }
+
+
 if __name__ == "__main__":
     jax_world.join()
     random = np.random.default_rng(0)
@@ -50,6 +77,7 @@ if __name__ == "__main__":
         "devices": [jax.local_device_count(), jax.device_count()],
         "jit": trained("data_parallel(shard=True)", w, x, y),
         "pmap": trained("data_parallel(engine='pmap')", w, x, y),
+        "stages": in_stages(x, y),
         "local": trained("local_sgd(sync_every=1)", w, x, y),
         "expected": [],
     }

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from perfkit import backends
 from perfkit._recipe import chain_of, check
 from perfkit._variant import apply
+from perfkit.backends.torch_surgery import tensors_in
 from perfkit.parallel.gathering import gathered
 from perfkit.parallel.torch_world import join
 from perfkit.reference.torch_models import CNN2, TextLSTM
@@ -111,7 +112,7 @@ def infer(chain, model, inputs):
     model.eval()
     with torch.no_grad():
         expected, found = model(*inputs), work.model(*work.inputs.args)
-    pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+    pairs = zip(tensors_in(found), tensors_in(expected), strict=True)
     effect = done.steps[0].effect
     return {
         "off": max(off(*pair) for pair in pairs),

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
-from perfkit import _cli_parallel, cli
+from perfkit import _cli_common, _cli_parallel, cli
 from perfkit.parallel import launching
 from perfkit.parallel.launching import Launch
 
@@ -30,7 +31,7 @@ def started(monkeypatch):
 @pytest.fixture
 def run(monkeypatch):
     def call(*arguments):
-        monkeypatch.setattr(cli, "err", cli.Console(width=400, stderr=True))
+        monkeypatch.setattr(_cli_common, "err", Console(width=400, stderr=True))
         done = CliRunner().invoke(cli.main, arguments, catch_exceptions=False)
         return done.exit_code, done.stderr
 

@@ -1,48 +1,20 @@
 """Data parallelism in JAX on four devices, and on two processes: what one device computes, to rounding."""
 
 import itertools
-import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("jax")
 pytest.importorskip("flax")
 
+from jax_workers import result, start
+
 from perfkit._errors import InvalidInputError
 from perfkit._recipe import chain_of
 
-HERE = Path(__file__).parent
 MODELS, ENGINES = ("cnn2", "text_lstm", "transformer"), ("jit", "shard", "pmap")
 ROUNDING = 2.0**-24
-TIMEOUT_S = 300
-
-
-def start(script: str, devices: int, **variables: str) -> subprocess.Popen:
-    # What is tested is what is computed, and not how fast: the compiler need not try hard.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    about = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", str(HERE / script)],
-        env=os.environ | about | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def result(process: subprocess.Popen) -> dict:
-    try:
-        out, err = process.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-    assert process.returncode == 0, err[-4000:]
-    return json.loads(out.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +162,18 @@ def test_two_processes_train_as_one(two, engine):
         assert (parallel["devices"], parallel["processes"]) == (4, 2)
     assert two[0][engine]["losses"] == two[1][engine]["losses"]
     assert two[0][engine]["parallel"] == two[1][engine]["parallel"]
+
+
+def test_a_pipeline_goes_through_two_processes(two):
+    for found in two:
+        result = found["stages"]
+        # Sums of 8 and of 24 numbers in each of three steps; Adam carries a gradient's relative error on.
+        assert result["losses"] == pytest.approx(result["one"], rel=3 * 44 * ROUNDING)
+        assert result["losses"][0] > result["losses"][-1]
+        assert result["loss of params"] == pytest.approx(result["next"], rel=44 * ROUNDING)
+        assert (result["parallel"]["layout"], result["parallel"]["processes"]) == ("pipeline 2 × data 2", 2)
+        assert result["parallel"]["rank_model_bytes"] == [8 * 5 * 4] * 2, "as much as the larger stage has"
+    assert two[0]["stages"]["losses"] == two[1]["stages"]["losses"]
 
 
 def test_two_processes_that_average_at_every_step_train_as_one(two):

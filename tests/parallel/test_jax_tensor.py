@@ -1,18 +1,14 @@
 """tensor_parallel in JAX on four devices: what one device computes, to rounding; and what is split how."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("jax")
 pytest.importorskip("flax")
 
-WORKER = Path(__file__).with_name("jax_tensor_on_four_devices.py")
+from jax_workers import result, start
+
 MODELS, CHAINS = ("cnn2", "text_lstm", "transformer"), ("tensor", "both")
 ROUNDING = 2.0**-24
 FAN_IN = {"cnn2": 3136, "text_lstm": 24, "transformer": 64}
@@ -21,13 +17,7 @@ FAN_IN = {"cnn2": 3136, "text_lstm": 24, "transformer": 64}
 
 @pytest.fixture(scope="module")
 def four() -> dict:
-    # What is tested is what is computed, and not how fast: the compiler need not try hard.
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    about = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    command = [sys.executable, "-W", "error", WORKER]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | about, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return json.loads(ran.stdout.splitlines()[-1])
+    return result(start("jax_tensor_on_four_devices.py", 4))
 
 
 @pytest.mark.parametrize("model", MODELS)

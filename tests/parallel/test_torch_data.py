@@ -1,6 +1,7 @@
 """data_parallel in torch: two processes train as one does."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ TRAINED = {
     "block": "data_parallel(2)",
     "block sharded": "data_parallel(shard=True)",
     "shared": "data_parallel(shard=True)",
+    "block in parts": "accumulate(2)+data_parallel",
+    "block sharded in parts": "accumulate(2)+data_parallel(shard=True)",
 }
 ROUNDINGS = 2**-24 * 100
 """Sums over a batch in another order, of some hundred terms, over five steps of an optimizer: about sqrt(n) roundings
@@ -60,6 +63,18 @@ def test_bfloat16_weights_round_what_is_computed_and_halve_what_is_gathered(foun
     # Weights are gathered forwards and backwards in half the bytes; gradients are sent as before.
     sent = [side["report"]["sent_bytes"]["value"] for side in (result, plain)]
     assert 0.5 < sent[0] / sent[1] < 1
+
+
+def test_gradients_are_sent_with_the_last_micro_batch_alone(found):
+    whole, parts = (found[name]["report"]["sent_bytes"]["value"] for name in ("block", "block in parts"))
+    assert whole == parts
+    whole, parts = (
+        found[name]["report"]["sent_bytes"]["method"] for name in ("block sharded", "block sharded in parts")
+    )
+    # gloo builds a reduce-scatter of an all-reduce; the loss is one more.
+    once, again = (int(re.search(r"(\d+) × all_reduce", told)[1]) for told in (whole, parts))
+    assert once == again > 1
+    assert any("the last of 2 micro-batches" in note for note in found["block in parts"]["notes"])
 
 
 def test_what_is_exchanged_is_counted(found):

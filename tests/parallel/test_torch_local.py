@@ -117,6 +117,13 @@ def test_what_cannot_work_is_refused_with_the_reason(axes, recipe, told):
     assert reason is None if told is None else told in reason
 
 
+def test_the_page_shows_the_loss_curves_that_were_recorded():
+    from bench import local_sgd
+
+    shown = local_sgd.PAGE.read_text().partition(local_sgd.BEGIN)[2].partition(local_sgd.END)[0]
+    assert shown.strip() == "\n".join(local_sgd.measured()).strip(), "run python -m bench.local_sgd --page"
+
+
 def test_the_steps_that_begin_with_averaged_models():
     recipe = next(iter(chain_of("local_sgd(sync_every=4, warmup_steps=2)")))
     assert recipe.judged_at(12) == [0, 1, 2, 6, 10, 11]

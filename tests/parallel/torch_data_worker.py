@@ -130,6 +130,8 @@ def main():
         "block": compared("block", "data_parallel(2)"),
         "block sharded": compared("block", "data_parallel(shard=True)"),
         "block bf16": compared("block", "data_parallel(shard=True, precision='bf16')"),
+        "block in parts": compared("block", "accumulate(2)+data_parallel"),
+        "block sharded in parts": compared("block", "accumulate(2)+data_parallel(shard=True)"),
         "shared": compared("shared", "data_parallel(shard=True)"),
         "three": refused("shared", "data_parallel(3)"),
         "odd": refused("shared", "data_parallel", example_inputs=odd[:1], targets=odd[1]),

@@ -109,6 +109,13 @@ def test_modules_are_aligned_by_path_whatever_their_class():
     assert ("Conv2d", "QuantizedConv2d") in {(change.was, change.name) for change in result.modules}
 
 
+def test_a_module_whose_operations_were_compiled_into_others_is_not_gone():
+    before = sample_profiles.cnn()
+    empty = tuple(dataclasses.replace(module, self_ms=0.0) for module in before.time.modules)
+    after = dataclasses.replace(before, time=dataclasses.replace(before.time, modules=empty))
+    assert {change.status for change in diff(before, after).modules} == {"changed"}
+
+
 def test_the_profilers_own_cost_cancels():
     """Half as slow a profiler changes what it measures of each operation, but not the operation's share."""
     fast = with_ops(op("aten::mm"), op("aten::relu"))
@@ -134,8 +141,14 @@ def test_from_files_and_dicts(tmp_path):
     profiles = [sample_profiles.cnn(), sample_profiles.faster()]
     for path, profile in zip(paths, profiles, strict=True):
         profile.to_json(path)
-    result = diff(*profiles)
-    assert diff(*paths) == diff(*map(str, paths)) == diff(*(profile.to_dict() for profile in profiles)) == result
+    result = profiles[0].diff(profiles[1])
+    assert (
+        diff(*profiles)
+        == diff(*paths)
+        == diff(*map(str, paths))
+        == diff(*(profile.to_dict() for profile in profiles))
+        == result
+    )
     assert json.loads(result.to_json())["ratio"] == result.ratio
 
 

@@ -6,6 +6,7 @@ pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas
 from profile_jax_models import block, loaded, work_of
 
 from perfkit.kernels import _native
@@ -113,6 +114,25 @@ def test_loops_branches_and_recomputation():
     step = jax.make_jaxpr(jax.value_and_grad(jax.checkpoint(lambda w: jnp.sum(jnp.sin(w @ w) @ w))))(w)
     again = 1  # product of the two, whose result the backward pass reads
     assert jax_flops.counted(step, True).total == (2 + again + 2 * 2) * flops.linear(8, 8, 8)
+
+
+def test_a_pallas_kernel_runs_at_every_place_of_its_grid():
+    def kernel(x, w, out):
+        out[...] = x[...] @ w[...]
+
+    rows = pallas.BlockSpec((8, 16), lambda i: (i, 0))
+    whole = pallas.BlockSpec((16, 16), lambda i: (0, 0))
+    result = jax.ShapeDtypeStruct((32, 16), jnp.float32)
+    call = pallas.pallas_call(kernel, result, grid=(4,), in_specs=[rows, whole], out_specs=rows)
+    found = jax_flops.counted(jax.make_jaxpr(call)(jnp.ones((32, 16)), jnp.ones((16, 16))), False)
+    assert found.total == flops.linear(32, 16, 16)
+
+
+def test_every_device_of_a_mesh_counts():
+    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    parts = jax.sharding.PartitionSpec("data")
+    split = jax.shard_map(lambda x: x @ jnp.ones((16, 16)), mesh=mesh, in_specs=parts, out_specs=parts)
+    assert jax_flops.counted(jax.make_jaxpr(split)(jnp.ones((32, 16))), False).total == flops.linear(32, 16, 16)
 
 
 def test_what_nobody_reads_is_not_counted():

@@ -14,7 +14,7 @@ from flax import linen
 from profile_jax_models import compiled, loaded, work_of
 
 from perfkit._report import Latency, Quantity
-from perfkit.profiling import flops, jax_time
+from perfkit.profiling import flops, jax_memory, jax_ops, jax_time
 from perfkit.profiling._basics import Basics
 from perfkit.profiling._profile import PHASES
 
@@ -147,6 +147,23 @@ def test_float64_is_found():
         w = jnp.ones((8, 8), jnp.float64)
         time = time_of(compiled(work_of(lambda x: x @ w, (jnp.ones((8, 8), jnp.float32),))))
     assert any("float64" in op.shapes for op in time.ops)
+
+
+def test_another_profiler_that_runs_is_a_reason(tmp_path):
+    with jax.profiler.trace(tmp_path):
+        work = work_of(lambda x: x @ x, (jnp.ones((8, 8)),), "inference")
+        time, memory = time_of(work), jax_memory.collected(compiled(work), work.backend.finish(work))
+    assert "stop the one that runs" in time.busy.unavailable
+    assert memory.peak.value >= 2 * 8 * 8 * 4
+
+
+def test_products_of_no_known_place_have_what_is_left():
+    def key(module):
+        return "dot_general", "op", module, "forward", ""
+
+    weights = {key("fc"): 5.0, key(""): 1.0, key("scope"): 3.0, ("add", "op", "", "forward", ""): 0.0}
+    found = jax_ops._shared({("fc", "forward"): 8.0, ("conv", "forward"): 100.0}, weights)
+    assert list(found.values()) == [8.0, 25.0, 75.0, 0.0]
 
 
 def test_the_model_stays_as_it_was():

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 from perfkit.profiling.torch_count import Call, Count
 from perfkit.profiling.torch_events import Event, nested, recorded, union_ns
+from perfkit.profiling.torch_operations import Step, operations
 from perfkit.profiling.torch_placing import COMPILED_GRAPH, placed
 from perfkit.profiling.torch_spans import MOST_SPANS, spans
-from perfkit.profiling.torch_time import Step, _attributed, _busy, _operations, _phases, _waiting
+from perfkit.profiling.torch_time import _attributed, _busy, _phases, _waiting
 from perfkit.profiling.torch_where import MODULE, PHASE, STEP
 
 MS = 1_000_000
@@ -74,7 +75,7 @@ def test_kernels_belong_to_the_operation_that_launched_them(step):
     count = Count()
     count.calls["aten::addmm", "fc", "forward"].append(Call("float32[2, 3]", 100.0, 10.0))
     count.calls["aten::mm", "fc", "backward"].append(Call("float32[3, 2]", 200.0, 20.0))
-    found = {op.name: op for op in _operations([step], count)}
+    found = {op.name: op for op in operations([step], count)}
     product = found["sgemm"]
     assert (product.kind, product.module, product.phase, product.self_ms) == ("kernel", "fc", "forward", 40)
     assert (product.flops, found["bias"].flops, found["aten::addmm"].flops) == (100, 0, 0)
@@ -93,7 +94,7 @@ def test_the_time_of_a_card(step):
     assert sorted(gap // MS for gap in gaps) == [2, 5, 10, 16]
     assert _waiting([step], "cuda").value == pytest.approx(0.25)
     assert _waiting([step], "cpu").value is None
-    ops = _operations([step], Count())
+    ops = operations([step], Count())
     assert _phases([step], ops, on_device=True) == {"forward": 45, "backward": 20, "other": 35}
     assert _attributed([step]).value == pytest.approx(0.74)  # operations and kernels: 3 to 55, 60 to 80, 82 to 84 ms
 
@@ -108,7 +109,7 @@ def test_spans_tell_host_and_streams_apart(step):
     assert (found["fc"].track, found["fc"].depth, found["aten::addmm"].depth) == ("host", 1, 3)
 
 
-def test_long_steps_keep_their_phases_and_longest_operations():
+def test_long_steps_keep_their_phases_and_longestoperations():
     events = [Event(PHASE + "forward", 0, 10**9, lane=1, annotation=True)]
     events += [Event(f"op {i}", i * 1000, i * 1000 + 1 + i % 500, lane=1) for i in range(5000)]
     mark = Event(STEP, 0, 10**9, lane=1)
@@ -129,7 +130,7 @@ def test_what_a_compiled_graph_computes_is_shared_out_by_time():
     count.calls["aten::mm", "fc", "forward"].append(Call("float32[2, 3]", 100.0, 40.0))
     host = nested([Event(PHASE + "forward", 0, 100, lane=1, annotation=True), *events])
     step = Step(Event(STEP, 0, 100, lane=1), placed(host, WHERE, {COMPILED_GRAPH}), [], [])
-    (found,) = _operations([step], count)
+    (found,) = operations([step], count)
     assert (found.name, found.calls, found.self_ms, found.flops) == (COMPILED_GRAPH, 2, 40 / MS, 100)
 
 

@@ -144,6 +144,20 @@ def test_a_model_that_forbids_looking_at_what_it_saves():
     assert not found.saved_bytes
 
 
+def test_of_two_branches_the_one_that_runs_counts():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda x: self.fc(x), lambda x: self.fc(self.fc(x)), (x,))
+
+    once = flops.linear(BATCH, 8, 8)
+    assert count(Branching(), (torch.ones(BATCH, 8),)).flops() == once
+    assert count(Branching(), (-torch.ones(BATCH, 8),)).flops() == 2 * once
+
+
 def test_grouped_strided_and_transposed_convolutions_are_as_torch_counts_them():
     model = nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1, groups=2), nn.ConvTranspose2d(8, 4, 2, 2), nn.Conv1d(9, 2, 1))
     model = nn.Sequential(*model[:2], nn.Flatten(0, 1), nn.Conv1d(8, 2, 1))

@@ -97,6 +97,20 @@ def test_recurrent_layers_are_one_operation():
     assert places(found, "aten::mkldnn_rnn_layer_backward") == {("lstm", "backward")}
 
 
+def test_perfkits_own_kernels_are_operations():
+    """Without a profiler they are called past torch's dispatcher, which is quicker and which no profiler sees."""
+    from perfkit.kernels.rnn import lstm
+
+    class Own(Recurrent):
+        def forward(self, x):
+            weights = [[getattr(self.lstm, name) for name in self.lstm._all_weights[0]]]
+            return self.fc(lstm(x, weights, implementation="reference")[0][-1])
+
+    found = time_of(Own(), (torch.randn(5, 4, 6),))
+    (layer,) = [op for op in found.ops if op.name == "perfkit::rnn"]
+    assert (layer.phase, layer.flops) == ("forward", flops.recurrent("lstm", 5, 4, 6, 8))
+
+
 def test_fast_paths_stay():
     """TransformerEncoderLayer leaves its own if any module in it has a hook."""
     block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
@@ -142,6 +156,16 @@ def test_a_compiled_model_is_seen_as_it_runs():
     forward = flops.linear(16, 64, 128) + flops.linear(16, 128, 32)
     assert found.flops.value == forward
     assert [module.flops for module in found.modules if module.path == "first"] == [flops.linear(16, 64, 128)]
+
+
+def test_what_cannot_be_counted_is_timed_all_the_same(monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("no rule for it")
+
+    monkeypatch.setattr("perfkit.profiling.torch_flops.count", refuse)
+    found = time_of(Net())
+    assert found.flops.unavailable == "it cannot be counted: no rule for it"
+    assert places(found, "aten::addmm") == {("first", "forward"), ("block.1", "forward")}
 
 
 def test_nothing_of_the_model_or_of_torch_changes():

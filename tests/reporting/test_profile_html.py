@@ -146,24 +146,56 @@ def test_an_unfinished_profile_says_so_and_shows_what_there_is(pages):
     assert "Largest at the peak" not in interrupted
 
 
+def test_a_handful_of_steps_is_not_drawn_as_a_distribution(pages):
+    few = sample_profiles.cnn(time=sample_profiles.time(step=sample_profiles.latency(11.7, 12)))
+    source = profile_html.render(few)
+    assert "How many took how long" not in source
+    assert "forward 3.70 ms, 28.7%" in Page(source, scripts=True).words
+    assert "How many took how long" in pages["cnn"]
+
+
 def test_same_profile_same_page(pages):
     assert profile_html.render(sample_profiles.cnn()) == pages["cnn"]
 
 
+USED = """<script>
+addEventListener("error", event => { document.title = "FAILED " + event.message; });
+addEventListener("load", () => {
+  const spans = document.querySelector(".spans"), box = spans.getBoundingClientRect();
+  const at = { clientX: box.left + 50, clientY: box.top + 50, bubbles: true, cancelable: true, pointerId: 1 };
+  spans.focus();
+  spans.dispatchEvent(new WheelEvent("wheel", { ...at, deltaY: -300 }));
+  spans.dispatchEvent(new PointerEvent("pointermove", at));
+  const keys = ["+", "-", "ArrowLeft", "ArrowRight", "0"];
+  keys.forEach(key => spans.dispatchEvent(new KeyboardEvent("keydown", { key })));
+  spans.dispatchEvent(new MouseEvent("dblclick", at));
+  const field = document.querySelector(".timeline input");
+  field.value = "script";
+  field.dispatchEvent(new Event("input"));
+  document.querySelectorAll(".choice button, .sort").forEach(button => button.click());
+  document.querySelectorAll(".node").forEach(node => node.dispatchEvent(new PointerEvent("pointermove", at)));
+  const picture = [...document.querySelectorAll(".held svg")].find(found => found.clientWidth);
+  const left = picture.getBoundingClientRect().left;
+  picture.dispatchEvent(new PointerEvent("pointermove", { ...at, clientX: left + 200 }));
+});
+</script>"""
+
+
 def test_the_script_runs_in_a_browser_without_a_network(pages, tmp_path):
+    """Everything that can be clicked is; an error in the script would show itself as the page's title."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium to open the page in")
     page = tmp_path / "page.html"
-    # An error in the script would show itself as the page's title.
-    catching = "<script>addEventListener('error', event => { document.title = 'FAILED ' + event.message; });</script>"
-    page.write_text(pages["hostile"].replace("<main", f"{catching}<main", 1))
+    page.write_text(pages["hostile"].replace("<main", f"{USED}<main", 1))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
     arguments = [f"--user-data-dir={tmp_path / 'user'}", "--virtual-time-budget=2000", "--dump-dom", page.as_uri()]
     done = subprocess.run([browser, *flags, *arguments], capture_output=True, text=True, check=True, timeout=120)
     assert "<title>FAILED" not in done.stdout
     assert 'data-ready=""' in done.stdout
-    assert 'class="node c0"' in done.stdout
-    assert '<button class="sort">share</button>' in done.stdout
-    height = int(re.search(r'class="spans"[^>]*height: (\d+)px', done.stdout)[1])
-    assert height > 60
+    assert re.search(r'class="node c\d leaf"', done.stdout), "the map is drawn"
+    assert "node c7 group" in done.stdout, "as a treemap, after the click"
+    assert re.search(r'<span class="found" role="status">\d+ found', done.stdout)
+    assert 'aria-sort="ascending"' in done.stdout
+    assert re.search(r'<div class="tip" style="[^"]+"><b>[\d.]+ MiB at', done.stdout), "memory is read off its picture"
+    assert int(re.search(r'class="spans"[^>]*height: (\d+)px', done.stdout)[1]) > 60

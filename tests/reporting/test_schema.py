@@ -68,8 +68,9 @@ def test_not_finite_is_null_and_accepted(reports):
 
 def test_covers_every_dataclass_and_field():
     known = schema()
-    kinds = [kind for kind in vars(_report).values() if dataclasses.is_dataclass(kind)]
+    kinds = [kind for kind in vars(_report).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     assert len(kinds) > 10
+    kinds.remove(_report.Saving)  # read off a report, not part of it
     for kind in kinds:
         found = known if kind is _report.Report else known["$defs"][kind.__name__]
         assert list(found["properties"]) == [field.name for field in dataclasses.fields(kind)]

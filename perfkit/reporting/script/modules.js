@@ -119,8 +119,9 @@ function modules(root, data, tip) {
     const inner = parts(index).length > 0;
     const cell = cellAt(box, `node c${tree.colour[index]}`, inner ? "button" : "div");
     if (inner) cell.type = "button";
-    if (tree.kind[index] === "op" || tree.kind[index] === "memory") cell.classList.add("leaf");
-    if (tree.kind[index] === "outside") cell.classList.add("rest");
+    const role = tree.role[index];
+    if (role === "op" || role === "memory") cell.classList.add("leaf");
+    if (role === "outside") cell.classList.add("rest");
     if (group) cell.classList.add("group");
     if (box.wide > 26 && box.tall > 12) {
       cell.append(element("span", "", tree.name[index]));
@@ -128,7 +129,7 @@ function modules(root, data, tip) {
     }
     cell.setAttribute("aria-label", `${tree.name[index]}: ${shown[state.by](size(index))}`);
     const tell = event => tip.show(event, tree.name[index], [
-      ["op", "memory"].includes(tree.kind[index]) ? path(index) && `in ${path(index)}` : tree.kind[index] === "outside" ? "" : tree.kind[index],
+      (role === "op" || role === "memory") && path(index) ? `in ${path(index)}` : tree.kind[index],
       `${shown[state.by](size(index))}, ${shown.share(size(index) / size(0))} of all`,
       inner && index !== state.at ? "click to enlarge" : "",
     ]);

@@ -60,4 +60,5 @@ document.querySelectorAll(".perfkit.profile:not([data-ready])").forEach(root => 
   const data = JSON.parse(holder.textContent), tip = tooltip(root);
   timeline(root, data, tip);
   modules(root, data, tip);
+  memory(root, data, tip);
 });

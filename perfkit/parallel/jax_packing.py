@@ -1,0 +1,88 @@
+"""The parameters of stages that differ, packed into arrays with one row for each stage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from perfkit.parallel.jax_inlined import Part
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where everything is.
+
+    Args:
+        whole: the parameters' tree, without numbers.
+        parts: what its leaves were taken apart into: number of the leaf, and row where it is a stack of blocks.
+        owned: numbers of the parts that each stage has.
+    """
+
+    whole: Any
+    parts: tuple[Part, ...]
+    owned: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def forms(self) -> list[jax.ShapeDtypeStruct]:
+        """Of each part."""
+        leaves = jax.tree.leaves(self.whole)
+        return [
+            jax.ShapeDtypeStruct(leaves[index].shape[row is not None :], leaves[index].dtype)
+            for index, row in self.parts
+        ]
+
+    @property
+    def dtypes(self) -> list[str]:
+        return list(dict.fromkeys(str(form.dtype) for form in self.forms))
+
+    def slices(self, stage: int) -> dict[int, tuple[str, int, int]]:
+        """Where in its row each parameter of a stage is: dtype, start and end."""
+        found, ends = {}, dict.fromkeys(self.dtypes, 0)
+        for index in self.owned[stage]:
+            name, size = str(self.forms[index].dtype), math.prod(self.forms[index].shape)
+            found[index] = name, ends[name], ends[name] + size
+            ends[name] += size
+        return found
+
+    def rows(self, params: Any) -> dict[str, np.ndarray]:
+        """Parameters, or what is shaped like them, packed: by dtype one row for each stage."""
+        whole = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+        parts = [whole[index] if row is None else whole[index][row] for index, row in self.parts]
+        where = [self.slices(stage) for stage in range(len(self.owned))]
+        packed = {}
+        for dtype in self.dtypes:
+            width = max(end for each in where for name, _, end in each.values() if name == dtype)
+            rows = np.zeros((len(where), width), jnp.dtype(dtype))
+            for stage, each in enumerate(where):
+                for index, (name, start, end) in each.items():
+                    if name == dtype:
+                        rows[stage, start:end] = parts[index].ravel()
+            packed[dtype] = rows
+        return packed
+
+    def unpacked(self, packed: dict[str, jax.Array]) -> Any:
+        """The parameters' tree again."""
+        parts: dict[int, Any] = {}
+        for stage in range(len(self.owned)):
+            parts |= self.weights(stage, {dtype: rows[stage] for dtype, rows in packed.items()})
+        leaves: dict[int, Any] = {}
+        for number, (index, row) in enumerate(self.parts):
+            if row is None:
+                leaves[index] = parts[number]
+            else:
+                leaves.setdefault(index, []).append(parts[number])
+        whole = [jnp.stack(leaf) if isinstance(leaf, list) else leaf for leaf in leaves.values()]
+        return jax.tree.unflatten(jax.tree.structure(self.whole), whole)
+
+    def weights(self, stage: int, row: dict[str, Any]) -> dict[int, Any]:
+        """A stage's parts by their numbers, of its row by dtype."""
+        return {
+            index: row[dtype][start:end].reshape(self.forms[index].shape)
+            for index, (dtype, start, end) in self.slices(stage).items()
+        }

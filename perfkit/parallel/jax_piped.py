@@ -1,0 +1,186 @@
+"""The stages of a JAX model on the devices of a mesh: one program, in which activations go from device to device.
+
+Stages differ, and so do their weights: each device has its own in one row of an array for each dtype, and takes its
+branch of a `lax.switch`. JAX differentiates the whole: gradients go back the way that activations came.
+
+Source: https://docs.jax.dev/en/latest/notebooks/shard_map.html (pipeline parallelism)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from perfkit._batch import axis_of
+from perfkit._errors import InvalidInputError, UnsupportedError
+from perfkit.parallel.jax_inlined import inlined
+from perfkit.parallel.jax_mesh import OnMesh, local, put
+from perfkit.parallel.jax_packing import Packing
+from perfkit.parallel.jax_stages import Operations
+from perfkit.parallel.jax_turns import AXIS, Cuts, turns
+
+if TYPE_CHECKING:
+    from perfkit.backends.jax_model import Function, JaxModel
+
+
+def operations_of(function: Function, params: Any, rest: Any, args: Any, kwargs: Any) -> Operations:
+    """What a model computes of one micro-batch.
+
+    Raises:
+        UnsupportedError: it changes its other state.
+    """
+    weights, structure = jax.tree.flatten(params)
+    others, around = jax.tree.flatten((rest, args, kwargs))
+    found: list[int] = []
+
+    def call(*given: Any) -> list[Any]:
+        params = jax.tree.unflatten(structure, given[: len(weights)])
+        rest, args, kwargs = jax.tree.unflatten(around, given[len(weights) :])
+        outputs, new = function(params, rest, *args, **kwargs)
+        leaves = jax.tree.leaves(outputs)
+        found[:] = [len(leaves)]
+        return [*leaves, *jax.tree.leaves(new)]
+
+    closed, parts = inlined(call, weights, others)
+    count, state = len(parts), len(jax.tree.leaves(rest))
+    if list(closed.jaxpr.outvars[found[0] :]) != list(closed.jaxpr.invars[count : count + state]):
+        raise UnsupportedError(
+            "the model changes state as it runs (running statistics, or the counter of its random numbers), which "
+            "every micro-batch would do: train it with data_parallel, or without batch norm and dropout"
+        )
+    return Operations(closed, parts, found[0])
+
+
+class Piped(OnMesh):
+    """Each device has one stage; batches are shared out along "data" where there is such an axis.
+
+    Args:
+        model: whose parameters are whole, and lie where they were.
+    """
+
+    scattered = True
+
+    def __init__(self, mesh: Mesh, model: JaxModel, cuts: Cuts, batch_dim: int | None = None):
+        super().__init__(mesh, batch_dim)
+        self.model, self.cuts = model, cuts
+        whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
+        self.packing = Packing(whole, cuts.parts, cuts.owned)
+        self._gathered = jax.jit(self.packing.unpacked, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def along_data(self, batch_dim: int) -> Piped:
+        """The same with the batch shared out along "data"."""
+        return Piped(self.mesh, self.model, self.cuts, batch_dim)
+
+    def trained(self, params: Any) -> dict[str, jax.Array]:
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        return {dtype: put(rows, sharding) for dtype, rows in self.packing.rows(params).items()}
+
+    def held(self, tree: Any) -> Any:
+        """Whole parameters, gathered from all devices: every process calls it."""
+        packed, rest = tree
+        with jax.ensure_compile_time_eval():  # also where the model is called in a program of the caller's
+            return local(self._gathered(packed)), local(rest)
+
+    def pieces(self, tree: Any) -> Any:
+        """Each parameter on the device that has its stage, without sending anything; stacks of several are gathered."""
+        packed, rest = tree
+        if any(row is not None for _, row in self.cuts.parts):
+            return self.held(tree)
+        leaves: dict[int, Any] = {}
+        for stage, owned in enumerate(self.cuts.owned):
+            device = self.mesh.devices.reshape(len(self.cuts.owned), -1)[stage, 0]
+            if device.process_index == jax.process_index():
+                leaves |= self.packing.weights(stage, {dtype: _row(rows, device) for dtype, rows in packed.items()})
+                continue
+            for index in owned:
+                about = self.packing.forms[index].shape, SingleDeviceSharding(device), []
+                leaves[index] = jax.make_array_from_single_device_arrays(*about, dtype=self.packing.forms[index].dtype)
+        return self._tree([leaves[index] for index in range(len(self.packing.forms))]), local(rest)
+
+    def _tree(self, leaves: Any) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(self.packing.whole), list(leaves))
+
+    def bytes_of(self, params: Any) -> int:
+        return sum(rows[0].nbytes for rows in self.packing.rows(params).values())
+
+    def stored(self, state: Any) -> list[jax.Array]:
+        return [each for leaf in jax.tree.leaves(state) for each in self._whole(leaf)]
+
+    def loaded(self, state: Any, leaves: list[jax.Array]) -> Any:
+        given, found = iter(leaves), []
+        for leaf in jax.tree.leaves(state):
+            whole = [next(given) for _ in self._whole(leaf)]
+            packed = self.trained(self._tree(map(local, whole))) if self._packs(leaf) else {}
+            found.append(next(iter(packed.values()), whole[0]))
+        return jax.tree.unflatten(jax.tree.structure(state), found)
+
+    def _whole(self, leaf: jax.Array) -> list[jax.Array]:
+        """What is packed in a leaf of the state; a leaf that is not packed, by itself."""
+        if not self._packs(leaf):
+            return [leaf]
+        (dtype,) = self.packing.dtypes  # as `_packs` saw to
+        return jax.tree.leaves(self._gathered({dtype: leaf}))
+
+    def _packs(self, leaf: jax.Array) -> bool:
+        if len(self.packing.dtypes) > 1:
+            raise UnsupportedError("checkpoints of stages are there for parameters of one dtype: train without them")
+        width = max(end for stage in range(len(self.cuts.owned)) for *_, end in self.packing.slices(stage).values())
+        return leaf.shape == (len(self.cuts.owned), width) and getattr(leaf.sharding, "spec", ())[:1] == (AXIS,)
+
+    def function(self, function: Function) -> Function:
+        """The model on packed parameters, by the stages of all devices."""
+
+        def run(packed: dict[str, jax.Array], rest: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            return self._run(function, packed, rest, args, kwargs), rest
+
+        return run
+
+    def _run(self, function: Function, packed: Any, rest: Any, args: Any, kwargs: Any) -> Any:
+        cuts, parts = self.cuts, self.mesh.shape.get("data", 1) if self.batch_dim is not None else 1
+        micro_batches = cuts.micro_batches * parts
+        inputs, structure = jax.tree.flatten((args, kwargs))
+        count = next(leaf for leaf in inputs if hasattr(leaf, "shape")).shape[cuts.batch_dim]
+        if count % micro_batches:
+            raise InvalidInputError(
+                f"a batch of {count} rows (dimension {cuts.batch_dim}) cannot be shared by {micro_batches} "
+                "micro-batches evenly: drop the last batch of an epoch where it is smaller, or fill it up"
+            )
+        dims = [axis_of(jnp.shape(leaf), count, cuts.batch_dim) for leaf in inputs]
+        rows = count // micro_batches
+
+        def one(leaf: Any, dim: int | None) -> Any:
+            shape = list(jnp.shape(leaf))
+            if dim is not None:
+                shape[dim] = rows
+            return jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(leaf))
+
+        forms = self.packing.whole
+        micro = jax.tree.unflatten(structure, map(one, inputs, dims))
+        operations = operations_of(function, forms, rest, *micro)
+        if len(operations.eqns) != cuts.operations:
+            raise UnsupportedError(
+                f"the model was cut into stages at {cuts.operations} operations, and has {len(operations.eqns)} for "
+                "these inputs: call optimize with such ones"
+            )
+        data = "data" if parts > 1 else None
+        given = [PartitionSpec() if dim is None else PartitionSpec(*(None,) * dim, data) for dim in dims]
+        made = [PartitionSpec(AXIS, *(None,) * dim, data) for dim in cuts.output_dims]
+        body = jax.shard_map(
+            partial(turns, operations, self.packing, cuts, dims),
+            mesh=self.mesh,
+            in_specs=(PartitionSpec(AXIS), PartitionSpec(), given),
+            out_specs=made,
+            check_vma=False,
+        )
+        leaves = [stages[-1] for stages in body(packed, jax.tree.leaves(rest), inputs)]
+        outputs, _ = jax.eval_shape(function, forms, rest, *args, **kwargs)
+        return jax.tree.unflatten(jax.tree.structure(outputs), leaves)
+
+
+def _row(rows: jax.Array, device: Any) -> jax.Array:
+    """The row of an array that a device of this process holds."""
+    return next(shard.data for shard in rows.addressable_shards if shard.device == device)[0]

@@ -1,0 +1,127 @@
+"""What each device of a pipeline does: its stage of one micro-batch after the other, as they arrive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from perfkit.parallel.balance import spans
+from perfkit.parallel.jax_inlined import Part
+from perfkit.parallel.jax_packing import Packing
+from perfkit.parallel.jax_stages import Operations
+
+AXIS = "pipeline"
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where a model is cut, and how batches go through it.
+
+    Args:
+        places: before which operations.
+        operations: how many there are.
+        parts: what parameters were taken apart into: number and row of each part.
+        owned: numbers of the parts that each stage has.
+        micro_batches: into how many parts the rows of a device are divided.
+        batch_dim: the dimension of the inputs that is divided.
+        output_dims: of each output the dimension of the rows.
+    """
+
+    places: tuple[int, ...]
+    operations: int
+    parts: tuple[Part, ...]
+    owned: tuple[tuple[int, ...], ...]
+    micro_batches: int
+    batch_dim: int
+    output_dims: tuple[int, ...]
+
+
+def turns(
+    operations: Operations,
+    packing: Packing,
+    cuts: Cuts,
+    dims: Sequence[int | None],
+    packed: dict[str, jax.Array],
+    rest: list[jax.Array],
+    inputs: list[Any],
+) -> list[jax.Array]:
+    """One device's part of a batch: as many turns as it takes until the last stage has had the last micro-batch.
+
+    Args:
+        dims: of each input the dimension of the rows; None where each micro-batch takes all of it.
+        packed: this device's row of the parameters.
+
+    Returns:
+        Of each output of the model its rows, behind a dimension of 1; what counts is the last stage's.
+    """
+    stages, count = len(cuts.owned), cuts.micro_batches
+    here, row = lax.axis_index(AXIS), {dtype: rows[0] for dtype, rows in packed.items()}
+    parted = [leaf if dim is None else _parted(leaf, dim, count) for leaf, dim in zip(inputs, dims, strict=True)]
+    outputs = [var.aval for var in operations.closed.jaxpr.outvars[: operations.outputs]]
+    sent = [operations.layout(place) for place in cuts.places]
+    dtype = jnp.result_type(*(form.dtype for forms in sent for form in forms))
+    nothing = jnp.zeros(max(sum(math.prod(form.shape) for form in forms) for forms in sent), dtype)
+
+    def branch(stage: int, start: int, end: int) -> Callable:
+        run = operations.stage(start, end)
+
+        def on_rows(row: dict, buffer: jax.Array, mine: list) -> tuple[jax.Array, list[jax.Array]]:
+            received = _unflattened(buffer, sent[stage - 1]) if stage else []
+            found = run(packing.weights(stage, row), received, [*rest, *mine])
+            if stage == stages - 1:
+                return nothing, found
+            return _flattened(found, nothing), _zeros(outputs)
+
+        return on_rows
+
+    places = spans(cuts.places, len(operations.eqns))
+    branches = [branch(stage, *place) for stage, place in enumerate(places)]
+    branches.append(lambda *_: (nothing, _zeros(outputs)))  # while nothing is there to work on
+
+    def turn(buffer: jax.Array, time: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        number = time - here
+        at = jnp.clip(number, 0, count - 1)
+        mine = [
+            leaf if dim is None else lax.dynamic_index_in_dim(leaf, at, keepdims=False)
+            for leaf, dim in zip(parted, dims, strict=True)
+        ]
+        stage = jnp.where(at == number, here, stages)
+        work = jax.checkpoint(lambda *given: lax.switch(stage, branches, *given), prevent_cse=False)
+        onwards, found = work(row, buffer, mine)
+        return lax.ppermute(onwards, AXIS, [(each, each + 1) for each in range(stages - 1)]), found
+
+    _, made = lax.scan(turn, nothing, jnp.arange(count + stages - 1))
+    return [_joined(leaf[stages - 1 :], dim)[None] for leaf, dim in zip(made, cuts.output_dims, strict=True)]
+
+
+def _parted(leaf: jax.Array, dim: int, count: int) -> jax.Array:
+    """Rows in micro-batches, these along a new first dimension."""
+    return jnp.moveaxis(leaf.reshape(*leaf.shape[:dim], count, -1, *leaf.shape[dim + 1 :]), dim, 0)
+
+
+def _joined(leaf: jax.Array, dim: int) -> jax.Array:
+    """Micro-batches along the first dimension as rows again."""
+    leaf = jnp.moveaxis(leaf, 0, dim)
+    return leaf.reshape(*leaf.shape[:dim], -1, *leaf.shape[dim + 2 :])
+
+
+def _flattened(arrays: Sequence[jax.Array], like: jax.Array) -> jax.Array:
+    flat = jnp.concatenate([array.astype(like.dtype).ravel() for array in arrays])
+    return jnp.pad(flat, (0, like.size - flat.size))
+
+
+def _unflattened(buffer: jax.Array, forms: Sequence[Any]) -> list[jax.Array]:
+    ends = np.cumsum([math.prod(form.shape) for form in forms])
+    parts = [buffer[end - math.prod(form.shape) : end] for form, end in zip(forms, ends, strict=True)]
+    return [part.reshape(form.shape).astype(form.dtype) for part, form in zip(parts, forms, strict=True)]
+
+
+def _zeros(forms: Sequence[Any]) -> list[jax.Array]:
+    return [jnp.zeros(form.shape, form.dtype) for form in forms]

@@ -1,0 +1,35 @@
+"""Scripts in tests/parallel that are run in processes of their own, with as many CPU devices as a test wants."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent / "parallel"
+TIMEOUT_S = 600
+
+
+def start(script: str, devices: int, **variables: str) -> subprocess.Popen:
+    # What is tested is what is computed, and not how fast: the compiler need not try hard.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    about = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", str(HERE / script)],
+        env=os.environ | about | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result(process: subprocess.Popen) -> dict:
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+    assert process.returncode == 0, err[-4000:]
+    return json.loads(out.splitlines()[-1])

@@ -1,0 +1,139 @@
+"""Checkpointing in torch: the same losses, gradients and statistics, in less memory; some things are run once."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+from perfkit import backends  # noqa: E402
+from perfkit._recipe import chain_of  # noqa: E402
+from perfkit._variant import apply  # noqa: E402
+
+
+class Padded(nn.Module):
+    """A recurrent layer that also returns its state."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.rnn = kind(6, 8, num_layers=2, **options)
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x):
+        out, state = self.rnn(x)
+        last = state[0] if isinstance(state, tuple) else state
+        return self.fc(out.mean(1 if self.rnn.batch_first else 0) + last[-1])
+
+
+class Own(nn.Module):
+    """Two blocks in a forward of its own, one of them with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, 8))
+        self.second = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 2))
+
+    def forward(self, x):
+        return self.second(x + self.first(x))
+
+
+class Counts(nn.Module):
+    """Changes a buffer in each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        self.calls += 1
+        return torch.tanh(self.fc(x))
+
+
+def convolutional():
+    layers = []
+    for index in range(6):
+        layers += [nn.Conv2d(4 if index else 1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=index % 2 == 0)]
+    return nn.Sequential(*layers, nn.Dropout2d(0.3), nn.Flatten(), nn.Linear(4 * 256, 2))
+
+
+MODELS = {
+    "convolutions": (convolutional, lambda: torch.randn(4, 1, 16, 16)),
+    "lstm": (lambda: Padded(nn.LSTM, batch_first=True), lambda: torch.randn(4, 23, 6)),
+    "gru": (lambda: Padded(nn.GRU), lambda: torch.randn(23, 4, 6)),
+    "own": (Own, lambda: torch.randn(4, 8)),
+}
+
+
+def sides(name, recipe="checkpoint(0.4)"):
+    """A workload and what the recipe makes of it, both ready to be trained; and the effect."""
+    torch.manual_seed(0)
+    build, inputs = MODELS[name]
+    model = build()
+    backend = backends.of(model)
+    work = backend.bind(
+        model,
+        None,
+        (inputs(),),
+        mode="training",
+        seed=0,
+        loss=lambda out, y: (out - y).square().mean(),
+        targets=torch.randn(4, 2),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    applied = apply(chain_of(recipe), work)
+    return backend, work, applied.works[-1], applied.steps[0].effect
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_losses_and_statistics_are_the_originals(name):
+    """Bit for bit; a recurrent layer's gradients are added up piece by piece, so there to rounding over 23 steps."""
+    backend, before, after, effect = sides(name)
+    assert effect.touched
+    found = []
+    for work in (before, after):
+        finished = backend.finish(work)
+        backend.seed(3)
+        losses = [float(finished.train_step((work.inputs, work.training.targets))) for _ in range(3)]
+        gradients = [parameter.grad for parameter in work.model.parameters()]
+        found.append((losses, gradients, list(work.model.buffers())))
+    near = {"rtol": 23 * 2**-22, "atol": 1e-6} if name in ("lstm", "gru") else {"rtol": 0, "atol": 0}
+    assert found[1][0] == pytest.approx(found[0][0], rel=near["rtol"], abs=0)
+    torch.testing.assert_close(found[1][1:], found[0][1:], **near)
+
+
+@pytest.mark.parametrize("name", ["convolutions", "lstm"])
+def test_less_is_held(name):
+    backend, before, after, _ = sides(name)
+    peaks = [backend.tensor_peak(work, backend.finish(work)).value for work in (before, after)]
+    assert peaks[1] < 0.75 * peaks[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_stays_the_same_module_and_infers_as_before(name):
+    _, before, after, _ = sides(name)
+    original, result = before.model.eval(), after.model.eval()
+    assert isinstance(result, type(original))
+    assert list(result.state_dict()) == list(original.state_dict())
+    with torch.no_grad():
+        assert torch.equal(result(*before.inputs.args), original(*before.inputs.args))
+
+
+def test_what_changes_its_buffers_is_run_once(monkeypatch):
+    build = lambda: nn.Sequential(nn.Linear(8, 8), Counts(), nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 2))  # noqa: E731
+    monkeypatch.setitem(MODELS, "counts", (build, lambda: torch.randn(4, 8)))
+    backend, _, after, effect = sides("counts", "checkpoint(0.01)")
+    assert [item.name for item in effect.skipped] == ["1"]
+    assert "changes its buffers" in effect.skipped[0].reason
+    backend.finish(after).train_step((after.inputs, after.training.targets))
+    assert after.model[1].calls == 1
+
+
+def test_a_sequence_shorter_than_the_pieces_runs_whole():
+    _, _, after, _ = sides("lstm")
+    assert after.model(torch.randn(4, 1, 6)).shape == (4, 2)
+
+
+def test_a_budget_that_cannot_be_kept_is_said():
+    *_, effect = sides("convolutions", "checkpoint(0.0001)")
+    assert "cannot be kept: this is the least" in " ".join(effect.notes)

@@ -1,0 +1,238 @@
+"""The planner's model of a step: its formulas, the layouts that there are, and what it is told."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from perfkit import InvalidInputError, UnsupportedError, cli
+from perfkit._recipe import chain_of
+from perfkit.parallel.links import Measured, Ring
+from perfkit.parallel.planning import BUCKET, balanced_units, predict, ranked, ways
+from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Split, Stages, Unit, Way
+from perfkit.parallel.torch_costs import needed_rows
+
+ROOT = Path(__file__).parents[2]
+MB = 1_000_000
+SLOW = Ring(1e-3, 1e9)
+UNITS = tuple(Unit(name, seconds, 10 * MB, 2, MB) for name, seconds in zip("abcd", (0.1, 0.2, 0.1, 0.1), strict=True))
+SPLIT = Split("b", 0.2, 0.5, 10 * MB, (("all_reduce", MB), ("gather_inside", MB)))
+COSTS = Costs(
+    rows=64,
+    pass_s={4: 0.1, 8: 0.15, 32: 0.45, 64: 0.85},
+    update_s=0.02,
+    forward_s=0.6,
+    units=UNITS,
+    splits={2: (SPLIT,)},
+    bytes=40 * MB,
+    tensors=8,
+)
+
+
+def cluster(devices=2, link=SLOW, overlaps=False, **overheads):
+    return Cluster(devices, link, overlaps, Overheads(**overheads))
+
+
+def test_a_ring_sends_each_byte_almost_twice():
+    assert SLOW.seconds("all_reduce", 4 * MB, 4) == pytest.approx(6 * 1e-3 + 2 * 3 / 4 * 4e-3)
+    assert SLOW.seconds("all_gather", 4 * MB, 4) == pytest.approx(3 * 1e-3 + 3 / 4 * 4e-3)
+    assert SLOW.seconds("send", 4 * MB, 2) == pytest.approx(1e-3 + 4e-3)
+    assert SLOW.seconds("all_reduce", MB, 1) == 0
+
+
+def test_a_measured_link_is_a_line_between_what_was_measured():
+    link = Measured(4, {"all_reduce": [(0, 1e-3), (MB, 2e-3), (2 * MB, 6e-3)], "send": [(4, 1e-3)]})
+    assert link.seconds("all_reduce", MB / 2, 4) == pytest.approx(1.5e-3)
+    assert link.seconds("all_reduce", 3 * MB, 4) == pytest.approx(10e-3)
+    assert link.seconds("all_reduce", MB, 2) == pytest.approx(2e-3 / 3), "a ring of two has a third of the rounds"
+    assert link.seconds("send", MB, 2) == 1e-3
+
+
+def test_passes_between_measured_batch_sizes_are_on_a_line():
+    assert COSTS.passing_s(8) == pytest.approx(0.15)
+    assert COSTS.passing_s(20) == pytest.approx(0.3)
+    assert COSTS.passing_s(128) == pytest.approx(0.85 + 64 * 0.4 / 32)
+
+
+def test_data_parallel_is_a_part_of_the_batch_and_the_gradients():
+    found = predict(COSTS, Way(data=2), cluster(step=0.005))
+    buckets = sum(SLOW.seconds("all_reduce", size, 2) for size in (40 * MB - BUCKET, BUCKET))
+    assert found.computing_s == pytest.approx(0.45 + 0.02)
+    assert found.sending_s == pytest.approx(buckets + SLOW.seconds("all_reduce", 4, 2), rel=1e-6)
+    assert (found.waiting_s, found.overhead_s) == (0, 0.005)
+    assert found.held_bytes == 4 * 40 * MB
+    assert found.step_s == pytest.approx(found.computing_s + found.sending_s + 0.005)
+
+
+def test_what_overlaps_hides_all_but_the_last_message():
+    slow, quick = (predict(COSTS, Way(data=2), cluster(overlaps=overlaps)) for overlaps in (False, True))
+    last = SLOW.seconds("all_reduce", 40 * MB - BUCKET, 2)
+    assert quick.sending_s == pytest.approx(last + SLOW.seconds("all_reduce", 4, 2), rel=1e-6)
+    assert quick.sending_s < slow.sending_s
+    assert quick.sent_bytes == slow.sent_bytes
+
+
+def test_shards_update_their_part_and_gather_each_unit_twice():
+    found = predict(COSTS, Way(data=2, shard=True), cluster(unit=1e-3, tensor=1e-4))
+    gathered = SLOW.seconds("all_gather", 10 * MB, 2)
+    assert found.computing_s == pytest.approx(0.45 + 0.01)
+    assert found.sending_s == pytest.approx(12 * gathered + SLOW.seconds("all_reduce", 4, 2))
+    assert found.overhead_s == pytest.approx(4 * 1e-3 + 8 * 1e-4)
+    assert found.held_bytes == 4 * 20 * MB
+
+
+def test_split_layers_take_what_their_parts_take_and_send_for_the_whole_batch():
+    found = predict(COSTS, Way(tensor=2), cluster(split=1e-3))
+    assert found.computing_s == pytest.approx(0.85 * (1 - 0.2 / 0.6 * 0.5) + 0.02 * 35 / 40)
+    assert found.sending_s == pytest.approx(sum(SLOW.seconds(kind, MB, 2) for kind in ("all_reduce", "all_gather")))
+    assert found.overhead_s == 1e-3
+    both = predict(COSTS, Way(data=2, tensor=2, shard=True), cluster(4))
+    assert both.computing_s == pytest.approx(0.45 * (1 - 0.1 / 0.6) + 0.02 * 35 / 40 / 2)
+
+
+def test_a_pipeline_waits_for_its_first_and_last_micro_batch():
+    found = predict(COSTS, Way(pipeline=2, micro_batches=8), cluster(micro_batch=1e-3))
+    one = 0.15 * 0.3 / 0.5  # units a and b, of four
+    assert found.computing_s == pytest.approx(8 * one + 0.02 / 2)
+    assert found.waiting_s == pytest.approx(one)
+    assert found.sending_s == pytest.approx(2 * 9 * SLOW.seconds("send", MB / 8, 2) + SLOW.seconds("all_reduce", 4, 2))
+    assert found.overhead_s == pytest.approx(9e-3)
+
+
+def test_stages_are_balanced():
+    assert [len(stage) for stage in balanced_units(UNITS, 2)] == [2, 2]
+    assert [[unit.name for unit in stage] for stage in balanced_units(UNITS, 3)] == [["a"], ["b"], ["c", "d"]]
+
+
+def test_stages_that_are_known_are_taken():
+    known = dataclasses.replace(COSTS, stages={2: Stages(0.5, 15 * MB, 3 * MB)})
+    found = predict(known, Way(pipeline=2, micro_batches=8), cluster())
+    assert found.waiting_s == pytest.approx(0.15 * 0.5)
+    assert found.held_bytes == 4 * 15 * MB
+    assert found.sent_bytes == 16 * 3 * MB / 8 + 4
+
+
+def test_the_layouts_are_those_that_recipes_can_make():
+    found = set(map(str, ways(COSTS, 4)))
+    assert found == {
+        "data 4",
+        "data 4, sharded",
+        "data 2, sharded × tensor 2",  # DistributedDataParallel does not take the parts of tensor_parallel
+        "pipeline 2 of 8 × data 2",
+        "pipeline 4 of 16",
+    }
+    for way in ways(COSTS, 4):
+        assert all(recipe.size for recipe in chain_of(way.recipe.partition("pipeline")[0].rstrip("+") or []))
+    with pytest.raises(InvalidInputError, match="64 rows and 1 unit"):
+        ranked(Costs(64, {64: 1.0}, 0.1, 0.3, UNITS[:1], {}, MB, 1), cluster(3))
+
+
+def test_a_quick_link_is_used_and_a_slow_one_avoided():
+    first = {speed: ranked(COSTS, cluster(4, Ring(1e-6, speed), overlaps=True))[0].way for speed in (1e6, 1e11)}
+    assert first[1e11].data == 4
+    assert first[1e6].data < 4
+
+
+def test_batch_sizes_that_layouts_lead_to():
+    assert needed_rows(64, 4) == [4, 8, 16, 32, 64]
+    assert needed_rows(12, 3) == [1, 4, 12]
+
+
+def test_layouts_of_a_model():
+    torch = pytest.importorskip("torch")
+    from perfkit.parallel.planning_layouts import layouts
+
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 8))
+    before = [p.detach().clone() for p in model.parameters()]
+    given = {"example_inputs": (torch.randn(8, 16),), "targets": torch.randn(8, 8), "loss": torch.nn.MSELoss()}
+    given |= {"optimizer": torch.optim.SGD, "devices": 2, "budget_s": 0.01}
+    found = layouts(model, link_gbps=10, **given)
+    assert {str(item.way) for item in found.predictions} == {"data 2", "data 2, sharded", "tensor 2", "pipeline 2 of 8"}
+    steps = [item.step_s for item in found.predictions]
+    assert steps == sorted(steps)
+    tensor = next(item for item in found.predictions if item.way.tensor == 2)
+    assert tensor.sent_bytes == 8 * 8 * 4, "a pair of layers, of which the first one's inputs do not learn"
+    assert found.best.way.recipe in str(found)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    with pytest.raises(UnsupportedError, match=r"1 process\(es\) for 2 devices"):
+        layouts(model, **given)
+    with pytest.raises(InvalidInputError, match="link_gbps=-1"):
+        layouts(model, link_gbps=-1, **given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--devices", "2"], "--devices: about several devices, add --parallel"),
+        (["--parallel"], "say how many --devices"),
+    ],
+)
+def test_the_command_line_says_what_is_missing(arguments, said):
+    done = CliRunner().invoke(cli.main, ["plan", "cnn", *arguments])
+    assert done.exit_code == 2
+    assert said in done.output
+
+
+FACTORY = """
+import functools, torch
+
+def make():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 8))
+    adam = functools.partial(torch.optim.Adam, lr=1e-3)
+    x, y = torch.randn(8, 16), torch.randn(8, 8)
+    return {"model": model, "example_inputs": (x,), "targets": y, "loss": torch.nn.MSELoss(), "optimizer": adam}
+
+if __name__ == "__main__":
+    from perfkit import cli
+    from perfkit.parallel import planning_layouts
+
+    planning_layouts.ROUNDS = 1
+    cli.main(["plan", "planned_here:make", "--parallel", "--devices", "2"])
+"""
+
+
+def test_two_processes_measure_what_lies_between_them(tmp_path):
+    pytest.importorskip("torch")
+    (tmp_path / "planned_here.py").write_text(FACTORY)
+    command = [sys.executable, "-m", "perfkit.cli", "launch", "--nproc", "2", "planned_here.py"]
+    about = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | about, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "computing, link and framework, by 2 processes" in " ".join(done.stdout.split())
+    for layout in ("data 2", "data 2, sharded", "tensor 2", "pipeline 2 of 8"):
+        assert layout in done.stdout
+    assert "FutureWarning" not in done.stderr
+
+
+def test_the_example_of_the_page_runs(capsys):
+    pytest.importorskip("torch")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "planning.md").read_text(), re.DOTALL)
+    exec(compile(code, "planning.md", "exec"), {})
+    assert "the quickest as a recipe: " in capsys.readouterr().out
+
+
+def test_the_page_shows_what_was_recorded():
+    from bench import plan
+
+    shown = plan.PAGE.read_text().partition(plan.BEGIN)[2].partition(plan.END)[0]
+    assert shown.strip() == "\n".join(plan.measured()).strip(), "run python -m bench.plan --page"
+
+
+def test_launches_are_summed_up_by_their_medians():
+    from bench import plan
+
+    def row(predicted, measured):
+        parts = {"computing": predicted}
+        about = {"model": "m", "processes": 2, "layout": "data 2", "recipe": "data_parallel(2)"}
+        return about | {"predicted_ms": predicted, "measured_ms": measured, "parts_ms": parts}
+
+    (found,) = plan.summed_up([row(10.0, 10.0), row(12.0, 10.0), row(9.0, 12.0)])
+    assert (found["predicted_ms"], found["measured_ms"]) == (10.0, 10.0)
+    assert (found["ratio"], found["lowest"], found["highest"]) == (1.0, 0.75, 1.2)
+    assert json.dumps(found)

@@ -1,0 +1,245 @@
+"""pipeline_parallel in torch, in four processes: numbers as the whole model's; and models taken apart in one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from sample_models import training  # noqa: E402
+from torch import fx, nn  # noqa: E402
+
+from perfkit import UnsupportedError  # noqa: E402
+from perfkit._recipe import chain_of  # noqa: E402
+from perfkit._workload import Inputs  # noqa: E402
+from perfkit.parallel.torch_pipe import StageModule  # noqa: E402
+from perfkit.parallel.torch_stages import Operations, stage_graphs  # noqa: E402
+from perfkit.parallel.torch_trace import label, named, tensors_of, traced  # noqa: E402
+
+WORKER = Path(__file__).with_name("pipeline_worker.py")
+MODELS, CHAINS = ("cnn2", "text_lstm", "transformer", "skips"), ("1f1b", "gpipe", "data", "interleaved")
+TOLERANCE = 3136 * 2**-52 * 8
+"""In float64: the longest sum of a model here has 3136 terms, and rounding goes through less than 8 layers."""
+
+needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+@pytest.fixture(scope="module")
+def told():
+    """What every process found, by rank: one launch for all tests of this file."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", str(port)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
+    ran = subprocess.run([*command, WORKER], capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads(ran.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_outputs_are_whole_on_every_process_and_those_of_the_model(told, model):
+    for rank in told:
+        found = rank[model]["inference"]
+        assert found["off"] <= TOLERANCE
+        assert found["same"], "a subclass of the model's own class"
+        assert found["parameters"][0] == found["parameters"][1], "those of other processes count too"
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("model", MODELS)
+def test_training_is_that_of_the_whole_model(told, model, chain):
+    for rank in told:
+        found = rank[model][chain]
+        assert found["losses"] <= TOLERANCE
+        assert found["parameters"] <= TOLERANCE
+        assert abs(found["fell"] - 1) > 1e-2, "the steps do something"
+        assert found["restored"] == 0
+        assert found["optimized"] == len(found["held"])
+    held = [rank[model][chain]["held"] for rank in told]
+    if chain in ("data", "interleaved"):
+        assert held[0] == held[1]
+        assert held[2] == held[3]
+        held = held[::2]
+    together = [name for names in held for name in names]
+    assert len(together) == len(set(together)) == PARAMETERS[model], "each parameter is held by one stage"
+
+
+PARAMETERS = {"cnn2": 8, "text_lstm": 11, "transformer": 12, "skips": 11}
+
+
+def test_the_norm_of_the_whole_gradient_is_clipped(told):
+    for rank in told:
+        assert rank["clipped"]["losses"] <= TOLERANCE
+        assert rank["clipped"]["parameters"] <= TOLERANCE
+        assert any("clip_grad_norm_ sees the norm over all stages" in note for note in rank["clipped"]["notes"])
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("model", MODELS)
+def test_stages_and_their_bubble_are_told(told, model, chain):
+    parts, balance, bubble = told[0][model][chain]["spread"]
+    stages = 2 if chain == "data" else 4
+    assert parts[0].startswith(f"pipeline: {stages} stages (")
+    assert len(balance) == stages
+    assert sum(balance) == pytest.approx(1)
+    assert min(balance) > 0
+    # Filling and draining: 3 of 3 + 4 turns; 3 of 3 + 2; 1 of 1 + 2; 1 of 1 + 2 · 2, as each device has two stages.
+    assert bubble == pytest.approx({"1f1b": 3 / 7, "gpipe": 3 / 5, "data": 1 / 3, "interleaved": 1 / 5}[chain])
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("tensor", "stages are not split once more"),
+        ("shard", "held whole: leave shard out"),
+        ("odd", "8 rows of a process cannot be divided into 3 micro-batches evenly"),
+        ("few", "2 micro-batches are too few"),
+        ("stages", "6 stages by 'interleaved' on 4 devices"),
+        ("many", "it has 1 place(s) for a cut"),
+        ("tied", "a weight is used on both sides"),
+        ("split", "split_at='9': no layer is called so; known: '0', '1', '2', '3'"),
+        ("loss", "the loss is no mean over the batch, and no sum"),
+        ("looks", "Looks.forward cannot be followed"),
+        ("scaled", "use 'bf16', whose gradients need no scaling"),
+    ],
+)
+def test_what_cannot_work_is_refused_on_every_process(told, case, message):
+    for rank in told:
+        assert message in rank["refusals"][case]
+
+
+def test_a_loss_that_is_a_sum_is_added_up(told):
+    one, whole = told[0]["further"]["sums"]
+    assert one == pytest.approx(whole, rel=2**-24 * 16)
+    assert any("the loss is a sum" in note for note in told[0]["further"]["notes"])
+    assert any("draws random numbers of its own" in note for note in told[0]["further"]["notes"])
+
+
+def test_layers_to_cut_at_are_taken_by_name(told):
+    assert told[0]["further"]["parts"][0].startswith("pipeline: 4 stages (0; 1; 2; 4)")
+
+
+def test_precision_goes_around_each_stage_and_other_batch_sizes_pass(told):
+    for rank in told:
+        same, low = rank["further"]["precise"]
+        assert same == 0
+        assert low > 2**-10, "bfloat16 was lost"
+
+
+def test_optimize_reports_what_four_processes_gave(told):
+    for rank in told:
+        found = rank["reported"]
+        assert found["same"] < 1e-5, "the result has the original's parameters, and gives whole outputs"
+        assert found["isinstance"]
+        assert found["fidelity"] < 1e-5
+    report = told[0]["reported"]["parallel"]
+    assert (report["layout"], report["devices"], report["processes"]) == ("pipeline 2 × data 2", 4, 4)
+    assert report["rank_model_bytes"] == [(6 * 32 + 32) * 4] * 2 + [(32 * 3 + 3) * 4] * 2
+    # Two micro-batches of 2 × 32 activations, the stage's gradients, and the loss twice: to its pipeline, and averaged.
+    assert report["sent_bytes"]["value"] == (2 * 2 * 32 + 6 * 32 + 32 + 1 + 1) * 4
+    assert "2 × send" in report["sent_bytes"]["method"]
+    assert "bubble" in told[0]["reported"]["text"]
+
+
+def apart(model, *args, cuts=None, **kwargs):
+    """The outputs of a model, and those of its stages one after another; and what its operations are called."""
+    torch.manual_seed(0)
+    expected = model(*args, **kwargs)
+    inputs = Inputs(args, kwargs)
+    operations = Operations(traced(model, inputs), model, tensors_of(named(type(model), inputs)))
+    places, _ = operations.places()
+    torch.manual_seed(0)
+    received = ()
+    for graph in stage_graphs(operations, sorted(places) if cuts is None else cuts):
+        received = StageModule(fx.GraphModule(model, graph), ()).compute(received, operations.inputs)
+    return expected, received, [label(node) for node in operations.nodes]
+
+
+RECURRENT = {
+    "LSTM": nn.LSTM(4, 6, num_layers=3, batch_first=True),
+    "both ways": nn.GRU(4, 6, num_layers=2, bidirectional=True),
+    "dropout": nn.RNN(4, 6, num_layers=2, dropout=0.5),
+    "ReLU, no bias": nn.RNN(4, 6, num_layers=2, nonlinearity="relu", bias=False),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_are_taken_apart(name):
+    model = RECURRENT[name]
+    (y, states), found, labels = apart(model, torch.randn(5, 7, 4))
+    expected = [y, *(states if isinstance(states, tuple) else [states])]
+    for mine, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, wanted)
+    assert {f"[{layer}]" for layer in range(model.num_layers)} <= set(labels)
+    assert not any("_perfkit" in key for key in model.state_dict())
+
+
+class Recurrent(nn.Module):
+    def __init__(self, rnn, begins=False):
+        super().__init__()
+        self.rnn, self.begins = rnn, begins
+
+    def forward(self, x):
+        start = (x.new_zeros(2, 5, 6), x.new_zeros(2, 5, 6)) if self.begins else None
+        return self.rnn(x, start)[0].mean(1) if self.begins else self.rnn(x)[0].mean(1)
+
+
+def test_a_recurrent_module_that_is_given_a_state_stays_whole():
+    rnn = nn.LSTM(4, 6, num_layers=2, batch_first=True)
+    for begins, whole in ((True, True), (False, False)):
+        expected, (found,), labels = apart(Recurrent(rnn, begins), torch.randn(5, 7, 4))
+        torch.testing.assert_close(found, expected)
+        assert ("rnn" in labels) == whole
+        assert ("rnn[1]" in labels) != whole
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_transformers_are_taken_apart_and_keep_their_mode(first):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True, norm_first=first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    for mode in (True, False):
+        # What is sent is laid out anew, and torch draws in the order of the layout: with dropout in one piece.
+        expected, (found,), labels = apart(model.train(mode), torch.randn(3, 5, 8), cuts=[] if mode else None)
+        torch.testing.assert_close(found, expected)
+        assert {"layers.0.self_attn", "layers.1.linear2"} <= set(labels)
+
+
+def test_defaults_keywords_and_sizes_are_followed():
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, mask, *, scale=2.0):
+            rows, width = x.shape
+            hidden = self.first(x).masked_fill(mask, 0.0).view(rows, width)
+            return {"out": self.second(hidden) * scale, "rows": [hidden]}
+
+    x, mask = torch.randn(3, 4), torch.rand(3, 4) > 0.5
+    expected, found, _ = apart(Sized(), x, mask=mask)
+    torch.testing.assert_close(list(found), [expected["out"], *expected["rows"]])
+
+
+def test_any_number_of_inputs_is_refused():
+    class Several(nn.Module):
+        def forward(self, *xs):
+            return sum(xs)
+
+    with pytest.raises(UnsupportedError, match="any number of arguments"):
+        apart(Several(), torch.ones(2), torch.ones(2))
+
+
+def test_one_process_is_told_how_to_start_several():
+    import perfkit
+
+    plan = perfkit.plan(**training("torch"), recipe="pipeline_parallel", mode="training")
+    assert "perfkit launch --nproc 2" in plan.steps[0].refusal
+    assert chain_of("pipeline_parallel(2, split_at='fc1')").recipes[0].split_at == ("fc1",)
