@@ -19,6 +19,7 @@ from typing import Any
 import perfkit
 from bench.record import RESULTS, device_slug
 from perfkit import PerfkitError, PerfkitWarning, reference
+from perfkit._report import plain
 from perfkit.measure.environment import environment
 from perfkit.profiling._profile import Finding
 
@@ -68,7 +69,7 @@ def record(frameworks: list[str], models: list[str], budget_s: float) -> None:
             found = tried(case, budget_s)
             print(*found, sep="\n", flush=True)
             rows = [row for row in rows if not case.items() <= row.items()] + found
-            path.write_text(json.dumps(about | {"rows": rows}, indent=1, sort_keys=True) + "\n")
+            path.write_text(json.dumps(plain(about | {"rows": rows}), indent=1, sort_keys=True, allow_nan=False) + "\n")
     print(f"wrote {path}")
 
 
@@ -167,8 +168,9 @@ def line(row: dict[str, Any]) -> str:
         return f"| {where} | {row['framework']} | profile failed: {row['failed']} | – | – | – |"
     predicted = f"{row['predicted']:.2f}×" if row["predicted"] else "not predicted"
     gain = f"{row['gained']:.2f}×" if row.get("gained") else f"refused: {row['refused']}" if "refused" in row else "–"
-    if "low" in row:
-        gain += f" [{row['low']:.2f}, {row['high']:.2f}] {row['verdict']}"
+    if "verdict" in row:
+        ends = ", ".join("?" if row[end] is None else f"{row[end]:.2f}" for end in ("low", "high"))
+        gain += f" [{ends}] {row['verdict']}"
     finding = row["finding"] + (" (memory)" if row["resource"] == "memory" else "")
     return f"| {where} | {row['framework']} | {finding} | `{row['recipe']}` | {predicted} | {gain} |"
 

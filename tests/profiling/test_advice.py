@@ -103,7 +103,7 @@ def test_elementwise_operations_through_memory():
     moving = [op("aten::gelu", 5.0, "mlp", moved_bytes=8e7) for _ in range(2)]
     finding = found(product(10.0, "bfloat16"), *moving, kind="unfused operations")
     assert finding.where == ("mlp",)
-    assert finding.predicted.value == pytest.approx(1 / (0.5 + 0.5 / 6 + 0.1 / 20), rel=1e-3)
+    assert finding.predicted.value == pytest.approx(1 / (0.5 + 0.5 / 6 + 0.15 / 20), rel=1e-3)
 
 
 @pytest.mark.parametrize(
