@@ -134,29 +134,33 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
     finished = backend.finish(work)
     call = backend.caller(work, finished)
     time_room, memory_room = (import_module(f"perfkit.profiling.{framework}_{name}") for name in ("time", "memory"))
-    with finished.keeping_state():
-        with backend.watching_compiles() as log:
-            backend.seed(work.seed)
-            seconds, _ = timing.first_call(call)
-            first = Variant(work, finished, call, Quantity(seconds, "s"), log())
-            kept.doing("timing its steps")
-            step = timing.alone(call, budget_s=budget_s)
-            basics = Basics(step, first.first_call_s, compile_seconds(first, step), log().graphs - first.log.graphs)
-        kept.keep(time=unprofiled(basics, "the run ended before the operations were profiled"))
-        with telemetry.watching(work.device) as watched:  # not while steps are timed: looking takes time
-            kept.doing("profiling its operations")
+    # Each pass begins with the state that the caller's model and optimizer are in: that of some optimizers cannot be
+    # copied once it is there.
+    with finished.keeping_state(), backend.watching_compiles() as log:
+        backend.seed(work.seed)
+        seconds, _ = timing.first_call(call)
+        first = Variant(work, finished, call, Quantity(seconds, "s"), log())
+        kept.doing("timing its steps")
+        step = timing.alone(call, budget_s=budget_s)
+        basics = Basics(step, first.first_call_s, compile_seconds(first, step), log().graphs - first.log.graphs)
+    kept.keep(time=unprofiled(basics, "the run ended before the operations were profiled"))
+    with telemetry.watching(work.device) as watched:  # not while steps are timed: looking takes time
+        kept.doing("profiling its operations")
+        with finished.keeping_state():
             kept.keep(time=time_room.collected(work, finished, basics))
-            kept.doing("following its memory")
+        kept.doing("following its memory")
+        with finished.keeping_state():
             kept.keep(memory=memory_room.collected(work, finished))
-            if snapshot is not None:
-                kept.doing("writing its allocations")
-                memory_room.snapshot(work, finished, Path(snapshot))
-            kept.doing("measuring what this machine reaches at best")
-            found = ceilings.measured(framework, work.device)
-            kept.keep(ceilings=found, time=utilized(kept.profile.time, found))
-            kept.doing("measuring its energy")
+        if snapshot is not None:
+            kept.doing("writing its allocations")
+            memory_room.snapshot(work, finished, Path(snapshot))
+        kept.doing("measuring what this machine reaches at best")
+        found = ceilings.measured(framework, work.device)
+        kept.keep(ceilings=found, time=utilized(kept.profile.time, found))
+        kept.doing("measuring its energy")
+        with finished.keeping_state():
             kept.keep(energy=energy.measured(call, work.device))
-            kept.keep(devices=watched.states())
+        kept.keep(devices=watched.states())
     if advice := _room("advice"):
         kept.keep(findings=advice.findings(kept.profile))
     kept.keep(outcome="complete", explanation="")
