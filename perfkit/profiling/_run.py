@@ -7,9 +7,7 @@ import numbers
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import perfkit
@@ -22,7 +20,7 @@ from perfkit._variant import Variant, apply, first_line
 from perfkit._workload import Workload, calibrated, check_mode
 from perfkit.measure import timing
 from perfkit.measure.environment import environment
-from perfkit.profiling import ceilings, energy, telemetry
+from perfkit.profiling import advice, ceilings, energy, telemetry
 from perfkit.profiling._basics import Basics, unprofiled
 from perfkit.profiling._profile import Profile
 from perfkit.profiling.utilization import utilized
@@ -134,31 +132,34 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
     finished = backend.finish(work)
     call = backend.caller(work, finished)
     time_room, memory_room = (import_module(f"perfkit.profiling.{framework}_{name}") for name in ("time", "memory"))
-    with finished.keeping_state():
-        with backend.watching_compiles() as log:
-            backend.seed(work.seed)
-            seconds, _ = timing.first_call(call)
-            first = Variant(work, finished, call, Quantity(seconds, "s"), log())
-            kept.doing("timing its steps")
-            step = timing.alone(call, budget_s=budget_s)
-            basics = Basics(step, first.first_call_s, compile_seconds(first, step), log().graphs - first.log.graphs)
-        kept.keep(time=unprofiled(basics, "the run ended before the operations were profiled"))
-        with telemetry.watching(work.device) as watched:  # not while steps are timed: looking takes time
-            kept.doing("profiling its operations")
+    # Each pass begins with the state that the caller's model and optimizer are in: that of some optimizers cannot be
+    # copied once it is there.
+    with finished.keeping_state(), backend.watching_compiles() as log:
+        backend.seed(work.seed)
+        seconds, _ = timing.first_call(call)
+        first = Variant(work, finished, call, Quantity(seconds, "s"), log())
+        kept.doing("timing its steps")
+        step = timing.alone(call, budget_s=budget_s)
+        basics = Basics(step, first.first_call_s, compile_seconds(first, step), log().graphs - first.log.graphs)
+    kept.keep(time=unprofiled(basics, "the run ended before the operations were profiled"))
+    with telemetry.watching(work.device) as watched:  # not while steps are timed: looking takes time
+        kept.doing("profiling its operations")
+        with finished.keeping_state():
             kept.keep(time=time_room.collected(work, finished, basics))
-            kept.doing("following its memory")
+        kept.doing("following its memory")
+        with finished.keeping_state():
             kept.keep(memory=memory_room.collected(work, finished))
-            if snapshot is not None:
-                kept.doing("writing its allocations")
-                memory_room.snapshot(work, finished, Path(snapshot))
-            kept.doing("measuring what this machine reaches at best")
-            found = ceilings.above(kept.profile.time.ops, framework, work.device)
-            kept.keep(ceilings=found, time=utilized(kept.profile.time, found))
-            kept.doing("measuring its energy")
+        if snapshot is not None:
+            kept.doing("writing its allocations")
+            memory_room.snapshot(work, finished, Path(snapshot))
+        kept.doing("measuring what this machine reaches at best")
+        found = ceilings.above(kept.profile.time.ops, framework, work.device)
+        kept.keep(ceilings=found, time=utilized(kept.profile.time, found))
+        kept.doing("measuring its energy")
+        with finished.keeping_state():
             kept.keep(energy=energy.measured(call, work.device))
-            kept.keep(devices=watched.states())
-    if advice := _room("advice"):
-        kept.keep(findings=advice.findings(kept.profile))
+        kept.keep(devices=watched.states())
+    kept.keep(findings=advice.findings(kept.profile))
     kept.keep(outcome="complete", explanation="")
 
 
@@ -171,12 +172,6 @@ def _applied(chain: Chain, work: Workload, kept: _Kept) -> Workload:
     kept.keep(notes=(f"profiled: what {chain} makes of the model",))
     kept.doing("running the model for the first time")
     return applied.works[-1]
-
-
-def _room(name: str) -> ModuleType | None:
-    """A module of this folder, if it is there."""
-    path = f"perfkit.profiling.{name}"
-    return import_module(path) if find_spec(path) else None
 
 
 def _chain(recipe: str | Recipe | Chain | list | None) -> Chain:
