@@ -96,8 +96,7 @@ def held(work: Workload) -> dict[int, Held]:
     found: dict[int, Held] = {}
 
     def hold(tensors: Iterable[tuple[str, Tensor]], category: str) -> None:
-        for path, tensor in tensors:
-            tensor = local(tensor)
+        for path, tensor in ((path, part) for path, whole in tensors for part in _parts(local(whole))):
             if tensor.device.type == work.device and tensor.layout == torch.strided and not tensor.is_nested:
                 storage = tensor.untyped_storage()
                 found.setdefault(
@@ -119,6 +118,15 @@ def held(work: Workload) -> dict[int, Held]:
     hold((("", tensor) for tensor in tensors_in(inputs)), "inputs")
     found.pop(0, None)
     return found
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors in memory that make up one: of a quantized one its integers and scales, else itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def _walked(roots: Iterable[Any], where: Where, device: str) -> Iterator[Block]:
