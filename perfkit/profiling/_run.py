@@ -159,7 +159,8 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
         with finished.keeping_state():
             kept.keep(energy=energy.measured(call, work.device))
         kept.keep(devices=watched.states())
-    kept.keep(findings=advice.findings(kept.profile), outcome="complete", explanation="")
+    kept.keep(findings=advice.findings(kept.profile))
+    kept.keep(outcome="complete", explanation="")
 
 
 def _applied(chain: Chain, work: Workload, kept: _Kept) -> Workload:
