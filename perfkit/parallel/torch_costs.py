@@ -17,9 +17,11 @@ from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_surgery import map_tensors, tensors_in
 from perfkit.parallel.batch import length, sliced
+from perfkit.parallel.layout import Layout
 from perfkit.parallel.planning import MICRO_BATCHES
-from perfkit.parallel.planning_parts import Costs, Split, Unit
+from perfkit.parallel.planning_parts import Costs, Split, Stages, Unit
 from perfkit.parallel.torch_data import units_of
+from perfkit.parallel.world import ALONE
 
 BLOCK, WATCHED = 3, 5
 """Passes that are timed together, and passes in which layers are."""
@@ -89,6 +91,7 @@ def costs(
         splits=splits,
         bytes=sum(map(_bytes, trained)),
         tensors=len(trained),
+        stages={parts: found for parts in splits if (found := _stages(step, parts)) is not None},
     )
 
 
@@ -194,6 +197,16 @@ def _splits(step: Step, layers: Mapping[str, tuple[float, int, int, bool]], part
         left = part_of(layer, inputs[name], parts, rows=split.adds)
         found.append(Split(name, seconds, left, sum(map(_bytes, layer.parameters())), tuple(sends)))
     return tuple(found)
+
+
+def _stages(step: Step, parts: int) -> Stages | None:
+    """How `pipeline_parallel` would cut the model into so many stages."""
+    from perfkit.parallel.torch_pipeline import expected
+    from perfkit.recipes.pipeline_parallel import PipelineParallel
+
+    recipe = PipelineParallel(size=parts, micro_batches=parts * MICRO_BATCHES, batch_dim=step.batch_dim)
+    work = step.work.replace(layout=Layout(("pipeline",), (parts,)), world=ALONE)
+    return None if recipe.refusal(work) else expected(work, recipe)
 
 
 def part_of(layer: nn.Module, given: torch.Tensor, parts: int, rows: bool) -> float:

@@ -21,6 +21,7 @@ from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_surgery import COMPILED_WITH, copied, derive, unwrapped
 from perfkit.parallel.balance import Costs, balanced, spans
 from perfkit.parallel.pipeline_plan import Plan, planned
+from perfkit.parallel.planning_parts import Stages
 from perfkit.parallel.spread import Spread
 from perfkit.parallel.torch_mesh import alike, mesh_of
 from perfkit.parallel.torch_part import held_alone, norms_of_all
@@ -148,6 +149,28 @@ def _cut(work: Workload, recipe: PipelineParallel, plan: Plan, operations: Opera
             f"fit: it has {len(places)} place(s) for a cut ({reason or 'one after each operation'})"
         )
     return cuts, costs
+
+
+def expected(work: Workload, recipe: PipelineParallel) -> Stages | None:
+    """The stages that the model would be cut into, measured in this process alone; None where it cannot be cut so.
+
+    Args:
+        work: with a layout along "pipeline"; nothing of it is changed.
+    """
+    plan = planned(work, recipe)
+    if not isinstance(plan, Plan):
+        return None
+    try:
+        operations, _ = _operations(work, recipe, plan)
+        cuts, costs = _cut(work, recipe, plan, operations)
+    except UnsupportedError:
+        return None
+    sizes = []
+    for start, end in spans(cuts, len(operations.nodes)):
+        held = {id(tensor): tensor for node in operations.nodes[start:end] for tensor in operations.tensors(node)}
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in held.values()))
+    cut_bytes = max(costs.sent_bytes[cut] for cut in cuts) * plan.parts
+    return Stages(max(costs.shares(cuts)), max(sizes), cut_bytes)
 
 
 def _begins(operations: Operations, name: str, places: Mapping[int, int]) -> int:
