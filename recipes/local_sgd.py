@@ -19,7 +19,8 @@ class LocalSgd(ParallelRecipe):
         warmup_steps: so many steps at first average gradients at every step, as `data_parallel` does (post-local SGD).
         diloco: parameters do not become their average: an outer optimizer, SGD with Nesterov momentum, takes what the
             k steps changed, on average, for its gradient. With it the inner optimizer is AdamW, and k up to 500.
-        outer_lr, outer_momentum: of that outer optimizer.
+        outer_lr: of that outer optimizer.
+        outer_momentum: the same optimizer's.
         weights: one for each device, such as the size of its data, by which averages are weighted; alike where empty.
         average_state: average the optimizer's state too, such as Adam's moments, for more bytes; else it stays local.
         batch_dim: the dimension of the inputs that is the batch; of targets it is the first one of that length.

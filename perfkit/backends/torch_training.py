@@ -27,7 +27,6 @@ class Trainer:
         self.model = work.model
         self.training = work.training
         self.optimizer = work.training.optimizer
-        self.gradients = work.training.gradients or self._gradients
         self.rounds = work.training.rounds
         assert self.rounds is None or self.rounds.model is self.model, "they look after another copy of the model"
         self.scaler = torch.amp.GradScaler(work.device, enabled=work.training.loss_scaling)
@@ -38,7 +37,7 @@ class Trainer:
             for context in self.training.around:
                 contexts.enter_context(context())
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self.gradients(self.model, inputs, targets)
+            loss = (self.training.gradients or self._gradients)(self.model, inputs, targets)
             if self.rounds is not None:
                 self.rounds.before_update()
             self.scaler.step(self.optimizer)
