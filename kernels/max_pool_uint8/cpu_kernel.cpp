@@ -68,10 +68,12 @@ void transpose(const u8* from, i64 rows, i64 columns, u8* to) {
         for (i64 c = r < whole_rows ? whole_columns : 0; c < columns; ++c) to[c * rows + r] = from[r * columns + c];
 }
 
-// Of one square, the largest of a vector's width of channels at once; returns how far it came.
-template <class Vector>
-inline i64 pool_channels(const u8* square, i64 row, i64 C, i64 P, i64 c, u8* y) {
+// Of one square, the largest of a vector's width of channels at once; returns how far it came. SIDE: P where it is known
+// to the compiler, else 0.
+template <class Vector, int SIDE>
+inline i64 pool_channels(const u8* square, i64 row, i64 C, i64 side, i64 c, u8* y) {
     constexpr i64 W = sizeof(Vector);
+    const i64 P = SIDE ? SIDE : side;
     for (; c + W <= C; c += W) {
         Vector most;
         std::memcpy(&most, square + c, W);
@@ -87,16 +89,18 @@ inline i64 pool_channels(const u8* square, i64 row, i64 C, i64 P, i64 c, u8* y) 
 }
 
 // A row of squares, all channels. x: P rows of `row` bytes; y: J places of C channels.
-void pool_places(const u8* x, i64 row, i64 C, i64 P, i64 J, u8* y) {
-    for (i64 j = 0; j < J; ++j) {
-        i64 c = pool_channels<Bytes64>(x + j * P * C, row, C, P, 0, y + j * C);
-        c = pool_channels<Bytes32>(x + j * P * C, row, C, P, c, y + j * C);
-        c = pool_channels<Bytes>(x + j * P * C, row, C, P, c, y + j * C);
+template <int SIDE>
+void pool_places(const u8* x, i64 row, i64 C, i64 side, i64 J, u8* y) {
+    const i64 P = SIDE ? SIDE : side;
+    for (i64 j = 0; j < J; ++j, x += P * C, y += C) {
+        i64 c = pool_channels<Bytes64, SIDE>(x, row, C, P, 0, y);
+        c = pool_channels<Bytes32, SIDE>(x, row, C, P, c, y);
+        c = pool_channels<Bytes, SIDE>(x, row, C, P, c, y);
         for (; c < C; ++c) {
             u8 most = 0;
             for (i64 a = 0; a < P; ++a)
-                for (i64 b = 0; b < P; ++b) most = std::max(most, x[j * P * C + a * row + b * C + c]);
-            y[j * C + c] = most;
+                for (i64 b = 0; b < P; ++b) most = std::max(most, x[a * row + b * C + c]);
+            y[c] = most;
         }
     }
 }
@@ -145,7 +149,8 @@ extern "C" int perfkit_max_pool_uint8(const PerfkitMaxPool* p, const u8* x, u8* 
                 continue;
             }
             u8* places = call.p->flat ? own : out;
-            for (i64 i = 0; i < I; ++i) pool_places(image + i * P * W * C, W * C, C, P, J, places + i * J * C);
+            const auto pool_row = P == 2 ? pool_places<2> : P == 3 ? pool_places<3> : pool_places<0>;
+            for (i64 i = 0; i < I; ++i) pool_row(image + i * P * W * C, W * C, C, P, J, places + i * J * C);
             if (call.p->flat) transpose(places, I * J, C, out);
         }
     }, &call);
