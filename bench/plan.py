@@ -46,28 +46,29 @@ def main() -> None:
 
 
 def record(options: argparse.Namespace) -> None:
-    launches = [(count, number) for number in range(options.repeats) for count in options.processes]
-    found = [
-        row | {"repeat": number}
-        for count, number in launches
-        for row in launched(count, options.models, options.rounds)
-    ]
-    rows = summed_up(found)
-    for row in rows:
+    found: list[dict[str, Any]] = []
+    for number in range(options.repeats):
+        for count in options.processes:
+            found += [row | {"repeat": number} for row in launched(count, options.models, options.rounds)]
+        if not options.quick:
+            keep(summed_up(found), options.rounds)  # at once: a later launch may fail, or not be waited for
+    for row in summed_up(found):
         print(_line(row), flush=True)
-    if options.quick:
-        return
+
+
+def keep(rows: list[dict[str, Any]], rounds: int) -> None:
+    """Write the rows to this machine's file, in the place of those of the same models and processes."""
     path = RESULTS / f"plan-{device_slug()}.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     new = {(row["model"], row["processes"]) for row in rows}
     recorded = {
         "environment": dataclasses.asdict(environment()),
         "date": datetime.now(UTC).date().isoformat(),
-        "rounds": options.rounds,
+        "rounds": rounds,
         "rows": [row for row in kept if (row["model"], row["processes"]) not in new] + rows,
     }
     path.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
-    print(f"wrote {path}")
+    print(f"wrote {path}", flush=True)
 
 
 def launched(processes: int, models: Sequence[str], rounds: int) -> list[dict[str, Any]]:
