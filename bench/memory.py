@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import warnings
 from importlib.util import find_spec
@@ -51,15 +52,15 @@ def main() -> None:
 def record(frameworks: list[str], budget_s: float) -> None:
     warnings.simplefilter("ignore", PerfkitWarning)  # saving nothing is a result here
     path = RESULTS / f"memory-{device_slug()}.json"
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [row for row in kept if row["framework"] not in frameworks]
-    for framework in frameworks:
-        for model, recipes in CASES.items():
-            for recipe in recipes:
-                rows.append(measured_row(framework, model, recipe, budget_s))
-                print(rows[-1], flush=True)
-    found = {"environment": dataclasses.asdict(environment()), "rows": rows}
-    path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    for framework, (model, recipes) in itertools.product(frameworks, CASES.items()):
+        for recipe in recipes:
+            about = (framework, model, recipe)
+            rows = [row for row in rows if (row["framework"], row["model"], row["recipe"]) != about]
+            rows.append(measured_row(*about, budget_s))
+            print(rows[-1], flush=True)
+            found = {"environment": dataclasses.asdict(environment()), "rows": rows}
+            path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")  # at once: the next one may fail
     print(f"wrote {path}")
 
 

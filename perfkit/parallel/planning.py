@@ -67,8 +67,10 @@ def predict(costs: Costs, way: Way, cluster: Cluster) -> Prediction:
     held = costs.bytes - sum(split.bytes for split in splits) * (1 - 1 / way.tensor)
     stages = stages_of(costs, way.pipeline)
     held = min(held, stages.bytes)
-    one_s = costs.passing_s(rows / way.micro_batches) * kept * stages.longest
-    computing_s, waiting_s = one_s * way.micro_batches, one_s * (way.pipeline - 1)
+    one_s = costs.passing_s(rows / way.micro_batches) * kept
+    longest = stages.longest / cluster.crowding  # a stage that waits leaves its core to those that do not
+    computing_s = one_s * way.micro_batches * max(longest, 1 / way.pipeline)
+    waiting_s = one_s * longest * (way.pipeline - 1)
     update_s = costs.update_s * held / (costs.bytes or 1) / (way.data if way.shard else 1)
 
     sent = [(kind, size * share, way.tensor) for split in splits for kind, size in split.sends]

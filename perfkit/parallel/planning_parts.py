@@ -121,12 +121,14 @@ class Cluster:
         link: between them.
         overlaps: whether a device computes while it sends. Processes that share their cores with the sending do not.
         overheads: of the framework.
+        crowding: threads that want each core while all devices compute; 1 where each device has cores of its own.
     """
 
     devices: int
     link: Link
     overlaps: bool = True
     overheads: Overheads = field(default_factory=Overheads)
+    crowding: float = 1.0
 
 
 @dataclass(frozen=True)

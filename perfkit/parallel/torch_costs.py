@@ -63,13 +63,18 @@ class Step:
         self.work.backend.synchronize(None)
 
 
-def needed_rows(rows: int, devices: int) -> list[int]:
-    """The batch sizes on one device that layouts of so many devices lead to."""
-    found = {rows // parts for parts in range(1, devices + 1) if devices % parts == 0 and rows % parts == 0}
+def needed_passes(rows: int, devices: int) -> dict[int, int]:
+    """The batch sizes on one device that layouts of so many devices lead to, and how many passes it makes in a row.
+
+    One over the data axis; in a pipeline its micro-batches, which find in the caches what the last one left there.
+    """
+    found = {}
     for pipeline in (parts for parts in range(2, devices + 1) if devices % parts == 0):
         micro_batches = pipeline * MICRO_BATCHES
-        found |= {rows // micro_batches} if rows % micro_batches == 0 else set()
-    return sorted(found)
+        if rows % micro_batches == 0:
+            found[rows // micro_batches] = micro_batches
+    found |= {rows // parts: 1 for parts in range(1, devices + 1) if devices % parts == 0 and rows % parts == 0}
+    return dict(sorted(found.items()))
 
 
 def costs(
@@ -117,7 +122,7 @@ def timed_calls(step: Step, devices: int) -> dict[Any, Callable[[], None]]:
         inputs, targets = step.batch(rows)
         return lambda: step.both_passes(inputs, targets)
 
-    rows = needed_rows(step.rows, devices)
+    rows = needed_passes(step.rows, devices)
     return {**{count: of(count) for count in rows}, "update": step.update}  # an update uses the last pass' gradients
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -20,7 +22,7 @@ from perfkit.parallel.gathering import gathered
 from perfkit.parallel.links import Measured
 from perfkit.parallel.planning import MICRO_BATCHES
 from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Way
-from perfkit.parallel.torch_costs import Step, costs, seconds_of, timed_calls
+from perfkit.parallel.torch_costs import Step, costs, needed_passes, seconds_of, timed_calls
 
 SIZES = (4, 1 << 14, 1 << 18, 1 << 21, 1 << 24)
 """Bytes that are sent."""
@@ -103,24 +105,28 @@ def steps_together(step: Step) -> dict[Any, Callable[[], None]]:
     """A step's parts as all processes make them at a time; passes end when the last process has come to its end."""
     word = torch.zeros(1, device=step.work.device)
 
-    def meeting(call: Callable[[], None]) -> Callable[[], None]:
+    def meeting(call: Callable[[], None], passes: int) -> Callable[[], None]:
         def met() -> None:
-            call()
+            for _ in range(passes):
+                call()
             dist.all_reduce(word)
 
         return met
 
-    calls = timed_calls(step, dist.get_world_size())
-    return {name: call if name == "update" else meeting(call) for name, call in calls.items()}
+    ranks = dist.get_world_size()
+    passes = needed_passes(step.rows, ranks)
+    calls = timed_calls(step, ranks)
+    return {name: call if name == "update" else meeting(call, passes[name]) for name, call in calls.items()}
 
 
 def costs_of(step: Step, times: Mapping[Any, float], link: Measured) -> Costs:
     """The costs that times of `steps_together` show, without what the meeting itself takes."""
-    passes = dict(times)
-    update_s = passes.pop("update")
     meeting_s = link.seconds("all_reduce", 4, link.ranks)
-    least = {rows: max(seconds - meeting_s, seconds / 2) for rows, seconds in passes.items()}
-    return costs(step, link.ranks, least, update_s)
+    each = {
+        rows: max(times[rows] - meeting_s, times[rows] / 2) / passes
+        for rows, passes in needed_passes(step.rows, link.ranks).items()
+    }
+    return costs(step, link.ranks, each, times["update"])
 
 
 def trained(work: Workload, recipe: str) -> Callable[[], None]:
@@ -211,12 +217,13 @@ def calibrated(
 
     link = link_of(part("link"))
     shared = work.device == "cpu"
-    plain = Cluster(link.ranks, link, overlaps=not shared)
+    crowding = max(link.ranks * torch.get_num_threads() / (os.cpu_count() or 1), 1.0) if shared else 1.0
+    plain = Cluster(link.ranks, link, overlaps=not shared, crowding=crowding)
     costs_small = {key: costs_of(each, part(key), link) for key, each in small_steps.items()}
     expected = {
         name: planning.predict(costs_small[id(bound.model)], way, plain).step_s
         for name, (bound, _, way) in small.items()
     }
     found = overheads_of(part("ladder"), expected, splits=4, rounds=link.ranks * (MICRO_BATCHES + 1) - 1)
-    cluster = Cluster(link.ranks, link, overlaps=not shared, overheads=found)
+    cluster = replace(plain, overheads=found)
     return costs_of(step, part("model"), link), cluster, part("layout")

@@ -16,7 +16,7 @@ from perfkit._recipe import chain_of
 from perfkit.parallel.links import Measured, Ring
 from perfkit.parallel.planning import BUCKET, balanced_units, predict, ranked, ways
 from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Split, Stages, Unit, Way
-from perfkit.parallel.torch_costs import needed_rows
+from perfkit.parallel.torch_costs import needed_passes
 
 ROOT = Path(__file__).parents[2]
 MB = 1_000_000
@@ -139,9 +139,23 @@ def test_a_quick_link_is_used_and_a_slow_one_avoided():
     assert first[1e6].data < 4
 
 
+def test_a_stage_that_waits_leaves_its_core_to_others():
+    known = dataclasses.replace(COSTS, stages={4: Stages(0.4, 10 * MB, MB)})
+    way = Way(pipeline=4, micro_batches=16)
+    alone, crowded = (
+        predict(known, way, dataclasses.replace(cluster(4), crowding=crowding)) for crowding in (1.0, 2.0)
+    )
+    assert alone.waiting_s == pytest.approx(3 * 0.4 * 0.1)
+    assert crowded.waiting_s == pytest.approx(alone.waiting_s / 2)
+    update_s = COSTS.update_s * 10 / 40
+    assert alone.computing_s == pytest.approx(16 * 0.1 * 0.4 + update_s)
+    assert crowded.computing_s == pytest.approx(16 * 0.1 / 4 + update_s), "no sooner than the cores have done the work"
+
+
 def test_batch_sizes_that_layouts_lead_to():
-    assert needed_rows(64, 4) == [4, 8, 16, 32, 64]
-    assert needed_rows(12, 3) == [1, 4, 12]
+    assert needed_passes(64, 4) == {4: 16, 8: 8, 16: 1, 32: 1, 64: 1}
+    assert needed_passes(12, 3) == {1: 12, 4: 1, 12: 1}
+    assert needed_passes(64, 8)[8] == 1, "the data axis needs it too"
 
 
 def test_layouts_of_a_model():
