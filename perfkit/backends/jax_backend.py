@@ -259,7 +259,10 @@ def _finished_training(work: Workload) -> Finished:
     if isinstance(held, NnxModel):
         module, _ = dressed(held)
         into = writer(module)
-        write = lambda: into(*trainer.pieces)  # noqa: E731
+
+        def write() -> None:
+            into(*trainer.pieces)
+
         if held.placement.scattered:
             _gathering(module, trainer, held)
         call, model, params = module, module, None

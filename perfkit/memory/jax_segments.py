@@ -81,8 +81,10 @@ def again_in_a_branch(run: Callable) -> Callable:
 
             return jax.vjp(differentiable, moving)[1](given)[0]
 
+        def nothing(moving: list, _given: list) -> list:
+            return jax.tree.map(jax.numpy.zeros_like, moving)
+
         always = jax.lax.rng_uniform(0.0, 1.0, ()) < 2  # which XLA does not see through
-        nothing = lambda moving, _: jax.tree.map(jax.numpy.zeros_like, moving)  # noqa: E731
         return jax.lax.cond(always, pulled_back, nothing, moving, given), None
 
     call.defvjp(forward, backward)

@@ -201,7 +201,10 @@ def _again(modules: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
     """`function`, run again in the backward pass with the same random numbers; statistics are taken once."""
     if torch.compiler.is_compiling():  # the compiler keeps what it recomputes free of side effects itself
         return run_again(function, *args, use_reentrant=False, **kwargs)
-    contexts = lambda: (nullcontext(), _statistics_taken(modules))  # noqa: E731
+
+    def contexts() -> tuple[Any, Any]:
+        return nullcontext(), _statistics_taken(modules)
+
     return run_again(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 

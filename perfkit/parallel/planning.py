@@ -113,9 +113,11 @@ def stages_of(costs: Costs, count: int) -> Stages:
 
 def balanced_units(units: Sequence[Unit], count: int) -> list[Sequence[Unit]]:
     """The units in `count` stages, of which the longest is the shortest possible."""
-    choices = itertools.combinations(range(1, len(units)), count - 1)
-    cut = lambda cuts: [units[start:end] for start, end in itertools.pairwise((0, *cuts, len(units)))]  # noqa: E731
-    return min(map(cut, choices), key=lambda stages: max(sum(unit.seconds for unit in stage) for stage in stages))
+    choices = (
+        [units[start:end] for start, end in itertools.pairwise((0, *cuts, len(units)))]
+        for cuts in itertools.combinations(range(1, len(units)), count - 1)
+    )
+    return min(choices, key=lambda stages: max(sum(unit.seconds for unit in stage) for stage in stages))
 
 
 def _micro_batches(rows: int, pipeline: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -34,11 +35,8 @@ class TorchBench(Bench):
             raise Unsupported(reason)
         a, b = (self._matrix(dtype, size) for _ in range(2))
         if dtype == "int8":
-            multiply = lambda: torch._int_mm(a, b)  # noqa: E731
-        else:
-            out = torch.empty_like(a)
-            multiply = lambda: torch.mm(a, b, out=out)  # noqa: E731
-        return self._done(multiply)
+            return self._done(partial(torch._int_mm, a, b))
+        return self._done(partial(torch.mm, a, b, out=torch.empty_like(a)))
 
     def _refused(self, dtype: str) -> str:
         instructions = environment().instruction_sets

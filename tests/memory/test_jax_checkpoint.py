@@ -3,17 +3,18 @@
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
 
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-from flax import nnx  # noqa: E402
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
 
-from perfkit import backends  # noqa: E402
-from perfkit._recipe import chain_of  # noqa: E402
-from perfkit._variant import apply  # noqa: E402
-from perfkit.memory import jax_checkpoint  # noqa: E402
-from perfkit.memory.jax_segments import Cut, in_segments  # noqa: E402
+from perfkit import backends
+from perfkit._recipe import chain_of
+from perfkit._variant import apply
+from perfkit.memory import jax_checkpoint
+from perfkit.memory.jax_segments import Cut, in_segments
 
 
 class Images(nnx.Module):

@@ -2,13 +2,14 @@
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+import torch
+from torch import nn
 
-from perfkit import backends  # noqa: E402
-from perfkit._recipe import chain_of  # noqa: E402
-from perfkit._variant import apply  # noqa: E402
+from perfkit import backends
+from perfkit._recipe import chain_of
+from perfkit._variant import apply
 
 
 class Padded(nn.Module):

@@ -4,14 +4,15 @@ import copy
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402
+import torch
+from torch import nn
 
-from perfkit import UnsupportedError, backends  # noqa: E402
-from perfkit._recipe import chain_of, check, refusal  # noqa: E402
-from perfkit._variant import apply  # noqa: E402
-from perfkit.memory import torch_offload  # noqa: E402
+from perfkit import UnsupportedError, backends
+from perfkit._recipe import chain_of, check, refusal
+from perfkit._variant import apply
+from perfkit.memory import torch_offload
 
 
 def bound(optimizer=torch.optim.AdamW, model=None, **options):

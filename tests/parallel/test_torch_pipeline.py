@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from sample_models import training  # noqa: E402
-from torch import fx, nn  # noqa: E402
+import torch
+from sample_models import training
+from torch import fx, nn
 
-from perfkit import UnsupportedError  # noqa: E402
-from perfkit._recipe import chain_of  # noqa: E402
-from perfkit._workload import Inputs  # noqa: E402
-from perfkit.parallel.torch_pipe import StageModule  # noqa: E402
-from perfkit.parallel.torch_stages import Operations, stage_graphs  # noqa: E402
-from perfkit.parallel.torch_trace import label, named, tensors_of, traced  # noqa: E402
+from perfkit import UnsupportedError
+from perfkit._recipe import chain_of
+from perfkit._workload import Inputs
+from perfkit.parallel.torch_pipe import StageModule
+from perfkit.parallel.torch_stages import Operations, stage_graphs
+from perfkit.parallel.torch_trace import label, named, tensors_of, traced
 
 WORKER = Path(__file__).with_name("pipeline_worker.py")
 MODELS, CHAINS = ("cnn2", "text_lstm", "transformer", "skips"), ("1f1b", "gpipe", "data", "interleaved")

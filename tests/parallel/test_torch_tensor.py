@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from sample_models import torch_models  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+from sample_models import torch_models
+from torch import nn
 
-from perfkit._recipe import chain_of  # noqa: E402
-from perfkit.backends.torch_backend import BACKEND  # noqa: E402
-from perfkit.parallel.torch_flow import Flow  # noqa: E402
-from perfkit.parallel.torch_mesh import follow  # noqa: E402
+from perfkit._recipe import chain_of
+from perfkit.backends.torch_backend import BACKEND
+from perfkit.parallel.torch_flow import Flow
+from perfkit.parallel.torch_mesh import follow
 
 WORKER = Path(__file__).with_name("tensor_worker.py")
 ROOT = WORKER.parents[2]
