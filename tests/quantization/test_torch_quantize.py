@@ -103,22 +103,24 @@ def test_a_weight_only_layer_multiplies_rounded_weights(layer):
     torch.testing.assert_close(layer(x), wanted(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 10, 16, 33])
-def test_four_bits_in_groups(rows):
-    layer, x = nn.Linear(64, rows), torch.randn(2, 3, 64)
+@pytest.mark.parametrize(("rows", "features"), [(1, 64), (10, 64), (16, 64), (33, 64), (16, 50), (16, 31)])
+def test_four_bits_in_groups(rows, features):
+    layer, x = nn.Linear(features, rows), torch.randn(2, 3, features)
     values, scale, middle = torch_int4.grouped(layer.weight, 32)
-    restored = ((values.view(rows, 2, 32) - 8) * scale[..., None] + middle[..., None]).view(rows, 64)
-    assert ((restored - layer.weight).abs() <= scale.repeat_interleave(32, 1) / 2 * (1 + 1e-5)).all()
+    groups = -(-features // 32)
+    restored = ((values.view(rows, groups, 32) - 8) * scale[..., None] + middle[..., None]).flatten(1)[:, :features]
+    half_a_step = scale.repeat_interleave(32, 1)[:, :features] / 2
+    assert ((restored - layer.weight).abs() <= half_a_step * (1 + 1e-5)).all()
     wanted = F.linear(x, restored, layer.bias)
     torch_int4.linear(layer, 32)
-    assert layer.weight_int4.nbytes == 64 * (rows + -rows % 16) / 2
+    assert layer.weight_int4.nbytes == groups * 32 * (rows + -rows % 16) / 2
     torch.testing.assert_close(layer(x), wanted, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(layer.weight, restored, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_embedding_rows(bits):
-    layer, ids = nn.Embedding(50, 64, padding_idx=3), torch.randint(0, 50, (4, 7))
+@pytest.mark.parametrize(("bits", "features"), [(8, 64), (4, 64), (4, 100), (4, 33)])
+def test_embedding_rows(bits, features):
+    layer, ids = nn.Embedding(50, features, padding_idx=3), torch.randint(0, 50, (4, 7))
     ids[0, 0] = 3
     exact = layer(ids)
     if bits == 4:
@@ -129,6 +131,15 @@ def test_embedding_rows(bits):
     assert (layer(ids) - exact).abs().max() <= exact.abs().max() / steps_of_range / 2 * 1.01
     assert (layer(ids)[0, 0] == 0).all() or bits == 4
     torch.testing.assert_close(layer.weight[ids], layer(ids))
+
+
+def test_four_bits_that_would_take_more_bytes_are_not_made():
+    model, x = nn.Sequential(nn.Embedding(50, 2), nn.Flatten(), nn.Linear(8, 16)), torch.randint(0, 50, (8, 4))
+    effect = steps(optimized("int4_weight_only", model, x))
+    assert effect.touched == ("2",)  # 16 rows of 16 bytes and 8 for scale and offset, instead of 16 rows of 32
+    assert [(item.name, item.reason) for item in effect.skipped] == [
+        ("0", "in groups of 32 its 400 bytes would be 450")
+    ]
 
 
 @pytest.mark.parametrize("name", torch_models())
