@@ -73,6 +73,8 @@ class Rewriter:
             return _CONTROL_RULES[name](self, eqn, operands)
         if name in rules.PRODUCTS and rules.product_skip_reason(eqn, self.low) is None:
             return [self._product(eqn, operands)]
+        if name == "dot_general" and rules.is_low_throughout(eqn, self.low) and not self.transposable:
+            return [low_dot(eqn, self.low)(*(operand.value for operand in operands))]
         if name == "convert_element_type" and operands[0].castable and eqn.params["new_dtype"] == FLOAT32:
             return [operands[0].value]  # float32 to float32: the value may be low by now, and stays so
         if name == "convert_element_type" or name in rules.SEPARATE:

@@ -135,6 +135,11 @@ def product_skip_reason(eqn: Any, low: np.dtype) -> str | None:
     return precision_reason(eqn.params.get("precision"))
 
 
+def is_low_throughout(eqn: Any, low: np.dtype) -> bool:
+    """Whether a product was written with low operands and a low result, for which XLA's CPU widens both operands."""
+    return all(var.aval.dtype == low for var in (*eqn.invars[:2], eqn.outvars[0]))
+
+
 def precision_reason(precision: Any) -> str | None:
     """Whoever writes precision=HIGHEST at a product means it, and a low dtype would silently overrule them."""
     parts = precision if isinstance(precision, tuple) else (precision,)

@@ -45,6 +45,8 @@ def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
     model = work.model
 
     def wrap(function):
+        function = jax_autocast.autocast(function, dtype)  # how products in it are accumulated
+
         def low(params, rest, *args, **kwargs):
             outputs, new_rest = function(cast(params, dtype), rest, *cast(args, dtype), **cast(kwargs, dtype))
             return cast(outputs, jnp.float32, only=(dtype,)), _like(new_rest, rest)

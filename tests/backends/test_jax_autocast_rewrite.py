@@ -55,6 +55,20 @@ def check(fn, *args, products: int, dtype="bfloat16", wrt=(0,)):
         assert jax.tree.map(lambda a: a.dtype, gradient) == jax.tree.map(lambda a: a.dtype, rest[0])
 
 
+@pytest.mark.parametrize("looped", [False, True])
+def test_a_product_that_was_low_already_is_accumulated_in_float32(looped):
+    def fn(w, x):
+        return lax.scan(lambda c, _: (c @ w, None), x, None, length=2)[0] if looped else x @ w
+
+    w, x = normal(0, 64, 64).astype(jnp.bfloat16), normal(1, 8, 64).astype(jnp.bfloat16)
+    (product,) = equations(traced(fn, w, x), "dot_general")
+    assert [var.aval.dtype for var in (*product.invars, *product.outvars)] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    low = jax.grad(lambda *args: autocast(fn, "bfloat16")(*args).astype(jnp.float32).sum(), (0, 1))(w, x)
+    exact = jax.grad(lambda *args: fn(*args).sum(), (0, 1))(w.astype(jnp.float32), x.astype(jnp.float32))
+    assert [gradient.dtype for gradient in low] == [jnp.bfloat16, jnp.bfloat16]
+    assert_low_but_close(low, exact, "bfloat16", 6)
+
+
 def test_every_control_primitive_has_a_rule_and_no_more():
     assert set(jax_autocast_rewrite._CONTROL_RULES) == set(jax_autocast_rewrite.rules.CONTROL)
 
