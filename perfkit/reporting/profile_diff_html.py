@@ -16,14 +16,12 @@ MOST_BARS, MOST_ROWS, MOST_TITLE = 14, 300, 120
 def render(diff: ProfileDiff) -> str:
     """The difference as one self-contained page; no network is needed to view it."""
     title = f"{shorten(clean(diff.after.model), MOST_TITLE)} · perfkit profile, before and after"
-    page = html.templates().get_template("diff_page.html")
-    return page.render(title=title, view=_view(diff), script=profile_html.script())
+    return profile_html.page("diff.html", title, _view(diff))
 
 
 def embedded(diff: ProfileDiff) -> str:
     """The difference for a notebook: an element whose style and script touch nothing around it."""
-    fragment = html.templates().get_template("diff_embedded.html")
-    return fragment.render(view=_view(diff), script=profile_html.script())
+    return profile_html.fragment("diff.html", _view(diff))
 
 
 def _view(diff: ProfileDiff) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perfkit.profiling._profile import Profile
-from perfkit.reporting import _facts, _profile_facts, _profile_rows
+from perfkit.reporting import _environment_facts, _profile_facts, _profile_rows
 from perfkit.reporting._format import (
     clean,
     counted,
@@ -177,7 +177,7 @@ def _notes(profile: Profile) -> Iterator[RenderableType]:
     for note in (_profile_rows.overhead(profile), *profile.notes):
         if note:
             yield line(f"note: {note}")
-    yield line(f"measured on {_facts.environment_line(profile.environment)}", "dim")
+    yield line(f"measured on {_environment_facts.environment_line(profile.environment)}", "dim")
 
 
 def _below(text: Text) -> Padding:
