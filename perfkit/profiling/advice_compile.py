@@ -85,10 +85,13 @@ def _through_memory(facts: Facts, share: float) -> Finding:
 
 
 def _predicted(facts: Facts, share: float) -> Quantity:
-    because = (
-        f"operations started {STARTING[facts.profile.framework]:g} times cheaper, elementwise work {FUSED:g} times"
-    )
-    return Quantity(1 / after_compiling(facts), "ratio", method=f"Amdahl: {share:.0%} of the step; {because}")
+    method = f"Amdahl: {share:.0%} of the step; {compiled_how(facts)}"
+    return Quantity(1 / after_compiling(facts), "ratio", method=method)
+
+
+def compiled_how(facts: Facts) -> str:
+    """What `after_compiling` assumes."""
+    return f"operations started {STARTING[facts.profile.framework]:g} times cheaper, elementwise work {FUSED:g} times"
 
 
 def after_compiling(facts: Facts, faster: Mapping[Op, float] | None = None) -> float:

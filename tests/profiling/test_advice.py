@@ -13,6 +13,7 @@ from perfkit._report import Quantity
 from perfkit.profiling._profile import Ceilings, Module, Op, Profile, Span
 from perfkit.profiling.advice import LEAST_GAIN, findings, names_in
 from perfkit.profiling.advice_memory import WEIGHTS_BYTES
+from perfkit.profiling.facts import READS_AT
 
 MACHINE = Ceilings(
     {"float32": Quantity(100.0, "GFLOP/s"), "bfloat16": Quantity(400.0, "GFLOP/s")}, Quantity(20.0, "GB/s")
@@ -215,6 +216,26 @@ def test_a_value_read_back():
     reading = op("aten::_local_scalar_dense", 0.01, "clip", calls=2)
     assert found(reading, product(), kind="a value read back").where == ("clip",)
     assert "a value read back" not in kinds(dataclasses.replace(reading, phase="optimizer"), product())
+
+
+def test_a_value_that_an_if_reads_is_read_once():
+    """`if tensor:` is two operators, one within the other."""
+    reading = [op("aten::is_nonzero", 0.01), op("aten::_local_scalar_dense", 0.01)]
+    assert "a value off the device 1 time in" in found(*reading, product(), kind="a value read back").told
+
+
+def test_a_jax_model_that_decides_in_python():
+    """What is to be done first is told; no recipe could be applied before."""
+    dispatched = [op("dispatch", 8.0, calls=40), product(2.0)]
+    whole = kinds(*dispatched, framework="jax")
+    notes = (f"{READS_AT}net.py:12 (`if y.sum() > 0:`)",)
+    reading = profile(*dispatched, framework="jax", notes=notes)
+    (finding,) = [item for item in findings(reading) if item.kind == "a value read back"]
+    assert "net.py:12" in finding.told
+    assert finding.predicted.value > 3
+    assert "small operations" in whole
+    assert {item.recipe for item in findings(reading)} == {""}
+    assert "a value read back" not in whole
 
 
 def test_a_wait_in_the_middle_of_a_step_but_not_at_its_end():
