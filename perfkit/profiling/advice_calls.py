@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from perfkit._report import Quantity
 from perfkit.profiling._profile import Finding, Op, Span
 from perfkit.profiling.advice_compile import after_compiling, compiled_how
-from perfkit.profiling.facts import Facts, is_copy, megabytes, names, percent, sped
+from perfkit.profiling.facts import Facts, is_copy, names, sped
+from perfkit.reporting._format import format_bytes, format_percent
 
 LEAST_SHARE = 0.02
 LEAST_BYTES = 1e5
@@ -31,7 +32,7 @@ def copies(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             kind="a copy",
             told=f"{' and '.join(sorted({op.name for op in ops}))} in {module or 'the model itself'} copies "
-            f"{megabytes(moved / 2)}: {percent(share)} of the step",
+            f"{format_bytes(moved / 2)}: {format_percent(share)} of the step",
             where=(module,) if module else names(ops),
             share=share,
             resource="time",
@@ -49,7 +50,7 @@ def layouts(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             kind="layouts",
             told=f"{sum(op.calls for op in turning):.0f} kernels turn images between NCHW and NHWC: "
-            f"{percent(share)} of the step",
+            f"{format_percent(share)} of the step",
             where=names(turning)[:5],
             share=share,
             resource="time",
@@ -72,7 +73,7 @@ def read_back(facts: Facts) -> Iterator[Finding]:
     yield Finding(
         kind="a value read back",
         told=f"the host reads a value off the device {times:.0f} time{'s' if times > 1 else ''} in the middle of a step"
-        + (f", and waits {percent(waited_ms / facts.step_ms)} of it" if waits else ""),
+        + (f", and waits {format_percent(waited_ms / facts.step_ms)} of it" if waits else ""),
         where=names(reading)[:5] or tuple(dict.fromkeys(span.module or span.name for span in waits))[:5],
         share=share,
         resource="time",

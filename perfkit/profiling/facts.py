@@ -206,15 +206,12 @@ def sped(share: float, factor: float, because: str) -> Quantity:
     return Quantity(1 / (1 - share + share / factor), "ratio", method=f"Amdahl: {share:.0%} of the step, {because}")
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
-
-
-def megabytes(size: float) -> str:
-    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
-
-
 def names(ops: Iterable[Op]) -> tuple[str, ...]:
     """Where operations stand: their modules, or their own names outside of all; the longest first."""
     ordered = sorted(ops, key=lambda op: -op.self_ms)
     return tuple(dict.fromkeys(op.module or op.name for op in ordered))
+
+
+def outermost(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules without those that lie within others of them."""
+    return tuple(path for path in paths if not any(path != other and _within(path, other) for other in paths))

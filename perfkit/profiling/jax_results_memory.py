@@ -52,7 +52,8 @@ def _moments(run: Run) -> Iterator[Moment]:
             freed = times[until + 1] if until < len(jaxpr.eqns) else None
             category = _CATEGORIES.get(at.phase, "other") if run.work.trains else "activations"
             category = "gradients" if var in gradients else category
-            living[var] = Held(_bytes(var), category, at.module, at.primitive, described(var.aval), times[index], freed)
+            name = str(eqn.params.get("name") or at.primitive)  # of a jitted function its own
+            living[var] = Held(_bytes(var), category, at.module, name, described(var.aval), times[index], freed)
         yield Moment(times[index], (*always, *living.values()))
         living = {var: held for var, held in living.items() if last.get(var, -1) > index}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from perfkit._report import Report, Step
 from perfkit.reporting import _environment_facts, _facts, _parallel_facts, _table_facts, plots
@@ -45,7 +46,7 @@ def page(reports: Sequence[tuple[str, Report]]) -> str:
 @functools.cache
 def templates() -> Environment:
     """The templates of this folder: what they are given is escaped."""
-    return Environment(
+    found = Environment(
         loader=PackageLoader("perfkit", "reporting"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -54,6 +55,13 @@ def templates() -> Environment:
         # Escaping makes markup harmless; control characters and direction overrides have to go as well.
         finalize=lambda value: clean(value) if type(value) is str else value,
     )
+    found.filters["breakable"] = breakable
+    return found
+
+
+def breakable(path: str) -> Markup:
+    """The path of a module or an operation, with places to break a long one: behind dots and colons."""
+    return Markup(re.sub(r"(::|\.)", r"\1<wbr>", str(escape(clean(path)))))  # escaped before
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,8 @@ def _memory(memory: Memory) -> dict[str, Any]:
                 "module": shorten(clean(piece.module), MOST_TITLE),
                 "op": shorten(clean(piece.op), MOST_TITLE),
                 "shape": shorten(clean(piece.shape), MOST_TITLE),
-                "born": ("before", -1.0) if piece.born_ms < 0 else _cell(piece.born_ms, format_ms),
-                "freed": ("kept", math.inf) if piece.freed_ms is None else _cell(piece.freed_ms, format_ms),
+                "born": ("before", -1.0) if piece.born_ms < 0 else _moment(piece.born_ms),
+                "freed": ("kept", math.inf) if piece.freed_ms is None else _moment(piece.freed_ms),
             }
             for piece in shown
         ],
@@ -233,6 +233,11 @@ def _tail(path: str) -> str:
 
 def _cell(value: float, shown: Callable[[Any], str]) -> Cell:
     return (shown(value), _finite(value)) if value else ("", 0.0)
+
+
+def _moment(at_ms: float) -> Cell:
+    """A time of the step; its beginning is one too."""
+    return format_ms(at_ms), _finite(at_ms)
 
 
 def _finite(value: float) -> float:
