@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-VOID = {"meta", "link", "br", "hr", "img", "input", "source", "col", "base", "embed"}
+VOID = {"meta", "link", "br", "hr", "img", "input", "source", "col", "base", "embed", "wbr"}
 LOADING = {"href", "src", "srcset", "xlink:href", "action", "formaction", "data", "poster", "background", "ping"}
 ACTIVE = {"script", "iframe", "object", "embed", "link", "base", "form", "img", "image", "use", "foreignobject"}
 

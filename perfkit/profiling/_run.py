@@ -110,6 +110,9 @@ class _Kept:
     def keep(self, **parts: Any) -> None:
         self.profile = dataclasses.replace(self.profile, **parts)
 
+    def note(self, line: str) -> None:
+        self.keep(notes=(*self.profile.notes, line))
+
     def ended(self, outcome: str, error: BaseException) -> None:
         told = "interrupted" if outcome == "interrupted" else f"{type(error).__name__}: {first_line(error)}"
         if any(map(_ran_out, (error, error.__cause__))):
@@ -136,7 +139,7 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
     # copied once it is there.
     with finished.keeping_state(), backend.watching_compiles() as log:
         backend.seed(work.seed)
-        seconds, _ = timing.first_call(call)
+        seconds = _first_call(call, lambda error: time_room.by_operation(finished, error))
         first = Variant(work, finished, call, Quantity(seconds, "s"), log())
         kept.doing("timing its steps")
         step = timing.alone(call, budget_s=budget_s)
@@ -145,7 +148,7 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
     with telemetry.watching(work.device) as watched:  # not while steps are timed: looking takes time
         kept.doing("profiling its operations")
         with finished.keeping_state():
-            kept.keep(time=time_room.collected(work, finished, basics))
+            kept.keep(time=time_room.collected(work, finished, basics, kept.note))
         kept.doing("following its memory")
         with finished.keeping_state():
             kept.keep(memory=memory_room.collected(work, finished))
@@ -163,13 +166,23 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
     kept.keep(outcome="complete", explanation="")
 
 
+def _first_call(call: Callable[[], Any], runs_otherwise: Callable[[Exception], bool]) -> float:
+    """Seconds of the first call; of one that works, where it cannot be compiled and runs otherwise."""
+    try:
+        return timing.first_call(call)[0]
+    except Exception as error:
+        if not runs_otherwise(error):
+            raise
+        return timing.first_call(call)[0]
+
+
 def _applied(chain: Chain, work: Workload, kept: _Kept) -> Workload:
     if not len(chain):
         return work
     kept.doing(f"applying {chain}")
     _recipe.check(chain, work)
     applied = apply(chain, work)
-    kept.keep(notes=(f"profiled: what {chain} makes of the model",))
+    kept.note(f"profiled: what {chain} makes of the model")
     kept.doing("running the model for the first time")
     return applied.works[-1]
 

@@ -48,9 +48,10 @@ def findings(profile: Profile) -> tuple[Finding, ...]:
     """
     facts = Facts(profile)
     if profile.time is None or not profile.time.ops:
-        found = [_known(finding) for rule in advice_memory.RULES for finding in rule(facts)]
+        found = [finding for rule in advice_memory.RULES for finding in rule(facts)]
     else:
-        found = [_known(_disturbed(finding, facts)) for rule in RULES for finding in rule(facts)]
+        found = [_disturbed(finding, facts) for rule in RULES for finding in rule(facts)]
+    found = [_appliable(finding, facts) for finding in found]
     worth = [finding for finding in found if _worth(finding) and not _has(facts, finding.recipe)]
     return tuple(sorted(worth, key=lambda finding: _cost(finding, facts), reverse=True))
 
@@ -60,8 +61,11 @@ def names_in(recipe: str) -> set[str]:
     return {re.split(r"[(]", part.strip())[0] for part in re.split(r"\+(?![^(]*\))", recipe) if part.strip()}
 
 
-def _known(finding: Finding) -> Finding:
-    """The finding without a recipe that this perfkit does not have; its advice stays."""
+def _appliable(finding: Finding, facts: Facts) -> Finding:
+    """The finding without a recipe that cannot work here; its advice stays."""
+    if finding.recipe and facts.read_at:
+        advice = f"{finding.advice}; recipes need a model in which no value is read in Python"
+        return dataclasses.replace(finding, recipe="", advice=advice)
     return finding if names_in(finding.recipe) <= set(_recipe.names()) else dataclasses.replace(finding, recipe="")
 
 

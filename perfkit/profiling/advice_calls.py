@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 from perfkit._report import Quantity
 from perfkit.profiling._profile import Finding, Op, Span
-from perfkit.profiling.facts import Facts, is_copy, megabytes, names, percent, sped
+from perfkit.profiling.advice_compile import after_compiling, compiled_how
+from perfkit.profiling.facts import Facts, is_copy, names, sped
+from perfkit.reporting._format import format_bytes, format_percent
 
 LEAST_SHARE = 0.02
 LEAST_BYTES = 1e5
@@ -30,7 +32,7 @@ def copies(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             kind="a copy",
             told=f"{' and '.join(sorted({op.name for op in ops}))} in {module or 'the model itself'} copies "
-            f"{megabytes(moved / 2)}: {percent(share)} of the step",
+            f"{format_bytes(moved / 2)}: {format_percent(share)} of the step",
             where=(module,) if module else names(ops),
             share=share,
             resource="time",
@@ -48,7 +50,7 @@ def layouts(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             kind="layouts",
             told=f"{sum(op.calls for op in turning):.0f} kernels turn images between NCHW and NHWC: "
-            f"{percent(share)} of the step",
+            f"{format_percent(share)} of the step",
             where=names(turning)[:5],
             share=share,
             resource="time",
@@ -65,12 +67,13 @@ def read_back(facts: Facts) -> Iterator[Finding]:
     waits = _waits_within(facts)
     if not reading and not waits:
         return
-    waited_ms, times = sum(span.duration_ms for span in waits), sum(op.calls for op in reading) or len(waits)
+    waited_ms = sum(span.duration_ms for span in waits)
+    times = sum(op.calls for op in reading if "is_nonzero" not in op.name) or len(waits)  # which reads by the other one
     share = max(waited_ms / facts.step_ms, facts.share(reading)) if facts.step_ms else 0.0
     yield Finding(
         kind="a value read back",
-        told=f"the host reads a value off the device {times:.0f} times in the middle of a step"
-        + (f", and waits {percent(waited_ms / facts.step_ms)} of it" if waits else ""),
+        told=f"the host reads a value off the device {times:.0f} time{'s' if times > 1 else ''} in the middle of a step"
+        + (f", and waits {format_percent(waited_ms / facts.step_ms)} of it" if waits else ""),
         where=names(reading)[:5] or tuple(dict.fromkeys(span.module or span.name for span in waits))[:5],
         share=share,
         resource="time",
@@ -83,6 +86,25 @@ def read_back(facts: Facts) -> Iterator[Finding]:
             if facts.profile.device == "cpu"
             else "it depends on what the host could have started meanwhile",
         ),
+    )
+
+
+def decided_in_python(facts: Facts) -> Iterator[Finding]:
+    """A JAX model whose operations depend on a value that Python reads, so that XLA cannot compile it."""
+    if not facts.read_at:
+        return
+    left = after_compiling(facts)
+    yield Finding(
+        kind="a value read back",
+        told=f"a value is read in Python at {facts.read_at}: so XLA cannot compile the model, and it runs operation by "
+        "operation",
+        where=(),
+        share=1 - left,
+        resource="time",
+        recipe="",
+        advice="decide within the program: jnp.where or jax.lax.cond in place of `if`, jax.lax.while_loop of `while`, "
+        "an array in place of float(), .item() and numpy; then compile it",
+        predicted=Quantity(1 / left, "ratio", method=f"compiled: {compiled_how(facts)}"),
     )
 
 
@@ -104,7 +126,8 @@ def recompiles(facts: Facts) -> Iterator[Finding]:
     eager = facts.profile.framework == "jax" and facts.by_operation
     yield Finding(
         kind="recompiling",
-        told=f"{time.recompiles} compilations in {len(time.step.samples_ms)} steps that should need none",
+        told=f"{time.recompiles} compilation{'s' if time.recompiles > 1 else ''} in {len(time.step.samples_ms)} steps "
+        "that should need none",
         where=(),
         share=share,
         resource="time",
@@ -117,4 +140,4 @@ def recompiles(facts: Facts) -> Iterator[Finding]:
     )
 
 
-RULES = (copies, layouts, read_back, recompiles)
+RULES = (copies, layouts, read_back, decided_in_python, recompiles)

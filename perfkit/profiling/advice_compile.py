@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from perfkit._report import Quantity
 from perfkit.profiling._profile import Finding, Op
-from perfkit.profiling.facts import Facts, is_host, megabytes, names, percent
+from perfkit.profiling.facts import Facts, is_host, names
+from perfkit.reporting._format import format_bytes, format_percent
 
 IDLE = 0.2
 """Gaps between a device's kernels that are worth a graph."""
@@ -32,7 +33,7 @@ def launch_bound(facts: Facts) -> Iterator[Finding]:
     kernels = sum(op.calls for op in facts.ops)
     yield Finding(
         kind="launch-bound",
-        told=f"the device is idle for {percent(idle)} of the step, between {kernels:.0f} kernels "
+        told=f"the device is idle for {format_percent(idle)} of the step, between {kernels:.0f} kernels "
         f"of {1e3 * time.busy.value * facts.step_ms / max(kernels, 1):.0f} µs on average",
         where=(),
         share=idle,
@@ -58,7 +59,7 @@ def _starting(facts: Facts, share: float) -> Finding:
     small = _small(facts)
     return Finding(
         kind="small operations",
-        told=f"{percent(share)} of the step goes into Python and into starting "
+        told=f"{format_percent(share)} of the step goes into Python and into starting "
         f"{sum(op.calls for op in small):.0f} small operations",
         where=names(op for op in small if not is_host(op))[:5],
         share=share,
@@ -74,7 +75,7 @@ def _through_memory(facts: Facts, share: float) -> Finding:
     return Finding(
         kind="unfused operations",
         told=f"{sum(op.calls for op in moving):.0f} elementwise operations and pools move "
-        f"{megabytes(sum(op.moved_bytes for op in moving))} through memory: {percent(share)} of the step",
+        f"{format_bytes(sum(op.moved_bytes for op in moving))} through memory: {format_percent(share)} of the step",
         where=names(moving)[:5],
         share=share,
         resource="time",
@@ -85,10 +86,13 @@ def _through_memory(facts: Facts, share: float) -> Finding:
 
 
 def _predicted(facts: Facts, share: float) -> Quantity:
-    because = (
-        f"operations started {STARTING[facts.profile.framework]:g} times cheaper, elementwise work {FUSED:g} times"
-    )
-    return Quantity(1 / after_compiling(facts), "ratio", method=f"Amdahl: {share:.0%} of the step; {because}")
+    method = f"Amdahl: {share:.0%} of the step; {compiled_how(facts)}"
+    return Quantity(1 / after_compiling(facts), "ratio", method=method)
+
+
+def compiled_how(facts: Facts) -> str:
+    """What `after_compiling` assumes."""
+    return f"operations started {STARTING[facts.profile.framework]:g} times cheaper, elementwise work {FUSED:g} times"
 
 
 def after_compiling(facts: Facts, faster: Mapping[Op, float] | None = None) -> float:

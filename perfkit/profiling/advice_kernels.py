@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from perfkit._report import Quantity
 from perfkit.profiling._profile import Finding, Op
 from perfkit.profiling.advice_compile import after_compiling
-from perfkit.profiling.facts import Facts, Shape, is_host, megabytes, names, percent, shapes_of, sped
+from perfkit.profiling.facts import Facts, Shape, is_host, names, outermost, shapes_of, sped
+from perfkit.reporting._format import format_bytes, format_percent
 
 LEAST_SHARE = 0.1
 FEW_CHANNELS = 8
@@ -40,10 +41,10 @@ def convolution_then_pool(facts: Facts) -> Iterator[Finding]:
         how = f"at {EFFICIENCY:.0%} of the machine's roof" if least_ms else "4 times faster"
         yield Finding(
             kind="convolution, then pool",
-            told=f"{conv.module or conv.name} writes {megabytes(written.bytes)} that {_of(behind)} read back: "
-            f"together {percent(share)} of {_whole(facts)}",
+            told=f"{conv.module or conv.name} writes {format_bytes(written.bytes)} that {_of(behind)} read back: "
+            f"together {format_percent(share)} of {_whole(facts)}",
             where=names(passes)[:5],
-            share=share,
+            share=facts.share(passes),
             resource="time",
             recipe=_chain(facts, "fused_kernels"),
             advice="compute convolution, ReLU and pool in one pass, without the convolution's output in memory",
@@ -111,10 +112,10 @@ def recurrent_layers(facts: Facts) -> Iterator[Finding]:
             continue
         yield Finding(
             kind="recurrent layers" if recipe == "fused_kernels" else "recurrent layers in float32",
-            told=f"recurrent layers take {percent(share)} of {_whole(facts)}"
+            told=f"recurrent layers take {format_percent(share)} of {_whole(facts)}"
             + ("" if recipe == "fused_kernels" else ", in float32"),
-            where=names(ops)[:5],
-            share=share,
+            where=outermost(names(ops))[:5],
+            share=facts.share(ops),
             resource="time",
             recipe=_chain(facts, recipe),
             advice=f"run each of them {told}",

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from perfkit._report import Quantity
 from perfkit.profiling._profile import Finding, Memory, Module
-from perfkit.profiling.facts import Facts, megabytes, percent
+from perfkit.profiling.facts import Facts
+from perfkit.reporting._format import format_bytes, format_percent
 
 DOMINATES = 0.5
 LEAST_BYTES = 8e6
@@ -29,7 +30,7 @@ def leak(facts: Facts) -> Iterator[Finding]:
     peak = memory.peak.value or growth
     yield Finding(
         kind="a leak",
-        told=f"memory grows by {megabytes(growth)} a step: after 1000 steps, by {megabytes(1000 * growth)}",
+        told=f"memory grows by {format_bytes(growth)} a step: after 1000 steps, by {format_bytes(1000 * growth)}",
         where=tuple(dict.fromkeys(held.module or held.op for held in memory.largest if held.freed_ms is None))[:3],
         share=min(growth / peak, 1.0),
         resource="memory",
@@ -52,13 +53,14 @@ def activations(facts: Facts) -> Iterator[Finding]:
     if kept is not None and kept < held:
         yield _smaller(
             "activations dominate",
-            f"{percent(held / peak)} of the peak of {megabytes(peak)} is activations that wait for the backward pass",
+            f"{format_percent(held / peak)} of the peak of {format_bytes(peak)} is activations that wait for the "
+            "backward pass",
             tuple(sorted(memory.by_module, key=memory.by_module.get, reverse=True))[:5],
             held / peak,
             "checkpoint",
             "compute them again in the backward pass instead of keeping them",
             peak / (peak - held + kept),
-            f"{megabytes(kept)} of activations left: the largest part, and what goes from part to part",
+            f"{format_bytes(kept)} of activations left: the largest part, and what goes from part to part",
         )
 
 
@@ -80,7 +82,7 @@ def batch(facts: Facts) -> Iterator[Finding]:
         return
     yield _smaller(
         "the batch dominates",
-        f"{percent(held / peak)} of the peak of {megabytes(peak)} grows with the batch",
+        f"{format_percent(held / peak)} of the peak of {format_bytes(peak)} grows with the batch",
         (),
         held / peak,
         "accumulate(batch_dim=1)" if facts.time_major else "accumulate",
@@ -100,7 +102,7 @@ def optimizer_state(facts: Facts) -> Iterator[Finding]:
         return
     yield _smaller(
         "optimizer state dominates",
-        f"{percent(held / peak)} of the peak of {megabytes(peak)} is the optimizer's state",
+        f"{format_percent(held / peak)} of the peak of {format_bytes(peak)} is the optimizer's state",
         ("optimizer",),
         held / peak,
         "offload",
@@ -120,7 +122,7 @@ def weights(facts: Facts) -> Iterator[Finding]:
         return
     yield _smaller(
         "weights dominate",
-        f"{percent(held / peak)} of the peak of {megabytes(peak)} is weights",
+        f"{format_percent(held / peak)} of the peak of {format_bytes(peak)} is weights",
         (),
         held / peak,
         "half",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from perfkit.profiling._profile import Finding, Op
-from perfkit.profiling.facts import Facts, is_copy, names, percent, sped
+from perfkit.profiling.facts import Facts, is_copy, names, sped
+from perfkit.reporting._format import format_percent
 
 LEAST_SHARE = 0.01
 WORTH = 1.3
@@ -21,7 +22,7 @@ def float64(facts: Facts) -> Iterator[Finding]:
         return
     yield Finding(
         kind="float64",
-        told=f"{len(facts.float64)} operations compute in float64: {percent(share)} of the step",
+        told=f"{len(facts.float64)} operations compute in float64: {format_percent(share)} of the step",
         where=names(op for op in facts.float64 if not is_copy(op))[:5],
         share=share,
         resource="time",
@@ -47,7 +48,7 @@ def float32_products(facts: Facts) -> Iterator[Finding]:
         return
     yield Finding(
         kind="products in float32",
-        told=f"matrix products and convolutions take {percent(share)} of the step in float32, and this machine "
+        told=f"matrix products and convolutions take {format_percent(share)} of the step in float32, and this machine "
         f"multiplies bfloat16 {narrow / wide:.1f} times faster",
         where=names(bound)[:5],
         share=share,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from perfkit.profiling._profile import Finding
-from perfkit.profiling.facts import Facts, percent, sped
+from perfkit.profiling.facts import Facts, sped
+from perfkit.reporting._format import format_percent
 
 MANY = 20
 LEAST_SHARE = 0.05
@@ -24,7 +25,8 @@ def optimizer_in_pieces(facts: Facts) -> Iterator[Finding]:
     together = "_foreach" in "".join(op.name for op in pieces)
     yield Finding(
         kind="an optimizer in pieces",
-        told=f"the optimizer is {calls:.0f} {'' if together else 'small '}operations: {percent(share)} of the step",
+        told=f"the optimizer is {calls:.0f} {'' if together else 'small '}operations: {format_percent(share)} of the "
+        "step",
         where=("optimizer",),
         share=share,
         resource="time",

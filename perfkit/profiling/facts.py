@@ -21,6 +21,8 @@ RECURRENT_LAYERS = ("LSTM", "GRU", "RNN", "LSTMCell", "OptimizedLSTMCell", "GRUC
 COPIES = frozenset(["clone", "contiguous", "copy_", "_to_copy", "copy", "transpose", "reshape"])
 OWN = re.compile(r"perfkit|^triton_|CompiledFxGraph")
 """perfkit's kernels and compiled ones: they are fused already."""
+READS_AT = "it cannot be compiled as a whole, so it runs operation by operation: a value is read in Python at "
+"""How a note begins that says where a JAX model reads one."""
 SIZES = {
     "float64": 8,
     "int64": 8,
@@ -121,9 +123,14 @@ class Facts:
         return set().union(*(names_in(match[1]) for match in told if match))
 
     @cached_property
+    def read_at(self) -> str:
+        """Where a JAX model reads a value in Python, so that nothing can compile it; else empty."""
+        return next((note.removeprefix(READS_AT) for note in self.profile.notes if note.startswith(READS_AT)), "")
+
+    @cached_property
     def by_operation(self) -> bool:
-        """Whether each operation is started by itself: eager, not compiled into one program."""
-        if "compile" in self.applied or any("CompiledFxGraph" in op.name for op in self.ops):
+        """Whether each operation is started by itself and could be compiled: eager, not one program."""
+        if self.read_at or "compile" in self.applied or any("CompiledFxGraph" in op.name for op in self.ops):
             return False
         if self.profile.framework == "jax":
             return sum(op.calls for op in self.ops if op.name == "dispatch") > 3
@@ -199,15 +206,12 @@ def sped(share: float, factor: float, because: str) -> Quantity:
     return Quantity(1 / (1 - share + share / factor), "ratio", method=f"Amdahl: {share:.0%} of the step, {because}")
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
-
-
-def megabytes(size: float) -> str:
-    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
-
-
 def names(ops: Iterable[Op]) -> tuple[str, ...]:
     """Where operations stand: their modules, or their own names outside of all; the longest first."""
     ordered = sorted(ops, key=lambda op: -op.self_ms)
     return tuple(dict.fromkeys(op.module or op.name for op in ordered))
+
+
+def outermost(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Modules without those that lie within others of them."""
+    return tuple(path for path in paths if not any(path != other and _within(path, other) for other in paths))

@@ -23,7 +23,7 @@ def readings(root: str | Path = "/") -> dict[str, Quantity]:
         "clock": Quantity.missing("MHz", "this system does not tell its processors' clocks")
         if clock is None
         else Quantity(clock, "MHz", method="median of the processors"),
-        "temperature": Quantity.missing("°C", "this system has no temperature sensor of its processor")
+        "temperature": Quantity.missing("°C", "not supported: this system has no temperature sensor of its processor")
         if temperature is None
         else Quantity(temperature, "°C", method="the hottest sensor"),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perfkit.profiling._profile import Op
 from perfkit.profiling.jax_hlo import CONTROL, NO_WORK, Program
@@ -104,11 +104,11 @@ class Reader:
         if key not in self._known:
             self._known[key] = list(self._read(event))
         rows = self._known[key]
-        return rows if not event.module else [_within(row, event.module) for row in rows]
+        return [_at(row, event) for row in rows] if event.module or event.phase else rows
 
     def row(self, item: Host) -> Row:
         """What the host does for a program, before or while it runs."""
-        return Row(item.kind, "op", item.module, self.place("").phase)
+        return Row(item.kind, "op", item.module, item.phase or self.place("").phase)
 
     def _read(self, event: Event) -> Iterator[Row]:
         kind = "kernel" if self.device else "op"
@@ -241,8 +241,8 @@ def of_step(trace: Trace, until: tuple[float, float]) -> list[Event]:
     return [event for event in trace.events if event.end_ms > until[0] and event.start_ms < until[1]]
 
 
-def _within(row: Row, module: str) -> Row:
-    return row if row.module else Row(**{**vars(row), "module": module})
+def _at(row: Row, event: Event) -> Row:
+    return replace(row, module=row.module or event.module, phase=event.phase or row.phase)
 
 
 def _shared(flops: dict[tuple[str, str], float], weights: dict[Key, float]) -> dict[Key, float]:

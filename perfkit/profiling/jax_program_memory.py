@@ -74,7 +74,8 @@ def _moments(run: Run, program: Program, found: Buffers) -> Iterator[Moment]:
         rest = sum(size for _, size in pairs if size < SMALLEST)
         unused = (found.arena - peak if position == fullest else found.arena - sum(size for _, size in pairs)) + rest
         gap = Held(max(unused, 0.0), "other", op="unused in XLA's arena, and buffers under 1 kB", born_ms=0.0)
-        yield Moment(starts[position], (*always, *held, gap), peak=position == fullest)
+        at_ms = starts[position] if position else 0.0  # the arena is there before the program begins
+        yield Moment(at_ms, (*always, *held, gap), peak=position == fullest)
 
 
 def _positions(found: Buffers) -> list[int]:

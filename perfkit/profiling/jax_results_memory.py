@@ -12,6 +12,10 @@ from jax.extend.core import Literal
 from perfkit._report import Quantity
 from perfkit.profiling.jax_held import Held, Moment, argument, argument_names, described
 from perfkit.profiling.jax_run import Run
+from perfkit.profiling.jax_scopes import Place
+
+_CATEGORIES = {"forward": "activations", "loss": "activations", "backward": "temporaries"}
+"""Of what a training step makes, by phase; what the optimizer makes is the new state."""
 
 
 def moments(run: Run) -> tuple[list[Moment], Quantity, dict[str, float]]:
@@ -37,19 +41,32 @@ def _moments(run: Run) -> Iterator[Moment]:
     for index, eqn in enumerate(jaxpr.eqns):
         last |= {var: index for var in eqn.invars if not isinstance(var, Literal)}
     last |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, Literal)}
+    places = [run.place(f"{eqn.source_info.name_stack}/{eqn.primitive.name}") for eqn in jaxpr.eqns]
+    gradients = _gradients(jaxpr.eqns, places) if run.work.trains else set()
     times = _times(run, len(jaxpr.eqns))
     living: dict[Any, Held] = {}
     yield Moment(0.0, tuple(always))
-    for index, eqn in enumerate(jaxpr.eqns):
-        at = run.place(f"{eqn.source_info.name_stack}/{eqn.primitive.name}")
+    for index, (eqn, at) in enumerate(zip(jaxpr.eqns, places, strict=True)):
         for var in eqn.outvars:
             until = last.get(var, index)
             freed = times[until + 1] if until < len(jaxpr.eqns) else None
-            living[var] = Held(
-                _bytes(var), "activations", at.module, at.primitive, described(var.aval), times[index], freed
-            )
+            category = _CATEGORIES.get(at.phase, "other") if run.work.trains else "activations"
+            category = "gradients" if var in gradients else category
+            name = str(eqn.params.get("name") or at.primitive)  # of a jitted function its own
+            living[var] = Held(_bytes(var), category, at.module, name, described(var.aval), times[index], freed)
         yield Moment(times[index], (*always, *living.values()))
         living = {var: held for var, held in living.items() if last.get(var, -1) > index}
+
+
+def _gradients(eqns: list[Any], places: list[Place]) -> set[Any]:
+    """What the backward pass makes and the optimizer alone reads."""
+    readers: dict[Any, set[str]] = {}
+    for eqn, at in zip(eqns, places, strict=True):
+        for var in eqn.invars:
+            if not isinstance(var, Literal):
+                readers.setdefault(var, set()).add(at.phase)
+    made = (var for eqn, at in zip(eqns, places, strict=True) if at.phase == "backward" for var in eqn.outvars)
+    return {var for var in made if readers.get(var) == {"optimizer"}}
 
 
 def _times(run: Run, count: int) -> list[float]:

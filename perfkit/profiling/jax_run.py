@@ -12,7 +12,7 @@ import jax
 
 from perfkit._workload import Workload
 from perfkit.backends import Finished
-from perfkit.profiling import jax_flops
+from perfkit.profiling import jax_flops, jax_recorded
 from perfkit.profiling.jax_scopes import Called, Place, marked, place
 
 WITHOUT_LIBRARY_FUSIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
@@ -26,6 +26,8 @@ class Run:
     Args:
         called: its modules, by path, as one call calls them.
         jaxpr: of one call or training step.
+        read_at: where the model reads a value in Python, so that it runs operation by operation, and its jaxpr is what
+            one run of it did; else empty.
         call: one whole, synchronized call.
         jitted: what the jaxpr is of.
     """
@@ -36,6 +38,7 @@ class Run:
     jaxpr: Any
     call: Callable[[], Any]
     jitted: Any
+    read_at: str = ""
 
     @functools.cached_property
     def scopes(self) -> frozenset[str]:
@@ -77,12 +80,24 @@ def marking(work: Workload, *, run: bool = True) -> Iterator[Run]:
     with _names_kept():
         finished = work.backend.finish(work)
         jitted = _jitted(work, finished)
-        jaxpr = jitted.trace(*_arguments(work, finished)).jaxpr
+        jaxpr, read_at = _traced(work, finished, jitted, found.called)
         called = {path: Called(**vars(item)) for path, item in found.called.items()}
         call = work.backend.caller(work, finished)
         if run:
             call()
-        yield Run(work, finished, called, jaxpr, call, jitted)
+        yield Run(work, finished, called, jaxpr, call, jitted, read_at)
+
+
+def _traced(work: Workload, finished: Finished, jitted: Any, called: dict[str, Called]) -> tuple[Any, str]:
+    """The jaxpr, and where a value is read that no jaxpr can hold."""
+    try:
+        return jitted.trace(*_arguments(work, finished)).jaxpr, ""
+    except jax_recorded.READS_VALUES as error:
+        read_at = jax_recorded.read_at(error) or "a line of a library"
+    called.clear()  # of what was traced until then
+    if work.training is not None:
+        jax_recorded.by_operation(finished)
+    return jax_recorded.recorded(jitted.__wrapped__, *_arguments(work, finished)), read_at
 
 
 def _jitted(work: Workload, finished: Finished) -> Any:

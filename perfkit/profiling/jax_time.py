@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,11 +14,13 @@ from perfkit._errors import UnsupportedError
 from perfkit._report import Quantity
 from perfkit._workload import Workload
 from perfkit.backends import Finished
-from perfkit.profiling import jax_flops, jax_hlo, jax_ops, jax_shares, jax_trace
+from perfkit.profiling import jax_flops, jax_hlo, jax_ops, jax_recorded, jax_shares, jax_trace
 from perfkit.profiling._basics import Basics, unprofiled
 from perfkit.profiling._profile import PHASES, Op, Time
+from perfkit.profiling.facts import READS_AT
 from perfkit.profiling.jax_modules import modules
 from perfkit.profiling.jax_ops import Reader
+from perfkit.profiling.jax_placing import placed
 from perfkit.profiling.jax_run import WITHOUT_LIBRARY_FUSIONS, Run, marking
 from perfkit.profiling.jax_scopes import Place
 from perfkit.profiling.jax_shares import Shares
@@ -31,16 +34,27 @@ FEWEST, MOST = 5, 20
 MOST_GAPS = 5
 
 
-def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
+def by_operation(finished: Finished, error: Exception) -> bool:
+    """Whether a step that raised this runs operation by operation from now on: one that reads a value in Python."""
+    reads = finished.trainer is not None and isinstance(error, jax_recorded.READS_VALUES)
+    if reads:
+        jax_recorded.by_operation(finished)
+    return reads
+
+
+def collected(work: Workload, finished: Finished, basics: Basics, note: Callable[[str], Any] = str) -> Time:
     """Time by operation, module and phase.
 
     Args:
         work: what is profiled. A copy of it runs, with a scope around every call of a module.
         finished: it as it was timed; it is not called.
         basics: its steps without a profiler.
+        note: called with what must be said of how the model runs.
     """
     del finished
     with marking(work) as run:
+        if run.read_at:
+            note(f"{READS_AT}{run.read_at}")
         count = jax_flops.counted(run.jaxpr, work.trains, run.scopes)
         steps = max(FEWEST, min(MOST, round(PROFILED_S / (basics.step.median_ms / 1e3))))
         run.call()
@@ -48,6 +62,8 @@ def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
             trace = jax_trace.taken(run.call, steps)
         except UnsupportedError as error:
             return unprofiled(basics, str(error))
+        if run.read_at:
+            trace = placed(trace, run.jaxpr.eqns, run.place)
         reader, split = _reader(run, trace, count)
         return _time(run, trace, reader, split, count, basics)
 

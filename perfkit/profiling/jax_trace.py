@@ -38,6 +38,7 @@ class Event:
         run: the number of that program's run.
         copies: whether it moves memory and computes nothing.
         module: where the host was as it was launched, of programs launched one operation at a time; else "".
+        phase: of the step, where a recorded step tells it; else "".
         number: by which a CPU's trace tells when it was done, where XLA went on before it was.
     """
 
@@ -49,6 +50,7 @@ class Event:
     run: int = 0
     copies: bool = False
     module: str = ""
+    phase: str = ""
     number: int = -1
 
 
@@ -61,6 +63,7 @@ class Host:
     start_ms: float
     end_ms: float
     module: str = ""
+    phase: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def read(data: ProfileData) -> Trace:
                 name = str(stats.get("hlo_op", event.name))
                 copies = bool(on_device) and bool(_COPIES.search(event.name))
                 own = stats.get("_p", -len(found) - 1)
-                found.append(Event(name, track, start, end, program, int(stats.get("run_id", 0)), copies, "", own))
+                found.append(Event(name, track, start, end, program, int(stats.get("run_id", 0)), copies, number=own))
     found = [replace(event, end_ms=max(event.end_ms, ends.get(event.number, 0.0))) for event in found]
     found = [event for event in found if event.start_ms >= 0]
     steps = tuple((ms(event.start_ns), ms(event.end_ns)) for event in stepped)

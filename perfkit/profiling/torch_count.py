@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perfkit._workload import Workload
@@ -71,11 +72,15 @@ def counted(work: Workload, finished: Finished) -> Count:
     A model that calls torch.func in its forward pass forbids to look at what is saved: `saved_bytes` is empty then.
     """
     try:
-        return _counted(work, finished, looking_at_saved=True)
+        count = _counted(work, finished, looking_at_saved=True)
     except RuntimeError as error:
         if "saved tensor hooks" not in str(error):
             raise
-        return _counted(work, finished, looking_at_saved=False)
+        count = _counted(work, finished, looking_at_saved=False)
+    if work.trains and any(isinstance(module, nn.RNNBase) for module in work.model.modules()):
+        with _StatesWanted():
+            _complete(count, _counted(work, finished, looking_at_saved=False))
+    return count
 
 
 def _counted(work: Workload, finished: Finished, looking_at_saved: bool) -> Count:
@@ -138,6 +143,49 @@ class _Counting(TorchDispatchMode):
         flops = torch_flops.count(func, args, kwargs, output)
         call = Call(_shapes(inputs), flops, _moved(func, inputs, outputs))
         self.count.calls[torch_flops.name_of(func), self.where.module, self.where.phase].append(call)
+
+
+class _StatesWanted(TorchFunctionMode):
+    """Within it, the initial states of recurrent layers have gradients.
+
+    Layers that run as one operator compute these anyhow, and so does JAX; those that torch takes apart (GRU, RNN, LSTM
+    with projections, on a CPU) leave out the first step's.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in _RECURRENT and torch.is_grad_enabled():
+            place = 1 if isinstance(args[3], bool) else 2  # of a packed sequence the sizes stand before the states
+            args = (*args[:place], _wanted(args[place]), *args[place + 1 :])
+        return func(*args, **(kwargs or {}))
+
+
+_RECURRENT = {"rnn_tanh", "rnn_relu", "gru", "lstm"}
+
+
+def _wanted(states: Any) -> Any:
+    if isinstance(states, Tensor):
+        return states if states.requires_grad else states.detach().requires_grad_()
+    return tuple(map(_wanted, states))
+
+
+def _complete(count: Count, whole: Count) -> None:
+    """Give the products that `whole` has more of to those of the same shapes, so that the calls stay those that run."""
+    for key, calls in whole.calls.items():
+        if not any(call.flops for call in calls):
+            continue
+        there, wanted = _by_shapes(count.calls[key]), _by_shapes(calls)
+        count.calls[key] = [
+            replace(call, flops=call.flops * wanted[call.shapes] / there[call.shapes]) if call.flops else call
+            for call in count.calls[key]
+        ]
+        count.calls[key] += [call for call in calls if call.flops and not there[call.shapes]]
+
+
+def _by_shapes(calls: Iterable[Call]) -> defaultdict[str, float]:
+    found: defaultdict[str, float] = defaultdict(float)
+    for call in calls:
+        found[call.shapes] += call.flops
+    return found
 
 
 class _Saving:

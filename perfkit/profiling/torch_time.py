@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -30,13 +31,21 @@ GAPS = 10
 _COUNTED = "operators of one step run without torch.compile, by formula; two for a multiply-add, elementwise work not"
 
 
-def collected(work: Workload, finished: Finished, basics: Basics) -> Time:
+def by_operation(finished: Finished, error: Exception) -> bool:
+    """Whether a step that raised this runs another way: a torch model runs operation by operation anyhow."""
+    del finished, error
+    return False
+
+
+def collected(work: Workload, finished: Finished, basics: Basics, note: Callable[[str], Any] = str) -> Time:
     """Profile a few steps, and count one without the profiler.
 
     Args:
         work: holds a copy of the caller's model; its state is as before when this returns or raises.
         basics: of the same workload.
+        note: called with what must be said of how the model runs, in JAX.
     """
+    del note
     try:
         count = counted(work, finished)
         arithmetic = Quantity(count.flops(), "FLOP", method=_COUNTED)

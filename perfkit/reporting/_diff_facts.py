@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from perfkit.profiling._align import Change
-from perfkit.profiling.diff import ProfileDiff
+from perfkit.profiling.diff import CONFIDENCE, ProfileDiff
 from perfkit.reporting._format import (
     counted,
     format_bytes,
-    format_change,
     format_ms,
-    format_percent,
     format_ratio,
 )
 
@@ -36,27 +34,22 @@ class Row:
 
 
 def headline(diff: ProfileDiff) -> tuple[str, str]:
-    """`12.3 ms → 9.1 ms per step`, and `1.35× [1.31, 1.39] as fast`."""
+    """`12.3 ms → 9.1 ms per step`, and `1.35× as fast, 99% interval [1.31, 1.39]`."""
     per = "step" if diff.after.mode == "training" else "call"
     times = f"{format_ms(diff.before.step_ms)} → {format_ms(diff.after.step_ms)} per {per}"
-    interval = f"[{diff.low:.2f}, {diff.high:.2f}]"
-    return times, f"{format_ratio(diff.ratio)} as fast {interval}, if the machine was in the same state"
+    state = "if the machine was in the same state"
+    if not (diff.low > 0 and math.isfinite(diff.high)):
+        return times, f"{format_ratio(diff.ratio)} as fast, {state}; too few {per}s were timed for an interval"
+    interval = f"{CONFIDENCE:.0%} interval [{diff.low:.2f}, {diff.high:.2f}]"
+    return times, f"{format_ratio(diff.ratio)} as fast, {interval}, {state}"
 
 
-def totals(diff: ProfileDiff) -> tuple[tuple[str, str, str, str], ...]:
-    """Step and peak: label, before, after, change."""
-    found = [
-        (
-            "step",
-            format_ms(diff.before.step_ms),
-            format_ms(diff.after.step_ms),
-            _change(diff.before.step_ms, diff.after.step_ms),
-        )
-    ]
-    one, other = diff.before.peak_bytes, diff.after.peak_bytes
-    if one is not None and other is not None:
-        found.append(("peak memory", format_bytes(one), format_bytes(other), _change(one, other)))
-    return tuple(found)
+def peak(diff: ProfileDiff) -> tuple[str, ...]:
+    """Peak memory before, after and what is saved; empty where it is not known of both."""
+    before, after = diff.before.peak_bytes, diff.after.peak_bytes
+    if before is None or after is None:
+        return ()
+    return format_bytes(before), format_bytes(after), signed_bytes(before - after)
 
 
 def weighty(diff: ProfileDiff, changes: Iterable[Change]) -> tuple[Change, ...]:
@@ -117,7 +110,3 @@ def signed_bytes(saved: float) -> str:
 
 def _signed(saved: float, shown: Callable[[float], str]) -> str:
     return f"−{shown(-saved)}" if saved < 0 else shown(saved)
-
-
-def _change(before: float, after: float) -> str:
-    return format_change(before, after) or format_percent(0)

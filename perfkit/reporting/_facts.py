@@ -9,12 +9,10 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from perfkit._report import Comparison, Environment, Fidelity, Quantity, Report, Step, Verdict
+from perfkit._report import Comparison, Fidelity, Report, Step, Verdict
 from perfkit.reporting._format import (
     NOT_FINITE,
     counted,
-    format_bytes,
-    format_change,
     format_comparison,
     format_count,
     format_error,
@@ -24,6 +22,7 @@ from perfkit.reporting._format import (
     format_seconds,
     listing,
     spaced,
+    with_reason,
 )
 
 UNAVAILABLE = "unavailable"
@@ -53,16 +52,6 @@ class Headline:
     @property
     def text(self) -> str:
         return " ".join(part for part in (self.figure, self.interval, self.verdict) if part)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One quantity before and after."""
-
-    label: str
-    before: str
-    after: str
-    change: str
 
 
 @dataclass(frozen=True)
@@ -164,45 +153,6 @@ def alarms(report: Report) -> tuple[str, ...]:
     if simulated := [step.recipe for step in report.steps if step.effect.simulated]:
         told.append(f"Simulated, so without the speed of real low-precision or sparse kernels: {', '.join(simulated)}")
     return tuple(told)
-
-
-def rows(report: Report) -> tuple[Row, ...]:
-    """The before and after table. A percentile that neither side has is left to `missing`."""
-    told = []
-    for label, before, after in _quantities(report):
-        percentile = label.startswith("p") and label.endswith("latency")
-        if percentile and before.value is None and after.value is None:
-            continue
-        both = before.value is not None and after.value is not None
-        change = format_change(before.value, after.value) if both else ""
-        told.append(Row(label, format_quantity(before), format_quantity(after), change))
-    sizes = (report.before.model_bytes, report.after.model_bytes)
-    told.append(Row("model size", format_bytes(sizes[0]), format_bytes(sizes[1]), format_change(*sizes)))
-    counts = (report.before.parameters, report.after.parameters)
-    told.append(Row("parameters", format_count(counts[0]), format_count(counts[1]), format_change(*counts)))
-    return tuple(told)
-
-
-def missing(report: Report) -> tuple[str, ...]:
-    """Why quantities are unavailable: one line a reason, naming all that it holds for."""
-    reasons: dict[str, list[str]] = {}
-    for label, before, after in _quantities(report):
-        if before.unavailable is not None and before.unavailable == after.unavailable:
-            reasons.setdefault(before.unavailable, []).append(label)
-            continue
-        for side, quantity in (("before", before), ("after", after)):
-            if quantity.unavailable is not None:
-                reasons.setdefault(quantity.unavailable, []).append(f"{label} ({side})")
-    return tuple(f"{', '.join(labels)}: {reason}" for reason, labels in reasons.items())
-
-
-def methods(report: Report) -> tuple[str, ...]:
-    """How quantities were measured, one line a method."""
-    found: dict[str, list[str]] = {}
-    for label, before, after in _quantities(report):
-        for method in dict.fromkeys(quantity.method for quantity in (before, after) if quantity.method):
-            found.setdefault(method, []).append(label)
-    return tuple(f"{', '.join(labels)}: {method}" for method, labels in found.items())
 
 
 def step_facts(step: Step) -> StepFacts:
@@ -308,37 +258,6 @@ def losses(report: Report) -> str:
     return f"last of {counted(len(report.losses.before), 'step')}: {last[0]} → {last[1]}"
 
 
-def parallel_rows(report: Report) -> tuple[tuple[str, str], ...]:
-    """What several devices gave and cost, as label and value; empty where one process has the whole model."""
-    found = report.parallel
-    if found is None:
-        return ()
-    peaks = ", ".join(map(format_quantity, found.rank_peak_bytes))
-    rows = [
-        ("layout", f"{found.layout}; {counted(found.devices, 'device')}, processes: {found.processes}"),
-        *(("", part) for part in found.parts),
-        ("efficiency", _share(found.efficiency)),
-        ("exchanged", f"{_told(found.sent_bytes)} a call by each device"),
-        ("communicating", _share(found.communicating)),
-        ("peak by process", peaks),
-        ("model by process", ", ".join(map(format_bytes, found.rank_model_bytes))),
-    ]
-    if found.balance:
-        rows.append(("stages", ", ".join(map(format_percent, found.balance)) + " of the work"))
-        rows.append(("bubble", f"{format_percent(found.bubble)} of the time, by the schedule"))
-    return tuple(rows)
-
-
-def _share(quantity: Quantity) -> str:
-    if quantity.value is None:
-        return with_reason(quantity)
-    return format_percent(quantity.value) + (f" ({quantity.method})" if quantity.method else "")
-
-
-def _told(quantity: Quantity) -> str:
-    return with_reason(quantity) + (f" ({quantity.method})" if quantity.method else "")
-
-
 def found_recipe(report: Report) -> str:
     """The chain that was kept: of a search its winner."""
     if report.outcome == "original returned":
@@ -361,69 +280,6 @@ def summary(label: str, report: Report) -> SummaryFacts:
         fidelity_ok=report.fidelity is None or report.fidelity.ok,
         lost=f"{len(lost)}: {listing(lost, 2)}" if lost else "none",
     )
-
-
-def environment_line(environment: Environment) -> str:
-    """The machine and the libraries in one line."""
-    parts = [
-        f"{environment.cpu} ({counted(environment.cores, 'core')})",
-        ", ".join(environment.accelerators) or "no accelerator",
-        environment.os,
-        f"Python {environment.python}",
-        *(f"{name} {version}" for name, version in sorted(environment.libraries.items())),
-        f"fingerprint {environment.fingerprint}",
-    ]
-    return " · ".join(parts)
-
-
-def environment_rows(environment: Environment) -> tuple[tuple[str, str], ...]:
-    """The machine and the libraries, as label and value."""
-
-    def pairs(values: dict) -> str:
-        return ", ".join(f"{name} {value}" for name, value in sorted(values.items())) or "none"
-
-    return (
-        ("processor", f"{environment.cpu}, {counted(environment.cores, 'core')}"),
-        ("instruction sets", ", ".join(environment.instruction_sets) or "none known"),
-        ("memory", with_reason(environment.memory_bytes)),
-        ("accelerators", ", ".join(environment.accelerators) or "none"),
-        ("system", f"{environment.os}, Python {environment.python}"),
-        ("libraries", pairs(environment.libraries)),
-        ("threads", pairs(environment.threads)),
-        ("settings", pairs(environment.settings)),
-        ("fingerprint", environment.fingerprint),
-    )
-
-
-def _quantities(report: Report) -> tuple[tuple[str, Quantity, Quantity], ...]:
-    """Every row of the table that may be unavailable: label, before, after."""
-    before, after = report.before, report.after
-    untimed = Quantity.missing("ms", report.not_measured or "nothing was timed")
-
-    def latency(label: str, field: str) -> tuple[str, Quantity, Quantity]:
-        sides = [getattr(side.latency, field) if side.latency else untimed for side in (before, after)]
-        return label, sides[0], sides[1]
-
-    states = before.optimizer_state_bytes, after.optimizer_state_bytes
-    optimizer = [("optimizer state", *states)] if report.mode == "training" else []
-    medians = [Quantity(side.latency.median_ms, "ms") if side.latency else untimed for side in (before, after)]
-    return (
-        ("median latency", medians[0], medians[1]),
-        latency("p90 latency", "p90_ms"),
-        latency("p95 latency", "p95_ms"),
-        latency("p99 latency", "p99_ms"),
-        ("throughput", before.throughput, after.throughput),
-        ("first call", before.first_call_s, after.first_call_s),
-        ("compile", before.compile_s, after.compile_s),
-        ("tensor peak", before.tensor_peak_bytes, after.tensor_peak_bytes),
-        ("process high-water", before.process_high_water_bytes, after.process_high_water_bytes),
-        *optimizer,
-    )
-
-
-def with_reason(quantity: Quantity) -> str:
-    told = format_quantity(quantity)
-    return told if quantity.unavailable is None else f"{told}: {quantity.unavailable}"
 
 
 def _passed(result: Fidelity | None) -> str:

@@ -183,6 +183,12 @@ def format_quantity(quantity: Quantity) -> str:
             return f"{format_number(quantity.value)} {unit}"
 
 
+def with_reason(quantity: Quantity) -> str:
+    """A quantity, or `unavailable` and why."""
+    told = format_quantity(quantity)
+    return told if quantity.unavailable is None else f"{told}: {quantity.unavailable}"
+
+
 def _ratio(value: float, decimals: int) -> str:
     if not math.isfinite(value):
         return NOT_FINITE

@@ -23,6 +23,8 @@ from perfkit.reporting._format import (
 UNAVAILABLE = "unavailable"
 # Above this the shares say more about the profiler than about the model; below that, too little is accounted for.
 HIGH_OVERHEAD, LOW_ATTRIBUTION = 1.5, 0.7
+# A profiled step that is so much shorter than those timed before: the machine was not the same.
+LOW_OVERHEAD = 0.8
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ def alarms(profile: Profile) -> tuple[str, ...]:
             found.append(
                 f"The profiler makes a {per(profile)} {format_number(time.overhead.value)} times as long: "
                 "shares lean towards what calls many small operations."
+            )
+        if 0 < (time.overhead.value or 0) < LOW_OVERHEAD:
+            found.append(
+                f"A profiled {per(profile)} took {format_number(time.overhead.value)} times as long as those timed "
+                "before: the machine was busy with something else then, and the headline is too long."
             )
         if time.attributed.value is not None and time.attributed.value < LOW_ATTRIBUTION:
             share = format_percent(time.attributed.value)

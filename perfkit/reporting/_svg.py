@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from perfkit.reporting._format import clean
 
-LABEL_SIZE, SMALL_SIZE = 12.5, 11.0
+LABEL_SIZE, MONO_SIZE, SMALL_SIZE = 12.5, 12.0, 11.0
 # Width of a character in units of the font size, on the generous side: text may be narrower, never wider.
 MONO_WIDTH, SANS_WIDTH = 0.61, 0.56
 
@@ -134,7 +134,7 @@ def number(value: float) -> str:
 
 def text_width(text: str, kind: str) -> float:
     """How wide `text` may become, in pixels."""
-    size = SMALL_SIZE if "small" in kind else LABEL_SIZE
+    size = MONO_SIZE if "mono" in kind else SMALL_SIZE if "small" in kind else LABEL_SIZE
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return size * ((len(text) - wide) * (MONO_WIDTH if "mono" in kind else SANS_WIDTH) + wide * 1.05)
 

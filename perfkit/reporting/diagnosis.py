@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
-from perfkit.reporting._facts import environment_rows
+from perfkit.reporting._environment_facts import environment_rows
 from perfkit.reporting._format import format_quantity
 from perfkit.reporting.terminal import cell, line, text_table, to_text
 

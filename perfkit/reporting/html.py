@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from perfkit._report import Report, Step
-from perfkit.reporting import _facts, plots
+from perfkit.reporting import _environment_facts, _facts, _parallel_facts, _table_facts, plots
 from perfkit.reporting._format import clean, counted, format_interval, format_quantity, format_seconds, shorten
 
 # The column's width on a desk and in a hand; the page shows the picture that fits.
@@ -45,7 +46,7 @@ def page(reports: Sequence[tuple[str, Report]]) -> str:
 @functools.cache
 def templates() -> Environment:
     """The templates of this folder: what they are given is escaped."""
-    return Environment(
+    found = Environment(
         loader=PackageLoader("perfkit", "reporting"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -54,6 +55,13 @@ def templates() -> Environment:
         # Escaping makes markup harmless; control characters and direction overrides have to go as well.
         finalize=lambda value: clean(value) if type(value) is str else value,
     )
+    found.filters["breakable"] = breakable
+    return found
+
+
+def breakable(path: str) -> Markup:
+    """The path of a module or an operation, with places to break a long one: behind dots and colons."""
+    return Markup(re.sub(r"(::|\.)", r"\1<wbr>", str(escape(clean(path)))))  # escaped before
 
 
 @dataclass(frozen=True)
@@ -91,18 +99,18 @@ def _view(report: Report, label: str = "", anchor: str = "report") -> dict[str, 
         "head": head,
         "alarms": _facts.alarms(report),
         "highlights": _highlights(report),
-        "rows": _facts.rows(report),
-        "missing": _facts.missing(report),
-        "methods": _facts.methods(report),
+        "rows": _table_facts.rows(report),
+        "missing": _table_facts.missing(report),
+        "methods": _table_facts.methods(report),
         "steps": [_step_detail(step) for step in report.steps],
         "fidelity": report.fidelity,
         "fidelity_rows": _facts.fidelity_rows(report.fidelity) if report.fidelity else (),
         "losses": _facts.losses(report),
-        "parallel_rows": _facts.parallel_rows(report),
+        "parallel_rows": _parallel_facts.parallel_rows(report),
         "candidates": candidates[:MOST_CANDIDATES],
         "more_candidates": max(0, len(candidates) - MOST_CANDIDATES),
         "notes": report.notes,
-        "environment": _facts.environment_rows(report.environment),
+        "environment": _environment_facts.environment_rows(report.environment),
         "footer": " · ".join(part for part in (f"perfkit {report.perfkit_version}".strip(), report.created) if part),
         "figures": {
             "latency": _figure(plots.latency, report),
@@ -129,10 +137,10 @@ def _highlights(report: Report) -> list[Highlight]:
     before, after = report.before, report.after
     found = []
     if before.latency is not None and after.latency is not None:
-        row = _facts.rows(report)[0]
+        row = _table_facts.rows(report)[0]
         found.append(Highlight(row.label, (f"{row.before} →", row.after), row.change))
     if before.tensor_peak_bytes.value is not None and after.tensor_peak_bytes.value is not None:
-        row = next(row for row in _facts.rows(report) if row.label == "tensor peak")
+        row = next(row for row in _table_facts.rows(report) if row.label == "tensor peak")
         found.append(Highlight(row.label, (f"{row.before} →", row.after), row.change))
     if (result := report.fidelity) is not None:
         error, limit = _facts.fidelity_rows(result)[:2]

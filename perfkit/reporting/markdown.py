@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from perfkit._report import Report
-from perfkit.reporting import _facts
+from perfkit.reporting import _environment_facts, _facts, _parallel_facts, _table_facts
 from perfkit.reporting._format import clean, counted, shorten
 
 # A comment holds 65,536 characters; a reader holds fewer.
@@ -62,9 +62,9 @@ def _header(report: Report) -> Iterator[str]:
 
 
 def _quantities(report: Report) -> Iterator[str]:
-    cells = ((row.label, row.before, f"**{row.after}**", row.change) for row in _facts.rows(report))
+    cells = ((row.label, row.before, f"**{row.after}**", row.change) for row in _table_facts.rows(report))
     yield _table(("", "before", "after", "change"), cells, right=3)
-    if reasons := _facts.missing(report):
+    if reasons := _table_facts.missing(report):
         yield "<br>".join(f"<sub>unavailable: {text(reason)}</sub>" for reason in reasons)
 
 
@@ -102,7 +102,9 @@ def _facts_list(report: Report) -> Iterator[str]:
     if report.speedup is not None or report.against_compiled is not None:
         lines.append(f"**compiler** {text(_facts.compiled(report))}")
     lines.append(f"**payback** {text(_facts.payback(report))}")
-    lines += [f"{f'**{label}** ' if label else ''}{text(value)}" for label, value in _facts.parallel_rows(report)]
+    lines += [
+        f"{f'**{label}** ' if label else ''}{text(value)}" for label, value in _parallel_facts.parallel_rows(report)
+    ]
     yield "<br>\n".join(lines)
 
 
@@ -123,7 +125,9 @@ def _candidates(report: Report) -> Iterator[str]:
 def _footer(report: Report) -> Iterator[str]:
     if report.notes:
         yield "\n".join(f"- {text(note)}" for note in report.notes[:MOST_NOTES])
-    rows = "\n".join(f"- {label}: {text(value)}" for label, value in _facts.environment_rows(report.environment))
+    rows = "\n".join(
+        f"- {label}: {text(value)}" for label, value in _environment_facts.environment_rows(report.environment)
+    )
     yield _folded("Measured on", rows)
 
 

@@ -77,13 +77,11 @@ def _table(first: str, changes: Sequence[Change]) -> Table:
 
 def _memory(diff: ProfileDiff) -> Iterator[RenderableType]:
     rows = _diff_facts.byte_rows(change for change in diff.categories if change.saved_bytes)
-    totals = _diff_facts.totals(diff)
-    if len(totals) < 2:
+    if not (peak := _diff_facts.peak(diff)):
         return
     yield Text()
     table = text_table("held at the peak", ("before", "right"), ("after", "right"), ("saved", "right"))
     for row in rows:
         table.add_row(*map(cell, (row.name, row.before, row.after, row.saved)))
-    label, before, after, change = totals[1]
-    table.add_row(*(cell(text, "bold") for text in (label, before, after, change)))
+    table.add_row(*(cell(text, "bold") for text in ("peak memory", *peak)))
     yield table

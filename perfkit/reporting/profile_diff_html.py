@@ -8,7 +8,7 @@ from perfkit.profiling._align import Change
 from perfkit.profiling.diff import ProfileDiff
 from perfkit.reporting import _diff_facts, _rows, _svg, html, profile_html
 from perfkit.reporting._format import clean, format_ms, shorten
-from perfkit.reporting._svg import Canvas
+from perfkit.reporting._svg import Canvas, Scale
 
 MOST_BARS, MOST_ROWS, MOST_TITLE = 14, 300, 120
 
@@ -16,14 +16,12 @@ MOST_BARS, MOST_ROWS, MOST_TITLE = 14, 300, 120
 def render(diff: ProfileDiff) -> str:
     """The difference as one self-contained page; no network is needed to view it."""
     title = f"{shorten(clean(diff.after.model), MOST_TITLE)} · perfkit profile, before and after"
-    page = html.templates().get_template("diff_page.html")
-    return page.render(title=title, view=_view(diff), script=profile_html.script())
+    return profile_html.page("diff.html", title, _view(diff))
 
 
 def embedded(diff: ProfileDiff) -> str:
     """The difference for a notebook: an element whose style and script touch nothing around it."""
-    fragment = html.templates().get_template("diff_embedded.html")
-    return fragment.render(view=_view(diff), script=profile_html.script())
+    return profile_html.fragment("diff.html", _view(diff))
 
 
 def _view(diff: ProfileDiff) -> dict[str, Any]:
@@ -43,7 +41,7 @@ def _view(diff: ProfileDiff) -> dict[str, Any]:
         "foot": _diff_facts.foot(diff, ops[:MOST_ROWS]),
         "modules": _rows_of(modules[:MOST_ROWS]),
         "memory": _diff_facts.byte_rows(change for change in diff.categories if change.status != "same"),
-        "totals": _diff_facts.totals(diff),
+        "peak": _diff_facts.peak(diff),
         "sides": [
             (name, " · ".join(part for part in (side.inputs, side.created, f"fingerprint {side.fingerprint}") if part))
             for name, side in (("before", diff.before), ("after", diff.after))
@@ -69,7 +67,7 @@ def waterfall(diff: ProfileDiff, width: float) -> str:
     for _, _, saved in bars:
         level -= saved
         levels.append(level)
-    x = _svg.scale([0.0, *levels], name_width, width - value_width, log=False, margin=0.0)
+    x = Scale(min(0.0, *levels), max(levels), name_width, width - value_width)
     height = row * (len(bars) + 2)
     told = "; ".join(f"{name} {_diff_facts.signed_ms(saved)}" for name, _, saved in bars)
     canvas = Canvas(width, height, "What the difference consists of", f"Saved: {told}.")

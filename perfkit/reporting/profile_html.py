@@ -12,7 +12,15 @@ from markupsafe import Markup
 
 from perfkit.profiling import _views
 from perfkit.profiling._profile import DeviceState, Memory, Profile
-from perfkit.reporting import _facts, _profile_data, _profile_facts, _profile_rows, html, plots, profile_plots
+from perfkit.reporting import (
+    _environment_facts,
+    _profile_data,
+    _profile_facts,
+    _profile_rows,
+    html,
+    plots,
+    profile_plots,
+)
 from perfkit.reporting._format import (
     clean,
     format_bytes,
@@ -21,6 +29,7 @@ from perfkit.reporting._format import (
     format_ms,
     format_percent,
     shorten,
+    with_reason,
 )
 
 # The column's width on a desk and in a hand; the page shows the picture that fits.
@@ -38,12 +47,23 @@ Cell = tuple[str, float]
 def render(profile: Profile) -> str:
     """The profile as one self-contained page; no network is needed to view it."""
     title = f"{shorten(clean(profile.model), MOST_TITLE)} · perfkit profile"
-    return html.templates().get_template("profile_page.html").render(title=title, view=_view(profile), script=script())
+    return page("profile.html", title, _view(profile))
 
 
 def embedded(profile: Profile) -> str:
     """The profile for a notebook: an element whose style and script touch nothing around it."""
-    return html.templates().get_template("profile_embedded.html").render(view=_view(profile), script=script())
+    return fragment("profile.html", _view(profile))
+
+
+def page(body: str, title: str, view: dict[str, Any]) -> str:
+    """A page of the article that the template `body` makes of `view`, with the script."""
+    template = html.templates().get_template("scripted_page.html")
+    return template.render(body=body, title=title, view=view, script=script())
+
+
+def fragment(body: str, view: dict[str, Any]) -> str:
+    """The same for a notebook."""
+    return html.templates().get_template("scripted_embedded.html").render(body=body, view=view, script=script())
 
 
 @functools.cache
@@ -100,7 +120,7 @@ def _view(profile: Profile) -> dict[str, Any]:
         "methods": _profile_rows.methods(profile),
         "missing": _profile_rows.missing(profile),
         "notes": profile.notes,
-        "environment": _facts.environment_rows(profile.environment),
+        "environment": _environment_facts.environment_rows(profile.environment),
         "footer": " · ".join(part for part in (f"perfkit {profile.perfkit_version}".strip(), profile.created) if part),
         "pictures": {
             "steps": _both(lambda width: plots.distributions(steps, width, facts.per(profile))),
@@ -164,8 +184,8 @@ def _memory(memory: Memory) -> dict[str, Any]:
                 "module": shorten(clean(piece.module), MOST_TITLE),
                 "op": shorten(clean(piece.op), MOST_TITLE),
                 "shape": shorten(clean(piece.shape), MOST_TITLE),
-                "born": ("before", -1.0) if piece.born_ms < 0 else _cell(piece.born_ms, format_ms),
-                "freed": ("kept", math.inf) if piece.freed_ms is None else _cell(piece.freed_ms, format_ms),
+                "born": ("before", -1.0) if piece.born_ms < 0 else _moment(piece.born_ms),
+                "freed": ("kept", math.inf) if piece.freed_ms is None else _moment(piece.freed_ms),
             }
             for piece in shown
         ],
@@ -175,7 +195,7 @@ def _memory(memory: Memory) -> dict[str, Any]:
                 "activations at the peak",
                 shorten(clean(_profile_rows.by_module(memory) or "none known by module"), MOST_TEXT),
             ),
-            *((label, _facts.with_reason(quantity)) for label, quantity in _profile_rows.memory_pairs(memory)),
+            *((label, with_reason(quantity)) for label, quantity in _profile_rows.memory_pairs(memory)),
         ],
     }
 
@@ -213,6 +233,11 @@ def _tail(path: str) -> str:
 
 def _cell(value: float, shown: Callable[[Any], str]) -> Cell:
     return (shown(value), _finite(value)) if value else ("", 0.0)
+
+
+def _moment(at_ms: float) -> Cell:
+    """A time of the step; its beginning is one too."""
+    return format_ms(at_ms), _finite(at_ms)
 
 
 def _finite(value: float) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from perfkit.profiling import _views
 from perfkit.profiling import roofline as roof
-from perfkit.profiling._profile import CATEGORIES, Memory, MemoryPoint, Profile, Series
+from perfkit.profiling._profile import CATEGORIES, Memory, MemoryPoint, Op, Profile, Series
 from perfkit.reporting import _profile_rows, _rows, _svg
 from perfkit.reporting._format import clean, counted, format_bytes, format_ms, format_number, format_percent, shorten
 from perfkit.reporting._svg import Canvas, Scale
@@ -62,54 +62,87 @@ def roofline(profile: Profile, width: float) -> str:
         canvas.text(x.start - 8, y(tick) + 4, f"{tick:.4g}", "small muted", anchor="end")
     canvas.text(x.end, bottom + 36, "FLOP per byte that must move", "small muted", anchor="end")
     canvas.text(x.start, bottom + 36, "GFLOP/s", "small muted")
-    _roofs(canvas, x, y, roofs, bandwidth)
+    taken = _roofs(canvas, x, y, roofs, bandwidth)
     _dots(canvas, x, y, dots, profile)
+    _labels(canvas, x, y, dots[:MOST_LABELS], profile, taken)
     return canvas.svg()
 
 
-def _roofs(canvas: Canvas, x: Scale, y: Scale, roofs: dict[str, float], bandwidth: float) -> None:
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom of what is drawn."""
+
+
+def _roofs(canvas: Canvas, x: Scale, y: Scale, roofs: dict[str, float], bandwidth: float) -> list[Box]:
+    """The roofs and their names; returns where the names stand."""
     highest = max(roofs.values())
     start = max(x.low, y.low / bandwidth)
     canvas.path([(x(start), y(start * bandwidth)), (x(highest / bandwidth), y(highest))], "roof")
-    above: list[float] = []
+    told: list[tuple[float, list[str]]] = []
     for name, peak in sorted(roofs.items(), key=lambda item: -item[1]):
         canvas.line(x(peak / bandwidth), y(peak), x.end, y(peak), "roof")
-        place = y(peak) - 5
-        # Roofs that lie close together would write over each other.
-        if all(abs(place - other) > 12 for other in above):
-            above.append(place)
-            canvas.text(x.end, place, f"{name} {format_number(peak)} GFLOP/s", "small muted", anchor="end")
+        # Roofs that lie close together would write over each other: they share a line.
+        if told and y(peak) - 5 - told[-1][0] <= 12:
+            told[-1][1].append(f"{name} {format_number(peak)}")
+        else:
+            told.append((y(peak) - 5, [f"{name} {format_number(peak)}"]))
+    boxes = []
+    for height, names in told:
+        text = f"{', '.join(names)} GFLOP/s"
+        canvas.text(x.end, height, text, "small muted halo", anchor="end")
+        boxes.append((x.end - _svg.text_width(text, "small"), height - 10, x.end, height + 4))
     middle = math.sqrt(start * highest / bandwidth)
     canvas.text(
         x(middle) - 8, y(middle * bandwidth) - 8, f"{format_number(bandwidth)} GB/s", "small muted", anchor="end"
     )
+    return boxes
 
 
 def _dots(canvas: Canvas, x: Scale, y: Scale, dots: Sequence[roof.Placed], profile: Profile) -> None:
-    """The dots, the longest last so that they lie on top; labels for the longest where there is room."""
-    taken: list[tuple[float, float, float, float]] = []
+    """The dots, the longest last so that they lie on top."""
     for place in reversed(dots):
         op = place.op
         share = _views.share(op.self_ms, profile.time)
-        radius = 3 + 15 * math.sqrt(min(share, 1))
         about = (
             f"{op.name} · {op.module or 'no module'} · {op.phase}: {format_percent(share)} of the step, "
             f"{format_number(place.gflops)} GFLOP/s, {format_number(place.intensity)} FLOP/B, bound by {place.bound}"
         )
-        canvas.circle(*_inside(x, y, place), radius, f"dot {place.bound}", about)
-    for place in dots[:MOST_LABELS]:
-        op = place.op
-        share = _views.share(op.self_ms, profile.time)
-        center, height = _inside(x, y, place)
-        name = op.name.rpartition("::")[2]
-        where = f"{op.module.rpartition('.')[2]} · {name}" if op.module else name
-        text = f"{shorten(clean(where), MOST_NAME)} {format_percent(share)}"
-        wide, radius = _svg.text_width(text, "small"), 3 + 15 * math.sqrt(min(share, 1))
-        left = center + radius + 4 if center + radius + 4 + wide < x.end else center - radius - 4 - wide
-        box = (left, height - 6, left + wide, height + 8)
-        if all(box[2] < a[0] or a[2] < box[0] or box[3] < a[1] or a[3] < box[1] for a in taken):
-            taken.append(box)
-            canvas.text(left, height + 4, text, "small halo")
+        canvas.circle(*_inside(x, y, place), _radius(share), f"dot {place.bound}", about)
+
+
+def _labels(
+    canvas: Canvas, x: Scale, y: Scale, dots: Sequence[roof.Placed], profile: Profile, taken: list[Box]
+) -> None:
+    """The names of dots, right or left of them, where they hide nothing of what is `taken` and no other dot."""
+    circles = []
+    for place in dots:
+        (center, height), radius = _inside(x, y, place), _radius(_views.share(place.op.self_ms, profile.time))
+        circles.append((center - radius, height - radius, center + radius, height + radius))
+    for place, (start, top, end, bottom) in zip(dots, circles, strict=True):
+        share, height = _views.share(place.op.self_ms, profile.time), (top + bottom) / 2
+        for text in _names(place.op, share):
+            wide = _svg.text_width(text, "small")
+            boxes = [(left, height - 6, left + wide, height + 8) for left in (end + 4, start - 4 - wide)]
+            inside = [box for box in boxes if x.start <= box[0] and box[2] <= x.end]
+            if free := [box for box in inside if not any(_overlap(box, other) for other in (*taken, *circles))]:
+                taken.append(free[0])
+                canvas.text(free[0][0], height + 4, text, "small halo")
+                break
+
+
+def _names(op: Op, share: float) -> tuple[str, ...]:
+    """What an operation may be called beside its dot, the longest first."""
+    name = op.name.rpartition("::")[2]
+    where = f"{op.module.rpartition('.')[2]} · {name}" if op.module else name
+    texts = (shorten(clean(where), MOST_NAME), shorten(clean(name), MOST_NAME), shorten(clean(name), MOST_NAME // 2))
+    return tuple(f"{text} {format_percent(share)}" for text in dict.fromkeys(texts))
+
+
+def _radius(share: float) -> float:
+    return 3 + 15 * math.sqrt(min(share, 1))
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] <= other[2] and other[0] <= one[2] and one[1] <= other[3] and other[1] <= one[3]
 
 
 def _inside(x: Scale, y: Scale, place: roof.Placed) -> tuple[float, float]:
@@ -143,7 +176,9 @@ def memory(found: Memory, width: float) -> str:
         shape = _steps(points, ceiling, x, y) + _steps(points, floor, x, y)[::-1]
         canvas.area(shape, f"layer {colour(name)}")
         floor = ceiling
-    peak = totals.index(most)
+    # Where XLA's arena is there whole all the time, the peak is when most of it is in use.
+    at_peak = (index for index, point in enumerate(points) if point.bytes_by_category == found.by_category)
+    peak = next(at_peak, totals.index(most))
     at = x(points[peak].at_ms)
     canvas.line(at, y(most) - 4, at, bottom, "median")
     label = f"peak {format_bytes(most)}"

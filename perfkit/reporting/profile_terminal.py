@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perfkit.profiling._profile import Profile
-from perfkit.reporting import _facts, _profile_facts, _profile_rows
+from perfkit.reporting import _environment_facts, _profile_facts, _profile_rows
 from perfkit.reporting._format import (
     clean,
     counted,
@@ -22,11 +22,13 @@ from perfkit.reporting._format import (
     format_quantity,
     shorten,
 )
-from perfkit.reporting.terminal import bar, cell, indented, line, text_table, to_text
+from perfkit.reporting.terminal import BAR_CELLS, bar, cell, indented, line, text_table, to_text
 
 MOST_FINDINGS, MOST_MODULES, MOST_OPS, MOST_ALLOCATIONS = 5, 8, 10, 3
 MOST_NAME, MOST_OP, MOST_TOLD = 40, 32, 300
 SMALLEST_SHARE = 0.005
+# What the columns of the modules' table take beside names and bars.
+WITH_BACKWARD, WITHOUT_BACKWARD = 67, 54
 
 
 def render(profile: Profile) -> RenderableType:
@@ -46,7 +48,7 @@ class _Screen:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from _header(self.profile)
         yield from _findings(self.profile)
-        yield from _modules(self.profile, wide=options.max_width >= 90)
+        yield from _modules(self.profile, options.max_width)
         yield from _ops(self.profile, wide=options.max_width >= 90)
         yield from _parts(self.profile)
         yield from _devices(self.profile)
@@ -91,13 +93,15 @@ def _findings(profile: Profile) -> Iterator[RenderableType]:
         yield Text()
 
 
-def _modules(profile: Profile, *, wide: bool) -> Iterator[RenderableType]:
+def _modules(profile: Profile, width: int) -> Iterator[RenderableType]:
     facts = sorted(_profile_rows.module_facts(profile), key=lambda item: -item.self_share)
     shown = [item for item in facts if item.self_share >= SMALLEST_SHARE][:MOST_MODULES]
     if not shown:
         return
-    trains = profile.mode == "training"
-    columns = [("own share", "right"), *([("", "left")] if wide else []), ("forward", "right")]
+    trains, wide = profile.mode == "training", width >= 90
+    longest = max(len(item.path) + 2 + len(item.module.kind) for item in shown)
+    bars = wide and width - (WITH_BACKWARD if trains else WITHOUT_BACKWARD) - BAR_CELLS - 2 >= min(longest, MOST_NAME)
+    columns = [("own share", "right"), *([("", "left")] if bars else []), ("forward", "right")]
     columns += [("backward", "right")] if trains else []
     columns += [("FLOP", "right"), ("parameters", "right"), ("activations" if trains else "output", "right")]
     table = text_table("module", *columns)
@@ -107,7 +111,7 @@ def _modules(profile: Profile, *, wide: bool) -> Iterator[RenderableType]:
         name = cell(shorten(clean(item.path), MOST_NAME), "bold")
         if wide and item.path == module.path:
             name.append(f"  {shorten(clean(module.kind), MOST_NAME)}", "dim")
-        row = [name, cell(format_percent(item.self_share)), *([bar(item.self_share, most)] if wide else [])]
+        row = [name, cell(format_percent(item.self_share)), *([bar(item.self_share, most)] if bars else [])]
         row += [cell(format_ms(module.forward_ms))] + ([cell(format_ms(module.backward_ms))] if trains else [])
         row += [cell(format_flops(module.flops) if module.flops else "")]
         row += [cell(_profile_rows.parameters(module.parameters) if module.parameters else "")]
@@ -177,7 +181,7 @@ def _notes(profile: Profile) -> Iterator[RenderableType]:
     for note in (_profile_rows.overhead(profile), *profile.notes):
         if note:
             yield line(f"note: {note}")
-    yield line(f"measured on {_facts.environment_line(profile.environment)}", "dim")
+    yield line(f"measured on {_environment_facts.environment_line(profile.environment)}", "dim")
 
 
 def _below(text: Text) -> Padding:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perfkit._report import Report
-from perfkit.reporting import _facts
+from perfkit.reporting import _environment_facts, _facts, _parallel_facts, _table_facts
 from perfkit.reporting._format import clean, counted, shorten
 
 STYLES = {"good": "bold green", "bad": "bold red", "neutral": "bold yellow"}
@@ -90,10 +90,10 @@ def _header(report: Report) -> Iterator[RenderableType]:
 def _quantities(report: Report) -> Iterator[RenderableType]:
     table = text_table("", ("before", "right"), ("after", "right"), ("change", "right"))
     table.columns[2].style = "bold"
-    for row in _facts.rows(report):
+    for row in _table_facts.rows(report):
         table.add_row(*(cell(value) for value in (row.label, row.before, row.after, row.change)))
     yield table
-    for reason in _facts.missing(report):
+    for reason in _table_facts.missing(report):
         yield indented(f"unavailable: {reason}")
     yield Text()
 
@@ -148,7 +148,7 @@ def _statements(report: Report) -> Iterator[RenderableType]:
     if report.speedup is not None or report.against_compiled is not None:
         table.add_row("compiler", line(_facts.compiled(report)))
     table.add_row("payback", line(_facts.payback(report)))
-    for label, value in _facts.parallel_rows(report):
+    for label, value in _parallel_facts.parallel_rows(report):
         table.add_row(label, line(value))
     yield table
 
@@ -173,7 +173,7 @@ def _notes(report: Report) -> Iterator[RenderableType]:
     yield Text()
     for note in report.notes:
         yield line(f"note: {note}")
-    yield line(f"measured on {_facts.environment_line(report.environment)}", "dim")
+    yield line(f"measured on {_environment_facts.environment_line(report.environment)}", "dim")
 
 
 @dataclass(frozen=True)

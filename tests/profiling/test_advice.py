@@ -13,6 +13,7 @@ from perfkit._report import Quantity
 from perfkit.profiling._profile import Ceilings, Module, Op, Profile, Span
 from perfkit.profiling.advice import LEAST_GAIN, findings, names_in
 from perfkit.profiling.advice_memory import WEIGHTS_BYTES
+from perfkit.profiling.facts import READS_AT
 
 MACHINE = Ceilings(
     {"float32": Quantity(100.0, "GFLOP/s"), "bfloat16": Quantity(400.0, "GFLOP/s")}, Quantity(20.0, "GB/s")
@@ -86,7 +87,7 @@ def test_gaps_between_kernels_on_a_device():
     ]
     finding = found(*kernels, kind="launch-bound", device="cuda", other_ms=6.0)
     assert finding.recipe == "compile(mode='reduce-overhead')"
-    assert "60 %" in finding.told
+    assert "60.0%" in finding.told
     assert finding.share == pytest.approx(0.6)
     assert 1.5 < finding.predicted.value < 2.5  # 1 / (0.4 + 0.6 / 5 + what a compiled call checks)
 
@@ -133,7 +134,7 @@ def chain(module: str = "conv1", inputs: int = 1):
 def test_a_convolution_that_a_pool_reads_back():
     finding = found(*chain(), product(1.0, "bfloat16"), kind="convolution, then pool")
     assert finding.recipe == "fused_kernels"
-    assert finding.told.startswith("conv1 writes 6.4 MB that pool and relu read back")
+    assert finding.told.startswith("conv1 writes 6.12 MiB that pool and relu read back")
     assert finding.share == pytest.approx(0.9)
     # 2.5e7 FLOPs at half of 100 GFLOP/s take 0.5 ms instead of 9, and a call 0.03 ms
     assert finding.predicted.value == pytest.approx(10 / (1 + 0.53), rel=0.01)
@@ -155,7 +156,7 @@ def test_recurrent_layers_and_bfloat16_where_it_is_faster():
     assert found(layer, rest, kind="recurrent layers").predicted.value == pytest.approx(1 / (0.3 + 0.7 / 1.5))
     finding = found(layer, rest, kind="recurrent layers in float32")
     assert finding.recipe == "half+fused_kernels"
-    assert "70 %" in finding.told
+    assert "70.0%" in finding.told
     slow = Ceilings(MACHINE.gflops | {"bfloat16": Quantity(90.0, "GFLOP/s")}, MACHINE.bandwidth_gb_s)
     assert "recurrent layers in float32" not in kinds(layer, rest, ceilings=slow)
 
@@ -192,7 +193,7 @@ def test_a_copy_is_told_with_its_module():
     copied = op("aten::clone", 1.0, "block.2", moved_bytes=8e6, shapes="float32[1000, 1000]")
     finding = found(copied, product(9.0, "bfloat16"), kind="a copy")
     assert finding.where == ("block.2",)
-    assert "4.0 MB" in finding.told
+    assert "3.81 MiB" in finding.told
     assert finding.predicted.value == pytest.approx(1 / 0.9, rel=1e-3)
 
 
@@ -217,6 +218,26 @@ def test_a_value_read_back():
     assert "a value read back" not in kinds(dataclasses.replace(reading, phase="optimizer"), product())
 
 
+def test_a_value_that_an_if_reads_is_read_once():
+    """`if tensor:` is two operators, one within the other."""
+    reading = [op("aten::is_nonzero", 0.01), op("aten::_local_scalar_dense", 0.01)]
+    assert "a value off the device 1 time in" in found(*reading, product(), kind="a value read back").told
+
+
+def test_a_jax_model_that_decides_in_python():
+    """What is to be done first is told; no recipe could be applied before."""
+    dispatched = [op("dispatch", 8.0, calls=40), product(2.0)]
+    whole = kinds(*dispatched, framework="jax")
+    notes = (f"{READS_AT}net.py:12 (`if y.sum() > 0:`)",)
+    reading = profile(*dispatched, framework="jax", notes=notes)
+    (finding,) = [item for item in findings(reading) if item.kind == "a value read back"]
+    assert "net.py:12" in finding.told
+    assert finding.predicted.value > 3
+    assert "small operations" in whole
+    assert {item.recipe for item in findings(reading)} == {""}
+    assert "a value read back" not in whole
+
+
 def test_a_wait_in_the_middle_of_a_step_but_not_at_its_end():
     spans = (
         Span("cudaStreamSynchronize", "host", "wait", 1.0, 2.0),
@@ -239,7 +260,7 @@ def test_compilations_while_steps_run():
 def test_a_leak():
     grows = {"growth": Quantity(5e6, "B")}
     finding = found(product(), kind="a leak", memory=grows)
-    assert finding.told == "memory grows by 5.0 MB a step: after 1000 steps, by 5000 MB"
+    assert finding.told == "memory grows by 4.77 MiB a step: after 1000 steps, by 4.66 GiB"
     assert "a leak" not in kinds(product(), memory={"growth": Quantity(0.0, "B")})
 
 
@@ -292,7 +313,7 @@ def test_weights_in_inference():
 def test_an_optimizer_in_pieces():
     pieces = [op("aten::mul_", 0.1, phase="optimizer", calls=4) for _ in range(10)]
     finding = found(product(9.0, "bfloat16"), *pieces, kind="an optimizer in pieces", mode="training")
-    assert "40 small operations: 10 %" in finding.told
+    assert "40 small operations: 10.0%" in finding.told
     fused = [*pieces, op("aten::_fused_adam_", 1.0, phase="optimizer")]
     assert "an optimizer in pieces" not in kinds(product(9.0, "bfloat16"), *fused, mode="training")
 

@@ -134,6 +134,13 @@ class InJax:
         self.x = jax.random.normal(jax.random.key(0), (WIDE, 64))
         return self._net(lambda net, x: net.second(jax.numpy.array(net.first(x).T, copy=True).T))
 
+    def waiting(self):
+        def call(net, x):
+            y = net.second(net.first(x))
+            return y / max(float(abs(y).max()), 1.0)
+
+        return self._net(call)
+
     def leaking(self):
         kept = []
 

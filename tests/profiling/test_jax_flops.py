@@ -6,6 +6,7 @@ pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.experimental import pallas
 from profile_jax_models import block, loaded, work_of
 
@@ -64,6 +65,33 @@ def test_a_transformer_block():
     model, (x,) = block()
     forward = flops.transformer_block(3, 2, 7, 16, 32)
     both(model, (x,), forward, 0)  # a norm before the first product has parameters, so that product's inputs need one
+
+
+class Stacked(nnx.Module):
+    """Recurrent layers, the directions of each side by side."""
+
+    def __init__(self, cell, layers, directions, rngs):
+        def layer(width):
+            ways = [nnx.RNN(cell(width, 8, rngs=rngs)) for _ in range(directions)]
+            return nnx.Bidirectional(*ways) if directions == 2 else ways[0]
+
+        self.layers = nnx.List([layer(6 if index == 0 else 8 * directions) for index in range(layers)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell"), [("lstm", nnx.OptimizedLSTMCell), ("gru", nnx.GRUCell), ("rnn", nnx.SimpleCell)]
+)
+@pytest.mark.parametrize(("layers", "directions"), [(1, 1), (2, 1), (2, 2)])
+def test_recurrent_layers(kind, cell, layers, directions):
+    """By the same formulas as torch's."""
+    model, x = Stacked(cell, layers, directions, nnx.Rngs(0)), jnp.ones((BATCH, 5, 6))
+    forward = flops.recurrent(kind, 5, BATCH, 6, 8, layers, directions)
+    both(model, (x,), forward, flops.recurrent_inputs(kind, 5, BATCH, 6, 8, directions))
 
 
 @pytest.mark.parametrize("name", ["cnn", "lstm", "text_lstm"])

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from profile_torch_models import Net, Recurrent, work_of
+from profile_torch_models import Net, work_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,10 +85,55 @@ def test_recurrent_layers(kind, layer, layers, directions):
     )
 
 
-def test_a_bidirectional_lstm_in_training():
-    model, x = Recurrent(2, bidirectional=True), torch.randn(STEPS, BATCH, 6)
-    forward = flops.recurrent("lstm", STEPS, BATCH, 6, 8, 2, 2) + flops.linear(BATCH, 16, 1)
-    both(model, (x,), forward, flops.recurrent_inputs("lstm", STEPS, BATCH, 6, 8, 2))
+class Wrapped(nn.Module):
+    """A recurrent layer that returns its outputs alone, so that the loss is of these."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("lstm", nn.LSTM), ("gru", nn.GRU), ("rnn", nn.RNN)])
+@pytest.mark.parametrize(("layers", "directions"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("steps", [1, STEPS])
+def test_recurrent_layers_in_training(kind, layer, layers, directions, steps):
+    """Also those that torch takes apart, whose first step needs no gradient of its state."""
+    model = Wrapped(layer(6, 8, layers, bidirectional=directions == 2))
+    forward = flops.recurrent(kind, steps, BATCH, 6, 8, layers, directions)
+    both(model, (torch.randn(steps, BATCH, 6),), forward, flops.recurrent_inputs(kind, steps, BATCH, 6, 8, directions))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize(("layers", "directions"), [(1, 1), (2, 2)])
+def test_an_lstm_with_projections(layers, directions):
+    model = Wrapped(nn.LSTM(6, 8, layers, bidirectional=directions == 2, proj_size=3))
+    forward = flops.recurrent("lstm", STEPS, BATCH, 6, 8, layers, directions, projected=3)
+    own = flops.recurrent_inputs("lstm", STEPS, BATCH, 6, 8, directions)
+    both(model, (torch.randn(STEPS, BATCH, 6),), forward, own)
+
+
+def test_packed_sequences_count_their_own_steps():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(6, 8)
+
+        def forward(self, x):
+            lengths = torch.tensor([5, 3, 2, 1])
+            return self.gru(nn.utils.rnn.pack_padded_sequence(x, lengths))[1]
+
+    forward = flops.recurrent("gru", 1, 5 + 3 + 2 + 1, 6, 8)
+    both(Packed(), (torch.randn(5, 4, 6),), forward, flops.recurrent_inputs("gru", 1, 11, 6, 8))
+
+
+def test_the_calls_that_are_counted_are_those_that_run():
+    """What completes the FLOPs of the first step adds no call."""
+    model, x = Wrapped(nn.GRU(6, 8)), torch.randn(STEPS, BATCH, 6)
+    calls = count(model, (x,), "training").calls["aten::mm", "layer", "backward"]
+    assert len(calls) == 1 + STEPS + STEPS - 1  # gradients of both weights, and of every state but the first
 
 
 def test_perfkits_own_recurrent_layers():

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from perfkit._report import Candidate, Quantity, Verdict
-from perfkit.reporting import _facts
+from perfkit.reporting import _environment_facts, _facts, _table_facts
 
 
 def test_headline_of_a_result(reports):
@@ -48,31 +48,31 @@ def test_alarms(reports, make):
 
 
 def test_rows_hold_both_sides_and_the_change(reports):
-    rows = {row.label: row for row in _facts.rows(reports["fast"])}
-    assert rows["tensor peak"] == _facts.Row("tensor peak", "31.2 MiB", "16.1 MiB", "−48.4%")
-    assert rows["compile"] == _facts.Row("compile", "0 s", "8.00 s", "")
-    assert rows["parameters"] == _facts.Row("parameters", "300,298", "300,298", "same")
+    rows = {row.label: row for row in _table_facts.rows(reports["fast"])}
+    assert rows["tensor peak"] == _table_facts.Row("tensor peak", "31.2 MiB", "16.1 MiB", "−48.4%")
+    assert rows["compile"] == _table_facts.Row("compile", "0 s", "8.00 s", "")
+    assert rows["parameters"] == _table_facts.Row("parameters", "300,298", "300,298", "same")
     assert "p99 latency" not in rows
-    assert _facts.missing(reports["fast"]) == ("p99 latency: needs 662 samples, 200 were taken",)
+    assert _table_facts.missing(reports["fast"]) == ("p99 latency: needs 662 samples, 200 were taken",)
 
 
 def test_reasons_are_told_once_and_sides_where_they_differ(reports, make):
-    everything = _facts.missing(reports["not_measured"])
+    everything = _table_facts.missing(reports["not_measured"])
     assert len(everything) == 1
     assert everything[0].endswith("tensor peak, process high-water: no example_inputs were given")
     after = make.measurement("result", process_high_water_bytes=Quantity.missing("B", "no /proc"))
-    assert "process high-water (after): no /proc" in _facts.missing(make.report(after=after))
+    assert "process high-water (after): no /proc" in _table_facts.missing(make.report(after=after))
 
 
 def test_a_percentile_that_one_side_has_is_shown(make):
     short = make.measurement("result", latency=make.latency(6.0, count=70))
-    rows = {row.label: row for row in _facts.rows(make.report(after=short))}
+    rows = {row.label: row for row in _table_facts.rows(make.report(after=short))}
     assert rows["p95 latency"].after == "unavailable"
     assert rows["p95 latency"].before.endswith("ms")
 
 
 def test_methods_are_grouped(reports):
-    assert "tensor peak: allocations traced during one call" in _facts.methods(reports["fast"])
+    assert "tensor peak: allocations traced during one call" in _table_facts.methods(reports["fast"])
 
 
 def test_step_counts_reasons(reports):
@@ -146,9 +146,9 @@ def test_losses_and_metric(reports):
 
 def test_environment(reports):
     environment = reports["fast"].environment
-    line = _facts.environment_line(environment)
+    line = _environment_facts.environment_line(environment)
     assert line.startswith("AMD EPYC 9B14 (2 cores) · no accelerator · Linux 6.1 · Python 3.11.7 · numpy 2.4.0")
     assert line.endswith("fingerprint a1b2c3d4e5f6")
     gpu = dataclasses.replace(environment, accelerators=("H100",), memory_bytes=Quantity.missing("B", "not permitted"))
-    assert "H100" in _facts.environment_line(gpu)
-    assert ("memory", "unavailable: not permitted") in _facts.environment_rows(gpu)
+    assert "H100" in _environment_facts.environment_line(gpu)
+    assert ("memory", "unavailable: not permitted") in _environment_facts.environment_rows(gpu)

@@ -10,7 +10,7 @@ import pytest
 import sample_profiles
 
 from perfkit.profiling._profile import Ceilings, MemoryPoint, Op, Series
-from perfkit.reporting import profile_plots
+from perfkit.reporting import _svg, profile_plots
 from perfkit.reporting._format import format_bytes
 
 WIDTHS = (900, 350)
@@ -59,6 +59,37 @@ def test_what_reaches_more_lies_higher_and_more_intense_work_further_right():
     assert float(dots["high"].get("cy")) < float(dots["low"].get("cy"))
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_names_of_dots_stand_in_the_picture_and_hide_no_other_and_no_dot(width):
+    """Many long names side by side: those for which there is no room are left out."""
+    ops = tuple(
+        Op(f"aten::a_rather_long_name_{index}", "op", "encoder", "forward", 1, 1.0, 1e6 * 1.4**index, 1e6)
+        for index in range(7)
+    )
+    root = ET.fromstring(profile_plots.roofline(sample_profiles.cnn(time=sample_profiles.time(ops=ops)), width))
+    boxes = []
+    for text in root.iter("text"):
+        if text.get("class") == "small halo":
+            left, wide = float(text.get("x")), _svg.text_width(text.text, "small")
+            assert left >= 0
+            assert left + wide <= width
+            boxes.append((left, float(text.get("y")) - 10, left + wide, float(text.get("y")) + 2))
+    assert boxes
+    dots = [(*(float(dot.get(name)) for name in ("cx", "cy")), float(dot.get("r"))) for dot in root.iter("circle")]
+    for index, box in enumerate(boxes):
+        assert not any(profile_plots._overlap(box, other) for other in boxes[:index])
+        assert not any(box[0] < x < box[2] and box[1] < y < box[3] for x, y, _ in dots)
+
+
+def test_roofs_that_lie_close_together_share_a_line():
+    profile = sample_profiles.cnn()
+    gflops = {
+        name: sample_profiles.Quantity(peak, "GFLOP/s") for name, peak in (("bfloat16", 101.0), ("float32", 100.0))
+    }
+    close = dataclasses.replace(profile, ceilings=dataclasses.replace(profile.ceilings, gflops=gflops))
+    assert "bfloat16 101, float32 100 GFLOP/s" in profile_plots.roofline(close, 900)
+
+
 def test_no_roofline_without_roofs_or_operations():
     profile = sample_profiles.cnn()
     no_bandwidth = Ceilings(profile.ceilings.gflops, sample_profiles.Quantity.missing("GB/s", "no"))
@@ -73,6 +104,18 @@ def test_the_peak_survives_thinning():
     picture = profile_plots.memory(sample_profiles.memory(timeline=tuple(points)), 900)
     assert f"peak {format_bytes(8e6)}" in picture
     assert len(picture) < 60_000
+
+
+def test_the_peak_of_an_arena_is_where_most_of_it_is_in_use():
+    """XLA's arena has the same size all the time; what is "other" is not in use."""
+    unused, full = {"activations": 1e6, "other": 7e6}, {"activations": 8e6}
+    points = (MemoryPoint(0.0, unused), MemoryPoint(5.0, full), MemoryPoint(10.0, unused))
+    found = sample_profiles.memory(timeline=points, by_category=full)
+    (line,) = [
+        line for line in ET.fromstring(profile_plots.memory(found, 900)).iter("line") if line.get("class") == "median"
+    ]
+    middle = (profile_plots.MEMORY_LEFT + 900 - profile_plots.MEMORY_RIGHT) / 2
+    assert float(line.get("x1")) == pytest.approx(middle, abs=0.1)
 
 
 def test_memory_that_is_not_finite_is_drawn_as_nothing():

@@ -108,8 +108,45 @@ def test_markup_in_names_is_text():
 def test_a_difference_says_what_was_saved_where():
     before, after = sample_profiles.cnn(), sample_profiles.faster()
     text = str(diff(before, after))
-    for fact in ("per step", "as fast [", "was aten::convolution", "outside of operations", "whole step"):
+    for fact in ("per step", "as fast, 99% interval [", "was aten::convolution", "outside of operations", "whole step"):
         assert fact in text, fact
     assert "! " not in text
     other = str(diff(before, sample_profiles.in_jax()))
     assert "! different framework: torch before, jax after" in other
+
+
+def test_a_difference_of_few_steps_has_no_interval():
+    before = sample_profiles.cnn()
+    step = dataclasses.replace(before.time.step, samples_ms=before.time.step.samples_ms[:3])
+    few = dataclasses.replace(before, time=dataclasses.replace(before.time, step=step))
+    text = " ".join(str(diff(few, few)).split())
+    assert "too few steps were timed for an interval" in text
+    assert "inf" not in text
+
+
+def test_the_peaks_difference_is_in_bytes_as_those_it_consists_of():
+    text = str(diff(sample_profiles.cnn(), sample_profiles.faster()))
+    peak = next(line for line in text.splitlines() if line.startswith("peak memory"))
+    assert peak.rstrip().endswith("iB")
+
+
+def test_steps_that_were_timed_while_the_machine_was_busy_are_told():
+    profile = sample_profiles.cnn()
+    time = dataclasses.replace(profile.time, overhead=sample_profiles.Quantity(0.5, "ratio"))
+    told = str(dataclasses.replace(profile, time=time))
+    assert "busy with something else" in " ".join(told.split())
+    assert "busy with something else" not in str(profile)
+
+
+@pytest.mark.parametrize("width", [100, 140])
+def test_names_of_modules_are_not_broken_where_bars_can_be_left_out(width):
+    profile = sample_profiles.cnn()
+    modules = tuple(
+        dataclasses.replace(item, path=f"encoder.{item.path}.dense" if item.path else "")
+        for item in profile.time.modules
+    )
+    text = profile_terminal.plain(
+        dataclasses.replace(profile, time=dataclasses.replace(profile.time, modules=modules)), width
+    )
+    assert "encoder.conv1.dense  Conv2d" in text
+    assert ("█" in text) == (width == 140)

@@ -1,0 +1,37 @@
+"""What several devices gave and cost, in words."""
+
+from __future__ import annotations
+
+from perfkit._report import Quantity, Report
+from perfkit.reporting._format import counted, format_bytes, format_percent, format_quantity, with_reason
+
+
+def parallel_rows(report: Report) -> tuple[tuple[str, str], ...]:
+    """What several devices gave and cost, as label and value; empty where one process has the whole model."""
+    found = report.parallel
+    if found is None:
+        return ()
+    peaks = ", ".join(map(format_quantity, found.rank_peak_bytes))
+    rows = [
+        ("layout", f"{found.layout}; {counted(found.devices, 'device')}, processes: {found.processes}"),
+        *(("", part) for part in found.parts),
+        ("efficiency", _share(found.efficiency)),
+        ("exchanged", f"{_told(found.sent_bytes)} a call by each device"),
+        ("communicating", _share(found.communicating)),
+        ("peak by process", peaks),
+        ("model by process", ", ".join(map(format_bytes, found.rank_model_bytes))),
+    ]
+    if found.balance:
+        rows.append(("stages", ", ".join(map(format_percent, found.balance)) + " of the work"))
+        rows.append(("bubble", f"{format_percent(found.bubble)} of the time, by the schedule"))
+    return tuple(rows)
+
+
+def _share(quantity: Quantity) -> str:
+    if quantity.value is None:
+        return with_reason(quantity)
+    return format_percent(quantity.value) + (f" ({quantity.method})" if quantity.method else "")
+
+
+def _told(quantity: Quantity) -> str:
+    return with_reason(quantity) + (f" ({quantity.method})" if quantity.method else "")
