@@ -3,7 +3,7 @@
 A layer split by columns computes some of its outputs, and they are gathered. Where they reach one other linear layer
 through elementwise functions alone, that one is split by rows: it takes them as they are, and its sums are added up. In
 between they are DTensors, which compute what the whole would give, or raise: a forward that takes another way than on
-the example inputs is not silently wrong.
+the example inputs is not silently wrong. Attention is split by heads.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from perfkit._errors import UnsupportedError
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.torch_surgery import copied, leave_fast_path
+from perfkit.parallel import torch_attention
 from perfkit.parallel.spread import Spread, split_in_words
 from perfkit.parallel.torch_flow import Flow
 from perfkit.parallel.torch_mesh import alike, follow, mesh_of
@@ -34,10 +35,9 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 UNSPLIT: dict[type[nn.Module], str] = {
     nn.RNNBase: "every step needs the whole hidden state: split, it would be gathered at each step",
     nn.RNNCellBase: "every step needs the whole hidden state: split, it would be gathered at each step",
-    nn.MultiheadAttention: "queries, keys and values lie in one weight, which torch's plans cannot split by heads",
 }
 
-LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVS, *UNSPLIT)
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVS, nn.MultiheadAttention, *UNSPLIT)
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Split:
     Args:
         told: in words, for the report.
         style: torch's plan for it.
-        gathers, adds: whether a call ends in an all-gather, or in an all-reduce.
+        gathers, adds: how many all-gathers a call makes, and how many all-reduces.
     """
 
     told: str
     style: ParallelStyle
-    gathers: bool = False
-    adds: bool = False
+    gathers: int = 0
+    adds: int = 0
 
 
 def tensor_parallel(work: Workload, recipe: TensorParallel) -> tuple[Workload, Effect]:
@@ -74,7 +74,7 @@ def tensor_parallel(work: Workload, recipe: TensorParallel) -> tuple[Workload, E
     model = work.model
     chosen, skipped = _layers(model, recipe)
     flow, draws = _followed(work, chosen)
-    splits, more = _plan(flow, parts)
+    splits, more = _plan(flow, parts, work.layout.size("data"))
     skipped += more
     if not splits:
         return work, Effect(skipped=tuple(skipped), notes=("no layer can be split: the model stays whole",))
@@ -104,7 +104,7 @@ def planned(work: Workload, parts: int) -> dict[str, Split]:
     from perfkit.recipes.tensor_parallel import TensorParallel
 
     chosen, _ = _layers(work.model, TensorParallel())
-    return _plan(_followed(work, chosen)[0], parts)[0]
+    return _plan(_followed(work, chosen)[0], parts, data=1)[0]
 
 
 def _layers(model: nn.Module, recipe: TensorParallel) -> tuple[dict[str, nn.Module], list[Skipped]]:
@@ -118,7 +118,7 @@ def _layers(model: nn.Module, recipe: TensorParallel) -> tuple[dict[str, nn.Modu
         if isinstance(module, LAYERS) and (id(module) not in inside or isinstance(module, nn.MultiheadAttention))
     }
     shared = shared_parameters(model)
-    reasons = {name: shared.get(name) or _unsplit(module) for name, module in held.items()}
+    reasons = {name: _shares(shared, name, module) or _unsplit(module) for name, module in held.items()}
     chosen = recipe.selected(held)
     skipped = [
         Skipped(name, reason if name in chosen else "excluded")
@@ -128,10 +128,17 @@ def _layers(model: nn.Module, recipe: TensorParallel) -> tuple[dict[str, nn.Modu
     return {name: held[name] for name, reason in reasons.items() if name in chosen and not reason}, skipped
 
 
+def _shares(shared: Mapping[str, str], name: str, module: nn.Module) -> str | None:
+    """Why a layer is left alone for what its weights are shared with; an attention's are those of its output too."""
+    return shared.get(name) or (shared.get(f"{name}.out_proj") if isinstance(module, nn.MultiheadAttention) else None)
+
+
 def _unsplit(module: nn.Module) -> str | None:
     for kind, reason in UNSPLIT.items():
         if isinstance(module, kind):
             return reason
+    if isinstance(module, nn.MultiheadAttention):
+        return torch_attention.unsplit(module)
     own = next(kind for kind in (nn.Linear, nn.Embedding, *CONVS) if isinstance(module, kind))
     if type(module).forward is not own.forward:
         return f"its forward is not nn.{own.__name__}'s own"
@@ -158,8 +165,12 @@ def _followed(work: Workload, layers: dict[str, nn.Module]) -> tuple[Flow, bool]
     return flow, not torch.equal(state, random_state(work.device))
 
 
-def _plan(flow: Flow, parts: int) -> tuple[dict[str, Split], list[Skipped]]:
-    """How each layer that was followed is split, in the order of the calls; and why others are not."""
+def _plan(flow: Flow, parts: int, data: int) -> tuple[dict[str, Split], list[Skipped]]:
+    """How each layer that was followed is split, in the order of the calls; and why others are not.
+
+    Args:
+        data: how many devices share the batch, and may shard what is left of the weights.
+    """
     splits: dict[str, Split] = {}
     skipped = [
         Skipped(name, flow.elsewhere.get(name, "the example inputs do not reach it"))
@@ -170,20 +181,42 @@ def _plan(flow: Flow, parts: int) -> tuple[dict[str, Split], list[Skipped]]:
     pairs = {first: second for first, second in flow.pairs().items() if {first, second} <= set(usable)}
     rows: set[str] = set()
     for name in usable:
-        layer, outputs = flow.layers[name], _outputs(flow.layers[name])
+        layer = flow.layers[name]
+        if isinstance(layer, nn.MultiheadAttention):
+            found = _by_heads(layer, parts, data, *flow.weights[name])
+            if isinstance(found, Split):
+                splits[name] = found
+            else:
+                skipped.append(Skipped(name, found))
+            continue
+        outputs = _outputs(layer)
         if name in rows:
-            splits[name] = Split("rows", RowwiseParallel(), adds=True)
+            splits[name] = Split("rows", RowwiseParallel(), adds=1)
         elif outputs % parts:
             skipped.append(Skipped(name, f"{outputs} output(s) cannot be shared by {parts} devices evenly"))
         elif name in pairs:
             splits[name] = Split("columns", ColwiseParallel(use_local_output=False))
             rows.add(pairs[name])
         elif isinstance(layer, CONVS):
-            splits[name] = Split("channels", ChannelParallel(), gathers=True)
+            splits[name] = Split("channels", ChannelParallel(), gathers=1)
         else:
             told = "features" if isinstance(layer, nn.Embedding) else "columns, gathered"
-            splits[name] = Split(told, ColwiseParallel(output_layouts=Replicate()), gathers=True)
+            splits[name] = Split(told, ColwiseParallel(output_layouts=Replicate()), gathers=1)
     return splits, skipped
+
+
+def _by_heads(layer: nn.MultiheadAttention, parts: int, data: int, weights: bool, averaged: bool) -> Split | str:
+    """How an attention is split; or why it is not.
+
+    Args:
+        weights, averaged: whether its weights are asked for, and their mean over the heads.
+    """
+    if layer.num_heads % parts:
+        return f"{layer.num_heads} head(s) cannot be shared by {parts} devices evenly"
+    if layer._qkv_same_embed_dim and layer.embed_dim % data:
+        return f"{layer.embed_dim} inputs cannot be shared by the {data} devices along the data axis evenly"
+    style = torch_attention.HeadParallel()
+    return Split("heads", style, gathers=int(weights and not averaged), adds=1 + (weights and averaged))
 
 
 def _outputs(layer: nn.Module) -> int:
