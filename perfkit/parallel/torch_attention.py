@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from perfkit.backends.torch_surgery import derive, local
+from perfkit.backends.torch_surgery import derive
 
 _torch: Any = F
 """For what torch's stubs leave out."""
@@ -138,7 +138,7 @@ def attend_with(module: nn.Module, heads: Heads) -> None:
             raise RuntimeError("is_causal says that attn_mask is the causal one: pass attn_mask as well")
         batched, batch_dim = query.dim() == 3, 0 if self.batch_first or query.dim() == 2 else 1
         key_padding_mask, attn_mask = _masks(key_padding_mask, attn_mask, query.dtype)
-        given = heads.taken(query, key, value, local(self.in_proj_bias), key_padding_mask, attn_mask)
+        given = heads.taken(query, key, value, _held(self.in_proj_bias), key_padding_mask, attn_mask)
         query, key, value, bias, key_padding_mask, attn_mask = given
         q_BHLD, k_BHSD, v_BHSD = (
             _by_heads(x if batched else x.unsqueeze(0), batch_dim, self.head_dim)
@@ -158,9 +158,9 @@ def attend_with(module: nn.Module, heads: Heads) -> None:
         else:
             y_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, mask, is_causal=causal)
         y = y_BHLD.permute(2, 0, 1, 3).flatten(2)  # in memory as torch's own: dropout draws in the order of memory
-        y_LBE = heads.added_up(F.linear(y, local(self.out_proj.weight)))
+        y_LBE = heads.added_up(F.linear(y, _held(self.out_proj.weight)))
         if self.out_proj.bias is not None:
-            y_LBE = y_LBE + local(self.out_proj.bias)
+            y_LBE = y_LBE + _held(self.out_proj.bias)
         told = None
         if need_weights:
             told = (
@@ -173,6 +173,41 @@ def attend_with(module: nn.Module, heads: Heads) -> None:
         return y_LBE.transpose(0, 1 - batch_dim), told
 
     derive(module, forward=forward)
+
+
+def leave_nested(model: nn.Module) -> None:
+    """TransformerEncoder packs padded sequences for inference, which no layer in parts takes; its outputs stay."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+            module.use_nested_tensor = False
+            _leave_nested(module)
+
+
+def _leave_nested(encoder: nn.TransformerEncoder) -> None:
+    base = type(encoder)
+
+    def forward(self, src, mask=None, src_key_padding_mask=None, is_causal=None):
+        y = base.forward(self, src, mask, src_key_padding_mask, is_causal)
+        if mask is not None or src_key_padding_mask is None or not _would_nest(self, src, src_key_padding_mask):
+            return y
+        nothing = y.new_zeros(y.size(-1))  # what is unpacked again, in places of padding
+        return torch.where(
+            src_key_padding_mask.bool()[..., None], nothing if self.norm is None else self.norm(nothing), y
+        )
+
+    derive(encoder, forward=forward)
+
+
+def _would_nest(encoder: nn.TransformerEncoder, src: Tensor, padding: Tensor) -> bool:
+    """Whether the whole model packs these sequences, as nn.TransformerEncoder.forward decides it."""
+    first, checks = encoder.layers[0], encoder.mask_check
+    if first.training or src.dim() != 3 or torch.is_autocast_enabled() or not torch.backends.mha.get_fastpath_enabled():
+        return False
+    if torch.is_grad_enabled() and (src.requires_grad or any(held.requires_grad for held in first.parameters())):
+        return False
+    if not checks:
+        return True
+    return not torch.compiler.is_compiling() and torch._nested_tensor_from_mask_left_aligned(src, ~padding.bool())
 
 
 class _AddedUp(torch.autograd.Function):
@@ -197,6 +232,11 @@ class _AddedUp(torch.autograd.Function):
         return None, *found
 
 
+def _held(tensor: Any) -> Any:
+    """What this process holds of a weight; asked in words that torch.compile understands."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _masks(padding: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """Both as what is added to scores, as torch makes them."""
     padding = F._canonical_mask(padding, "key_padding_mask", F._none_or_dtype(mask), "attn_mask", dtype)
@@ -209,9 +249,9 @@ def _projected(
     """Queries, keys and values of these heads, in one product where they are of one tensor."""
     biases: list[Any] = [None] * 3 if bias is None else [heads.mine(one, 0) for one in bias.chunk(3)]
     if module.in_proj_weight is None:
-        weights = tuple(local(getattr(module, f"{of}_proj_weight")) for of in "qkv")
+        weights = tuple(_held(getattr(module, f"{of}_proj_weight")) for of in "qkv")
     else:
-        three = local(module.in_proj_weight)
+        three = _held(module.in_proj_weight)
         if query is key and key is value:
             return F.linear(query, three, None if bias is None else torch.cat(biases)).chunk(3, -1)
         weights = three.chunk(3)

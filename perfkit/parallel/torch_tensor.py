@@ -87,6 +87,7 @@ def tensor_parallel(work: Workload, recipe: TensorParallel) -> tuple[Workload, E
     }:
         drop_alike(model.get_submodule(dropout), mesh)
     leave_fast_path(model)
+    torch_attention.leave_nested(model)
     notes = []
     if draws:
         draw_alike(model, mesh, work.device)
@@ -157,6 +158,7 @@ def _followed(work: Workload, layers: dict[str, nn.Module]) -> tuple[Flow, bool]
     """One call of a copy, followed; and whether it drew random numbers."""
     twin = copied(work.model)
     leave_fast_path(twin)
+    torch_attention.leave_nested(twin)
     dropouts = {name: module for name, module in twin.named_modules() if type(module) is nn.Dropout}
     flow = Flow({name: twin.get_submodule(name) for name in layers}, dropouts)
     work.backend.seed(work.seed)

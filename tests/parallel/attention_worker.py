@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tensor_worker import BATCH, applied, infer, loss, train, whole
+from tensor_worker import BATCH, applied, infer, loss, off, train, whole
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -44,6 +44,18 @@ class Attending(nn.Module):
         how = self.how if self.mask is None else self.how | {"attn_mask": self.mask}
         y, weights = self.attention(query, key, key if value is None else value, **how)
         return (y, None) if weights is None else (y * (1 + weights.square().mean()), weights)
+
+
+class Padded(nn.Module):
+    """An encoder of padded sequences, which the whole one packs for inference."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, nn.LayerNorm(WIDTH))
+
+    def forward(self, x, padding):
+        return self.encoder(x, src_key_padding_mask=padding)
 
 
 def attention(**options):
@@ -101,6 +113,7 @@ def cases():
             ),
             (x, causal, padding.double() * -1e9),
         ),
+        "padded": (Padded(), (x, padding)),
         "decoder layer": (nn.TransformerDecoderLayer(WIDTH, HEADS, 32, **layer), (x, y, causal)),
     }
     doubled = lambda x: x.double() if x.is_floating_point() else x  # noqa: E731
@@ -112,7 +125,7 @@ def cases():
     }
 
 
-BLOCKS = ("encoder layer", "encoder", "decoder layer")
+BLOCKS = ("encoder layer", "encoder", "padded", "decoder layer")
 
 
 def left_whole(size):
@@ -219,13 +232,27 @@ def counted(chain, model, inputs):
     return [{str(kind): n for kind, n in mode.get_comm_counts().items()} for mode in (forward, backward)]
 
 
+def compiled(chain):
+    """Outputs and gradients of a split attention as one graph of torch.compile's, against those without it."""
+    model, (x,) = cases()["quietly"]
+    work = applied(chain, model, (x,), loss=loss, targets=x.flip(0), optimizer=adam).works[-1]
+    expected, _ = work.model(x)
+    loss(expected, x).backward()
+    gradients = {name: whole(value.grad) for name, value in work.model.named_parameters()}
+    work.model.zero_grad()
+    found, _ = torch.compile(work.model, backend="aot_eager", fullgraph=True)(x)
+    loss(found, x).backward()
+    after = max(off(value.grad, gradients[name]) for name, value in work.model.named_parameters())
+    return max(after, off(found, expected))
+
+
 def main():
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     join()
     size, folder = dist.get_world_size(), Path(sys.argv[1])
     chain = f"tensor_parallel({size})"
-    told = {"cases": {}, "left whole": left_whole(size), "clipped": clipped(chain)}
+    told = {"cases": {}, "left whole": left_whole(size), "clipped": clipped(chain), "compiled": compiled(chain)}
     for name, (model, inputs) in cases().items():
         found = {"inference": infer(chain, copy.deepcopy(model), inputs)}
         found["sent"] = counted(chain, copy.deepcopy(model), inputs)

@@ -24,6 +24,7 @@ BLOCKS = {
         ["layers.0.linear1", "layers.1.linear1"],
         ["layers.0.linear2", "layers.1.linear2"],
     ),
+    "padded": (["encoder.layers.0.self_attn"], ["encoder.layers.0.linear1"], ["encoder.layers.0.linear2"]),
     "decoder layer": (["self_attn", "multihead_attn"], ["linear1"], ["linear2"]),
 }
 WEIGHTS = {
@@ -140,6 +141,10 @@ def test_what_is_left_whole_is_told_with_the_reason(told):
 
 def test_the_norm_of_gradients_is_that_of_the_whole(told):
     assert max(rank["clipped"] for rank in told) <= TOLERANCE
+
+
+def test_compiled_it_computes_the_same(told):
+    assert max(rank["compiled"] for rank in told) <= TOLERANCE
 
 
 def test_what_four_wrote_two_read_and_what_two_wrote_one_reads(two, four, folder):
