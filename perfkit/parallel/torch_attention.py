@@ -66,6 +66,13 @@ class Heads:
         found = dict(zip(learning, taken, strict=True))
         return [found.get(id(one), one) for one in whole]
 
+    def dropped(self, weights_BHLS: Tensor, p: float) -> Tensor:
+        """Of these heads; drawn for all of them alike on every process, as the whole attention would."""
+        batch, own, length, keys = weights_BHLS.shape
+        all_heads = batch, own * self.parts, length, keys
+        drawn = torch.ones(all_heads, dtype=weights_BHLS.dtype, device=weights_BHLS.device)
+        return weights_BHLS * self.mine(F.dropout(drawn, p, training=True), 1)
+
     def added_up(self, part: Tensor) -> Tensor:
         return self._whole(part, Partial())
 
@@ -153,7 +160,7 @@ def attend_with(module: nn.Module, heads: Heads) -> None:
                 mask = _one_mask(None, attn_mask, q_BHLD.size(0), self.num_heads, heads)
             weights_BHLS = _weights(q_BHLD, k_BHSD, mask, need_weights)
             if dropout:
-                weights_BHLS = weights_BHLS * _dropped(weights_BHLS, dropout, heads)
+                weights_BHLS = heads.dropped(weights_BHLS, dropout)
             y_BHLD = weights_BHLS @ v_BHSD
         else:
             y_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, mask, is_causal=causal)
@@ -280,10 +287,3 @@ def _weights(q_BHLD: Tensor, k_BHSD: Tensor, mask: Tensor | None, returned: bool
     scores = q_BHLD * q_BHLD.size(-1) ** -0.5 @ k_BHSD.transpose(-2, -1)
     scores = scores if mask is None else scores + mask
     return scores.softmax(-1) if returned else torch._safe_softmax(scores, -1)
-
-
-def _dropped(weights_BHLS: Tensor, p: float, heads: Heads) -> Tensor:
-    """Drawn for all heads alike on every process, as the whole attention would; of these heads."""
-    batch, own, length, keys = weights_BHLS.shape
-    drawn = torch.ones(batch, own * heads.parts, length, keys, dtype=weights_BHLS.dtype, device=weights_BHLS.device)
-    return heads.mine(F.dropout(drawn, p, training=True), 1)

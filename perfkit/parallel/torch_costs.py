@@ -21,6 +21,7 @@ from perfkit.parallel.layout import Layout
 from perfkit.parallel.planning import MICRO_BATCHES
 from perfkit.parallel.planning_parts import Costs, Split, Stages, Unit
 from perfkit.parallel.torch_attention import part_alone
+from perfkit.parallel.torch_by_heads import ThreeParallel
 from perfkit.parallel.torch_data import units_of
 from perfkit.parallel.world import ALONE
 
@@ -198,13 +199,20 @@ def _splits(step: Step, layers: Mapping[str, tuple[float, int, int]], parts: int
         seconds, learning, given = layers[name]
         layer = step.model.get_submodule(name)
         sends = [("all_reduce", given)] if split.adds else [("gather_inside", given)] if split.gathers else []
-        if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_bias is not None:
-            learning += _bytes(layer.in_proj_bias)  # whole on each process
+        if (bias := _whole_bias(layer, split.style)) is not None:
+            learning += _bytes(bias)
         if learning and split.told != "rows":  # each process has a part of what these learn
             sends.append(("all_reduce", learning))
         left = part_of(layer, inputs[name], parts, rows=split.told == "rows")
         found.append(Split(name, seconds, left, sum(map(_bytes, layer.parameters())), tuple(sends)))
     return tuple(found)
+
+
+def _whole_bias(layer: Any, style: Any) -> torch.Tensor | None:
+    """What each process holds the whole of beside its part of a layer, and learns from a part of its outputs."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.in_proj_bias
+    return layer.bias if isinstance(style, ThreeParallel) else None
 
 
 def _stages(step: Step, parts: int) -> Stages | None:

@@ -72,8 +72,8 @@ class Flow(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = _name(function)
-        given = list(_tensors((args, kwargs)))
+        name = name_of(function)
+        given = list(tensors_of((args, kwargs)))
         result = function(*args, **kwargs)
         if (name in ABOUT or name.startswith(".")) and not isinstance(result, torch.Tensor):
             return result
@@ -132,18 +132,18 @@ class Flow(TorchFunctionMode):
                 handle.remove()
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
     """A function's name; that of an attribute, such as ".shape", with a dot."""
     name = getattr(function, "__name__", str(function))
     return f".{function.__self__.__name__}" if name == "__get__" else name
 
 
-def _tensors(arguments: Any) -> Iterator[torch.Tensor]:
+def tensors_of(arguments: Any) -> Iterator[torch.Tensor]:
     """The tensors in a function's arguments."""
     if isinstance(arguments, torch.Tensor):
         yield arguments
     elif isinstance(arguments, Mapping):
-        yield from _tensors(list(arguments.values()))
+        yield from tensors_of(list(arguments.values()))
     elif isinstance(arguments, (list, tuple)):
         for item in arguments:
-            yield from _tensors(item)
+            yield from tensors_of(item)

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import written_attention
 from tensor_worker import BATCH, applied, infer, loss, off, train, whole
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from perfkit.backends.torch_surgery import tensors_in
 from perfkit.parallel import torch_checkpoint
 from perfkit.parallel.torch_world import join
 
@@ -116,12 +118,13 @@ def cases():
         "padded": (Padded(), (x, padding)),
         "decoder layer": (nn.TransformerDecoderLayer(WIDTH, HEADS, 32, **layer), (x, y, causal)),
     }
+    by_hand = {name: (model, (x,)) for name, model in written_attention.models().items()}
     doubled = lambda x: x.double() if x.is_floating_point() else x  # noqa: E731
     for model, _ in alone.values():
         model.how = {name: doubled(value) if torch.is_tensor(value) else value for name, value in model.how.items()}
     return {
         name: (randomized(model).double(), tuple(map(doubled, inputs)))
-        for name, (model, inputs) in (alone | blocks).items()
+        for name, (model, inputs) in (alone | blocks | by_hand).items()
     }
 
 
@@ -232,18 +235,27 @@ def counted(chain, model, inputs):
     return [{str(kind): n for kind, n in mode.get_comm_counts().items()} for mode in (forward, backward)]
 
 
-def compiled(chain):
+def compiled(chain, name):
     """Outputs and gradients of a split attention as one graph of torch.compile's, against those without it."""
-    model, (x,) = cases()["quietly"]
+    model, (x,) = cases()[name]
     work = applied(chain, model, (x,), loss=loss, targets=x.flip(0), optimizer=adam).works[-1]
-    expected, _ = work.model(x)
+    expected, *_ = tensors_in(work.model(x))
     loss(expected, x).backward()
     gradients = {name: whole(value.grad) for name, value in work.model.named_parameters()}
     work.model.zero_grad()
-    found, _ = torch.compile(work.model, backend="aot_eager", fullgraph=True)(x)
+    found, *_ = tensors_in(torch.compile(work.model, backend="aot_eager", fullgraph=True)(x))
     loss(found, x).backward()
     after = max(off(value.grad, gradients[name]) for name, value in work.model.named_parameters())
     return max(after, off(found, expected))
+
+
+def otherwise(chain):
+    """What a model gives that goes another way than on the example inputs, against the whole one's."""
+    model, (x,) = cases()["otherwise"]
+    work = applied(chain, copy.deepcopy(model), (x,)).works[-1]
+    model.normed = work.model.normed = True
+    with torch.no_grad():
+        return off(work.model(x), model(x))
 
 
 def main():
@@ -252,12 +264,13 @@ def main():
     join()
     size, folder = dist.get_world_size(), Path(sys.argv[1])
     chain = f"tensor_parallel({size})"
-    told = {"cases": {}, "left whole": left_whole(size), "clipped": clipped(chain), "compiled": compiled(chain)}
+    told = {"cases": {}, "left whole": left_whole(size), "clipped": clipped(chain), "otherwise": otherwise(chain)}
+    told["compiled"] = {name: compiled(chain, name) for name in ("quietly", "indexed", "beside")}
     for name, (model, inputs) in cases().items():
         found = {"inference": infer(chain, copy.deepcopy(model), inputs)}
         found["sent"] = counted(chain, copy.deepcopy(model), inputs)
         found["training"] = train(chain, copy.deepcopy(model), inputs, draws=True)
-        if name in BLOCKS and size == 4:
+        if (name in BLOCKS or name in written_attention.models()) and size == 4:
             given = inputs if name != "encoder" else inputs[:2]
             found["both"] = train(BOTH, copy.deepcopy(model), given, draws=False)
         told["cases"][name] = found
