@@ -20,6 +20,8 @@ from perfkit.parallel.batch import length, sliced
 from perfkit.parallel.layout import Layout
 from perfkit.parallel.planning import MICRO_BATCHES
 from perfkit.parallel.planning_parts import Costs, Split, Stages, Unit
+from perfkit.parallel.torch_attention import part_alone
+from perfkit.parallel.torch_by_heads import ThreeParallel
 from perfkit.parallel.torch_data import units_of
 from perfkit.parallel.world import ALONE
 
@@ -134,8 +136,8 @@ def seconds_of(call: Callable[[], None], times: int = BLOCK) -> float:
     return (time.perf_counter() - start) / times
 
 
-def _called(step: Step) -> tuple[tuple[Unit, ...], dict[str, tuple[float, int, int, bool]], float]:
-    """The units in the order of their calls; of each layer its seconds, bytes in and out, and if inputs learn.
+def _called(step: Step) -> tuple[tuple[Unit, ...], dict[str, tuple[float, int, int]], float]:
+    """The units in the order of their calls; of each layer its seconds, bytes of inputs that learn, and of outputs.
 
     And the seconds of the model's forward call.
     """
@@ -143,23 +145,23 @@ def _called(step: Step) -> tuple[tuple[Unit, ...], dict[str, tuple[float, int, i
     modules = [unit for unit in units_of(step.model) if unit is not step.model] or [step.model]
     watched = {id(module): module for module in [*modules, *_layers(step.model), step.model]}
     times: dict[int, list[float]] = {}
-    sizes: dict[int, tuple[int, int, bool]] = {}
+    sizes: dict[int, tuple[int, int]] = {}
     started: list[float] = []
 
     def before(_module, _args):
         step.work.backend.synchronize(None)
         started.append(time.perf_counter())
 
-    def after(module, args, outputs):
+    def after(module, args, kwargs, outputs):
         step.work.backend.synchronize(None)
         times.setdefault(id(module), []).append(time.perf_counter() - started.pop())
-        given = list(tensors_in(args))
-        learns = any(tensor.requires_grad for tensor in given)
-        sizes[id(module)] = sum(map(_bytes, given)), sum(map(_bytes, tensors_in(outputs))), learns
+        learning = {id(tensor): tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad}
+        sizes[id(module)] = sum(map(_bytes, learning.values())), sum(map(_bytes, tensors_in(outputs)))
 
     handles = []
     for module in watched.values():
-        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+        handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
     try:
         for _ in range(WATCHED):
             step.both_passes(*step.batch(step.rows))
@@ -183,7 +185,7 @@ def _called(step: Step) -> tuple[tuple[Unit, ...], dict[str, tuple[float, int, i
     return found, layers, seconds[id(step.model)]
 
 
-def _splits(step: Step, layers: Mapping[str, tuple[float, int, int, bool]], parts: int) -> tuple[Split, ...]:
+def _splits(step: Step, layers: Mapping[str, tuple[float, int, int]], parts: int) -> tuple[Split, ...]:
     """The layers that `tensor_parallel` would split in so many parts, and what each sends in a step."""
     from perfkit.parallel.torch_tensor import planned
 
@@ -194,14 +196,23 @@ def _splits(step: Step, layers: Mapping[str, tuple[float, int, int, bool]], part
     inputs = _inputs(step, splits)
     found = []
     for name, split in splits.items():
-        seconds, taken, given, learns = layers[name]
+        seconds, learning, given = layers[name]
         layer = step.model.get_submodule(name)
         sends = [("all_reduce", given)] if split.adds else [("gather_inside", given)] if split.gathers else []
-        if learns and not split.adds:  # each process has a part of the inputs' gradient
-            sends.append(("all_reduce", taken))
-        left = part_of(layer, inputs[name], parts, rows=split.adds)
+        if (bias := _whole_bias(layer, split.style)) is not None:
+            learning += _bytes(bias)
+        if learning and split.told != "rows":  # each process has a part of what these learn
+            sends.append(("all_reduce", learning))
+        left = part_of(layer, inputs[name], parts, rows=split.told == "rows")
         found.append(Split(name, seconds, left, sum(map(_bytes, layer.parameters())), tuple(sends)))
     return tuple(found)
+
+
+def _whole_bias(layer: Any, style: Any) -> torch.Tensor | None:
+    """What each process holds the whole of beside its part of a layer, and learns from a part of its outputs."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.in_proj_bias
+    return layer.bias if isinstance(style, ThreeParallel) else None
 
 
 def _stages(step: Step, parts: int) -> Stages | None:
@@ -214,17 +225,20 @@ def _stages(step: Step, parts: int) -> Stages | None:
     return None if recipe.refusal(work) else expected(work, recipe)
 
 
-def part_of(layer: nn.Module, given: torch.Tensor, parts: int, rows: bool) -> float:
+def part_of(layer: nn.Module, given: Inputs, parts: int, rows: bool) -> float:
     """The time of one device's part of a split layer as a share of the whole one's, forwards and backwards."""
     part: Any = copy.deepcopy(layer)
-    if rows:  # of the weight as it is multiplied: each part takes some of the inputs
+    mine = given
+    if isinstance(layer, nn.MultiheadAttention):
+        part = part_alone(part, parts)
+    elif rows:  # of the weight as it is multiplied: each part takes some of the inputs
         part.weight = nn.Parameter(part.weight.detach().chunk(parts, 1)[0].contiguous())
+        mine = Inputs((given.args[0].chunk(parts, -1)[0].contiguous(),))
     else:
         whole = {name: value.detach() for name, value in layer.named_parameters(recurse=False)}
         dim = 1 if isinstance(layer, nn.Embedding) else 0
         for name, value in whole.items():
             setattr(part, name, nn.Parameter(value.chunk(parts, dim)[0].contiguous()))
-    mine = given.chunk(parts, -1)[0].contiguous() if rows else given
     sides = ((layer, given), (part, mine))
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(5):
@@ -234,21 +248,28 @@ def part_of(layer: nn.Module, given: torch.Tensor, parts: int, rows: bool) -> fl
     return min(max(median(times[1]) / median(times[0]), 1 / parts), 1.0)
 
 
-def _both_passes(layer: nn.Module, inputs: torch.Tensor) -> None:
-    layer(inputs).sum().backward()
+def _both_passes(layer: nn.Module, inputs: Inputs) -> None:
+    next(tensors_in(layer(*inputs.args, **inputs.kwargs))).sum().backward()
 
 
-def _inputs(step: Step, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """What those layers are given in a call; with a gradient of their own where they had one."""
-    found: dict[str, torch.Tensor] = {}
+def _inputs(step: Step, names: Iterable[str]) -> dict[str, Inputs]:
+    """What those layers are given in a call; with gradients of their own where they had some."""
+    found: dict[str, Inputs] = {}
 
     def keeping(name: str) -> Callable:
-        def before(_module, args):
-            found[name] = args[0].detach().requires_grad_(args[0].requires_grad)
+        def before(_module, args, kwargs):
+            copies: dict[int, torch.Tensor] = {}  # what is given twice, as queries and as keys, stays one
+
+            def alone(tensor: torch.Tensor) -> torch.Tensor:
+                return copies.setdefault(id(tensor), tensor.detach().requires_grad_(tensor.requires_grad))
+
+            found[name] = Inputs(*map_tensors(alone, (args, dict(kwargs))))
 
         return before
 
-    handles = [step.model.get_submodule(name).register_forward_pre_hook(keeping(name)) for name in names]
+    handles = [
+        step.model.get_submodule(name).register_forward_pre_hook(keeping(name), with_kwargs=True) for name in names
+    ]
     try:
         step.both_passes(*step.batch(step.rows))
     finally:

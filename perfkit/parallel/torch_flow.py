@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ ELEMENTWISE = {
 ABOUT = {"size", "dim", "ndimension", "numel", "is_floating_point", "__len__"}
 """What tells a tensor's form and no value of it, attributes aside."""
 
+_ATTENDING = inspect.signature(nn.MultiheadAttention.forward)
+
 
 class Flow(TorchFunctionMode):
     """Follows tensors by identity while a model is called; every function of torch is seen, `tensor.shape` included.
@@ -35,12 +38,13 @@ class Flow(TorchFunctionMode):
         passed: by linear layer, the dropouts that its output went through.
         elsewhere: by layer, why it cannot be split: what reads its weight besides itself.
         called: the layers that were called, in that order.
+        weights: by attention, whether its weights were asked for, and their mean over the heads.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], dropouts: Mapping[str, nn.Module]):
         super().__init__()
         self.layers, self.dropouts = layers, dropouts
-        self.owner = {id(held): name for name, layer in layers.items() for held in layer.parameters(recurse=False)}
+        self.owner = {id(held): name for name, layer in layers.items() for held in layer.parameters()}
         self.running: list[str] = []
         self.made: dict[int, tuple[torch.Tensor, str]] = {}
         self.reached: dict[str, set[str | None]] = {name: set() for name in layers}
@@ -48,6 +52,7 @@ class Flow(TorchFunctionMode):
         self.passed: dict[str, set[str]] = {name: set() for name in layers}
         self.elsewhere: dict[str, str] = {}
         self.called: dict[str, None] = {}
+        self.weights: dict[str, tuple[bool, bool]] = {}
 
     def call(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Call the model once and follow what happens."""
@@ -67,8 +72,8 @@ class Flow(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = _name(function)
-        given = list(_tensors((args, kwargs)))
+        name = name_of(function)
+        given = list(tensors_of((args, kwargs)))
         result = function(*args, **kwargs)
         if (name in ABOUT or name.startswith(".")) and not isinstance(result, torch.Tensor):
             return result
@@ -101,10 +106,14 @@ class Flow(TorchFunctionMode):
     @contextmanager
     def _watching(self) -> Iterator[None]:
         def enter(name: str):
-            def before(_module, args, kwargs):
+            def before(module, args, kwargs):
                 self.running.append(name)
                 self.called[name] = None
-                if kwargs or len(args) != 1:
+                if isinstance(module, nn.MultiheadAttention):
+                    given = _ATTENDING.bind(module, *args, **kwargs)
+                    given.apply_defaults()
+                    self.weights[name] = given.arguments["need_weights"], given.arguments["average_attn_weights"]
+                elif kwargs or len(args) != 1:
                     self.elsewhere[name] = "it is called with keywords, or with more than one argument"
 
             return before
@@ -123,18 +132,18 @@ class Flow(TorchFunctionMode):
                 handle.remove()
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
     """A function's name; that of an attribute, such as ".shape", with a dot."""
     name = getattr(function, "__name__", str(function))
     return f".{function.__self__.__name__}" if name == "__get__" else name
 
 
-def _tensors(arguments: Any) -> Iterator[torch.Tensor]:
+def tensors_of(arguments: Any) -> Iterator[torch.Tensor]:
     """The tensors in a function's arguments."""
     if isinstance(arguments, torch.Tensor):
         yield arguments
     elif isinstance(arguments, Mapping):
-        yield from _tensors(list(arguments.values()))
+        yield from tensors_of(list(arguments.values()))
     elif isinstance(arguments, (list, tuple)):
         for item in arguments:
-            yield from _tensors(item)
+            yield from tensors_of(item)

@@ -117,6 +117,7 @@ def infer(chain, model, inputs):
     return {
         "off": max(off(*pair) for pair in pairs),
         "touched": effect.touched,
+        "notes": effect.notes,
         "skipped": {item.name: item.reason for item in effect.skipped},
         "parts": work.spread.parts,
         "bytes": [work.backend.size(work)[0], work.backend.size(work.replace(model=model))[0]],

@@ -180,6 +180,28 @@ def test_layouts_of_a_model():
         layouts(model, link_gbps=-1, **given)
 
 
+def test_attention_is_planned_by_heads():
+    """Its output, its bias' gradient and that of its inputs where they learn; and a pair of linear layers."""
+    torch = pytest.importorskip("torch")
+    from perfkit.parallel.planning_layouts import layouts
+
+    x = torch.randn(8, 5, 16)
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    norm = torch.nn.LayerNorm(16)
+    for model, learning in ((layer, 0), (torch.nn.Sequential(norm, layer), x.nbytes)):
+        found = layouts(
+            model, link_gbps=10, devices=2, budget_s=0.01, example_inputs=(x,), targets=x, loss=torch.nn.MSELoss(),
+            optimizer=torch.optim.SGD,
+        )  # fmt: skip
+        tensor = next(item for item in found.predictions if item.way.tensor == 2)
+        attention = x.nbytes + 3 * 16 * 4 + learning
+        assert tensor.sent_bytes == attention + 2 * x.nbytes
+        held = sum(p.nbytes for p in model.parameters())
+        assert held / 2 < tensor.held_bytes / 4 < held * 0.6, (
+            "weights, gradients and two moments, of half of the layers"
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -87,7 +87,7 @@ def test_what_is_left_whole_is_told_with_the_reason(told):
     skipped = {model: told[0][model]["inference"]["skipped"] for model in MODELS}
     assert skipped["mlp"] == {"fc3": "3 output(s) cannot be shared by 4 devices evenly"}
     assert "every step needs the whole hidden state" in skipped["text_lstm"]["lstm"]
-    assert "cannot split by heads" in skipped["transformer"]["self_attn"]
+    assert skipped["transformer"] == {"self_attn": "2 head(s) cannot be shared by 4 devices evenly"}
     assert skipped["tangled"] == {
         "tied1": "shares a weight with tied2",
         "tied2": "shares a weight with tied1",
