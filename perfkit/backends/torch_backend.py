@@ -19,11 +19,23 @@ from perfkit._errors import InvalidInputError
 from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, CompileLog, Finished, Rounds, Traffic, check_loss, does_not_run
+from perfkit.backends.torch_checks import (
+    check_inputs,
+    check_module,
+    check_on_its_own,
+    check_outputs,
+    check_surroundings,
+    content,
+    own_inputs,
+    warn_of_hidden_modules,
+    writes_to_inputs,
+)
+from perfkit.backends.torch_state import keeping_state
 from perfkit.backends.torch_stderr import without_lines
 from perfkit.backends.torch_surgery import (
-    COMPILED_WITH,
     ELSEWHERE,
     cast,
+    cast_attributes,
     copied,
     local,
     map_tensors,
@@ -42,18 +54,19 @@ class TorchBackend(Backend):
     def bind(self, model, params, example_inputs, *, mode, loss, targets, optimizer, seed) -> Workload:
         if params is not None:
             raise InvalidInputError("params= is for JAX functions and flax linen modules: a torch module holds its own")
-        _check_module(model)
-        inputs = None if example_inputs is None else as_inputs(model, example_inputs)
-        for tensor in self.leaves((inputs.args, inputs.kwargs)) if inputs else ():
-            if tensor.numel() == 0:
-                raise InvalidInputError(f"example_inputs hold an empty tensor of shape {list(tensor.shape)}")
+        inputs = None if example_inputs is None else own_inputs(as_inputs(model, example_inputs))
+        device = _device(model, inputs)
+        check_surroundings(device)
+        check_module(model)
+        warn_of_hidden_modules(model)
+        if inputs is not None:
+            check_inputs(inputs)
         training = None
         if mode == "training":
             training = Training(loss, targets, _optimizer(model, optimizer))
-        work = Workload(self, model, inputs, mode, _device(model, inputs), training, seed)
-        _check_finite(model)
-        work = self.copy(work)
+        work = self.copy(Workload(self, model, inputs, mode, device, training, seed))
         settle_forward(work.model)
+        check_on_its_own(work.model, model)
         work.model.train(mode == "training")
         if inputs is not None:
             self._check_runs(work)
@@ -67,7 +80,8 @@ class TorchBackend(Backend):
         states = random.getstate(), np.random.get_state()
         settings = [(read(), write) for read, write in _SETTINGS]
         try:
-            with torch.random.fork_rng():
+            # What is made under inference_mode could not be trained or loaded into afterwards.
+            with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
                 yield
         finally:
             random.setstate(states[0])
@@ -83,7 +97,7 @@ class TorchBackend(Backend):
 
     def finish(self, work: Workload) -> Finished:
         if work.training is None:
-            return Finished(work.model, work.model, lambda: _keeping_buffers(work.model))
+            return Finished(work.model, work.model, lambda: keeping_state(work.model))
         trainer = Trainer(work)
 
         def train_step(batch):
@@ -107,6 +121,8 @@ class TorchBackend(Backend):
     def float64_outputs(self, work: Workload) -> list[np.ndarray]:
         self.seed(work.seed)
         model = copied(work.model).double()
+        for module in model.modules():
+            cast_attributes(module, torch.float64)
         args, kwargs = cast((work.inputs.args, work.inputs.kwargs), torch.float64)
         with torch.no_grad():
             return [self.numpy(tensor) for tensor in self.leaves(model(*args, **kwargs))]
@@ -182,26 +198,29 @@ class TorchBackend(Backend):
 
     def _check_runs(self, work: Workload) -> None:
         inputs, name = work.inputs, self.model_name(work)
-        with self.preserved(), self.finish(work).keeping_state(), torch.no_grad():
-            try:
+
+        def run() -> tuple[Any, bool]:
+            """The outputs, and whether the inputs were written to."""
+            before = content(inputs)
+            with self.finish(work).keeping_state():
                 outputs = work.model(*inputs.args, **inputs.kwargs)
+            return outputs, content(inputs) != before
+
+        with self.preserved(), torch.no_grad():
+            try:
+                outputs, written = run()
             except Exception as error:
                 raise does_not_run(name, self.describe(inputs), error) from error
-            if not any(True for _ in self.leaves(outputs)):
-                raise InvalidInputError(f"{name} returned a {type(outputs).__name__} without any tensor in it")
+            check_outputs(name, outputs, inputs)
             if work.training is not None:
                 check_loss(work.training, outputs, lambda loss: getattr(loss, "shape", None))
-
-
-@contextmanager
-def _keeping_buffers(model: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, old in before:
-                buffer.copy_(old)
+            if written:  # once may be a cache that is filled
+                try:
+                    _, written = run()
+                except Exception as error:
+                    raise writes_to_inputs(name, f"and does not run on them again: {error!r}") from error
+                if written:
+                    raise writes_to_inputs(name, "at each call")
 
 
 def as_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
@@ -211,30 +230,12 @@ def as_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     if isinstance(example_inputs, tuple) and not hasattr(example_inputs, "_fields"):
         return Inputs(example_inputs)
     if isinstance(example_inputs, Mapping):
-        parameters = inspect.signature(model.forward).parameters.values()
+        called = model.forward if type(model).__call__ is nn.Module.__call__ else model.__call__
+        parameters = inspect.signature(called).parameters.values()
         names = {parameter.name for parameter in parameters}
         if set(example_inputs) <= names or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return Inputs((), dict(example_inputs))
     return Inputs((example_inputs,))
-
-
-def _check_module(model: nn.Module) -> None:
-    name = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InvalidInputError(
-            f"{name} is a TorchScript module, which cannot be rewritten: pass the module it was made of"
-        )
-    if hasattr(model, "_orig_mod") or (model._compiled_call_impl and not hasattr(type(model), COMPILED_WITH)):
-        raise InvalidInputError(f"{name} is compiled already: pass the module as it was before torch.compile")
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        bad = int((~torch.isfinite(parameter)).sum()) if parameter.is_floating_point() else 0
-        if bad:
-            raise InvalidInputError(
-                f"parameter {name!r} holds {bad} NaN or infinite of {parameter.numel()} values: repair them first"
-            )
 
 
 def _optimizer(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer:

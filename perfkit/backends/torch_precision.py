@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import around_forward, cast
+from perfkit.backends.torch_lowered import lowered
+from perfkit.backends.torch_surgery import around_forward, cast, cast_attributes, leave_fast_path
 
 LOW = (torch.bfloat16, torch.float16)
 _CONV = (nn.modules.conv._ConvNd,)
@@ -38,58 +40,84 @@ def tf32_allowed() -> Iterator[None]:
 
 
 def autocast(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
-    """`forward` under `torch.autocast`; outputs return in float32.
+    """`forward` under `torch.autocast`; outputs return in float32, or in float16 where that is all the model holds.
 
     torch.autocast accumulates matrix products of low precision in float32 and keeps sensitive operations in float32.
-    Recurrent layers that the device cannot run in `dtype` stay in float32.
+    Recurrent layers that the device cannot run in `dtype` stay in float32. With example inputs, the effect tells what
+    one run of the model showed; without, what autocast does to layers of that kind.
     """
     model, device = work.model, work.device
-    kept = _keep_recurrent(model, dtype, device, outputs=None)
+    leave_fast_path(model)  # which does not look for autocast on a CPU
+    recurrent = _only_in_float32(model, dtype, device)
+    _keep(recurrent, outputs=None)
+    kept = list(recurrent.values())
+    seen = None if work.inputs is None else lowered(work, dtype)
+    if work.inputs is not None and seen is None:
+        return work, Effect(skipped=tuple(_not_lowered(model, kept)), notes=("autocast casts nothing in this model",))
+
+    widest = _widest(model)
+    outside = widest if widest in LOW else torch.float32
 
     def wrap(forward: Callable) -> Callable:
         def low(module, *args, **kwargs):
             with torch.autocast(device, dtype):
                 outputs = forward(module, *args, **kwargs)
-            return cast(outputs, torch.float32, only=(dtype,))
+            return cast(outputs, outside, only=(dtype,))
 
         return low
 
+    touched = [name for name, module in _holders(model) if (_usually(module) if seen is None else module in seen)]
+    skipped = _not_lowered(model, kept, touched)
     around_forward(model, wrap)
-    touched, skipped = [], list(kept)
-    for name, module in _holders(model):
-        if name in {item.name for item in kept}:
-            continue
-        low_already = any(p.dtype in LOW for p in module.parameters(recurse=False))
-        if low_already:
-            skipped.append(Skipped(name, f"its parameters are {_dtypes(module)} already"))
-        elif isinstance(module, _AUTOCAST):
-            touched.append(name)
-        else:
-            skipped.append(Skipped(name, f"{type(module).__name__}: autocast leaves it in float32"))
-    return work, Effect(tuple(touched), tuple(skipped))
+    return work, Effect(tuple(touched) or (type(model).__name__,), tuple(skipped))
+
+
+def _usually(module: nn.Module) -> bool:
+    return isinstance(module, _AUTOCAST) and not any(p.dtype in LOW for p in module.parameters(recurse=False))
+
+
+def _not_lowered(model: nn.Module, kept: list[Skipped], touched: Iterable[str] = ()) -> list[Skipped]:
+    """Why the layers that are not touched are not."""
+    told = {item.name: item for item in kept}
+
+    def reason(module: nn.Module) -> str:
+        dtypes = {p.dtype for p in module.parameters(recurse=False)}
+        if not dtypes <= {torch.float32}:
+            return f"its parameters are {_dtypes(module)}" + (" already" if dtypes & set(LOW) else "")
+        if isinstance(module, _AUTOCAST):
+            return "autocast found nothing to cast in it on the example inputs: it is not called, or computed elsewhere"
+        return f"{type(module).__name__}: autocast leaves it in float32"
+
+    rest = [(name, module) for name, module in _holders(model) if name not in touched]
+    return [told.get(name) or Skipped(name, reason(module)) for name, module in rest]
 
 
 def cast_weights(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
-    """Parameters, buffers and inputs in `dtype`, outputs in float32.
+    """Parameters, buffers and inputs in `dtype`; outputs in what the parameters were in, float32 as a rule.
 
     In training the optimizer keeps float32 parameters, and each forward casts copies of them, so that small updates
     are not lost.
     """
     model = work.model
-    kept = _keep_recurrent(model, dtype, work.device, outputs=dtype)
-    if work.trains:
-        kept += _statistics(model)
+    recurrent = _only_in_float32(model, dtype, work.device)
+    kept = [*recurrent.values(), *(_statistics(model) if work.trains else ())]
     alone = {item.name for item in kept}
     left = {id(part) for name, module in _named(model) if name in alone for part in module.modules()}
-    touched = tuple(name for name, module in _holders(model) if id(module) not in left)
+    holders = {name: module for name, module in _holders(model) if id(module) not in left}
+    touched = tuple(name for name, module in holders.items() if any(p.dtype != dtype for p in _own(module)))
+    kept += [Skipped(name, f"its parameters are {_dtypes(m)}") for name, m in holders.items() if name not in touched]
+    if not touched:
+        return work, Effect((), tuple(kept), ("the model has no parameters to store in another precision",))
+    _keep(recurrent, outputs=dtype)
+    held, outside = {p.dtype for p in model.parameters()}, _widest(model)
     if work.trains:
         chosen = {id(p) for module in model.modules() if id(module) not in left for p in _own(module)}
-        _cast_in_forward(model, dtype, chosen)
+        _cast_in_forward(model, dtype, chosen, held, outside)
     else:
         for module in model.modules():
             if id(module) not in left:
                 _cast_own(module, dtype)
-        around_forward(model, lambda forward: _at_the_boundary(forward, dtype, torch.float32))
+        around_forward(model, lambda forward: _at_the_boundary(forward, dtype, outside, held))
     return work, Effect(touched, tuple(kept))
 
 
@@ -109,21 +137,32 @@ def _own(module: nn.Module) -> list[torch.Tensor]:
     return [p for p in module.parameters(recurse=False) if p.is_floating_point()]
 
 
+def _widest(model: nn.Module) -> torch.dtype | None:
+    """The dtype that holds all floating-point parameters; None where there are none."""
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
+
+
 def _dtypes(module: nn.Module) -> str:
     return ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters(recurse=False)}))
 
 
-def _keep_recurrent(model: nn.Module, dtype: torch.dtype, device: str, outputs: torch.dtype | None) -> list[Skipped]:
-    """Wrap the recurrent layers that this device cannot run in `dtype`: they go on in float32 and return `outputs`."""
+def _only_in_float32(model: nn.Module, dtype: torch.dtype, device: str) -> dict[nn.Module, Skipped]:
+    """The recurrent layers that this device cannot run in `dtype`."""
     if device != "cpu" or _cpu_runs_recurrent(dtype):
-        return []
-    kept = []
-    for name, module in _named(model):
-        if isinstance(module, nn.RNNBase):
-            around_forward(module, lambda forward: _without_autocast(_at_the_boundary(forward, torch.float32, outputs)))
-            label = str(dtype).removeprefix("torch.")
-            kept.append(Skipped(name, f"this CPU has no {label} {type(module).__name__}: it stays in float32"))
-    return kept
+        return {}
+    label = str(dtype).removeprefix("torch.")
+    return {
+        module: Skipped(name, f"this CPU has no {label} {type(module).__name__}: it stays in float32")
+        for name, module in _named(model)
+        if isinstance(module, nn.RNNBase)
+    }
+
+
+def _keep(recurrent: Iterable[nn.Module], outputs: torch.dtype | None) -> None:
+    """They go on in float32 and return `outputs`."""
+    for module in recurrent:
+        around_forward(module, lambda forward: _without_autocast(_at_the_boundary(forward, torch.float32, outputs)))
 
 
 def _statistics(model: nn.Module) -> list[Skipped]:
@@ -139,11 +178,18 @@ def _cpu_runs_recurrent(dtype: torch.dtype) -> bool:
     return getattr(torch.ops.mkldnn, probe)()
 
 
-def _at_the_boundary(forward: Callable, inside: torch.dtype, outside: torch.dtype | None) -> Callable:
-    """Floating-point inputs arrive in `inside`, outputs leave in `outside` (None: as they are)."""
+def _at_the_boundary(
+    forward: Callable, inside: torch.dtype, outside: torch.dtype | None, held: Iterable[torch.dtype] = ()
+) -> Callable:
+    """Floating-point inputs arrive in `inside`, outputs leave in `outside` (None: as they are).
+
+    Args:
+        held: the dtypes of the parameters: inputs in other ones than float32, these and lower ones stay as they are.
+    """
+    expected = (torch.float32, *LOW, *held)
 
     def bounded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = cast((args, kwargs), inside, only=(torch.float32, *LOW))
+        args, kwargs = cast((args, kwargs), inside, only=expected)
         outputs = forward(module, *args, **kwargs)
         return outputs if outside is None else cast(outputs, outside, only=(inside,))
 
@@ -165,11 +211,14 @@ def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
     for name, buffer in module.named_buffers(recurse=False):
         if buffer.is_floating_point():
             setattr(module, name, buffer.to(dtype))
+    cast_attributes(module, dtype)
     if isinstance(module, nn.RNNBase):
         module.flatten_parameters()
 
 
-def _cast_in_forward(model: nn.Module, dtype: torch.dtype, chosen: set[int]) -> None:
+def _cast_in_forward(
+    model: nn.Module, dtype: torch.dtype, chosen: set[int], held: Iterable[torch.dtype], outside: torch.dtype
+) -> None:
     """`forward` on parameters cast to `dtype`: gradients flow back through the cast to the float32 originals."""
     names = {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
 
@@ -180,6 +229,6 @@ def _cast_in_forward(model: nn.Module, dtype: torch.dtype, chosen: set[int]) -> 
             with _reparametrize_module(module, state):
                 return forward(module, *args, **kwargs)
 
-        return _at_the_boundary(low, dtype, torch.float32)
+        return _at_the_boundary(low, dtype, outside, held)
 
     around_forward(model, wrap)

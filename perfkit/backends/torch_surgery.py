@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import itertools
 import types
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -111,7 +112,7 @@ def copied(*things: Any) -> Any:
     """
     modules = [module for thing in things if isinstance(thing, nn.Module) for module in thing.modules()]
     try:
-        copies = copy.deepcopy(things, _non_leaf_copies(modules))
+        copies = copy.deepcopy(things, non_leaf_copies(held for module in modules for held in _held(module)))
     except Exception as error:
         raise InvalidInputError(
             f"the model cannot be copied ({type(error).__name__}: {error}), and perfkit never changes the caller's: "
@@ -158,10 +159,22 @@ def leave_fast_path(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
 
 
-def _non_leaf_copies(modules: list[nn.Module]) -> dict[int, Any]:
+def non_leaf_copies(tensors: Iterable[torch.Tensor]) -> dict[int, Any]:
     """deepcopy refuses tensors that have a history, such as cached or reparametrized weights: copy those beforehand."""
-    tensors = (value for module in modules for value in vars(module).values() if isinstance(value, torch.Tensor))
     return {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+
+
+def _held(value: Any, depth: int = 5) -> Iterator[torch.Tensor]:
+    """The tensors that a module has beside its parameters, those in plain containers included."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, nn.Module):
+        names = vars(value).keys() - {"_parameters", "_modules"}
+        yield from _held([vars(value)[name] for name in names], depth)
+    elif depth and isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            if not isinstance(item, nn.Module):
+                yield from _held(item, depth - 1)
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
@@ -174,9 +187,12 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
         fields = {item.name: getattr(tree, item.name) for item in dataclasses.fields(tree) if item.init}
         return dataclasses.replace(tree, **{name: map_tensors(function, value) for name, value in fields.items()})
     if isinstance(tree, Mapping):
-        return type(tree)({key: map_tensors(function, value) for key, value in tree.items()})
+        items = {key: map_tensors(function, value) for key, value in tree.items()}
+        if isinstance(tree, defaultdict):
+            return defaultdict(tree.default_factory, items)
+        return type(tree)(items)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(function, value) for value in tree))
+        return type(tree)._make(map_tensors(function, value) for value in tree)
     if isinstance(tree, (list, tuple)):
         return type(tree)(map_tensors(function, value) for value in tree)
     return tree
@@ -210,3 +226,10 @@ def cast(tree: Any, dtype: torch.dtype, only: tuple[torch.dtype, ...] | None = N
         return tensor.to(dtype) if wanted else tensor
 
     return map_tensors(one, tree)
+
+
+def cast_attributes(module: nn.Module, dtype: torch.dtype) -> None:
+    """Put the floating-point tensors that are used like buffers, but were never registered, in `dtype`."""
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            vars(module)[name] = value.to(dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from perfkit._batch import even_rows, sliced
+from perfkit.backends.torch_state import keeping_state
 from perfkit.backends.torch_surgery import copied, map_tensors, tensors_in
 
 if TYPE_CHECKING:
@@ -76,18 +77,19 @@ class Trainer:
     @contextmanager
     def keeping_state(self) -> Iterator[None]:
         """Within it the model may be trained; after it model, optimizer and loss scale are as before."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        before = [tensor.detach().clone() for tensor in tensors]
+        parameters = list(self.model.parameters())
+        before = [parameter.detach().clone() for parameter in parameters]
         self.optimizer.zero_grad(set_to_none=True)  # gradients of FSDP2 cannot be copied, and each step makes new ones
         optimizer = copied(self.optimizer).state_dict()
         scale = self.scaler.state_dict()
         rounds = self.rounds and self.rounds.state_dict()
         try:
-            yield
+            with keeping_state(self.model):
+                yield
         finally:
             with torch.no_grad():
-                for tensor, old in zip(tensors, before, strict=True):
-                    tensor.copy_(old)
+                for parameter, old in zip(parameters, before, strict=True):
+                    parameter.copy_(old)
             self.optimizer.zero_grad(set_to_none=True)
             self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(scale)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from perfkit._workload import Workload
+from perfkit.backends.torch_state import keeping_state
 from perfkit.backends.torch_surgery import tensors_in
 from perfkit.quantization.torch_ranges import linked
 
@@ -51,7 +52,7 @@ def fold_norms(work: Workload, convs: Mapping[str, nn.Module]) -> dict[str, str]
 def _outputs(work: Workload) -> list[torch.Tensor]:
     inputs = work.inputs or work.calibration[0]
     work.backend.seed(work.seed)
-    with torch.no_grad():
+    with torch.no_grad(), keeping_state(work.model):
         outputs = work.model(*inputs.args, **inputs.kwargs)
     return [tensor.detach().double() for tensor in tensors_in(outputs)]
 

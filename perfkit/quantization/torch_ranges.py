@@ -15,6 +15,7 @@ from torch import nn
 
 from perfkit._errors import InvalidInputError
 from perfkit._workload import Inputs, Workload
+from perfkit.backends.torch_state import keeping_state
 
 _quantized = torch.ops.quantized_decomposed
 BINS = 2048
@@ -127,7 +128,7 @@ def linked(work: Workload, layers: Mapping[str, nn.Module]) -> Links:
 def _run(work: Workload, inputs: Inputs, number: int) -> None:
     work.backend.seed(work.seed)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), keeping_state(work.model):
             work.model(*inputs.args, **inputs.kwargs)
     except InvalidInputError:
         raise

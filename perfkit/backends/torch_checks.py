@@ -1,0 +1,220 @@
+"""What a torch model and its inputs must be, told before anything is done."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import types
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from perfkit._errors import InvalidInputError, PerfkitWarning
+from perfkit._workload import Inputs
+from perfkit.backends.torch_surgery import COMPILED_WITH, map_tensors, non_leaf_copies, tensors_in
+
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, torch.dtype, torch.device)
+
+
+def check_module(model: nn.Module) -> None:
+    """Refuse what cannot be copied or rewritten: scripted, compiled, without values, or with values that are none.
+
+    Raises:
+        InvalidInputError: with what to do about it.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidInputError(
+            f"{type(model).__name__} is a TorchScript module, which cannot be rewritten: pass the module it was made of"
+        )
+    for name, module in model.named_modules():
+        compiled = module._compiled_call_impl and not hasattr(type(module), COMPILED_WITH)
+        if "_orig_mod" in module._modules or compiled:
+            raise InvalidInputError(
+                f"{name or type(model).__name__} is compiled already: pass the module as it was before torch.compile"
+            )
+    held = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, tensor in held if isinstance(tensor, UninitializedTensorMixin)]
+    if lazy:
+        raise InvalidInputError(
+            f"{', '.join(map(repr, lazy))} of {type(model).__name__} has no shape yet (a lazy module): "
+            "call the model once on its inputs, then pass it"
+        )
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        bad = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
+        if bad:
+            raise InvalidInputError(
+                f"parameter {name!r} holds {bad} NaN or infinite of {parameter.numel()} values: repair them first"
+            )
+
+
+def warn_of_hidden_modules(model: nn.Module) -> None:
+    """Say which modules torch does not know of, since no recipe sees them: those in plain lists and dicts."""
+    known = {id(module) for module in model.modules()}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute == "_modules" or not isinstance(value, (list, tuple, dict)):
+                continue
+            items = value.values() if isinstance(value, dict) else value
+            hidden = [item for item in items if isinstance(item, nn.Module) and id(item) not in known]
+            if hidden:
+                kind = "ModuleDict" if isinstance(value, dict) else "ModuleList"
+                warnings.warn(
+                    f"{attribute} of {name or type(model).__name__} holds {len(hidden)} module(s) in a plain "
+                    f"{type(value).__name__}, where torch does not find them (.parameters() and .to() neither), so no "
+                    f"recipe works on them: use nn.{kind}",
+                    PerfkitWarning,
+                    stacklevel=4,
+                )
+
+
+def check_surroundings(device: str) -> None:
+    """Refuse to measure within autocast: neither side would be in the precision that the report tells.
+
+    Raises:
+        InvalidInputError: autocast is on for the device.
+    """
+    if torch.is_autocast_enabled(device):
+        raise InvalidInputError(
+            f"this was called within torch.autocast on {device}, so the original would not be measured in its own "
+            "precision: call it outside, and choose recipe='bf16' or 'fp16' for autocast"
+        )
+
+
+def check_on_its_own(twin: nn.Module, original: nn.Module) -> None:
+    """Refuse a copy whose functions go on using the original: deepcopy copies no function, and so nothing in one.
+
+    Raises:
+        InvalidInputError: a hook, or a function kept in an attribute, holds a module or tensor of the original.
+    """
+    foreign = {id(thing) for thing in (*original.modules(), *original.parameters(), *original.buffers())}
+    for name, module in twin.named_modules():
+        for attribute, value in vars(module).items():
+            for function in _functions(value):
+                if any(id(thing) in foreign for thing in _enclosed(function)):
+                    raise InvalidInputError(
+                        f"{attribute} of {name or type(twin).__name__} holds the function {function.__qualname__!r}, "
+                        "which has the model, or a part of it, from outside of its arguments: a copy would go on using "
+                        "the original's. Make it a method (self.hook), or let a hook use the module that it is given"
+                    )
+
+
+def _functions(value: Any, depth: int = 3) -> Iterator[types.FunctionType]:
+    """The functions in nested containers, partial functions and bound methods."""
+    if isinstance(value, types.FunctionType):
+        yield value
+    elif isinstance(value, types.MethodType):
+        yield value.__func__
+    elif isinstance(value, functools.partial):
+        yield from _functions([value.func, *value.args, *value.keywords.values()], depth)
+    elif depth and isinstance(value, Mapping):
+        yield from _functions(list(value.values()), depth)
+    elif depth and isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _functions(item, depth - 1)
+
+
+def _enclosed(function: types.FunctionType, depth: int = 3) -> Iterator[Any]:
+    """What a function has from where it was written, and what other functions there have."""
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+    for thing in (*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        bound = getattr(thing, "__self__", None) if isinstance(thing, types.MethodType) else None
+        for item in thing if isinstance(thing, (list, tuple, set)) else (thing, bound):
+            yield item
+            if depth and isinstance(item, types.FunctionType):
+                yield from _enclosed(item, depth - 1)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # a name that nothing was assigned to
+        return False
+
+
+def own_inputs(inputs: Inputs) -> Inputs:
+    """Copies of the inputs, so that no model writes to the caller's."""
+    memo = non_leaf_copies(tensors_in((inputs.args, inputs.kwargs)))
+    try:
+        return copy.deepcopy(inputs, memo)
+    except Exception:  # whatever an object of the caller's may raise that cannot be copied: its tensors can
+        given = inputs.args, inputs.kwargs
+        return Inputs(*map_tensors(lambda tensor: memo.get(id(tensor), tensor.detach().clone()), given))
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Refuse inputs that nothing can be computed from.
+
+    Raises:
+        InvalidInputError: an empty tensor.
+    """
+    for tensor in tensors_in((inputs.args, inputs.kwargs)):
+        if tensor.numel() == 0:
+            raise InvalidInputError(f"example_inputs hold an empty tensor of shape {list(tensor.shape)}")
+
+
+def check_outputs(name: str, outputs: Any, inputs: Inputs) -> None:
+    """Refuse outputs that cannot be compared with anything.
+
+    Raises:
+        InvalidInputError: no tensor was found, or no floating-point number that is finite.
+    """
+    found = list(tensors_in(outputs))
+    if not found:
+        raise InvalidInputError(
+            f"{name} returned a {type(outputs).__name__} without any tensor that could be compared: let forward return "
+            "tensors, or tuples, lists, dicts, dataclasses or packed sequences of them"
+        )
+    values = [_dense(tensor) for tensor in found if tensor.is_floating_point() or tensor.is_complex()]
+    if sum(value.numel() for value in values) and not any(torch.isfinite(value).any() for value in values):
+        given = map(_dense, tensors_in((inputs.args, inputs.kwargs)))
+        bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in given)
+        raise InvalidInputError(
+            f"{name} returned no finite number on example_inputs, which hold {bad} NaN or infinite ones: "
+            "nothing could be compared. Pass inputs on which its outputs are numbers"
+        )
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
+def writes_to_inputs(name: str, more: str) -> InvalidInputError:
+    """The error for a model whose every call finds other inputs than the one before."""
+    return InvalidInputError(
+        f"{name} writes to its inputs {more}: it is run many times on the same ones here, and each call would find "
+        "others. Let forward work on a copy, such as x.clone() before an in-place operation or copy.copy(a_dict)"
+    )
+
+
+def content(inputs: Inputs) -> list[tuple]:
+    """What tells whether inputs were written to: which tensors they hold, how often written, in what containers."""
+    found: list[tuple] = []
+    _content(("example_inputs", (inputs.args, inputs.kwargs)), found, set())
+    return found
+
+
+def _content(named: tuple[str, Any], found: list[tuple], seen: set[int]) -> None:
+    name, value = named
+    if isinstance(value, torch.Tensor):
+        found.append((name, id(value), value._version))
+        return
+    if isinstance(value, (*_PLAIN, nn.Module)) or id(value) in seen:
+        return
+    seen.add(id(value))
+    inner: list[tuple[str, Any]] = []
+    if isinstance(value, Mapping):
+        inner += [(f"{name}[{key!r}]", item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        inner += [(f"{name}[{index}]", item) for index, item in enumerate(value)]
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    attributes = {item.name: getattr(value, item.name, None) for item in fields} | getattr(value, "__dict__", {})
+    inner += [(f"{name}.{key}", item) for key, item in attributes.items()]
+    found.append((name, len(inner)))
+    for item in inner:
+        _content(item, found, seen)

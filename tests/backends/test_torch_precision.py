@@ -1,0 +1,86 @@
+"""Low precision on models whose dtypes and layers are not the usual ones: what is told is what runs."""
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+import torch.nn.functional as F
+from applied_recipes import applied
+from torch import nn
+
+pytestmark = pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
+
+
+class Own(nn.Module):
+    """A linear layer that is no nn.Linear, a layer that is never called, and a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.unused = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.table = torch.randn(4)
+
+    def forward(self, x):
+        return self.norm(F.linear(x, self.weight)) + self.table
+
+
+def test_the_layers_that_autocast_runs_are_told_and_no_others():
+    torch.manual_seed(0)
+    effect = applied(Own(), "bf16", torch.randn(3, 4)).effect
+    assert effect.touched == ("Own",)
+    reasons = {item.name: item.reason for item in effect.skipped}
+    assert reasons.keys() == {"unused", "norm"}
+    assert "not called" in reasons["unused"]
+    assert "leaves it in float32" in reasons["norm"]
+
+
+def test_a_transformer_runs_in_bfloat16():
+    """torch's fast path does not look for autocast on a CPU, and would run in float32 all the same."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), torch.randn(2, 5, 16)
+    found = applied(model, "bf16", x)
+    assert "layers.0.linear1" in found.effect.touched
+    assert found.fidelity.relative_error > 2**-12, "as exact as float32: nothing was rounded to 8 bits"
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "half"])
+def test_nothing_to_cast_is_no_effect_and_changes_nothing(recipe):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    for model, example in ((nn.Softmax(-1), x), (nn.Linear(4, 4).bfloat16(), x.bfloat16())):
+        result = applied(model, recipe, example)
+        assert result.effect.status == "NO_EFFECT"
+        assert result.effect.notes
+        assert torch.equal(result.model(example), model(example))
+
+
+def test_bf16_does_nothing_to_float64():
+    model, x = nn.Linear(4, 4).double(), torch.randn(3, 4).double()
+    effect = applied(model, "bf16", x).effect
+    assert effect.status == "NO_EFFECT"
+    assert "float64" in effect.skipped[0].reason
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype"), [("half", torch.float64), ("half", torch.float16), ("bf16", torch.float16)]
+)
+def test_outputs_return_in_the_models_precision(recipe, dtype):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype), torch.randn(3, 4).to(dtype)
+    result = applied(model, recipe, x)
+    assert result.effect.status == "applied"
+    with torch.no_grad():
+        y, expected = result.model(x), model(x)
+    assert y.dtype == dtype
+    # two layers of unit roundoff 2^-8 on sums of values below 1
+    torch.testing.assert_close(y, expected, rtol=0, atol=4 * 2**-8)
+
+
+def test_half_takes_tensors_along_that_are_no_buffers():
+    torch.manual_seed(0)
+    result = applied(Own(), "half", torch.randn(3, 4))
+    assert result.model.table.dtype == torch.bfloat16
+    assert result.fidelity.reference == "a float64 run of the original"
