@@ -61,8 +61,8 @@ class Stages:
         self.programs: dict[Any, Program] = {}
 
     def compiled(self) -> Any:
-        """The program of the first call."""
-        return next(iter(self.programs.values())).compiled
+        """The program of the first call; None before it."""
+        return next((program.compiled for program in self.programs.values()), None)
 
     def pieces(self) -> tuple[Any, Any]:
         """Parameters and other state as the caller's model holds them."""

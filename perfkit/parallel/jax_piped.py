@@ -77,24 +77,26 @@ class Piped(OnMesh):
 
     Args:
         model: whose parameters are whole, and lie where they were.
+        shard: devices along "data" each hold a share of their stage's parameters, and gather them for a step.
     """
 
     scattered = True
 
-    def __init__(self, mesh: Mesh, model: JaxModel, cuts: Cuts, batch_dim: int | None = None):
+    def __init__(self, mesh: Mesh, model: JaxModel, cuts: Cuts, batch_dim: int | None = None, shard: bool = False):
         super().__init__(mesh, batch_dim)
         self.model, self.cuts = model, cuts
         whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
-        self.packing = Packing(whole, cuts.parts, cuts.owned)
+        self.packing = Packing(whole, cuts.parts, cuts.owned, mesh.shape["data"] if shard else 1)
+        self.rows = NamedSharding(mesh, PartitionSpec(AXIS, "data") if shard else PartitionSpec(AXIS))
         self._gathered = jax.jit(self.packing.unpacked, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._whole_rows = jax.jit(lambda packed: packed, out_shardings=NamedSharding(mesh, PartitionSpec(AXIS)))
 
-    def along_data(self, batch_dim: int) -> Piped:
-        """The same with the batch shared out along "data"."""
-        return Piped(self.mesh, self.model, self.cuts, batch_dim)
+    def along_data(self, batch_dim: int, shard: bool) -> Piped:
+        """The same with the batch shared out along "data"; with `shard` the stages' parameters too."""
+        return Piped(self.mesh, self.model, self.cuts, batch_dim, shard)
 
     def trained(self, params: Any) -> dict[str, jax.Array]:
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        return {dtype: put(rows, sharding) for dtype, rows in self.packing.rows(params).items()}
+        return {dtype: put(rows, self.rows) for dtype, rows in self.packing.rows(params).items()}
 
     def held(self, tree: Any) -> Any:
         """Whole parameters, gathered from all devices: every process calls it."""
@@ -108,6 +110,8 @@ class Piped(OnMesh):
         if any(row is not None for _, row in self.cuts.parts):
             return self.held(tree)
         leaves: dict[int, Any] = {}
+        if self.packing.shares > 1:
+            packed = self._whole_rows(packed)
         for stage, owned in enumerate(self.cuts.owned):
             device = self.mesh.devices.reshape(len(self.cuts.owned), -1)[stage, 0]
             if device.process_index == jax.process_index():
@@ -122,7 +126,7 @@ class Piped(OnMesh):
         return jax.tree.unflatten(jax.tree.structure(self.packing.whole), list(leaves))
 
     def bytes_of(self, params: Any) -> int:
-        return sum(rows[0].nbytes for rows in self.packing.rows(params).values())
+        return sum(rows[0].nbytes for rows in self.packing.rows(params).values()) // self.packing.shares
 
     def stored(self, state: Any) -> list[jax.Array]:
         return [each for leaf in jax.tree.leaves(state) for each in self._whole(leaf)]
@@ -145,8 +149,8 @@ class Piped(OnMesh):
     def _packs(self, leaf: jax.Array) -> bool:
         if len(self.packing.dtypes) > 1:
             raise UnsupportedError("checkpoints of stages are there for parameters of one dtype: train without them")
-        width = max(end for stage in range(len(self.cuts.owned)) for *_, end in self.packing.slices(stage).values())
-        return leaf.shape == (len(self.cuts.owned), width) and getattr(leaf.sharding, "spec", ())[:1] == (AXIS,)
+        form = len(self.cuts.owned), self.packing.width(*self.packing.dtypes)
+        return leaf.shape == form and getattr(leaf.sharding, "spec", ())[:1] == (AXIS,)
 
     def function(self, function: Function) -> Function:
         """The model on packed parameters, by the stages of all devices."""

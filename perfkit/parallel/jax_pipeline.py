@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 def refusal(work: Workload, recipe: PipelineParallel) -> str | None:
     """Why it is not there for this workload; None where it is."""
+    if work.layout is not None and work.layout.size("tensor") > 1:
+        return (
+            "in JAX the weights of a stage lie packed in one array, which cannot be split layer by layer: leave "
+            "tensor_parallel out, or share the batch by data_parallel"
+        )
     if recipe.schedule in ("1f1b", "interleaved"):
         return (
             f"schedule={recipe.schedule!r} is torch's: JAX differentiates the whole pipeline, so all forwards come "

@@ -21,7 +21,11 @@ from perfkit.backends import backend
 from perfkit.parallel import jax_checkpoint
 from perfkit.parallel.gathering import gathered
 
-CHAINS = {"pipeline": "pipeline_parallel(4)", "both": "pipeline_parallel(2)+data_parallel(2)"}
+CHAINS = {
+    "pipeline": "pipeline_parallel(4)",
+    "both": "pipeline_parallel(2)+data_parallel(2)",
+    "shard": "pipeline_parallel(2)+data_parallel(2, shard=True)",
+}
 STATEFUL = {  # four micro-batches of four rows, however many pipelines there are
     "pipeline": "pipeline_parallel(4, micro_batches=4)",
     "both": "pipeline_parallel(2, micro_batches=2)+data_parallel(2)",
@@ -66,17 +70,17 @@ def blocks():
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01))
     whole = bound(model, (normal(8, 16),), normal(8, 4), squared, optimizer, params)
     batch = whole.inputs, whole.training.targets
-    one, four, two = (
-        work.backend.finish(work)
-        for work in (whole, applied(whole, CHAINS["pipeline"])[0], applied(whole, CHAINS["both"])[0])
-    )
+    works = whole, *(applied(whole, CHAINS[chain])[0] for chain in ("pipeline", "both", "shard"))
+    one, four, two, shares = (work.backend.finish(work) for work in works)
     losses = [[float(each.train_step(batch)) for _ in range(STEPS)] for each in (one, four)]
     with tempfile.TemporaryDirectory() as folder:
         jax_checkpoint.write(Path(folder) / "four", four)
         jax_checkpoint.read(Path(folder) / "four", two)
         jax_checkpoint.write(Path(folder) / "two", two)
-        jax_checkpoint.read(Path(folder) / "two", one)
-    then = [float(each.train_step(batch)) for each in (four, two, one)]
+        jax_checkpoint.read(Path(folder) / "two", shares)
+        jax_checkpoint.write(Path(folder) / "shares", shares)
+        jax_checkpoint.read(Path(folder) / "shares", one)
+    then = [float(each.train_step(batch)) for each in (four, two, shares, one)]
     parts = applied(whole, "pipeline_parallel(2, split_at='blocks[3]')+data_parallel(2)")[0].spread.parts
     return {"losses": losses, "then": then, "parts": parts, "params": jax.tree.map(jnp.shape, four.params())}
 
@@ -295,7 +299,7 @@ def refusals():
         ("schedule", "pipeline_parallel(4, schedule='1f1b')", work),
         ("stages", "pipeline_parallel(2, stages=4)+data_parallel(2)", work),
         ("tensor", "pipeline_parallel(2)+tensor_parallel(2)", work),
-        ("shard", "pipeline_parallel(2)+data_parallel(2, shard=True)", work),
+        ("rounds", "pipeline_parallel(2)+local_sgd(2)", work),
         ("accumulate", "pipeline_parallel(4)", work.replace(training=replace(work.training, micro_batches=4))),
         ("dims", "pipeline_parallel(4)", work.replace(training=replace(work.training, micro_batches=2, batch_dim=1))),
     ):
