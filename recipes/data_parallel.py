@@ -69,8 +69,10 @@ class DataParallel(ParallelRecipe):
             from perfkit.parallel.jax_data import refusal
 
             return refusal(work, self)
-        if work.layout.size("pipeline") > 1 and self.shard:
-            return "the stages of pipeline_parallel are held whole: leave shard out"
+        if work.layout.size("pipeline") > 1 and self.precision:
+            return "the stages of a pipeline read inputs that FSDP2 does not cast: use 'bf16' in place of precision="
+        if work.layout.size("pipeline") > 1 and self.offload:
+            return "FSDP2's offload inside of a pipeline's stages has not been tried on several GPUs: leave it out"
         if work.layout.size("tensor") > 1 and not self.shard:
             return "torch's DistributedDataParallel does not take the parts of tensor_parallel: add shard=True"
         return "engine='pmap' is JAX's: leave it out, or give it a JAX model" if self.engine == "pmap" else None

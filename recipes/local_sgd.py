@@ -65,10 +65,9 @@ class LocalSgd(ParallelRecipe):
         devices = work.layout.size("data")
         if self.weights and len(self.weights) != devices:
             return f"weights has {len(self.weights)} entries for {devices} devices: give one for each"
-        if work.layout.size("pipeline") > 1:
-            return "a pipeline's stages make the training step themselves: use data_parallel with it"
-        if work.framework == "jax" and work.layout.size("tensor") > 1:
-            return "in JAX every device holds a whole model of its own: use data_parallel with tensor_parallel"
+        if work.framework == "jax" and work.layout.axes != ("data",):
+            other = next(axis for axis in work.layout.axes if axis != "data")
+            return f"in JAX every device holds a whole model of its own: use data_parallel with {other}_parallel"
         return indivisible(work, self.batch_dim)
 
     def shares(self, devices):

@@ -17,7 +17,7 @@ class PipelineParallel(ParallelRecipe):
     bubble. Each process is given the whole batch, and is told the loss of the whole batch.
 
     PyTorch: torch.distributed.pipelining. `result.model` holds the parameters of this process' stage; calling it, on
-    every process with the same batch, gives whole outputs without gradients. JAX: training; one program by `shard_map`.
+    every process with the same batch, gives whole outputs without gradients. JAX: one program by `shard_map`.
 
     Args:
         size: how many devices; None for all that the chain's other recipes leave.
@@ -61,8 +61,6 @@ class PipelineParallel(ParallelRecipe):
             return "it times the layers on a batch: pass example_inputs"
         if reason := super().refusal(work):
             return reason
-        if work.layout.size("tensor") > 1:
-            return "its stages are not split once more: leave tensor_parallel out, or share the batch by data_parallel"
         plan = planned(work, self)
         if isinstance(plan, str):
             return plan

@@ -35,12 +35,15 @@ class TensorParallel(ParallelRecipe, LayerRecipe):
     def refusal(self, work):
         if work.inputs is None:
             return "it reads from a call which layer takes whose output: pass example_inputs"
+        if work.layout is not None and work.layout.size("pipeline") > 1 and (self.include or self.exclude):
+            return "each process of a pipeline sees the layers of its stage alone: leave include and exclude out"
         return super().refusal(work)
 
     def torch(self, work):
+        from perfkit.parallel.torch_stagewise import in_each_stage
         from perfkit.parallel.torch_tensor import tensor_parallel
 
-        return tensor_parallel(work, self)
+        return in_each_stage(work, lambda work: tensor_parallel(work, self))
 
     def jax(self, work):
         from perfkit.parallel.jax_tensor import tensor_parallel

@@ -20,7 +20,7 @@ from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, Finished, Rounds, Traffic, check_loss, does_not_run
 from perfkit.backends.jax_compile import WITHOUT_YNNPACK, persistent_cache, watching
-from perfkit.backends.jax_dress import as_called, become, dressed, finished, writer
+from perfkit.backends.jax_dress import as_called, changing, dressed, finished, run_by, writer
 from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
 from perfkit.backends.jax_placement import device_bytes
 from perfkit.backends.jax_precision import cast
@@ -65,9 +65,13 @@ class JaxBackend(Backend):
         return work  # arrays are immutable, and finishing makes modules of its own
 
     def finish(self, work: Workload) -> Finished:
-        if work.training is None:
-            return finished(work.model)
-        return _finished_training(work)
+        if work.training is not None:
+            return _finished_training(work)
+        if work.model.placement.scattered:
+            from perfkit.parallel.jax_forward import in_stages
+
+            return in_stages(work.model)
+        return finished(work.model)
 
     def synchronize(self, outputs: Any) -> None:
         jax.block_until_ready(outputs)
@@ -309,14 +313,16 @@ def _memory_kind(leaf: jax.Array) -> str:
     return next(iter(leaf.devices())).default_memory().kind
 
 
-def _gathering(module: nnx.Module, trainer: Trainer, model: JaxModel) -> None:
+def _gathering(module: nnx.Module, trainer: Trainer, model: NnxModel) -> None:
     """Let a call of a module gather its parameters from all devices first."""
-    function = jax.jit(model.function())
+    programs: dict[Any, Callable] = {}
 
-    def __call__(_, *args, **kwargs):
-        return function(*trainer.held, *args, **kwargs)[0]
+    def run(function, key, _, rest, args, kwargs):
+        if key not in programs:
+            programs[key] = jax.jit(changing(function))
+        return programs[key](trainer.held[0], rest, args, kwargs)
 
-    become(module, __call__)
+    run_by(module, model, run)
 
 
 def _nowhere() -> None:

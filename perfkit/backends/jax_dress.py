@@ -11,7 +11,7 @@ from flax import nnx
 
 from perfkit.backends import Finished
 from perfkit.backends.jax_compile import Program
-from perfkit.backends.jax_model import JaxModel, LinenModel, NnxModel, nnx_function
+from perfkit.backends.jax_model import Function, JaxModel, LinenModel, NnxModel, nnx_function
 from perfkit.backends.jax_quantized import is_quantized
 from perfkit.backends.jax_trees import leaves
 
@@ -21,7 +21,7 @@ def finished(model: JaxModel) -> Finished:
     if isinstance(model, NnxModel):
         module, runner = dressed(model)
         program = (lambda: runner.program.compiled) if model.ahead else None
-        return Finished(module, module, lambda: _keeping_variables(module), program=program)
+        return Finished(module, module, lambda: keeping_variables(module), program=program)
     run = as_called(model)
     params = _packed(model)
     program = (lambda: run.program.compiled) if model.ahead else None
@@ -45,13 +45,16 @@ class DressedFunction:
     """A transformed function with the signature of the original: `function(params, *inputs)`.
 
     For a flax linen module it stands for `module.apply`, and has that name too.
+
+    Args:
+        function: what it calls; by default the model's.
     """
 
-    def __init__(self, model: JaxModel):
+    def __init__(self, model: JaxModel, function: Function | None = None):
         self.model = model
         self.apply = self
         self.__name__ = model.name
-        function = model.function()
+        function = function or model.function()
 
         def run(packed, args, kwargs):
             params, rest = _unpacked(model, packed)
@@ -99,6 +102,37 @@ def become(module: nnx.Module, __call__: Callable) -> None:
     base = type(module)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     module.__class__ = type(base.__name__, (base,), {**names, "__call__": __call__})
+
+
+def changing(function: Function) -> Callable[[Any, Any, tuple, dict], tuple[Any, dict[int, Any]]]:
+    """`run(params, rest, args, kwargs)`: a model's outputs, and by their numbers the leaves of `rest` that changed."""
+
+    def run(params: Any, rest: Any, args: tuple, kwargs: dict) -> tuple[Any, dict[int, Any]]:
+        outputs, new = function(params, rest, *args, **kwargs)
+        pairs = enumerate(zip(jax.tree.leaves(new), jax.tree.leaves(rest), strict=True))
+        return outputs, {number: new for number, (new, old) in pairs if new is not old}
+
+    return run
+
+
+def run_by(module: nnx.Module, model: NnxModel, run: Callable[..., tuple[Any, dict[int, Any]]]) -> None:
+    """Let `run(function, key, params, rest, args, kwargs)` do what a module's call asks for.
+
+    The function is the module's in the mode in which it is then, which `key` tells; what is given back is as `changing`
+    has it, and is written into the module.
+    """
+
+    def __call__(module, *args, **kwargs):
+        graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+        function = model.transformed(nnx_function(model.original, graphdef))
+        outputs, changed = run(function, graphdef, params, rest, args, kwargs)
+        if changed:
+            state, structure = jax.tree.flatten(rest)
+            new = [changed.get(number, leaf) for number, leaf in enumerate(state)]
+            nnx.update(module, jax.tree.unflatten(structure, new))
+        return outputs
+
+    become(module, __call__)
 
 
 class _Eager:
@@ -202,7 +236,7 @@ def _indices(state: nnx.State, module: nnx.Module, index_of: dict[int, int]) -> 
 
 
 @contextmanager
-def _keeping_variables(module: nnx.Module) -> Iterator[None]:
+def keeping_variables(module: nnx.Module) -> Iterator[None]:
     variables = gather(module)[0]
     before = [variable.get_raw_value() for variable in variables]
     try:

@@ -18,7 +18,8 @@ class Placement(ABC):
     """Where a model's arrays lie. Parameters carry their sharding themselves; everything else is asked of this.
 
     Attributes:
-        scattered: whether devices hold different parameters: then a call of the model gathers them first.
+        scattered: whether devices hold different parameters: then the model that is trained gathers them to be called,
+            and one for inference is called in stages.
     """
 
     scattered = False

@@ -16,7 +16,7 @@ from torch._dynamo.callback import callback_handler
 
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import FIXED_SHAPES, around_call, compile_in_place, derive
+from perfkit.backends.torch_surgery import COMPILED_WITH, FIXED_SHAPES, around_call, compile_in_place, derive
 
 
 def missing_compiler(device: str) -> str | None:
@@ -49,6 +49,23 @@ def compiled(work: Workload, mode: str, freezing: bool, **settings: Any) -> tupl
     if not work.trains:
         around_call(work.model, _FrozenInference if freezing else torch.no_grad)
     return work, Effect((work.backend.model_name(work),), tuple(_left_eager(work.model)), notes)
+
+
+def uncompiled(model: nn.Module) -> dict[str, Any] | None:
+    """Take off a model what `compiled` put around it; returns the settings that it compiles with, None without.
+
+    Weights are not frozen by these settings.
+    """
+    kind = next((kind for kind in type(model).__mro__ if COMPILED_WITH in vars(kind)), None)
+    if kind is None:
+        return None
+    settings = dict(vars(kind)[COMPILED_WITH])
+    settings["options"] = {name: value for name, value in settings["options"].items() if name != "freezing"}
+    model.__class__ = kind.__mro__[1]
+    model._compiled_call_impl = None
+    for name in ("_perfkit_frozen", "_perfkit_written"):
+        vars(model).pop(name, None)
+    return settings
 
 
 class _FrozenInference:

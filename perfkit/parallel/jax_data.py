@@ -39,8 +39,6 @@ def refusal(work: Workload, recipe: DataParallel) -> str | None:
         return "precision is torch's, for the weights that FSDP2 gathers: use 'bf16+data_parallel(shard=True)'"
     if recipe.offload:
         return "offload is torch's: in JAX every array lies on a device of the mesh"
-    if recipe.shard and work.layout is not None and work.layout.size("pipeline") > 1:
-        return "the stages of pipeline_parallel are held whole: leave shard out"
     if recipe.engine == "pmap" and recipe.shard:
         return "jax.pmap keeps whole parameters on each device: use engine='jit' with shard"
     if recipe.engine == "pmap" and work.layout is not None and work.layout.axes != (AXIS,):
@@ -54,7 +52,7 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     named, structure = leaves_with_names(model.params)
     if isinstance(model.placement, Piped):
         touched = tuple(name for name, _ in named)
-        return _told(work, model.placement.along_data(recipe.batch_dim), touched, (), recipe)
+        return _told(work, model.placement.along_data(recipe.batch_dim, recipe.shard), touched, (), recipe)
     placed, taken, skipped = [], [], []
     for name, leaf in named:
         leaf = replicated(leaf, mesh)

@@ -95,8 +95,8 @@ class OnMesh(Placement):
         rows = self.batch_dim is not None and shared_rows(batch, self.batch_dim, self.mesh.shape["data"])
 
         def of(leaf: Any) -> Any:
-            if not isinstance(leaf, (jax.Array, np.ndarray)):
-                return leaf
+            if not isinstance(leaf, (jax.Array, np.ndarray)) or isinstance(leaf, jax.core.Tracer):
+                return leaf  # a program of the caller's decides where it lies
             dim = axis_of(leaf.shape, rows, self.batch_dim) if rows else None
             spec = PartitionSpec() if dim is None else PartitionSpec(*(None,) * dim, "data")
             return put(leaf, NamedSharding(self.mesh, spec))

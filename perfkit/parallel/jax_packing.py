@@ -22,11 +22,13 @@ class Packing:
         whole: the parameters' tree, without numbers.
         parts: what its leaves were taken apart into: number of the leaf, and row where it is a stack of blocks.
         owned: numbers of the parts that each stage has.
+        shares: into how many equal shares a row can be cut.
     """
 
     whole: Any
     parts: tuple[Part, ...]
     owned: tuple[tuple[int, ...], ...]
+    shares: int = 1
 
     @cached_property
     def forms(self) -> list[jax.ShapeDtypeStruct]:
@@ -50,6 +52,13 @@ class Packing:
             ends[name] += size
         return found
 
+    def width(self, dtype: str) -> int:
+        """Numbers in a row of a dtype: those of the stage that has most, and more where that cannot be shared."""
+        ends = (
+            end for stage in range(len(self.owned)) for name, _, end in self.slices(stage).values() if name == dtype
+        )
+        return -(-max(ends) // self.shares) * self.shares
+
     def rows(self, params: Any) -> dict[str, np.ndarray]:
         """Parameters, or what is shaped like them, packed: by dtype one row for each stage."""
         whole = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
@@ -57,8 +66,7 @@ class Packing:
         where = [self.slices(stage) for stage in range(len(self.owned))]
         packed = {}
         for dtype in self.dtypes:
-            width = max(end for each in where for name, _, end in each.values() if name == dtype)
-            rows = np.zeros((len(where), width), jnp.dtype(dtype))
+            rows = np.zeros((len(where), self.width(dtype)), jnp.dtype(dtype))
             for stage, each in enumerate(where):
                 for index, (name, start, end) in each.items():
                     if name == dtype:

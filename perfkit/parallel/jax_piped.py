@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from perfkit._batch import axis_of
 from perfkit._errors import InvalidInputError, UnsupportedError
+from perfkit.backends.jax_trees import leaves_with_names
 from perfkit.parallel.jax_inlined import inlined
 from perfkit.parallel.jax_mesh import OnMesh, local, put
 from perfkit.parallel.jax_packing import Packing
@@ -31,11 +32,12 @@ def operations_of(function: Function, params: Any, rest: Any, args: Any, kwargs:
     """What a model computes of one micro-batch.
 
     Raises:
-        UnsupportedError: it changes its other state.
+        UnsupportedError: its state changes in a way that cannot go from micro-batch to micro-batch.
     """
     weights, structure = jax.tree.flatten(params)
     others, around = jax.tree.flatten((rest, args, kwargs))
     found: list[int] = []
+    made: list[Any] = []
 
     def call(*given: Any) -> list[Any]:
         params = jax.tree.unflatten(structure, given[: len(weights)])
@@ -43,16 +45,31 @@ def operations_of(function: Function, params: Any, rest: Any, args: Any, kwargs:
         outputs, new = function(params, rest, *args, **kwargs)
         leaves = jax.tree.leaves(outputs)
         found[:] = [len(leaves)]
+        made[:] = [
+            (jax.tree.structure(state), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)])
+            for state in (rest, new)
+        ]
         return [*leaves, *jax.tree.leaves(new)]
 
     closed, parts = inlined(call, weights, others)
-    count, state = len(parts), len(jax.tree.leaves(rest))
-    if list(closed.jaxpr.outvars[found[0] :]) != list(closed.jaxpr.invars[count : count + state]):
+    if made[0] != made[1]:
         raise UnsupportedError(
-            "the model changes state as it runs (running statistics, or the counter of its random numbers), which "
-            "every micro-batch would do: train it with data_parallel, or without batch norm and dropout"
+            "the model adds state as it runs, or changes its shape or dtype: a micro-batch could not begin with what "
+            "the one before left; train it with data_parallel"
         )
-    return Operations(closed, parts, found[0])
+    operations = Operations(closed, parts, found[0])
+    names = [name for name, _ in leaves_with_names(rest)[0]]
+    handed = {old for number, (old, _) in enumerate(operations.state) if number in operations.carried}
+    for number in operations.carried:
+        old, new = operations.state[number]
+        if not jnp.issubdtype(old.aval.dtype, jnp.floating) or new in handed:
+            raise UnsupportedError(
+                f"{names[number]} changes with the batch and is no floating-point array of its own, such as a running "
+                "statistic: micro-batches could not be averaged; train the model with data_parallel"
+            )
+    if any(atom is old for atom in closed.jaxpr.outvars[: found[0]] for old in handed):
+        raise UnsupportedError("the model returns state that changes with the batch: train it with data_parallel")
+    return operations
 
 
 class Piped(OnMesh):
@@ -60,24 +77,26 @@ class Piped(OnMesh):
 
     Args:
         model: whose parameters are whole, and lie where they were.
+        shard: devices along "data" each hold a share of their stage's parameters, and gather them for a step.
     """
 
     scattered = True
 
-    def __init__(self, mesh: Mesh, model: JaxModel, cuts: Cuts, batch_dim: int | None = None):
+    def __init__(self, mesh: Mesh, model: JaxModel, cuts: Cuts, batch_dim: int | None = None, shard: bool = False):
         super().__init__(mesh, batch_dim)
         self.model, self.cuts = model, cuts
         whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model.params)
-        self.packing = Packing(whole, cuts.parts, cuts.owned)
+        self.packing = Packing(whole, cuts.parts, cuts.owned, mesh.shape["data"] if shard else 1)
+        self.rows = NamedSharding(mesh, PartitionSpec(AXIS, "data") if shard else PartitionSpec(AXIS))
         self._gathered = jax.jit(self.packing.unpacked, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._whole_rows = jax.jit(lambda packed: packed, out_shardings=NamedSharding(mesh, PartitionSpec(AXIS)))
 
-    def along_data(self, batch_dim: int) -> Piped:
-        """The same with the batch shared out along "data"."""
-        return Piped(self.mesh, self.model, self.cuts, batch_dim)
+    def along_data(self, batch_dim: int, shard: bool) -> Piped:
+        """The same with the batch shared out along "data"; with `shard` the stages' parameters too."""
+        return Piped(self.mesh, self.model, self.cuts, batch_dim, shard)
 
     def trained(self, params: Any) -> dict[str, jax.Array]:
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        return {dtype: put(rows, sharding) for dtype, rows in self.packing.rows(params).items()}
+        return {dtype: put(rows, self.rows) for dtype, rows in self.packing.rows(params).items()}
 
     def held(self, tree: Any) -> Any:
         """Whole parameters, gathered from all devices: every process calls it."""
@@ -91,6 +110,8 @@ class Piped(OnMesh):
         if any(row is not None for _, row in self.cuts.parts):
             return self.held(tree)
         leaves: dict[int, Any] = {}
+        if self.packing.shares > 1:
+            packed = self._whole_rows(packed)
         for stage, owned in enumerate(self.cuts.owned):
             device = self.mesh.devices.reshape(len(self.cuts.owned), -1)[stage, 0]
             if device.process_index == jax.process_index():
@@ -105,7 +126,7 @@ class Piped(OnMesh):
         return jax.tree.unflatten(jax.tree.structure(self.packing.whole), list(leaves))
 
     def bytes_of(self, params: Any) -> int:
-        return sum(rows[0].nbytes for rows in self.packing.rows(params).values())
+        return sum(rows[0].nbytes for rows in self.packing.rows(params).values()) // self.packing.shares
 
     def stored(self, state: Any) -> list[jax.Array]:
         return [each for leaf in jax.tree.leaves(state) for each in self._whole(leaf)]
@@ -128,18 +149,18 @@ class Piped(OnMesh):
     def _packs(self, leaf: jax.Array) -> bool:
         if len(self.packing.dtypes) > 1:
             raise UnsupportedError("checkpoints of stages are there for parameters of one dtype: train without them")
-        width = max(end for stage in range(len(self.cuts.owned)) for *_, end in self.packing.slices(stage).values())
-        return leaf.shape == (len(self.cuts.owned), width) and getattr(leaf.sharding, "spec", ())[:1] == (AXIS,)
+        form = len(self.cuts.owned), self.packing.width(*self.packing.dtypes)
+        return leaf.shape == form and getattr(leaf.sharding, "spec", ())[:1] == (AXIS,)
 
     def function(self, function: Function) -> Function:
         """The model on packed parameters, by the stages of all devices."""
 
         def run(packed: dict[str, jax.Array], rest: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            return self._run(function, packed, rest, args, kwargs), rest
+            return self._run(function, packed, rest, args, kwargs)
 
         return run
 
-    def _run(self, function: Function, packed: Any, rest: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, function: Function, packed: Any, rest: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         cuts, parts = self.cuts, self.mesh.shape.get("data", 1) if self.batch_dim is not None else 1
         micro_batches = cuts.micro_batches * parts
         inputs, structure = jax.tree.flatten((args, kwargs))
@@ -160,7 +181,8 @@ class Piped(OnMesh):
 
         forms = self.packing.whole
         micro = jax.tree.unflatten(structure, map(one, inputs, dims))
-        operations = operations_of(function, forms, rest, *micro)
+        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), rest)  # of no mesh
+        operations = operations_of(function, forms, state, *micro)
         if len(operations.eqns) != cuts.operations:
             raise UnsupportedError(
                 f"the model was cut into stages at {cuts.operations} operations, and has {len(operations.eqns)} for "
@@ -169,16 +191,20 @@ class Piped(OnMesh):
         data = "data" if parts > 1 else None
         given = [PartitionSpec() if dim is None else PartitionSpec(*(None,) * dim, data) for dim in dims]
         made = [PartitionSpec(AXIS, *(None,) * dim, data) for dim in cuts.output_dims]
+        leaves, around = jax.tree.flatten(rest)
         body = jax.shard_map(
-            partial(turns, operations, self.packing, cuts, dims),
+            partial(turns, operations, self.packing, cuts, dims, (data, parts) if data else None),
             mesh=self.mesh,
             in_specs=(PartitionSpec(AXIS), PartitionSpec(), given),
-            out_specs=made,
+            out_specs=(made, PartitionSpec()),
             check_vma=False,
         )
-        leaves = [stages[-1] for stages in body(packed, jax.tree.leaves(rest), inputs)]
+        found, new = body(packed, leaves, inputs)
+        changed = {*operations.alone, *operations.carried}
+        new = [new[number] if number in changed else leaf for number, leaf in enumerate(leaves)]
         outputs, _ = jax.eval_shape(function, forms, rest, *args, **kwargs)
-        return jax.tree.unflatten(jax.tree.structure(outputs), leaves)
+        outputs = jax.tree.unflatten(jax.tree.structure(outputs), [stages[-1] for stages in found])
+        return outputs, jax.tree.unflatten(around, new)
 
 
 def _row(rows: jax.Array, device: Any) -> jax.Array:

@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
 def refusal(work: Workload, recipe: PipelineParallel) -> str | None:
     """Why it is not there for this workload; None where it is."""
-    if not work.trains:
-        return "in JAX it is for training: for inference take tensor_parallel, or one process for each device"
+    if work.layout is not None and work.layout.size("tensor") > 1:
+        return (
+            "in JAX the weights of a stage lie packed in one array, which cannot be split layer by layer: leave "
+            "tensor_parallel out, or share the batch by data_parallel"
+        )
     if recipe.schedule in ("1f1b", "interleaved"):
         return (
             f"schedule={recipe.schedule!r} is torch's: JAX differentiates the whole pipeline, so all forwards come "
@@ -47,15 +50,15 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     """Each device holds the weights of its stage, packed, and micro-batches follow each other through the devices.
 
     Raises:
-        UnsupportedError: the model cannot be cut into so many stages, or changes state as it runs.
+        UnsupportedError: the model cannot be cut into so many stages, or its state cannot go from one micro-batch to
+            the next.
     """
     plan, model = planned(work, recipe), work.model
-    assert isinstance(plan, Plan), plan
+    if isinstance(plan, str):  # what the recipes before it made of the batch
+        raise UnsupportedError(plan)
     if plan.devices == 1:
         return work, Effect(notes=("one device along the pipeline axis: nothing to cut",))
-    if work.training.micro_batches > 1:
-        raise UnsupportedError("a pipeline divides the batch itself: leave accumulate out, and set micro_batches=")
-    if work.training.teacher is not None:
+    if work.training and work.training.teacher is not None:
         raise UnsupportedError(
             "a recipe before it compares with the outputs of the whole original: train with it alone"
         )
@@ -87,20 +90,47 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
         _output_dims(work, plan, (args, kwargs)),
     )
     placement = Piped(mesh_of(work.layout), model, cuts)
-    _check_optimizer(work, placement)
+    if work.training:
+        _check_optimizer(work, placement)
     layers = [list(dict.fromkeys(operations.layers[index] for index in each)) for each in owned]
     for stage, (start, end) in enumerate(spans(places, len(operations.eqns))):  # one without weights, by what it does
         layers[stage] = layers[stage] or [eqn.primitive.name for eqn in operations.eqns[start:end]]
     told = replace(plan, schedule="gpipe").told(layers, max(costs.sent_bytes[place] for place in places))
     spread = work.spread or Spread()
     spread = replace(spread, parts=(*spread.parts, told), balance=costs.shares(places), bubble=plan.bubble)
-    notes = (
-        told,
-        "each device holds the weights and optimizer state of its stage; a backward computes activations again",
-        f"one program by jax.shard_map over {work.layout}, on {work.world.size} process(es)",
-    )
+    notes = (told, *_notes(work), *_about_numbers(work, operations))
     work = work.replace(model=replace(model, placement=placement), spread=spread)
     return work, Effect(tuple(name for each in layers for name in each), (), notes)
+
+
+def _notes(work: Workload) -> list[str]:
+    """How it runs."""
+    holds = "each device holds the weights of its stage"
+    if work.trains:
+        holds = "each device holds the weights and optimizer state of its stage; a backward computes activations again"
+    notes = [holds, f"one program by jax.shard_map over {work.layout}, on {work.world.size} process(es)"]
+    if work.training and (passes := work.training.micro_batches) > 1:
+        notes.append(f"accumulate's {passes} parts of a batch go through the stages one after the other")
+    return notes
+
+
+def _about_numbers(work: Workload, operations: Operations) -> list[str]:
+    """In what losses may differ from those of the whole batch."""
+    notes = []
+    if operations.carried:
+        names = [name for name, _ in leaves_with_names(work.model.rest)[0]]
+        norms = ", ".join(
+            dict.fromkeys(names[number].rpartition(".")[0] or names[number] for number in operations.carried)
+        )
+        notes.append(f"{norms}: statistics of each micro-batch, so losses differ from those of the whole batch")
+    if operations.draws and operations.alone:
+        notes.append("each micro-batch draws random numbers of its own, as if they came one after the other")
+    if operations.draws and not operations.alone:
+        notes.append(
+            "random numbers come from a key among the inputs, and are the same in each micro-batch: with the key in "
+            "the model (nnx.Rngs) each draws its own"
+        )
+    return notes
 
 
 def _cut(

@@ -19,6 +19,12 @@ from perfkit.parallel.jax_stages import Operations
 
 AXIS = "pipeline"
 
+State = dict[int, jax.Array]
+"""Leaves of a model's state by their numbers."""
+
+Turn = tuple[jax.Array, State, list[jax.Array]]
+"""What a stage makes of a micro-batch: what goes on, the state that it carries, the model's outputs."""
+
 
 @dataclass(frozen=True)
 class Cuts:
@@ -48,20 +54,32 @@ def turns(
     packing: Packing,
     cuts: Cuts,
     dims: Sequence[int | None],
+    data: tuple[str, int] | None,
     packed: dict[str, jax.Array],
     rest: list[jax.Array],
     inputs: list[Any],
-) -> list[jax.Array]:
+) -> tuple[list[jax.Array], list[jax.Array]]:
     """One device's part of a batch: as many turns as it takes until the last stage has had the last micro-batch.
+
+    State that changes by itself is in each micro-batch what it were if all of them, those of other pipelines too, came
+    one after the other: so each draws random numbers of its own. Other state goes from one micro-batch of this pipeline
+    to the next, and is averaged over the pipelines.
 
     Args:
         dims: of each input the dimension of the rows; None where each micro-batch takes all of it.
+        data: the axis along which pipelines share the batch, and their number.
         packed: this device's row of the parameters.
+        rest: leaves of the model's state.
 
     Returns:
-        Of each output of the model its rows, behind a dimension of 1; what counts is the last stage's.
+        Of each output of the model its rows, behind a dimension of 1; what counts is the last stage's. And the leaves
+        of the new state.
     """
     stages, count = len(cuts.owned), cuts.micro_batches
+    axis, pipelines = data or ("", 1)
+    first = count * lax.axis_index(axis) if data else 0
+    after, series = _series(operations, rest, count * pipelines)
+    keepers = operations.keepers(cuts.places)
     here, row = lax.axis_index(AXIS), {dtype: rows[0] for dtype, rows in packed.items()}
     parted = [leaf if dim is None else _parted(leaf, dim, count) for leaf, dim in zip(inputs, dims, strict=True)]
     outputs = [var.aval for var in operations.closed.jaxpr.outvars[: operations.outputs]]
@@ -70,22 +88,24 @@ def turns(
     nothing = jnp.zeros(max(sum(math.prod(form.shape) for form in forms) for forms in sent), dtype)
 
     def branch(stage: int, start: int, end: int) -> Callable:
-        run = operations.stage(start, end)
+        keeps = [number for number, keeper in keepers.items() if keeper == stage]
+        run = operations.stage(start, end, keeps)
 
-        def on_rows(row: dict, buffer: jax.Array, mine: list) -> tuple[jax.Array, list[jax.Array]]:
+        def on_rows(row: dict, buffer: jax.Array, carried: State, state: list, mine: list) -> Turn:
             received = _unflattened(buffer, sent[stage - 1]) if stage else []
-            found = run(packing.weights(stage, row), received, [*rest, *mine])
+            found, new = run(packing.weights(stage, row), received, [*state, *mine])
             if stage == stages - 1:
-                return nothing, found
-            return _flattened(found, nothing), _zeros(outputs)
+                return nothing, carried | new, found
+            return _flattened(found, nothing), carried | new, _zeros(outputs)
 
         return on_rows
 
     places = spans(cuts.places, len(operations.eqns))
     branches = [branch(stage, *place) for stage, place in enumerate(places)]
-    branches.append(lambda *_: (nothing, _zeros(outputs)))  # while nothing is there to work on
+    branches.append(lambda _row, _buffer, carried, *_: (nothing, carried, _zeros(outputs)))  # nothing to work on yet
 
-    def turn(buffer: jax.Array, time: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    def turn(carry: tuple[jax.Array, State], time: jax.Array) -> tuple[tuple[jax.Array, State], list[jax.Array]]:
+        buffer, carried = carry
         number = time - here
         at = jnp.clip(number, 0, count - 1)
         mine = [
@@ -93,12 +113,31 @@ def turns(
             for leaf, dim in zip(parted, dims, strict=True)
         ]
         stage = jnp.where(at == number, here, stages)
+        known = {index: lax.dynamic_index_in_dim(leaf, first + at, keepdims=False) for index, leaf in series.items()}
+        carried = lax.stop_gradient(carried)
+        state = [(known | carried).get(index, leaf) for index, leaf in enumerate(rest)]
         work = jax.checkpoint(lambda *given: lax.switch(stage, branches, *given), prevent_cse=False)
-        onwards, found = work(row, buffer, mine)
-        return lax.ppermute(onwards, AXIS, [(each, each + 1) for each in range(stages - 1)]), found
+        onwards, carried, found = work(row, buffer, carried, state, mine)
+        return (lax.ppermute(onwards, AXIS, [(each, each + 1) for each in range(stages - 1)]), carried), found
 
-    _, made = lax.scan(turn, nothing, jnp.arange(count + stages - 1))
-    return [_joined(leaf[stages - 1 :], dim)[None] for leaf, dim in zip(made, cuts.output_dims, strict=True)]
+    begun = {index: rest[index] for index in keepers}
+    (_, carried), made = lax.scan(turn, (nothing, begun), jnp.arange(count + stages - 1))
+    for index, leaf in carried.items():
+        leaf = lax.psum(jnp.where(here == keepers[index], lax.stop_gradient(leaf), 0), AXIS)
+        after[index] = lax.pmean(leaf, axis) if data else leaf
+    rows = [_joined(leaf[stages - 1 :], dim)[None] for leaf, dim in zip(made, cuts.output_dims, strict=True)]
+    return rows, after
+
+
+def _series(operations: Operations, rest: list[jax.Array], count: int) -> tuple[list[jax.Array], State]:
+    """The state after so many micro-batches, as far as it changes by itself; and those leaves before each of them."""
+    if not operations.alone:
+        return list(rest), {}
+
+    def one(state: list[jax.Array], _: None) -> tuple[list[jax.Array], State]:
+        return operations.advanced(state), {index: state[index] for index in operations.alone}
+
+    return lax.scan(one, list(rest), length=count)
 
 
 def _parted(leaf: jax.Array, dim: int, count: int) -> jax.Array:

@@ -25,9 +25,9 @@ class Plan:
         devices: along the pipeline.
         stages: how many; several of each device where they are interleaved.
         schedule: "1f1b", "gpipe" or "interleaved".
-        micro_batches: into how many parts the rows of one process are divided.
+        micro_batches: into how many parts the rows of one process are divided; of several passes, those of one pass.
         rows: of one micro-batch.
-        parts: how many micro-batches there are in the whole example batch, along "data" too.
+        parts: how many micro-batches there are in the whole example batch, along "data" and of all passes.
     """
 
     devices: int
@@ -62,18 +62,45 @@ def planned(work: Workload, recipe: PipelineParallel) -> Plan | str:
         )
     if recipe.split_at and len(recipe.split_at) != stages - 1:
         return f"split_at names {len(recipe.split_at)} layer(s) to cut at, and {stages} stages need {stages - 1}"
+    if reason := _cannot_accumulate(work, recipe, schedule):
+        return reason
     rows = length(work, recipe.batch_dim)
     if rows is None:
         return f"the first input has no dimension {recipe.batch_dim} to divide: set batch_dim="
-    if rows % data:
-        return f"a batch of {rows} rows (dimension {recipe.batch_dim}) cannot be shared by {data} devices evenly"
-    count = recipe.micro_batches or _micro_batches(rows // data, devices, schedule)
-    if count is None or (rows // data) % count:
+    passes = work.training.micro_batches if work.training else 1
+    if rows % (data * passes):
+        shared = f" in {passes} parts by accumulate" if passes > 1 else ""
+        return (
+            f"a batch of {rows} rows (dimension {recipe.batch_dim}) cannot be shared by {data} devices evenly{shared}"
+        )
+    each = rows // data // passes
+    count = recipe.micro_batches or _micro_batches(each, devices, schedule)
+    if count is None or each % count:
         told = f"{count} micro-batches" if count else f"{devices} or more micro-batches, one for each device,"
-        return f"{rows // data} rows of a process cannot be divided into {told} evenly: set micro_batches="
-    if not _suits(count, devices, schedule):
-        return f"{count} micro-batches are too few or too odd for {schedule!r}: take a multiple of {devices}"
-    return Plan(devices, stages, schedule, count, rows // data // count, data * count)
+        whose = "process" if passes == 1 else "process in each part of accumulate"
+        return f"{each} rows of a {whose} cannot be divided into {told} evenly: set micro_batches="
+    scheduled = count if work.framework == "jax" else count * passes
+    for number in (count, scheduled):
+        if not _suits(number, devices, schedule):
+            return f"{number} micro-batches are too few or too odd for {schedule!r}: take a multiple of {devices}"
+    return Plan(devices, stages, schedule, scheduled, each // count, data * count * passes)
+
+
+def _cannot_accumulate(work: Workload, recipe: PipelineParallel, schedule: str) -> str | None:
+    """Why the parts that `accumulate` makes cannot go through the stages; None where they can."""
+    if work.training is None or work.training.micro_batches == 1:
+        return None
+    if work.training.batch_dim != recipe.batch_dim:
+        return (
+            f"accumulate cuts the batch along dimension {work.training.batch_dim}, and pipeline_parallel along "
+            f"{recipe.batch_dim}: give both the same batch_dim="
+        )
+    if work.framework == "torch" and schedule == "gpipe":
+        return (
+            "schedule='gpipe' keeps the activations of all micro-batches until the last one, so accumulate would save "
+            "nothing: leave schedule out, and 1f1b keeps those of few"
+        )
+    return None
 
 
 def _micro_batches(rows: int, devices: int, schedule: str) -> int | None:

@@ -20,7 +20,7 @@ from perfkit.backends.torch_surgery import copied, map_tensors
 from perfkit.parallel.batch import part
 from perfkit.parallel.spread import Spread
 from perfkit.parallel.torch_mesh import alike, follow, mesh_of
-from perfkit.parallel.torch_pipe import pipelined
+from perfkit.parallel.torch_pipe import pipelined, shard_stages
 
 if TYPE_CHECKING:
     from perfkit.recipes.data_parallel import DataParallel
@@ -37,9 +37,18 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     work = part(work, recipe.batch_dim, mesh.get_local_rank(), map_tensors)
     model = work.model
     alike(model, group)
-    idle = [] if pipelined(model) else unused(work)
+    pipe = pipelined(model)
+    idle = [] if pipe else unused(work)
     notes = [*_about_norms(model, work.device, group), *_about_unused(idle)]
-    if recipe.shard:
+    if recipe.shard and pipe:
+        before = dict(model.named_parameters())
+        shard_stages(model, pipe, mesh)
+        follow(work.training.optimizer, before, dict(model.named_parameters()))
+        notes.append(
+            "FSDP2: each stage gathers its weights for the step, adds up the gradients of its micro-batches, and sends "
+            "them after the last one"
+        )
+    elif recipe.shard:
         policy = CPUOffloadPolicy() if recipe.offload and work.device == "cuda" else OffloadPolicy()
         before = dict(model.named_parameters())
         units = units_of(model)
@@ -51,7 +60,7 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
         if recipe.precision:
             notes.append("weights and activations in bfloat16, gradients added up and parameters kept in float32")
         notes.append(f"FSDP2 in {len(units)} units: {', '.join(names[id(unit)] for unit in units)}")
-    elif pipe := pipelined(model):
+    elif pipe:
         pipe.replicated, pipe.hook = True, _in_bfloat16 if recipe.compress else None
         notes.append("gradients of each stage are averaged after its last micro-batch")
     else:
@@ -126,6 +135,8 @@ def _about_norms(model: nn.Module, device: str, group: Any) -> list[str]:
     norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     if not norms:
         return []
+    if pipelined(model):
+        return [f"{', '.join(norms)}: statistics of each device's micro-batches, so losses differ from one process'"]
     if device != "cuda":
         return [
             f"{', '.join(norms)}: statistics of each device's part of the batch, so losses differ from one process' "

@@ -21,6 +21,7 @@ from perfkit.parallel.batch import part
 from perfkit.parallel.spread import Spread
 from perfkit.parallel.torch_data import unused
 from perfkit.parallel.torch_mesh import alike, mesh_of
+from perfkit.parallel.torch_pipe import pipelined
 
 if TYPE_CHECKING:
     from perfkit.recipes.local_sgd import LocalSgd
@@ -32,7 +33,7 @@ def local_sgd(work: Workload, recipe: LocalSgd) -> tuple[Workload, Effect]:
     group, devices = mesh.get_group(), mesh.size()
     work = part(work, recipe.batch_dim, mesh.get_local_rank(), map_tensors)
     alike(work.model, group)
-    idle = unused(work)
+    idle = [] if pipelined(work.model) else unused(work)
     rounds = Rounds(work, recipe, group, mesh.get_local_rank(), idle)
     spread = work.spread or Spread()
     told = (*spread.parts, recipe.told(devices))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad
 
 from perfkit._errors import UnsupportedError
@@ -77,8 +78,16 @@ def norms_of_all(layout: Layout, device: str) -> Iterator[None]:
     own: Any = clip_grad._get_total_norm
     group = group_of(layout, device)
 
+    def of_some(tensors, norm_type, foreach):
+        norm = own(tensors, norm_type, False, foreach)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(device)
+
     def over_all(tensors, norm_type=2.0, error_if_nonfinite=False, foreach=None):
-        here = own(tensors, norm_type, False, foreach).to(device)
+        alike = {}
+        for tensor in tensors:
+            alike.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
+        norms = [of_some(some, norm_type, foreach) for some in alike.values()]
+        here = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device)
         there = [torch.zeros_like(here) for _ in range(dist.get_world_size(group))]
         dist.all_gather(there, here, group=group)
         total = torch.linalg.vector_norm(torch.stack(there), norm_type)

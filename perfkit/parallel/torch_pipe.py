@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from perfkit._batch import sliced
-from perfkit.backends.torch_surgery import map_tensors, wrapped
+from perfkit.backends.torch_surgery import compile_in_place, map_tensors, wrapped
 from perfkit.parallel.torch_mesh import mesh_of
 
 if TYPE_CHECKING:
@@ -28,11 +31,17 @@ class StageModule(nn.Module):
     Args:
         body: what it computes of what it receives and of the model's inputs.
         wraps: what `around_forward` put around the whole model, outermost first; goes around each stage.
+        compiles: what torch.compile is told for it; None where it is not compiled.
     """
 
-    def __init__(self, body: fx.GraphModule, wraps: tuple[Callable[[Callable], Callable], ...]):
+    def __init__(
+        self,
+        body: fx.GraphModule,
+        wraps: tuple[Callable[[Callable], Callable], ...],
+        compiles: Mapping[str, Any] | None = None,
+    ):
         super().__init__()
-        self.body, self.wraps = body, wraps
+        self.body, self.wraps, self.compiles = body, wraps, compiles
         self.rows: list[dict[str, torch.Tensor]] = []
         self.made: list[Any] | None = None
 
@@ -45,6 +54,8 @@ class StageModule(nn.Module):
     def compute(self, received: tuple, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What the stage sends on, of one micro-batch's inputs."""
 
+        if self.compiles is not None and self.body._compiled_call_impl is None:  # a copy is not compiled
+            compile_in_place(self.body, **self.compiles)
         run = wrapped(lambda body, *args, **kwargs: body(*args, **kwargs), self.wraps)
         return run(self.body, *received, **inputs)
 
@@ -124,6 +135,36 @@ def pipeline_of(model: nn.Module) -> Pipeline:
 def pipelined(model: nn.Module) -> Pipeline | None:
     """A model's pipeline; None where it is whole."""
     return getattr(model, PIPELINE, None)
+
+
+def shard_stages(model: nn.Module, pipe: Pipeline, mesh: DeviceMesh) -> None:
+    """Let each process along the mesh hold a part of the stages' parameters; what no stage reads stays whole.
+
+    A stage is one unit of FSDP2, which gathers its weights with the first micro-batch and frees them after the last.
+    """
+    replaced: dict[int, nn.Parameter] = {}
+    for stage in pipe.stages.values():
+        before = dict(stage.named_parameters())
+        if before:
+            fully_shard(stage, mesh=mesh, reshard_after_forward=False)
+            replaced |= {id(before[name]): parameter for name, parameter in stage.named_parameters()}
+    for module in model.modules():  # weights that a stage reads without calling their layer are held there and here
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in replaced:
+                setattr(module, name, replaced[id(parameter)])
+
+
+@contextmanager
+def gathered(stages: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it stages that are sharded have their weights, and after it their parts."""
+    sharded = [stage for stage in stages if isinstance(stage, FSDPModule)]
+    for stage in sharded:
+        stage.unshard()
+    try:
+        yield
+    finally:
+        for stage in sharded:
+            stage.reshard()
 
 
 def unflattened(pipe: Pipeline, outputs: tuple[torch.Tensor, ...]) -> Any:

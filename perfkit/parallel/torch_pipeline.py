@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from perfkit._errors import UnsupportedError, nearest
 from perfkit._report import Effect
 from perfkit._workload import Inputs, Workload
-from perfkit.backends.torch_surgery import COMPILED_WITH, copied, derive, unwrapped
+from perfkit.backends.torch_compile import uncompiled
+from perfkit.backends.torch_surgery import copied, derive, unwrapped
 from perfkit.parallel.balance import Costs, balanced, spans
 from perfkit.parallel.pipeline_plan import Plan, planned
 from perfkit.parallel.planning_parts import Stages
@@ -43,17 +44,19 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     """
     _refuse(work)
     plan = planned(work, recipe)
-    assert isinstance(plan, Plan), plan
+    if isinstance(plan, str):  # what the recipes before it made of the batch
+        raise UnsupportedError(plan)
     if plan.devices == 1:
         return work, Effect(notes=("one device along the pipeline axis: nothing to cut",))
     mesh = mesh_of(work.layout, work.device)["pipeline"]
     model = work.model
+    compiles = _compiles(model)
     alike(model, mesh.get_group())
     operations, mode = _operations(work, recipe, plan)
     cuts, costs = _cut(work, recipe, plan, operations)
     graphs = stage_graphs(operations, cuts)
     kind, wraps = unwrapped(model)
-    bodies = [StageModule(fx.GraphModule(model, graph), wraps) for graph in graphs]
+    bodies = [StageModule(fx.GraphModule(model, graph), wraps, compiles) for graph in graphs]
     draws = checked(work, first_part(work, recipe, plan), operations, cuts, mode)
     dims = output_dims(operations, work, plan)
     mean, loss_dtype = reduction(work, recipe, plan, dims)
@@ -78,6 +81,8 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     )
     layers = _layers(operations, cuts)
     notes = [*_notes(work, model, pipe)]
+    if compiles is not None:
+        notes.append("each stage is compiled by itself, its weights not frozen into the program")
     held_alone(model, work.training.optimizer if work.training else None, pipe.stages, bodies)
     _attach(model, pipe)
     work = _training(work, pipe)
@@ -90,20 +95,31 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
 
 
 def _refuse(work: Workload) -> None:
-    if hasattr(type(work.model), COMPILED_WITH):
-        raise UnsupportedError("compile makes one program of the whole model, which cannot be cut: leave it out")
     if work.training is None:
         return
     if work.training.loss_scaling:
         raise UnsupportedError(
             "scaling a float16 loss looks at the gradients of all stages: use 'bf16', whose gradients need no scaling"
         )
-    if work.training.micro_batches > 1:
-        raise UnsupportedError("a pipeline divides the batch itself: leave accumulate out, and set micro_batches=")
     if work.training.teacher is not None:
         raise UnsupportedError(
             "a recipe before it compares with the outputs of the whole original: train with it alone"
         )
+
+
+def _compiles(model: nn.Module) -> dict[str, Any] | None:
+    """Take off the model what `compile` put around it: each stage is compiled by these settings in its place.
+
+    Raises:
+        UnsupportedError: they ask for CUDA graphs.
+    """
+    compiles = uncompiled(model)
+    if compiles is not None and compiles["options"].get("triton.cudagraphs"):
+        raise UnsupportedError(
+            "compile's mode asks for CUDA graphs, which write over what a stage made of one micro-batch with the next, "
+            "before its backward: use mode='default' or 'max-autotune-no-cudagraphs'"
+        )
+    return compiles
 
 
 def _operations(work: Workload, recipe: PipelineParallel, plan: Plan) -> tuple[Operations, bool | None]:
@@ -226,6 +242,8 @@ def _notes(work: Workload, model: nn.Module, pipe: Pipeline) -> list[str]:
         notes.append(
             "in the optimizer's hooks torch's clip_grad_norm_ sees the norm over all stages; others see their own"
         )
+    if work.training and (parts := work.training.micro_batches) > 1:
+        notes.append(f"accumulate's {parts} parts of a batch are further micro-batches of the schedule")
     if work.training and not pipe.mean:
         notes.append("the loss is a sum over the batch: those of the micro-batches are added up")
     notes.append("all processes of a pipeline are given the same batch; each one's model holds its stage's parameters")
@@ -248,7 +266,7 @@ def _attach(model: nn.Module, pipe: Pipeline) -> None:
 def _training(work: Workload, pipe: Pipeline) -> Workload:
     if work.training is None:
         return work
-    training = replace(work.training, gradients=partial(gradients, loss=work.training.loss))
+    training = replace(work.training, gradients=partial(gradients, loss=work.training.loss), micro_batches=1)
     if _hooks(training.optimizer):
         training = replace(training, around=(*training.around, partial(norms_of_all, pipe.layout, pipe.device)))
     return work.replace(training=training)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._workload import Inputs
 from perfkit.parallel.torch_mesh import mesh_of
-from perfkit.parallel.torch_pipe import Pipeline, StageModule, micro_batches, pipeline_of, unflattened
+from perfkit.parallel.torch_pipe import Pipeline, StageModule, gathered, micro_batches, pipeline_of, unflattened
 from perfkit.parallel.torch_trace import named, tensors_of
-
-if TYPE_CHECKING:
-    pass
 
 SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe, "interleaved": ScheduleInterleaved1F1B}
 
@@ -41,7 +38,8 @@ def infer(model: nn.Module, inputs: Inputs) -> Any:
     with torch.no_grad(), _drawing(pipe):
         rows = _rows(model, inputs)
         run = _run(pipe, rows[0], trains=False)
-        made = _step(pipe, run, rows)
+        with gathered(pipe.stages.values()):
+            made = _step(pipe, run, rows)
         return _shared(pipe, run, made)
 
 
@@ -176,7 +174,7 @@ def _shapes(pipe: Pipeline, rows: dict[str, torch.Tensor], trains: bool) -> list
     """What each stage makes of such a micro-batch, without the numbers: found by running it once through all."""
     found: list[tuple[torch.Tensor, ...]] = []
     received: tuple[torch.Tensor, ...] = ()
-    with torch.random.fork_rng(), _buffers_kept(pipe), torch.set_grad_enabled(trains):
+    with torch.random.fork_rng(), _buffers_kept(pipe), gathered(pipe.stages.values()), torch.set_grad_enabled(trains):
         for number in range(pipe.count):
             made: tuple[torch.Tensor, ...] = ()
             if number in pipe.stages:
@@ -246,11 +244,18 @@ def _shared(pipe: Pipeline, run: Run, made: list[tuple[torch.Tensor, ...]]) -> A
 
 @contextmanager
 def _drawing(pipe: Pipeline) -> Iterator[None]:
-    """Each process draws random numbers of its own, by what the common random state gives."""
+    """Each process draws random numbers of its own, by what the common random state gives.
+
+    Those that hold parts of the same layers draw the same: what is not split is the same on each.
+    """
     if not pipe.draws:
         yield
         return
-    seed = int(torch.randint(2**31, ()))
+    seed = torch.randint(2**31, (1,), device="cpu").to(pipe.device)
+    parts = pipe.layout.size("tensor")
+    if parts > 1:
+        group = mesh_of(pipe.layout, pipe.device)["tensor"].get_group()
+        dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
     with torch.random.fork_rng():
-        torch.manual_seed(seed + dist.get_rank())
+        torch.manual_seed(int(seed) + dist.get_rank() // parts)  # "tensor" is the innermost axis
         yield

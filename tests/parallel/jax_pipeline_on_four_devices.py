@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,14 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax_on_four_devices import CASES, STEPS, Noisy, applied, bound, integers, normal, off, params_of, squared, trained
+from jax_on_four_devices import CASES, STEPS, WIDTH, applied, bound, integers, normal, off, params_of, squared, trained
 
 import perfkit
 from perfkit._recipe import chain_of
+from perfkit.backends import backend
 from perfkit.parallel import jax_checkpoint
 from perfkit.parallel.gathering import gathered
 
-CHAINS = {"pipeline": "pipeline_parallel(4)", "both": "pipeline_parallel(2)+data_parallel(2)"}
+CHAINS = {
+    "pipeline": "pipeline_parallel(4)",
+    "both": "pipeline_parallel(2)+data_parallel(2)",
+    "shard": "pipeline_parallel(2)+data_parallel(2, shard=True)",
+}
+STATEFUL = {  # four micro-batches of four rows, however many pipelines there are
+    "pipeline": "pipeline_parallel(4, micro_batches=4)",
+    "both": "pipeline_parallel(2, micro_batches=2)+data_parallel(2)",
+}
 
 
 def compare(name):
@@ -59,19 +70,202 @@ def blocks():
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01))
     whole = bound(model, (normal(8, 16),), normal(8, 4), squared, optimizer, params)
     batch = whole.inputs, whole.training.targets
-    one, four, two = (
-        work.backend.finish(work)
-        for work in (whole, applied(whole, CHAINS["pipeline"])[0], applied(whole, CHAINS["both"])[0])
-    )
+    works = whole, *(applied(whole, CHAINS[chain])[0] for chain in ("pipeline", "both", "shard"))
+    one, four, two, shares = (work.backend.finish(work) for work in works)
     losses = [[float(each.train_step(batch)) for _ in range(STEPS)] for each in (one, four)]
     with tempfile.TemporaryDirectory() as folder:
         jax_checkpoint.write(Path(folder) / "four", four)
         jax_checkpoint.read(Path(folder) / "four", two)
         jax_checkpoint.write(Path(folder) / "two", two)
-        jax_checkpoint.read(Path(folder) / "two", one)
-    then = [float(each.train_step(batch)) for each in (four, two, one)]
+        jax_checkpoint.read(Path(folder) / "two", shares)
+        jax_checkpoint.write(Path(folder) / "shares", shares)
+        jax_checkpoint.read(Path(folder) / "shares", one)
+    then = [float(each.train_step(batch)) for each in (four, two, shares, one)]
     parts = applied(whole, "pipeline_parallel(2, split_at='blocks[3]')+data_parallel(2)")[0].spread.parts
     return {"losses": losses, "then": then, "parts": parts, "params": jax.tree.map(jnp.shape, four.params())}
+
+
+class Stateful(nnx.Module):
+    """Dropout and batch norms between four layers."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(4)])
+        self.norms = nnx.List([nnx.BatchNorm(WIDTH, rngs=rngs) for _ in range(2)])
+        self.first, self.second = nnx.Dropout(0.3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.first(nnx.relu(self.norms[0](self.layers[0](x))))
+        x = nnx.relu(self.norms[1](self.layers[1](x)))
+        return self.layers[3](nnx.tanh(self.second(self.layers[2](x))))
+
+
+class Counts(nnx.Module):
+    """Counts the positive numbers that it has seen."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(4)])
+        self.seen = nnx.BatchStat(jnp.int32(0))
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        self.seen[...] += (x > 0).sum()
+        return x
+
+
+def stateful():
+    """Models that change state, against their micro-batches one after the other on one device."""
+    model = Stateful(rngs=nnx.Rngs(0))
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    whole = bound(model, (normal(16, WIDTH),), normal(16, WIDTH), squared, optimizer)
+    start, found, all_finished = params_of(model), {}, []
+    for chain, (pipelines, count) in {"pipeline": (1, 4), "both": (2, 2)}.items():
+        work, effect = applied(whole, STATEFUL[chain])
+        losses, params, _, finished = trained(work)
+        wanted = in_turn(whole, pipelines, count)
+        x = whole.inputs.args[0]
+        finished.model.eval()
+        twin = nnx.merge(whole.model.graphdef, *wanted["state"])
+        twin.eval()
+        new, old = jax.tree.leaves(nnx.state(finished.model, nnx.Not(nnx.Param))), jax.tree.leaves(wanted["state"][1])
+        found[chain] = {
+            "losses": [losses, wanted["losses"]],
+            "off": off(params, params_of(twin), start, 16),
+            "moved": off(start, params_of(twin), start, 16),
+            "state": [_distance(mine, own) for mine, own in zip(new, old, strict=True)],
+            "outputs": _distance(finished.call(x), twin(x)),
+            "notes": effect.notes,
+        }
+        all_finished.append(finished)
+    fresh = work.backend.finish(work)
+    with tempfile.TemporaryDirectory() as folder:
+        jax_checkpoint.write(Path(folder) / "four", all_finished[0])
+        jax_checkpoint.read(Path(folder) / "four", fresh)
+    batch = whole.inputs, whole.training.targets
+    found["then"] = [float(each.train_step(batch)) for each in (*all_finished, fresh)]
+    return found
+
+
+def _distance(found, expected):
+    """Of numbers, as a share of the largest; of keys and counters whether they differ."""
+    if jax.dtypes.issubdtype(found.dtype, jax.dtypes.prng_key):
+        found, expected = map(jax.random.key_data, (found, expected))
+    found, expected = np.asarray(found), np.asarray(expected)
+    if found.dtype.kind != "f":
+        return float(not np.array_equal(found, expected))
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def in_turn(work, pipelines, count):
+    """Losses and state of training in micro-batches, of which each begins with what the one before it left.
+
+    Running statistics go on along the micro-batches of one pipeline, and are averaged after the step.
+    """
+    model, optimizer, (x,) = work.model, work.training.optimizer, work.inputs.args
+    function, (params, rest) = model.function(), (model.params, model.rest)
+    moments, losses, parts = optimizer.init(params), [], pipelines * count
+
+    def loss_of(params, rest, x, targets):
+        outputs, new = function(params, rest, x)
+        return squared(outputs, targets), new
+
+    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    step = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+    for _ in range(STEPS):
+        statistics, each, total = [rest] * pipelines, [], None
+        for part, (rows, targets) in enumerate(
+            zip(np.split(x, parts), np.split(work.training.targets, parts), strict=True)
+        ):
+            pipeline = part // count
+            given = jax.tree.map(lambda old, own: own if is_float(old) else old, rest, statistics[pipeline])
+            (loss, rest), gradients = step(params, given, rows, targets)
+            statistics[pipeline] = rest
+            each.append(float(loss))
+            total = gradients if total is None else jax.tree.map(jnp.add, total, gradients)
+        averaged = jax.tree.map(
+            lambda *leaves: sum(leaves) / pipelines if is_float(leaves[0]) else leaves[-1], *statistics
+        )
+        rest = averaged
+        updates, moments = optimizer.update(jax.tree.map(lambda leaf: leaf / parts, total), moments, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(np.mean(each)))
+    return {"losses": losses, "state": (params, rest)}
+
+
+def accumulated():
+    """Losses where `accumulate` cuts the batch first, and those of one device."""
+    make, inputs, targets, loss, _ = CASES["transformer"]
+    whole = bound(make(rngs=nnx.Rngs(0)), inputs, targets, loss, optax.sgd(0.05, momentum=0.9))
+    work, _ = applied(whole, "accumulate(2)+pipeline_parallel(2)+data_parallel(2)")
+    return {"losses": [trained(each)[0] for each in (work, whole)], "parts": work.spread.parts}
+
+
+def inference():
+    """Outputs of models in stages, called by themselves and in a program, and with other weights; and those of one."""
+    found = {}
+    for name, (make, inputs, *_) in CASES.items():
+        model = make(rngs=nnx.Rngs(0))
+        whole = backend("jax").bind(
+            model, None, inputs, mode="inference", loss=None, targets=None, optimizer=None, seed=0
+        )
+        work, effect = applied(whole, "pipeline_parallel(4)")
+        finished, one = work.backend.finish(work), whole.backend.finish(whole)
+        expected, outputs = one.call(*inputs), finished.call(*inputs)
+        held = jax.tree.leaves(nnx.state(finished.model, nnx.Param))
+        found[name] = {
+            "off": _distance(outputs, expected),
+            "in a program": _distance(jax.jit(finished.call)(*inputs), expected),
+            "devices": len({next(iter(leaf.devices())) for leaf in held}),
+            "same": isinstance(finished.model, type(model)),
+            "sent": work.backend.traffic(work, finished).sent_bytes.method,
+            "notes": effect.notes,
+        }
+        for each in (finished.model, one.model):
+            nnx.update(each, jax.tree.map(lambda leaf: np.asarray(leaf) * 2, nnx.state(each, nnx.Param)))
+        found[name]["changed"] = _distance(finished.call(*inputs), one.call(*inputs))
+    return found
+
+
+def inference_of_a_function():
+    """`optimize` from its way in to its report, of a function over stacked blocks; its params and others."""
+    params, x = {"blocks": {"w": normal(8, 16, 16) / 8}, "head": normal(16, 4)}, normal(8, 16)
+
+    def model(params, x):
+        return jax.lax.scan(lambda x, own: (x + jnp.tanh(x @ own["w"]), None), x, params["blocks"])[0] @ params["head"]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", perfkit.PerfkitWarning)  # four devices on one processor are slower
+        result = perfkit.optimize(model, "pipeline_parallel(4)", params=params, example_inputs=(x,), budget_s=0.2)
+    others = jax.tree.map(lambda leaf: leaf * 2, params)
+    report = result.report.to_dict()
+    return {
+        "own": _distance(result(x), model(params, x)),
+        "given": _distance(result.model(result.params, x), model(params, x)),
+        "others": _distance(result.model(others, x), model(others, x)),
+        "own again": _distance(result.model(params, x), model(params, x)),
+        "in a program": _distance(jax.jit(result.model)(others, x), model(others, x)),
+        "fidelity": report["fidelity"]["relative_error"],
+        "bytes": report["parallel"]["rank_model_bytes"],
+    }
+
+
+def keyed():
+    """The outputs of equal micro-batches where random numbers come from a key among the inputs, and what is told."""
+    params = {name: normal(4, 4) for name in "abcd"}
+
+    def model(params, x, key):
+        x = x @ params["a"]
+        x = x * jax.random.bernoulli(key, 0.5, x.shape)
+        for name in "bcd":
+            x = jnp.tanh(x @ params[name])
+        return x
+
+    inputs = np.ones((8, 4), np.float32), jax.random.key(1)
+    work = backend("jax").bind(model, params, inputs, mode="inference", loss=None, targets=None, optimizer=None, seed=0)
+    work, effect = applied(work, "pipeline_parallel(4, micro_batches=4)")
+    outputs = work.backend.finish(work).call(*inputs)
+    one = model(params, inputs[0][:2], inputs[1])
+    return {"off": _distance(outputs, jnp.tile(one, (4, 1))), "notes": effect.notes}
 
 
 def refused(recipe, work):
@@ -90,7 +284,7 @@ def refusals():
     total = bound(
         lambda params, x: model(params, x).sum(), (normal(8, 4),), jnp.float32(0), squared, optax.sgd(1.0), params
     )
-    noisy = bound(Noisy(rngs=nnx.Rngs(0)), (np.ones((8, 1000), np.float32),), normal(8, 1000), squared, optax.sgd(1.0))
+    counts = bound(Counts(rngs=nnx.Rngs(0)), (normal(8, 4),), normal(8, 4), squared, optax.sgd(1.0))
     ids = bound(
         lambda params, x: params["a"][x] @ params["b"], (integers(4, 8),), normal(8, 2), squared, optax.sgd(0.1), params
     )
@@ -98,15 +292,16 @@ def refusals():
         "few": refused("pipeline_parallel(4)", ids),
         "split": refused("pipeline_parallel(2, split_at='c')+data_parallel(2)", work),
         "optimizer": refused("pipeline_parallel(2)+data_parallel(2)", looks),
-        "state": refused("pipeline_parallel(4)", noisy),
+        "state": refused("pipeline_parallel(4)", counts),
         "rows": refused("pipeline_parallel(2)+data_parallel(2)", total),
     }
     for name, recipe, given in (
         ("schedule", "pipeline_parallel(4, schedule='1f1b')", work),
         ("stages", "pipeline_parallel(2, stages=4)+data_parallel(2)", work),
         ("tensor", "pipeline_parallel(2)+tensor_parallel(2)", work),
-        ("shard", "pipeline_parallel(2)+data_parallel(2, shard=True)", work),
-        ("inference", "pipeline_parallel(4)", work.replace(mode="inference", training=None)),
+        ("rounds", "pipeline_parallel(2)+local_sgd(2)", work),
+        ("accumulate", "pipeline_parallel(4)", work.replace(training=replace(work.training, micro_batches=4))),
+        ("dims", "pipeline_parallel(4)", work.replace(training=replace(work.training, micro_batches=2, batch_dim=1))),
     ):
         chain = chain_of(recipe)
         found[name] = next(filter(None, (step.refusal(gathered(given, chain)) for step in chain)))
@@ -119,4 +314,7 @@ def refusals():
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: compare(name) for name in CASES} | {"blocks": blocks(), "refusals": refusals()}))
+    told = {name: compare(name) for name in CASES}
+    told |= {"blocks": blocks(), "stateful": stateful(), "accumulated": accumulated(), "inference": inference()}
+    told |= {"function": inference_of_a_function(), "keyed": keyed(), "refusals": refusals()}
+    print(json.dumps(told))

@@ -8,13 +8,18 @@ import functools
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tensor_worker import applied, cases, infer, loss, off
+from tensor_worker import applied, cases, infer, loss, off, whole
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import perfkit
+from perfkit.backends.torch_surgery import local, tensors_in
+from perfkit.parallel import torch_checkpoint
+from perfkit.parallel.torch_mesh import mesh_of
 from perfkit.parallel.torch_world import join
 
 STEPS = 3
@@ -24,6 +29,21 @@ CHAINS = {
     "data": "pipeline_parallel(2)+data_parallel(2)",
     "interleaved": "pipeline_parallel(2, schedule='interleaved')+data_parallel(2)",
 }
+MESHES = {
+    "shard": "pipeline_parallel(2)+data_parallel(2, shard=True)",
+    "interleaved shard": "pipeline_parallel(2, schedule='interleaved')+data_parallel(2, shard=True)",
+    "tensor": "pipeline_parallel(2)+tensor_parallel(2)",
+    "accumulate": "accumulate(2)+pipeline_parallel(2)+tensor_parallel(2)",
+}
+PAIRS = (  # weights of layers that are called, weights that are read, and those of neither
+    ("cnn2", "shard"),
+    ("text_lstm", "shard"),
+    ("skips", "shard"),
+    ("text_lstm", "interleaved shard"),
+    ("cnn2", "tensor"),
+    ("transformer", "tensor"),
+    ("text_lstm", "accumulate"),
+)
 MODELS = ("cnn2", "text_lstm", "transformer", "skips")
 
 
@@ -98,17 +118,25 @@ def train(chain, model, inputs, optimizer):
             value.backward()
             own.step()
             expected.append(float(value))
-        whole = dict(twin.named_parameters())
-        worst = max((off(each.detach(), whole[name]) for name, each in work.model.named_parameters()), default=0.0)
+        rows = work.inputs.args
+        work.model.eval()
+        with torch.no_grad():
+            pairs = zip(tensors_in(work.model(*rows)), tensors_in(twin.eval()(*rows)), strict=True)
+            outputs = max(off(*pair) for pair in pairs)
+        work.model.train()
+        alone = dict(twin.named_parameters())
+        worst = max((off(each.detach(), alone[name]) for name, each in work.model.named_parameters()), default=0.0)
     return {
         "losses": max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True)),
         "fell": expected[0] / expected[-1],
         "parameters": worst,
+        "outputs": outputs,
+        "numbers": [sum(each(p).numel() for p in work.model.parameters()) for each in (local, lambda p: p)],
         "held": sorted(held),
-        "restored": max((off(p.detach(), held[name]) for name, p in work.model.named_parameters()), default=0.0),
+        "restored": max((off(p.detach(), whole(held[name])) for name, p in work.model.named_parameters()), default=0.0),
         "optimized": sum(len(group["params"]) for group in work.training.optimizer.param_groups),
         "spread": [work.spread.parts, work.spread.balance, work.spread.bubble],
-        "notes": done.steps[0].effect.notes,
+        "notes": [note for step in done.steps for note in step.effect.notes],
     }
 
 
@@ -127,10 +155,15 @@ def refusals():
     tied = model()
     tied[3].weight = tied[0].weight
     about = {"targets": torch.randn(8, 4), "optimizer": sgd}
+    half = "pipeline_parallel(2)+data_parallel"
     worst = lambda outputs, targets: (outputs - targets).square().max()  # noqa: E731
     return {
-        "tensor": refused("pipeline_parallel(2)+tensor_parallel(2)", model(), (x,)),
-        "shard": refused("pipeline_parallel(2)+data_parallel(2, shard=True)", model(), (x,), loss=loss, **about),
+        "patterns": refused("pipeline_parallel(2)+tensor_parallel(2, include='1')", model(), (x,)),
+        "precision": refused(f"{half}(2, shard=True, precision='bf16')", model(), (x,), loss=loss, **about),
+        "offload": refused(f"{half}(2, shard=True, offload=True)", model(), (x,), loss=loss, **about),
+        "gpipe": refused("accumulate(2)+pipeline_parallel(4, schedule='gpipe')", model(), (x,), loss=loss, **about),
+        "parts": refused("accumulate(4)+pipeline_parallel(4)", model(), (x,), loss=loss, **about),
+        "graphs": refused("compile(mode='reduce-overhead')+pipeline_parallel(4)", model(), (x,), loss=loss, **about),
         "odd": refused("pipeline_parallel(4, micro_batches=3)", model(), (x,)),
         "few": refused("pipeline_parallel(4, schedule='1f1b', micro_batches=2)", model(), (x,)),
         "stages": refused("pipeline_parallel(4, stages=6)", model(), (x,)),
@@ -167,6 +200,100 @@ def further():
     return {"sums": sums, "notes": done.steps[0].effect.notes, "precise": precise, "parts": work.spread.parts}
 
 
+def checkpoints(folder):
+    """The next losses where a checkpoint of a sharded pipeline goes on in others, and in itself."""
+    model, inputs = models()["text_lstm"]
+    targets = torch.ones(4, 1, dtype=torch.float64)
+    adam = functools.partial(torch.optim.Adam, lr=0.01)
+    chains = (MESHES["shard"], CHAINS["1f1b"], MESHES["tensor"])
+    given = {"loss": loss, "targets": targets, "optimizer": adam}
+    works = [applied(chain, copy.deepcopy(model), inputs, **given).works[-1] for chain in chains]
+    every = [(work, work.backend.finish(work)) for work in works]
+    first = every[0][0]
+    for _ in range(2):
+        every[0][1].train_step((first.inputs, first.training.targets))
+    torch_checkpoint.write(folder, every[0][1])
+    for _, finished in every[1:]:
+        torch_checkpoint.read(folder, finished)
+    return [
+        float(finished.train_step((work.inputs, work.training.targets))) for work, finished in every for _ in range(2)
+    ]
+
+
+def alike_in_parts():
+    """By how much what is not split differs between processes that hold parts of the same layers, with dropout."""
+    torch.manual_seed(6)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.4), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 3))
+    x, targets = torch.randn(8, 8), torch.randn(8, 3)
+    torch.manual_seed(dist.get_rank())  # the group's first process draws for all
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    chain = "pipeline_parallel(2, split_at='3')+tensor_parallel(2)"
+    done = applied(chain, model, (x,), loss=loss, targets=targets, optimizer=sgd)
+    work = done.works[-1]
+    finished = work.backend.finish(work)
+    losses = [float(finished.train_step((work.inputs, targets))) for _ in range(3)]
+    group = mesh_of(work.layout, work.device)["tensor"].get_group()
+    worst = 0.0
+    for parameter in work.model.parameters():
+        if not isinstance(parameter, DTensor):
+            other = parameter.detach().clone()
+            dist.broadcast(other, dist.get_global_rank(group, 0), group=group)
+            worst = max(worst, off(parameter.detach(), other))
+    effect = done.steps[1].effect
+    return {"worst": worst, "losses": losses, "parts": work.spread.parts, "touched": effect.touched}
+
+
+def compiled():
+    """Training in stages that are compiled, and without; and how many programs were made in this process."""
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3)).double()
+    x, targets = torch.randn(8, 6).double(), torch.randn(8, 3).double()
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    chain = "pipeline_parallel(2, split_at='2', micro_batches=2)+data_parallel(2)"
+    found = []
+    for recipe in (chain, f"compile+{chain}"):
+        torch._dynamo.utils.counters.clear()
+        done = applied(recipe, copy.deepcopy(model), (x,), loss=loss, targets=targets, optimizer=sgd)
+        work = done.works[-1]
+        finished = work.backend.finish(work)
+        losses = [float(finished.train_step((work.inputs, work.training.targets))) for _ in range(STEPS)]
+        found.append({"losses": losses, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]})
+    return {"without": found[0], "with": found[1], "notes": done.steps[1].effect.notes}
+
+
+def averaged():
+    """Two pipelines that are averaged every other step, against two models that are."""
+    torch.manual_seed(8)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    x, targets = torch.randn(8, 6).double(), torch.randn(8, 3).double()
+    sgd = functools.partial(torch.optim.SGD, lr=0.2, momentum=0.9)
+    chain = "pipeline_parallel(2)+local_sgd(2, sync_every=2)"
+    work = applied(chain, copy.deepcopy(model), (x,), loss=loss, targets=targets, optimizer=sgd).works[-1]
+    finished = work.backend.finish(work)
+    losses = [float(finished.train_step((work.inputs, work.training.targets))) for _ in range(4)]
+    twins = [(twin, sgd(twin.parameters())) for twin in (copy.deepcopy(model), copy.deepcopy(model))]
+    expected = []
+    for step in range(4):
+        for place, (twin, own) in enumerate(twins):
+            own.zero_grad()
+            value = loss(twin(x.chunk(2)[place]), targets.chunk(2)[place])
+            value.backward()
+            own.step()
+            if place == dist.get_rank() % 2:
+                expected.append(float(value))
+        if step % 2:
+            with torch.no_grad():
+                for one, other in zip(*(twin.parameters() for twin, _ in twins), strict=True):
+                    mean = (one + other) / 2
+                    one.copy_(mean)
+                    other.copy_(mean)
+    alone = dict(twins[0][0].named_parameters())
+    return {
+        "losses": [losses, expected],
+        "parameters": max(off(each.detach(), alone[name]) for name, each in work.model.named_parameters()),
+    }
+
+
 def reported():
     """`optimize` from its way in to its report."""
     torch.manual_seed(5)
@@ -193,8 +320,13 @@ def main():
         told[name] = {"inference": infer("pipeline_parallel(4)", copy.deepcopy(model), inputs)}
         for how, chain in CHAINS.items():
             told[name][how] = train(chain, copy.deepcopy(model), inputs, sgd)
-    told["clipped"] = train(CHAINS["data"], *models()["text_lstm"], clipped)
-    told |= {"refusals": refusals(), "further": further(), "reported": reported()}
+    for name, how in PAIRS:
+        model, inputs = models()[name]
+        told[name][how] = train(MESHES[how], model, inputs, sgd)
+    for how, chain in (("whole", CHAINS["data"]), ("shard", MESHES["shard"])):
+        told[f"clipped {how}"] = train(chain, *models()["text_lstm"], clipped)
+    told |= {"refusals": refusals(), "further": further(), "reported": reported(), "parts": alike_in_parts()}
+    told |= {"compiled": compiled(), "averaged": averaged(), "checkpoints": checkpoints(Path(sys.argv[1]))}
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, told)
     if dist.get_rank() == 0:

@@ -1,5 +1,6 @@
 """pipeline_parallel in torch, in four processes: numbers as the whole model's; and models taken apart in one."""
 
+import itertools
 import json
 import os
 import socket
@@ -18,12 +19,18 @@ from torch import fx, nn
 from perfkit import UnsupportedError
 from perfkit._recipe import chain_of
 from perfkit._workload import Inputs
+from perfkit.backends import backend
+from perfkit.backends.torch_compile import compiled, uncompiled
 from perfkit.parallel.torch_pipe import StageModule
 from perfkit.parallel.torch_stages import Operations, stage_graphs
 from perfkit.parallel.torch_trace import label, named, tensors_of, traced
 
 WORKER = Path(__file__).with_name("pipeline_worker.py")
 MODELS, CHAINS = ("cnn2", "text_lstm", "transformer", "skips"), ("1f1b", "gpipe", "data", "interleaved")
+MESHES = [
+    *(("cnn2", "shard"), ("text_lstm", "shard"), ("skips", "shard"), ("text_lstm", "interleaved shard")),
+    *(("cnn2", "tensor"), ("transformer", "tensor"), ("text_lstm", "accumulate")),
+]
 TOLERANCE = 3136 * 2**-52 * 8
 """In float64: the longest sum of a model here has 3136 terms, and rounding goes through less than 8 layers."""
 
@@ -31,7 +38,7 @@ needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reaso
 
 
 @pytest.fixture(scope="module")
-def told():
+def told(tmp_path_factory):
     """What every process found, by rank: one launch for all tests of this file."""
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
@@ -40,7 +47,8 @@ def told():
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", str(port)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    ran = subprocess.run([*command, WORKER], capture_output=True, text=True, timeout=300, env=environment, check=False)
+    command += [str(WORKER), str(tmp_path_factory.mktemp("checkpoint"))]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
     return json.loads(ran.stdout.strip().splitlines()[-1])
 
@@ -54,18 +62,18 @@ def test_outputs_are_whole_on_every_process_and_those_of_the_model(told, model):
         assert found["parameters"][0] == found["parameters"][1], "those of other processes count too"
 
 
-@pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "chain"), [*itertools.product(MODELS, CHAINS), *MESHES])
 def test_training_is_that_of_the_whole_model(told, model, chain):
     for rank in told:
         found = rank[model][chain]
         assert found["losses"] <= TOLERANCE
         assert found["parameters"] <= TOLERANCE
+        assert found["outputs"] <= TOLERANCE
         assert abs(found["fell"] - 1) > 1e-2, "the steps do something"
         assert found["restored"] == 0
         assert found["optimized"] == len(found["held"])
     held = [rank[model][chain]["held"] for rank in told]
-    if chain in ("data", "interleaved"):
+    if chain not in ("1f1b", "gpipe"):
         assert held[0] == held[1]
         assert held[2] == held[3]
         held = held[::2]
@@ -76,11 +84,64 @@ def test_training_is_that_of_the_whole_model(told, model, chain):
 PARAMETERS = {"cnn2": 8, "text_lstm": 11, "transformer": 12, "skips": 11}
 
 
-def test_the_norm_of_the_whole_gradient_is_clipped(told):
+@pytest.mark.parametrize("how", ["clipped whole", "clipped shard"])
+def test_the_norm_of_the_whole_gradient_is_clipped(told, how):
     for rank in told:
-        assert rank["clipped"]["losses"] <= TOLERANCE
-        assert rank["clipped"]["parameters"] <= TOLERANCE
-        assert any("clip_grad_norm_ sees the norm over all stages" in note for note in rank["clipped"]["notes"])
+        assert rank[how]["losses"] <= TOLERANCE
+        assert rank[how]["parameters"] <= TOLERANCE
+        assert any("clip_grad_norm_ sees the norm over all stages" in note for note in rank[how]["notes"])
+
+
+def test_a_process_holds_its_share_of_its_stage(told):
+    for rank in told:
+        for model, chain, parts in (("cnn2", "data", 1), ("cnn2", "shard", 2), ("text_lstm", "shard", 2)):
+            mine, whole = rank[model][chain]["numbers"]
+            # Of what has an odd number of rows one process has one row more, and text_lstm's are of 16 numbers at most.
+            assert abs(mine - whole / parts) <= (parts - 1) * 16, (model, chain)
+    parts = told[0]["cnn2"]["shard"]["spread"][0]
+    assert parts[1] == "data: the batch in 2 parts, parameters, gradients and optimizer state in parts"
+
+
+def test_layers_of_each_stage_are_split_and_told_for_all_stages(told):
+    for rank in told:
+        found = rank["parts"]
+        assert found["worst"] == 0, "dropout is the same on processes that hold parts of the same layers"
+        assert found["losses"] == told[0]["parts"]["losses"]
+        assert found["touched"] == ["0", "2"], "the last layer's three outputs cannot be shared"
+        (part,) = found["parts"][1:]
+        assert part.startswith("tensor: 2 layers in 2 parts (0 by columns; 2 by rows)")
+        assert part.endswith("on device 1 of 2 along the pipeline")
+
+
+def test_parts_of_accumulate_are_further_micro_batches(told):
+    parts, _, bubble = told[0]["text_lstm"]["accumulate"]["spread"]
+    assert "1f1b with 4 micro-batches of 1 row" in parts[0]
+    assert bubble == pytest.approx(1 / 5)
+    assert any("further micro-batches of the schedule" in note for note in told[0]["text_lstm"]["accumulate"]["notes"])
+
+
+def test_stages_are_compiled_one_by_one(told):
+    for rank in told:
+        without, compiled = rank["compiled"]["without"], rank["compiled"]["with"]
+        assert compiled["losses"] == pytest.approx(without["losses"], rel=TOLERANCE)
+        assert (without["graphs"], compiled["graphs"] > 0) == (0, True)
+        assert any("each stage is compiled by itself" in note for note in rank["compiled"]["notes"])
+
+
+def test_pipelines_are_averaged_every_few_steps(told):
+    for rank in told:
+        losses, expected = rank["averaged"]["losses"]
+        assert losses == pytest.approx(expected, rel=TOLERANCE)
+        assert rank["averaged"]["parameters"] <= TOLERANCE
+    assert told[0]["averaged"]["losses"][1] != told[1]["averaged"]["losses"][1]
+
+
+def test_a_checkpoint_goes_on_in_other_meshes(told):
+    for rank in told:
+        same, other, split = (rank["checkpoints"][start : start + 2] for start in (0, 2, 4))
+        assert other == pytest.approx(same, rel=TOLERANCE)
+        assert split == pytest.approx(same, rel=TOLERANCE)
+        assert same[0] != same[1]
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -99,8 +160,12 @@ def test_stages_and_their_bubble_are_told(told, model, chain):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("tensor", "stages are not split once more"),
-        ("shard", "held whole: leave shard out"),
+        ("patterns", "leave include and exclude out"),
+        ("precision", "use 'bf16' in place of precision="),
+        ("offload", "has not been tried on several GPUs"),
+        ("gpipe", "accumulate would save nothing"),
+        ("parts", "2 rows of a process in each part of accumulate cannot be divided"),
+        ("graphs", "before its backward: use mode='default'"),
         ("odd", "8 rows of a process cannot be divided into 3 micro-batches evenly"),
         ("few", "2 micro-batches are too few"),
         ("stages", "6 stages by 'interleaved' on 4 devices"),
@@ -227,6 +292,22 @@ def test_defaults_keywords_and_sizes_are_followed():
     x, mask = torch.randn(3, 4), torch.rand(3, 4) > 0.5
     expected, found, _ = apart(Sized(), x, mask=mask)
     torch.testing.assert_close(list(found), [expected["out"], *expected["rows"]])
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_compile_put_around_a_model_comes_off(trains):
+    model = nn.Sequential(nn.Linear(4, 4))
+    example = {"loss": nn.functional.mse_loss, "targets": torch.ones(2, 4), "optimizer": torch.optim.SGD}
+    given = example if trains else dict.fromkeys(example)
+    work = backend("torch").bind(
+        model, None, (torch.ones(2, 4),), mode="training" if trains else "inference", seed=0, **given
+    )
+    assert uncompiled(work.model) is None
+    work, _ = compiled(work, "default", freezing=True, dynamic=None, fullgraph=True)
+    assert uncompiled(work.model) == {"options": {}, "dynamic": None, "fullgraph": True}
+    assert type(work.model) is nn.Sequential
+    assert work.model._compiled_call_impl is None
+    assert not [name for name in vars(work.model) if name.startswith("_perfkit")]
 
 
 def test_any_number_of_inputs_is_refused():
