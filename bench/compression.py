@@ -190,8 +190,10 @@ def file_bytes(model: Any) -> int:
 
 
 def write(page: Path) -> None:
-    """Put what was recorded about a recipe between the marks of its page."""
-    before, _, rest = page.read_text().partition(BEGIN)
+    """Put what was recorded about a recipe between the marks of its page, if it has them; others are `plan_pages`'."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    if not begin:
+        return
     after = rest.partition(END)[2]
     page.write_text(before + "\n".join([BEGIN, *measured(page.stem), END]) + after)
 

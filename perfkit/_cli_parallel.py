@@ -84,6 +84,8 @@ def start_training(model: str, options: Mapping[str, Any], processes: int, timeo
 def plan_layouts(model: str, options: Mapping[str, Any]) -> None:
     """`perfkit plan --parallel`: in this process where the link was given, else in as many as there are devices.
 
+    In JAX in one process that is started with as many devices.
+
     Raises:
         InvalidInputError: no number of devices.
     """
@@ -94,9 +96,11 @@ def plan_layouts(model: str, options: Mapping[str, Any]) -> None:
 
     if options["devices"] is None:
         raise InvalidInputError("--parallel: say how many --devices there are")
-    if options["link_gbps"] is None and launched() is None:
+    in_jax = options["framework"] == "jax"
+    if launched() is None and (in_jax or options["link_gbps"] is None):
         command = ["-m", "perfkit.cli", "plan", model, "--parallel", *as_arguments(options)]
-        start(command, Launch(processes=options["devices"], framework="torch"))
+        about = {"processes": 1, "devices": options["devices"]} if in_jax else {"processes": options["devices"]}
+        start(command, Launch(framework=options["framework"], **about))
     with first_alone(common.status()) as progress:
         given = common.load(model, options["framework"], "training", options["batch_size"])
         found = layouts(

@@ -104,7 +104,7 @@ def plan(model, framework, recipe, mode, batch_size, parallel, devices, link_gbp
     """Show what a recipe would do to MODEL, and what is refused and why. Nothing is timed or changed.
 
     With --parallel its parts are timed, and the training step is predicted for each layout of --devices. Without
-    --link-gbps as many processes are started here, and what lies between them is measured.
+    --link-gbps as many processes (in JAX: devices of one) are started here, and what lies between them is measured.
     Exits with 1 if a step is refused.
 
     \b

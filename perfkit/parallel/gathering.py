@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from perfkit._errors import InvalidInputError
-from perfkit._recipe import Chain, ParallelRecipe
+from perfkit._recipe import Chain, ParallelRecipe, chain_of
+from perfkit._variant import Variant, apply, ready
 from perfkit._workload import Workload
 from perfkit.parallel import world
 from perfkit.parallel.layout import layout
@@ -24,6 +25,12 @@ def gathered(work: Workload, chain: Chain) -> Workload:
     work = work.replace(world=found)
     _check_alike(work, chain)
     return work.replace(layout=layout(chain, found))
+
+
+def trained(work: Workload, recipe: str) -> Variant:
+    """The model spread by that recipe, as its user would train it; its call is a training step."""
+    chain = chain_of(recipe)
+    return ready(apply(chain, gathered(work, chain)).works[-1], recipe)
 
 
 def _check_alike(work: Workload, chain: Chain) -> None:

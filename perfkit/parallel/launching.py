@@ -40,6 +40,7 @@ class Launch:
         address, port: of the first machine; needed where there are several.
         framework: "torch" or "jax"; "" for a script without either.
         timeout_s: a process that tells of its steps and is silent for so long is taken for hung.
+        devices: JAX on a CPU: how many each process makes of it; None for one.
     """
 
     processes: int
@@ -49,6 +50,7 @@ class Launch:
     port: int | None = None
     framework: str = "torch"
     timeout_s: float = 600.0
+    devices: int | None = None
 
     def __post_init__(self):
         if self.nodes > 1 and (self.address is None or self.port is None):
@@ -107,6 +109,9 @@ def launch(command: list[str], how: Launch) -> list[Ended]:
         folder = Path(named)
         collectives_s = os.environ.get("PERFKIT_TIMEOUT_S", str(how.timeout_s + COLLECTIVE_EXTRA_S))
         told = {heartbeat.FOLDER: named, "PERFKIT_TIMEOUT_S": collectives_s}
+        if how.devices is not None:
+            flags = (os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={how.devices}")
+            told["XLA_FLAGS"] = " ".join(filter(None, flags))
         with _environment(told), Watch(folder, how.ranks, how.timeout_s) as watch:
             codes = start(worker, how)
         return ordered([_ended(folder, rank, code, watch) for rank, code in codes.items() if code != 0])

@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-KINDS = ("all_reduce", "all_gather", "gather_inside", "reduce_scatter", "send")
-"""`gather_inside` is an all-gather along another than the first dimension, after which parts are put side by side."""
+KINDS = ("all_reduce", "average", "all_gather", "gather_inside", "reduce_scatter", "send")
+"""`average` is an all-reduce of gradients, which are divided and copied into one message first; `gather_inside` is an
+all-gather along another than the first dimension, after which parts are put side by side."""
 
 
 class Link(ABC):
@@ -39,7 +40,7 @@ class Ring(Link):
             return 0.0
         if kind == "send":
             return self.latency_s + size / self.bytes_per_s
-        rounds = (2 if kind == "all_reduce" else 1) * (ranks - 1)
+        rounds = (2 if kind in ("all_reduce", "average") else 1) * (ranks - 1)
         return rounds * (self.latency_s + size / ranks / self.bytes_per_s)
 
 

@@ -1,6 +1,7 @@
 """Which layout of several devices makes a training step shortest: a model of its time, from measured parts.
 
-docs/planning.md has the formulas. Nothing here measures; `torch_costs` and `torch_link` do.
+docs/planning.md has the formulas. Nothing here measures: `torch_costs` and `torch_calibration` do, or `jax_costs`,
+`jax_link` and `jax_programs`.
 """
 
 from __future__ import annotations
@@ -9,16 +10,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from perfkit._errors import InvalidInputError
-from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Prediction, Split, Stages, Unit, Way
-
-BACKWARD = 2 / 3
-"""Share of a forward and backward pass that is backward: behind it gradients can be sent."""
-
-FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20
-"""Bytes of DistributedDataParallel's messages."""
-
-MICRO_BATCHES = 4
-"""Of a pipeline, for each of its devices."""
+from perfkit.parallel.pipeline_plan import MICRO_BATCHES
+from perfkit.parallel.planning_messages import BACKWARD, exposed_s, gradients
+from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Prediction, Program, Split, Stages, Unit, Way
 
 COPIES = 4
 """Weights, gradients and two moments."""
@@ -30,7 +24,7 @@ def ranked(costs: Costs, cluster: Cluster) -> list[Prediction]:
     Raises:
         InvalidInputError: there is none: the batch cannot be divided, and no layer can be split.
     """
-    found = [predict(costs, way, cluster) for way in ways(costs, cluster.devices)]
+    found = [predict(costs, way, cluster) for way in costs.programs or ways(costs, cluster.devices)]
     if not found:
         raise InvalidInputError(
             f"{costs.rows} rows and {len(costs.units)} unit(s) cannot be shared by {cluster.devices} devices: "
@@ -39,39 +33,45 @@ def ranked(costs: Costs, cluster: Cluster) -> list[Prediction]:
     return sorted(found, key=lambda prediction: prediction.step_s)
 
 
-def ways(costs: Costs, devices: int) -> Iterator[Way]:
-    """The layouts that perfkit's recipes can make of so many devices."""
+def candidates(rows: int, devices: int) -> Iterator[Way]:
+    """The layouts of so many devices by which a batch can be divided."""
     divisors = [number for number in range(1, devices + 1) if devices % number == 0]
     for pipeline, tensor in itertools.product(divisors, divisors):
         data, over = divmod(devices, pipeline * tensor)
-        if over or costs.rows % data or (pipeline > 1 and tensor > 1):
+        if over or rows % data or (pipeline > 1 and tensor > 1):
             continue
-        if pipeline > len(costs.units) and pipeline not in costs.stages:
-            continue
-        if tensor > 1 and not costs.splits.get(tensor):
-            continue
-        micro_batches = _micro_batches(costs.rows // data, pipeline)
-        if pipeline > 1 and not micro_batches:
-            continue
+        micro_batches = _micro_batches(rows // data, pipeline) if pipeline > 1 else 1
         for shard in (False, True) if data > 1 and pipeline == 1 else (False,):
-            if tensor == 1 or shard or data == 1:  # DistributedDataParallel does not take the parts of tensor_parallel
-                yield Way(data, tensor, pipeline, shard, micro_batches if pipeline > 1 else 1)
+            if micro_batches:
+                yield Way(data, tensor, pipeline, shard, micro_batches)
+
+
+def ways(costs: Costs, devices: int) -> Iterator[Way]:
+    """The layouts that perfkit's recipes can make of a torch model."""
+    for way in candidates(costs.rows, devices):
+        if way.pipeline > len(costs.units) and way.pipeline not in costs.stages:
+            continue
+        if way.tensor > 1 and not costs.splits.get(way.tensor):
+            continue
+        if way.tensor == 1 or way.shard or way.data == 1:  # DistributedDataParallel takes no parts of tensor_parallel
+            yield way
 
 
 def predict(costs: Costs, way: Way, cluster: Cluster) -> Prediction:
     """What a step takes when the model is spread in that way."""
-    rows = costs.rows / way.data
+    if way in costs.programs:
+        return _of_program(costs, way, costs.programs[way], cluster)
     share = 1 / way.data  # of the batch, and so of activations
     splits = costs.splits.get(way.tensor, ()) if way.tensor > 1 else ()
     kept = 1 - min(sum(split.seconds * (1 - split.left) for split in splits) / costs.forward_s, 1.0)
     held = costs.bytes - sum(split.bytes for split in splits) * (1 - 1 / way.tensor)
     stages = stages_of(costs, way.pipeline)
     held = min(held, stages.bytes)
-    one_s = costs.passing_s(rows / way.micro_batches) * kept
-    longest = stages.longest / cluster.crowding  # a stage that waits leaves its core to those that do not
-    computing_s = one_s * way.micro_batches * max(longest, 1 / way.pipeline)
-    waiting_s = one_s * longest * (way.pipeline - 1)
-    update_s = costs.update_s * held / (costs.bytes or 1) / (way.data if way.shard else 1)
+    one_s = costs.passing_s(costs.rows * share / way.micro_batches) * kept
+    computing_s, waiting_s = _turns(one_s, stages.longest, way, cluster)
+    updated = held / (costs.bytes or 1) / (way.data if way.shard else 1)
+    if way.pipeline > 1:  # stages that hold less are done sooner
+        updated = max(updated / cluster.crowding, 1 / way.pipeline)
 
     sent = [(kind, size * share, way.tensor) for split in splits for kind, size in split.sends]
     sending_s = sum(cluster.link.seconds(kind, size, ranks) for kind, size, ranks in sent)
@@ -80,20 +80,48 @@ def predict(costs: Costs, way: Way, cluster: Cluster) -> Prediction:
         rounds = 2 * (way.micro_batches + way.pipeline - 1)
         sending_s += rounds * cluster.link.seconds("send", cut, 2) * (0.5 if cluster.overlaps else 1.0)
         sent += [("send", cut, 2)] * 2 * way.micro_batches
-    messages = list(_gradients(costs, way, held))
-    sending_s += _exposed(messages, computing_s, way, cluster)
+    messages = gradients(costs, way, held)
+    sending_s += exposed_s(messages, computing_s, way, cluster)
     if way.data > 1 or way.pipeline > 1:
         messages.append(("all_reduce", 4.0, max(way.data, 2)))  # the loss
         sending_s += cluster.link.seconds(*messages[-1])
     return Prediction(
         way=way,
-        computing_s=computing_s + update_s,
+        computing_s=computing_s + costs.update_s * updated,
         sending_s=sending_s,
         waiting_s=waiting_s,
         overhead_s=_overhead(costs, way, splits, cluster.overheads),
         held_bytes=COPIES * held / (way.data if way.shard else 1),
         sent_bytes=sum(size for _, size, _ in [*sent, *messages]),
     )
+
+
+def _of_program(costs: Costs, way: Way, program: Program, cluster: Cluster) -> Prediction:
+    """What a step takes whose program is compiled: all that it sends is known."""
+    one_s = costs.passing_s(costs.rows / way.data / way.micro_batches) * program.kept
+    if way.pipeline > 1:
+        one_s *= 1 + (1 - BACKWARD)  # a backward pass computes activations again
+    computing_s, waiting_s = _turns(one_s, program.longest, way, cluster)
+    return Prediction(
+        way=way,
+        computing_s=computing_s + costs.update_s * program.bytes / (costs.bytes or 1),
+        sending_s=sum(cluster.link.seconds(kind, size, ranks) * times for kind, size, ranks, times in program.sends),
+        waiting_s=waiting_s,
+        overhead_s=0.0,
+        held_bytes=COPIES * program.bytes,
+        sent_bytes=sum(size * times for _, size, _, times in program.sends),
+    )
+
+
+def _turns(one_s: float, longest: float, way: Way, cluster: Cluster) -> tuple[float, float]:
+    """Seconds of computing and of waiting in the passes of a step.
+
+    Args:
+        one_s: of a pass of the whole model.
+        longest: the longest stage's share of it.
+    """
+    longest /= cluster.crowding  # a stage that waits leaves its core to those that do not
+    return one_s * way.micro_batches * max(longest, 1 / way.pipeline), one_s * longest * (way.pipeline - 1)
 
 
 def stages_of(costs: Costs, count: int) -> Stages:
@@ -125,40 +153,11 @@ def _micro_batches(rows: int, pipeline: int) -> int:
     return max((n for n in range(pipeline, MICRO_BATCHES * pipeline + 1) if rows % n == 0), default=0)
 
 
-def _gradients(costs: Costs, way: Way, held: float) -> Iterator[tuple[str, float, int]]:
-    """The messages along "data" in one step, the last one of the backward pass at the end."""
-    if way.data == 1:
-        return
-    if way.shard:
-        part = held / (costs.bytes or 1)
-        for unit in costs.units:
-            for kind in ("all_gather", "all_gather", "reduce_scatter"):
-                if unit.bytes:
-                    yield kind, unit.bytes * part, way.data
-        return
-    rest = held
-    while rest > 0:
-        size = min(rest, BUCKET if rest > FIRST_BUCKET + BUCKET or rest <= BUCKET else rest - FIRST_BUCKET)
-        yield "all_reduce", size, way.data
-        rest -= size
-
-
-def _exposed(messages: Sequence[tuple[str, float, int]], computing_s: float, way: Way, cluster: Cluster) -> float:
-    """What of the messages along "data" is not hidden behind computations."""
-    if not messages:
-        return 0.0
-    each = [cluster.link.seconds(*message) for message in messages]
-    if not cluster.overlaps:
-        return sum(each)
-    behind_s = computing_s if way.shard else computing_s * BACKWARD
-    return max(sum(each) - behind_s, each[-1])
-
-
 def _overhead(costs: Costs, way: Way, splits: Sequence[Split], overheads: Overheads) -> float:
     found = overheads.split * len(splits)
     if way.data > 1:
         units = sum(unit.bytes > 0 for unit in costs.units)
-        found += overheads.unit * units + overheads.tensor * costs.tensors if way.shard else overheads.step
+        found += overheads.unit * units + overheads.tensor * len(costs.gradients) if way.shard else overheads.step
     if way.pipeline > 1:
         found += overheads.micro_batch * (way.micro_batches + way.pipeline - 1)
     return found

@@ -59,6 +59,23 @@ class Stages:
 
 
 @dataclass(frozen=True)
+class Program:
+    """What the compiled program of one layout does on one device in a step.
+
+    Args:
+        sends: what it sends: kind of operation, bytes, devices that take part, and how often.
+        kept: share of a pass that is left for one device where layers are split.
+        longest: the longest pipeline stage's share of a pass.
+        bytes: of the parameters that the device holds.
+    """
+
+    sends: tuple[tuple[str, float, int, int], ...]
+    kept: float
+    longest: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Costs:
     """What a training step costs on one device.
 
@@ -69,8 +86,9 @@ class Costs:
         forward_s: of a forward call on the whole batch, with what belongs to no unit.
         units: in the order of their calls.
         splits: by number of devices along "tensor".
-        bytes, tensors: of all parameters that are trained, and how many they are.
+        gradients: bytes of each parameter that is trained, in the order in which its gradient comes.
         stages: by number of devices along "pipeline", where it is known; elsewhere cuts are between units.
+        programs: JAX: by layout. Then there are no others, and `units`, `splits` and `stages` are not asked for.
     """
 
     rows: int
@@ -79,9 +97,14 @@ class Costs:
     forward_s: float
     units: tuple[Unit, ...]
     splits: Mapping[int, tuple[Split, ...]]
-    bytes: int
-    tensors: int
+    gradients: tuple[int, ...]
     stages: Mapping[int, Stages] = field(default_factory=dict)
+    programs: Mapping[Way, Program] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Of all parameters that are trained."""
+        return sum(self.gradients)
 
     def passing_s(self, rows: float) -> float:
         """Forward and backward of so many rows: measured, or on a line between measured ones."""

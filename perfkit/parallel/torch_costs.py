@@ -18,15 +18,16 @@ from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_surgery import map_tensors, tensors_in
 from perfkit.parallel.batch import length, sliced
 from perfkit.parallel.layout import Layout
-from perfkit.parallel.planning import MICRO_BATCHES
+from perfkit.parallel.pipeline_plan import MICRO_BATCHES
 from perfkit.parallel.planning_parts import Costs, Split, Stages, Unit
+from perfkit.parallel.planning_timing import in_turn, needed_passes, seconds_of, within
 from perfkit.parallel.torch_attention import part_alone
 from perfkit.parallel.torch_by_heads import ThreeParallel
 from perfkit.parallel.torch_data import units_of
 from perfkit.parallel.world import ALONE
 
 BLOCK, WATCHED = 3, 5
-"""Passes that are timed together, and passes in which layers are."""
+"""Passes of a layer that are timed together, and passes of the model in which its layers are."""
 
 
 class Step:
@@ -65,20 +66,6 @@ class Step:
         self.work.backend.synchronize(None)
 
 
-def needed_passes(rows: int, devices: int) -> dict[int, int]:
-    """The batch sizes on one device that layouts of so many devices lead to, and how many passes it makes in a row.
-
-    One over the data axis; in a pipeline its micro-batches, which find in the caches what the last one left there.
-    """
-    found = {}
-    for pipeline in (parts for parts in range(2, devices + 1) if devices % parts == 0):
-        micro_batches = pipeline * MICRO_BATCHES
-        if rows % micro_batches == 0:
-            found[rows // micro_batches] = micro_batches
-    found |= {rows // parts: 1 for parts in range(1, devices + 1) if devices % parts == 0 and rows % parts == 0}
-    return dict(sorted(found.items()))
-
-
 def costs(
     step: Step,
     devices: int,
@@ -96,25 +83,16 @@ def costs(
         forward_s=forward_s,
         units=units,
         splits=splits,
-        bytes=sum(map(_bytes, trained)),
-        tensors=len(trained),
+        gradients=tuple(map(_bytes, reversed(trained))),
         stages={parts: found for parts in splits if (found := _stages(step, parts)) is not None},
     )
 
 
 def measured(step: Step, devices: int, budget_s: float) -> Costs:
     """The same, timed here in one process, all batch sizes in turn."""
-    calls = timed_calls(step, devices)
-    times: dict[Any, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()  # the first one is another's: it allocates, and compiles
-    began = time.perf_counter()
-    while time.perf_counter() - began < budget_s or len(times["update"]) < 3:
-        for name, call in calls.items():
-            times[name].append(seconds_of(call))
-    medians = {name: median(found) for name, found in times.items()}
-    update_s = medians.pop("update")
-    return costs(step, devices, medians, update_s)
+    times = {name: median(found) for name, found in in_turn(timed_calls(step, devices), within(budget_s)).items()}
+    update_s = times.pop("update")
+    return costs(step, devices, times, update_s)
 
 
 def timed_calls(step: Step, devices: int) -> dict[Any, Callable[[], None]]:
@@ -126,14 +104,6 @@ def timed_calls(step: Step, devices: int) -> dict[Any, Callable[[], None]]:
 
     rows = needed_passes(step.rows, devices)
     return {**{count: of(count) for count in rows}, "update": step.update}  # an update uses the last pass' gradients
-
-
-def seconds_of(call: Callable[[], None], times: int = BLOCK) -> float:
-    """Of one of some calls."""
-    start = time.perf_counter()
-    for _ in range(times):
-        call()
-    return (time.perf_counter() - start) / times
 
 
 def _called(step: Step) -> tuple[tuple[Unit, ...], dict[str, tuple[float, int, int]], float]:
@@ -243,7 +213,7 @@ def part_of(layer: nn.Module, given: Inputs, parts: int, rows: bool) -> float:
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(5):
         for (side, inputs), found in zip(sides, times, strict=True):
-            found.append(seconds_of(partial(_both_passes, side, inputs)))
+            found.append(seconds_of(partial(_both_passes, side, inputs), BLOCK))
             side.zero_grad(set_to_none=True)
     return min(max(median(times[1]) / median(times[0]), 1 / parts), 1.0)
 

@@ -44,4 +44,6 @@ def _parts(found: Layouts) -> Iterator[RenderableType]:
     yield table
     yield line("")
     yield line(f"the quickest as a recipe: {found.best.way.recipe}")
+    for reason in found.refused:
+        yield line(f"not possible: {reason}")
     yield line("held: weights, gradients and two moments on a device, without activations")

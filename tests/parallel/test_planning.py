@@ -14,9 +14,11 @@ from click.testing import CliRunner
 from perfkit import InvalidInputError, UnsupportedError, cli
 from perfkit._recipe import chain_of
 from perfkit.parallel.links import Measured, Ring
-from perfkit.parallel.planning import BUCKET, balanced_units, predict, ranked, ways
-from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Split, Stages, Unit, Way
-from perfkit.parallel.torch_costs import needed_passes
+from perfkit.parallel.planning import balanced_units, candidates, predict, ranked, ways
+from perfkit.parallel.planning_messages import BUCKET, FIRST_BUCKET, buckets
+from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Program, Split, Stages, Unit, Way
+from perfkit.parallel.planning_timing import MOST, in_turn, needed_passes, within
+from perfkit.parallel.world import Alone
 
 ROOT = Path(__file__).parents[2]
 MB = 1_000_000
@@ -30,8 +32,7 @@ COSTS = Costs(
     forward_s=0.6,
     units=UNITS,
     splits={2: (SPLIT,)},
-    bytes=40 * MB,
-    tensors=8,
+    gradients=(5 * MB,) * 8,
 )
 
 
@@ -62,9 +63,9 @@ def test_passes_between_measured_batch_sizes_are_on_a_line():
 
 def test_data_parallel_is_a_part_of_the_batch_and_the_gradients():
     found = predict(COSTS, Way(data=2), cluster(step=0.005))
-    buckets = sum(SLOW.seconds("all_reduce", size, 2) for size in (40 * MB - BUCKET, BUCKET))
+    sent = sum(SLOW.seconds("all_reduce", size * MB, 2) for size in (5, 30, 5))
     assert found.computing_s == pytest.approx(0.45 + 0.02)
-    assert found.sending_s == pytest.approx(buckets + SLOW.seconds("all_reduce", 4, 2), rel=1e-6)
+    assert found.sending_s == pytest.approx(sent + SLOW.seconds("all_reduce", 4, 2))
     assert (found.waiting_s, found.overhead_s) == (0, 0.005)
     assert found.held_bytes == 4 * 40 * MB
     assert found.step_s == pytest.approx(found.computing_s + found.sending_s + 0.005)
@@ -72,10 +73,25 @@ def test_data_parallel_is_a_part_of_the_batch_and_the_gradients():
 
 def test_what_overlaps_hides_all_but_the_last_message():
     slow, quick = (predict(COSTS, Way(data=2), cluster(overlaps=overlaps)) for overlaps in (False, True))
-    last = SLOW.seconds("all_reduce", 40 * MB - BUCKET, 2)
-    assert quick.sending_s == pytest.approx(last + SLOW.seconds("all_reduce", 4, 2), rel=1e-6)
+    last = SLOW.seconds("all_reduce", 5 * MB, 2)
+    assert quick.sending_s == pytest.approx(last + SLOW.seconds("all_reduce", 4, 2))
     assert quick.sending_s < slow.sending_s
     assert quick.sent_bytes == slow.sent_bytes
+
+
+def test_gradients_fill_buckets_as_they_come():
+    small, large = FIRST_BUCKET // 4, 2 * BUCKET
+    assert list(buckets([small] * 6)) == [4 * small, 2 * small], "the first one goes off early"
+    assert list(buckets([small, large, small, large])) == [small + large, small + large]
+    assert list(buckets([])) == []
+
+
+def test_torch_fills_its_buckets_so():
+    torch = pytest.importorskip("torch")
+    sizes = (FIRST_BUCKET // 4,) * 6
+    tensors = [torch.empty(size // 4) for size in sizes]
+    groups, _ = torch.distributed._compute_bucket_assignment_by_size(tensors, [FIRST_BUCKET, BUCKET])
+    assert [sum(sizes[index] for index in group) for group in groups] == list(buckets(sizes))
 
 
 def test_shards_update_their_part_and_gather_each_unit_twice():
@@ -130,7 +146,7 @@ def test_the_layouts_are_those_that_recipes_can_make():
     for way in ways(COSTS, 4):
         assert all(recipe.size for recipe in chain_of(way.recipe.partition("pipeline")[0].rstrip("+") or []))
     with pytest.raises(InvalidInputError, match="64 rows and 1 unit"):
-        ranked(Costs(64, {64: 1.0}, 0.1, 0.3, UNITS[:1], {}, MB, 1), cluster(3))
+        ranked(Costs(64, {64: 1.0}, 0.1, 0.3, UNITS[:1], {}, (MB,)), cluster(3))
 
 
 def test_a_quick_link_is_used_and_a_slow_one_avoided():
@@ -147,9 +163,71 @@ def test_a_stage_that_waits_leaves_its_core_to_others():
     )
     assert alone.waiting_s == pytest.approx(3 * 0.4 * 0.1)
     assert crowded.waiting_s == pytest.approx(alone.waiting_s / 2)
-    update_s = COSTS.update_s * 10 / 40
+    update_s = COSTS.update_s / 4
     assert alone.computing_s == pytest.approx(16 * 0.1 * 0.4 + update_s)
     assert crowded.computing_s == pytest.approx(16 * 0.1 / 4 + update_s), "no sooner than the cores have done the work"
+    heavy = dataclasses.replace(known, stages={4: Stages(0.4, 32 * MB, MB)})
+    alone, crowded = (
+        predict(heavy, way, dataclasses.replace(cluster(4), crowding=crowding)) for crowding in (1.0, 2.0)
+    )
+    assert alone.computing_s - 16 * 0.1 * 0.4 == pytest.approx(COSTS.update_s * 32 / 40)
+    assert crowded.computing_s - 16 * 0.1 / 4 == pytest.approx(COSTS.update_s * 32 / 40 / 2), "others have updated less"
+
+
+def test_a_compiled_program_tells_what_is_sent():
+    sends = (("all_reduce", 40 * MB, 2, 1), ("send", MB, 2, 18))
+    way = Way(pipeline=2, micro_batches=8)
+    known = dataclasses.replace(COSTS, programs={way: Program(sends, kept=0.5, longest=0.6, bytes=10 * MB)})
+    found = predict(known, way, cluster())
+    one = 0.15 * 0.5 * 4 / 3  # a backward pass computes activations again
+    assert found.computing_s == pytest.approx(8 * one * 0.6 + 0.02 / 4)
+    assert found.waiting_s == pytest.approx(one * 0.6)
+    assert found.sending_s == pytest.approx(SLOW.seconds("all_reduce", 40 * MB, 2) + 18 * SLOW.seconds("send", MB, 2))
+    assert (found.overhead_s, found.held_bytes, found.sent_bytes) == (0, 4 * 10 * MB, 58 * MB)
+    assert [item.way for item in ranked(known, cluster())] == [way], "what was compiled, and no other"
+    plain = Way(data=2)
+    known = dataclasses.replace(COSTS, programs={plain: Program((), kept=1.0, longest=1.0, bytes=40 * MB)})
+    assert predict(known, plain, cluster()).step_s == pytest.approx(0.45 + 0.02)
+
+
+def test_layouts_by_which_a_batch_can_be_divided():
+    found = set(map(str, candidates(12, 4)))
+    assert found == {
+        "data 4",
+        "data 4, sharded",
+        "tensor 4",
+        "data 2 × tensor 2",
+        "data 2, sharded × tensor 2",
+        "pipeline 2 of 6 × data 2",
+        "pipeline 4 of 12",
+    }
+    assert set(map(str, candidates(7, 2))) == {"tensor 2", "pipeline 2 of 7"}
+
+
+class Counting(Alone):
+    """A world that counts how often its processes meet; another process takes a second longer."""
+
+    met = 0
+
+    def barrier(self):
+        self.met += 1
+
+    def gather(self, value):
+        return [value, value + 1.0]
+
+
+def test_calls_are_timed_in_turn():
+    made: list[str] = []
+    calls = {name: lambda name=name: made.append(name) for name in "ab"}
+    world = Counting()
+    times = in_turn(calls, range(2), world)
+    assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
+    assert world.met == 2 * (1 + 2)
+    assert made == list("ab" * 4), "the slowest process' call is long enough by itself"
+    made.clear()
+    in_turn(calls, range(1))
+    assert made == [*"abab", *"a" * MOST, *"b" * MOST], "a short one is made several times in a row"
+    assert len(list(within(0.0))) == 3
 
 
 def test_batch_sizes_that_layouts_lead_to():
@@ -253,22 +331,46 @@ def test_the_example_of_the_page_runs(capsys):
     assert "the quickest as a recipe: " in capsys.readouterr().out
 
 
-def test_the_page_shows_what_was_recorded():
-    from bench import plan
+def test_the_pages_show_what_was_recorded():
+    from bench import plan_pages
 
-    shown = plan.PAGE.read_text().partition(plan.BEGIN)[2].partition(plan.END)[0]
-    assert shown.strip() == "\n".join(plan.measured()).strip(), "run python -m bench.plan --page"
+    expected = {plan_pages.PLANNING: (plan_pages.PREDICTIONS, plan_pages.predictions())}
+    expected |= {page: (plan_pages.SCALING, plan_pages.scaling(name)) for name, page in plan_pages.SPREAD.items()}
+    for page, ((begin, end), lines) in expected.items():
+        shown = page.read_text().partition(begin)[2].partition(end)[0]
+        assert shown.strip() == "\n".join(lines).strip(), "run python -m bench.plan --page"
+
+
+def launched(predicted_ms, steps_ms, one_ms):
+    about = {"framework": "torch", "model": "m", "processes": 2, "layout": "data 2", "recipe": "data_parallel(2)"}
+    predicted = {"predicted_ms": predicted_ms, "parts_ms": {"computing": predicted_ms}}
+    return about | predicted | {"steps_ms": [steps_ms] * 8, "one_ms": [one_ms] * 8, "all_cores_ms": []}
 
 
 def test_launches_are_summed_up_by_their_medians():
+    from bench import plan, plan_pages
+
+    described = {"sent_bytes": 1e3, "communicating": None, "held_bytes": 2048, "peak_bytes": None}
+    (found,) = plan.summed_up(
+        [launched(10.0, 10.0, 15.0) | described, launched(12.0, 10.0, 15.0), launched(9.0, 12.0, 18.0)]
+    )
+    assert (found["predicted_ms"], found["measured_ms"], found["launches"]) == (10.0, 10.0, 3)
+    assert (found["ratio"], found["lowest"], found["highest"]) == (1.0, 0.75, 1.2)
+    assert found["scaling"]["one"] == pytest.approx({"ratio": 1.5, "low": 1.5, "high": 1.5, "pairs": 24})
+    assert found["scaling"]["all_cores"] is None
+    assert json.dumps(found)
+    cells = [cell.strip() for cell in plan_pages.scaling_line(found).split("|")[1:-1]]
+    assert cells[3:7] == ["15.0 → 10.0 ms", "1.50× [1.50, 1.50]", "75%", "–"]
+    assert cells[-2:] == ["unavailable", "2.00 KiB, unavailable"]
+
+
+def test_no_launch_begins_that_would_end_too_late(monkeypatch, capsys):
     from bench import plan
 
-    def row(predicted, measured):
-        parts = {"computing": predicted}
-        about = {"model": "m", "processes": 2, "layout": "data 2", "recipe": "data_parallel(2)"}
-        return about | {"predicted_ms": predicted, "measured_ms": measured, "parts_ms": parts}
-
-    (found,) = plan.summed_up([row(10.0, 10.0), row(12.0, 10.0), row(9.0, 12.0)])
-    assert (found["predicted_ms"], found["measured_ms"]) == (10.0, 10.0)
-    assert (found["ratio"], found["lowest"], found["highest"]) == (1.0, 0.75, 1.2)
-    assert json.dumps(found)
+    made, clock = [], iter(range(0, 600, 60))  # each look at the clock is a minute later
+    monkeypatch.setattr(plan.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(plan, "launched", lambda *about, **_: made.append(about[1]) or [launched(1.0, 1.0, 1.0)])
+    options = plan._parser().parse_args(["--quick", "--minutes", "7", "--repeats", "9", "--processes", "2"])
+    plan.record("torch", options)
+    assert made == [2, 2]
+    assert "7 minutes are nearly over after 2 launches" in capsys.readouterr().out
