@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -46,10 +48,15 @@ class Step:
         batch = (inputs.args, dict(inputs.kwargs), targets)
         return self.work.backend.mapped(sliced(self.rows, self.rows // rows, 0, self.batch_dim), batch)
 
-    def whole(self, rows: int, micro_batches: int) -> tuple[Callable, tuple]:
-        """Forward, backward and update on so many micro-batches of so many rows; with what the function is given."""
+    def whole(self, rows: int, micro_batches: int, again: bool = False) -> tuple[Callable, tuple]:
+        """Forward, backward and update on so many micro-batches of so many rows; with what the function is given.
+
+        Args:
+            again: compute activations again in the backward.
+        """
         training = replace(self.work.training, micro_batches=micro_batches, batch_dim=self.batch_dim)
-        trainer = Trainer(self.work.replace(training=training))
+        model = self.work.model.then(partial(jax.checkpoint, prevent_cse=False)) if again else self.work.model
+        trainer = Trainer(self.work.replace(model=model, training=training))
         return trainer.program.jitted, (trainer.state, *self.batch(rows * micro_batches))
 
     def update(self) -> tuple[Callable, tuple]:
@@ -83,23 +90,27 @@ def on_all(mesh: Mesh, function: Callable, given: tuple) -> Callable[[], Any]:
 
 
 def timed_calls(step: Step, devices: int, run: Run) -> dict[Any, Callable[[], Any]]:
-    """What must be timed: steps by the rows of their micro-batches, and "update"."""
+    """What must be timed: steps by the rows of their micro-batches, "update", and "again" of the smallest ones."""
     passes = needed_passes(step.rows, devices)
-    return {**{rows: run(*step.whole(rows, times)) for rows, times in passes.items()}, "update": run(*step.update())}
+    calls: dict[Any, Callable[[], Any]] = {rows: run(*step.whole(rows, times)) for rows, times in passes.items()}
+    rows = min(passes)
+    return calls | {"update": run(*step.update()), "again": run(*step.whole(rows, passes[rows], again=True))}
 
 
 def costs(step: Step, devices: int, times: Mapping[Any, float]) -> Costs:
     """What `planning` asks beside the programs of layouts, from times of `timed_calls`."""
     passes = needed_passes(step.rows, devices)
-    trained = jax.tree.leaves(step.work.model.params)
+    trained, update_s = jax.tree.leaves(step.work.model.params), times["update"]
+    in_passes = {name: max(seconds - update_s, 0.0) for name, seconds in times.items()}
     return Costs(
         rows=step.rows,
-        pass_s={rows: max(times[rows] - times["update"], 0.0) / count for rows, count in passes.items()},
-        update_s=times["update"],
+        pass_s={rows: in_passes[rows] / count for rows, count in passes.items()},
+        update_s=update_s,
         forward_s=0.0,
         units=(),
         splits={},
         gradients=tuple(leaf.nbytes for leaf in reversed(trained)),
+        again=max(in_passes["again"] / (in_passes[min(passes)] or math.inf), 1.0),
     )
 
 

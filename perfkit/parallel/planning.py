@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from perfkit._errors import InvalidInputError
 from perfkit.parallel.pipeline_plan import MICRO_BATCHES
-from perfkit.parallel.planning_messages import BACKWARD, exposed_s, gradients
+from perfkit.parallel.planning_messages import exposed_s, gradients
 from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Prediction, Program, Split, Stages, Unit, Way
 
 COPIES = 4
@@ -100,7 +100,7 @@ def _of_program(costs: Costs, way: Way, program: Program, cluster: Cluster) -> P
     """What a step takes whose program is compiled: all that it sends is known."""
     one_s = costs.passing_s(costs.rows / way.data / way.micro_batches) * program.kept
     if way.pipeline > 1:
-        one_s *= 1 + (1 - BACKWARD)  # a backward pass computes activations again
+        one_s *= costs.again
     computing_s, waiting_s = _turns(one_s, program.longest, way, cluster)
     return Prediction(
         way=way,

@@ -89,6 +89,7 @@ class Costs:
         gradients: bytes of each parameter that is trained, in the order in which its gradient comes.
         stages: by number of devices along "pipeline", where it is known; elsewhere cuts are between units.
         programs: JAX: by layout. Then there are no others, and `units`, `splits` and `stages` are not asked for.
+        again: how many times as long a pass takes whose backward computes activations again, as JAX's pipelines do.
     """
 
     rows: int
@@ -100,6 +101,7 @@ class Costs:
     gradients: tuple[int, ...]
     stages: Mapping[int, Stages] = field(default_factory=dict)
     programs: Mapping[Way, Program] = field(default_factory=dict)
+    again: float = 1.0
 
     @property
     def bytes(self) -> int:

@@ -1,0 +1,99 @@
+"""Run by test_jax_planning.py in a process with four devices: layouts compiled and predicted, and prints JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax_on_four_devices import Noisy, bound, normal, squared
+
+from perfkit._errors import InvalidInputError, UnsupportedError
+from perfkit.parallel import jax_costs, jax_link, jax_programs, planning_layouts
+from perfkit.parallel.planning import candidates
+
+IN, HIDDEN, OUT, ROWS = 8, 16, 4, 32
+PARAMS = {"up": normal(IN, HIDDEN), "down": normal(HIDDEN, OUT)}
+INPUTS, TARGETS = normal(ROWS, IN), normal(ROWS, OUT)
+
+
+def model(params, x):
+    return jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+def step(along=0):
+    function = model if along == 0 else lambda params, x: model(params, x.T).T
+    inputs, targets = (INPUTS, TARGETS) if along == 0 else (INPUTS.T, TARGETS.T)
+    return jax_costs.Step(bound(function, (inputs,), targets, squared, optax.adam(1e-3), PARAMS), along)
+
+
+def programs(along=0):
+    one = step(along)
+    found, refused = jax_programs.programs(one, candidates(one.rows, jax.device_count()))
+    return {str(way): dataclasses.asdict(each) for way, each in found.items()}, refused
+
+
+def costs():
+    one = step()
+    found = jax_costs.measured(one, 4, budget_s=0.0)
+    together, cluster, others = jax_link.calibrated(one.work, 0, 2, {"other": lambda: None})
+    inputs, targets = one.batch(8)[0][0], one.batch(8)[2]
+    return {
+        "rows": [sorted(each.pass_s) for each in (found, together)],
+        "gradients": found.gradients,
+        "seconds": [*found.pass_s.values(), found.update_s, *together.pass_s.values()],
+        "again": found.again,
+        "crowding": cluster.crowding,
+        "kinds": sorted(cluster.link.points),
+        "others": {name: len(seconds) for name, seconds in others.items()},
+        "batch": [inputs.shape, targets.shape],
+    }
+
+
+def each_by_itself():
+    """Every device makes a whole call, and they agree with one device's."""
+    one = step()
+    mesh = jax.make_mesh((4,), ("each",))
+    program, given = one.whole(ROWS, 1)
+    (weights, _, _, _), loss = program(*given)
+    everywhere, losses = jax_costs.on_all(mesh, program, given)()
+    off = [float(jnp.abs(everywhere[0][name] - weights[name]).max()) for name in weights]
+    return {"off": max(off), "losses": losses.tolist(), "loss": float(loss)}
+
+
+def layouts(function=model, params=PARAMS, inputs=INPUTS, targets=TARGETS, devices=4, **options):
+    about = {"example_inputs": (inputs,), "targets": targets, "loss": squared, "optimizer": optax.adam(1e-3)}
+    return planning_layouts.layouts(function, params=params, devices=devices, budget_s=0.0, **about, **options)
+
+
+def refused(**options):
+    try:
+        layouts(**options)
+    except (UnsupportedError, InvalidInputError) as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def told(found):
+    ways = [str(item.way) for item in found.predictions]
+    return {"ways": ways, "steps": [item.step_s for item in found.predictions], "text": str(found)}
+
+
+if __name__ == "__main__":
+    planning_layouts.ROUNDS = 1
+    noisy = {"function": Noisy(rngs=nnx.Rngs(0)), "params": None}
+    noisy |= {"inputs": normal(ROWS, 1000), "targets": normal(ROWS, 1000)}
+    found = {
+        "programs": programs(),
+        "second dimension": programs(along=1),
+        "costs": costs(),
+        "each": each_by_itself(),
+        "given": told(layouts(link_gbps=10)),
+        "measured": told(layouts()),
+        "changing": told(layouts(link_gbps=10, **noisy)),
+        "eight": refused(devices=8, link_gbps=10),
+    }
+    print(json.dumps(found))
