@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from perfkit._measurement import parallel
 from perfkit._recipe import chain_of
 from perfkit._variant import Variant, ready
 from perfkit._workload import Workload
+from perfkit.measure.environment import environment
 from perfkit.parallel import world
 from perfkit.parallel.gathering import gathered, trained
 from perfkit.parallel.pipeline_plan import MICRO_BATCHES
@@ -86,9 +86,11 @@ def by_one(framework: str, bound: Workload) -> dict[str, Callable[[], Any]]:
         return {ONE: call}
     import torch
 
+    cores = environment().cores
+
     def on_all_cores() -> None:
         threads = torch.get_num_threads()
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(cores)
         try:
             call()
         finally:

@@ -11,7 +11,7 @@ from typing import Any
 from perfkit.parallel.pipeline_plan import MICRO_BATCHES
 from perfkit.parallel.world import ALONE, World
 
-FILLED_S, MOST = 0.03, 10
+FILLED_S, MOST = 0.06, 10
 """Shorter calls are made in a row until they fill this time, at most so many: one alone drowns in what wakes it up."""
 
 LEAST_ROUNDS = 3
