@@ -124,7 +124,7 @@ def share_reading(work: Workload, names: Iterable[str]) -> float:
     """The share of a forward call's time that operations take which read these parameters, each run by itself."""
     model, inputs, wanted = work.model, work.inputs, set(names)
     args, kwargs = inputs.args, dict(inputs.kwargs)
-    operations = operations_of(model.function(), model.params, model.rest, args, kwargs, changing=True)
+    operations = operations_of(model.function(), model.params, model.rest, args, kwargs)
     whole = jax.tree.leaves(model.params)
     parts = [whole[index] if row is None else whole[index][row] for index, row in operations.parts]
     seconds = operations.costs([*parts, *jax.tree.leaves((model.rest, args, kwargs))], trains=False).seconds

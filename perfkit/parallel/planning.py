@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from perfkit._errors import InvalidInputError
 from perfkit.parallel.pipeline_plan import MICRO_BATCHES
 from perfkit.parallel.planning_messages import exposed_s, gradients
-from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Prediction, Program, Split, Stages, Unit, Way
+from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Prediction, Program, Stages, Unit, Way
 
 COPIES = 4
 """Weights, gradients and two moments."""
@@ -38,10 +38,10 @@ def candidates(rows: int, devices: int) -> Iterator[Way]:
     divisors = [number for number in range(1, devices + 1) if devices % number == 0]
     for pipeline, tensor in itertools.product(divisors, divisors):
         data, over = divmod(devices, pipeline * tensor)
-        if over or rows % data or (pipeline > 1 and tensor > 1):
+        if over or rows % data:
             continue
         micro_batches = _micro_batches(rows // data, pipeline) if pipeline > 1 else 1
-        for shard in (False, True) if data > 1 and pipeline == 1 else (False,):
+        for shard in (False, True) if data > 1 else (False,):
             if micro_batches:
                 yield Way(data, tensor, pipeline, shard, micro_batches)
 
@@ -64,22 +64,22 @@ def predict(costs: Costs, way: Way, cluster: Cluster) -> Prediction:
     share = 1 / way.data  # of the batch, and so of activations
     splits = costs.splits.get(way.tensor, ()) if way.tensor > 1 else ()
     kept = 1 - min(sum(split.seconds * (1 - split.left) for split in splits) / costs.forward_s, 1.0)
-    held = costs.bytes - sum(split.bytes for split in splits) * (1 - 1 / way.tensor)
     stages = stages_of(costs, way.pipeline)
-    held = min(held, stages.bytes)
+    held = stages.bytes * (1 - sum(split.bytes for split in splits) * (1 - 1 / way.tensor) / (costs.bytes or 1))
     one_s = costs.passing_s(costs.rows * share / way.micro_batches) * kept
     computing_s, waiting_s = _turns(one_s, stages.longest, way, cluster)
     updated = held / (costs.bytes or 1) / (way.data if way.shard else 1)
     if way.pipeline > 1:  # stages that hold less are done sooner
         updated = max(updated / cluster.crowding, 1 / way.pipeline)
 
-    sent = [(kind, size * share, way.tensor) for split in splits for kind, size in split.sends]
-    sending_s = sum(cluster.link.seconds(kind, size, ranks) for kind, size, ranks in sent)
+    turns = way.micro_batches + way.pipeline - 1
+    sent = [(kind, size * share / way.micro_batches, way.tensor) for split in splits for kind, size in split.sends]
+    sending_s = sum(cluster.link.seconds(*message) for message in sent) * turns * stages.longest
+    sent_bytes = sum(size for _, size, _ in sent) * way.micro_batches * stages.longest
     if way.pipeline > 1:
         cut = stages.cut_bytes * share / way.micro_batches
-        rounds = 2 * (way.micro_batches + way.pipeline - 1)
-        sending_s += rounds * cluster.link.seconds("send", cut, 2) * (0.5 if cluster.overlaps else 1.0)
-        sent += [("send", cut, 2)] * 2 * way.micro_batches
+        sending_s += 2 * turns * cluster.link.seconds("send", cut, 2) * (0.5 if cluster.overlaps else 1.0)
+        sent_bytes += 2 * way.micro_batches * cut
     messages = gradients(costs, way, held)
     sending_s += exposed_s(messages, computing_s, way, cluster)
     if way.data > 1 or way.pipeline > 1:
@@ -90,9 +90,9 @@ def predict(costs: Costs, way: Way, cluster: Cluster) -> Prediction:
         computing_s=computing_s + costs.update_s * updated,
         sending_s=sending_s,
         waiting_s=waiting_s,
-        overhead_s=_overhead(costs, way, splits, cluster.overheads),
+        overhead_s=_overhead(costs, way, len(splits) * stages.longest, cluster.overheads),
         held_bytes=COPIES * held / (way.data if way.shard else 1),
-        sent_bytes=sum(size for _, size, _ in [*sent, *messages]),
+        sent_bytes=sent_bytes + sum(size for _, size, _ in messages),
     )
 
 
@@ -153,11 +153,18 @@ def _micro_batches(rows: int, pipeline: int) -> int:
     return max((n for n in range(pipeline, MICRO_BATCHES * pipeline + 1) if rows % n == 0), default=0)
 
 
-def _overhead(costs: Costs, way: Way, splits: Sequence[Split], overheads: Overheads) -> float:
-    found = overheads.split * len(splits)
+def _overhead(costs: Costs, way: Way, splits: float, overheads: Overheads) -> float:
+    """What the framework adds.
+
+    Args:
+        splits: how many layers of a stage are split.
+    """
+    turns = way.micro_batches + way.pipeline - 1
+    found = overheads.split * splits * turns
     if way.data > 1:
-        units = sum(unit.bytes > 0 for unit in costs.units)
-        found += overheads.unit * units + overheads.tensor * len(costs.gradients) if way.shard else overheads.step
+        units = 1 if way.pipeline > 1 else sum(unit.bytes > 0 for unit in costs.units)
+        tensors = len(costs.gradients) / way.pipeline
+        found += overheads.unit * units + overheads.tensor * tensors if way.shard else overheads.step
     if way.pipeline > 1:
-        found += overheads.micro_batch * (way.micro_batches + way.pipeline - 1)
+        found += overheads.micro_batch * turns
     return found

@@ -160,7 +160,8 @@ def _jax(
             "'perfkit plan --framework jax' does"
         )
     step = jax_costs.Step(work, batch_dim)
-    programs, refused = jax_programs.programs(step, candidates(step.rows, devices), progress)
+    ways = [way for way in candidates(step.rows, devices) if way.pipeline == 1 or way.tensor == 1]  # stages lie packed
+    programs, refused = jax_programs.programs(step, ways, progress)
     if not programs:
         refused = refused or (f"its number does not divide a batch of {step.rows} rows",)
         raise InvalidInputError(f"no layout of {devices} devices is possible: {'; '.join(refused)}")

@@ -42,6 +42,8 @@ def gradients(costs: Costs, way: Way, held: float) -> list[Message]:
     part = held / (costs.bytes or 1)
     if not way.shard:
         return [("average", size, way.data) for size in buckets(each * part for each in costs.gradients)]
+    if way.pipeline > 1:  # a stage is gathered for the step, and its gradients are sent after the last micro-batch
+        return [("all_gather", held, way.data), ("reduce_scatter", held, way.data)]
     kinds = ("all_gather", "all_gather", "reduce_scatter")
     return [(kind, unit.bytes * part, way.data) for unit in costs.units for kind in kinds if unit.bytes]
 

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from functools import partial
 from statistics import median
 from typing import Any
 
-import torch
 from torch import nn
 
-from perfkit._errors import InvalidInputError, UnsupportedError
+from perfkit._errors import InvalidInputError
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_surgery import map_tensors, tensors_in
 from perfkit.parallel.batch import length, sliced
 from perfkit.parallel.layout import Layout
 from perfkit.parallel.pipeline_plan import MICRO_BATCHES
-from perfkit.parallel.planning_parts import Costs, Split, Stages, Unit
-from perfkit.parallel.planning_timing import in_turn, needed_passes, seconds_of, within
-from perfkit.parallel.torch_attention import part_alone
-from perfkit.parallel.torch_by_heads import ThreeParallel
+from perfkit.parallel.planning_parts import Costs, Stages, Unit
+from perfkit.parallel.planning_timing import in_turn, needed_passes, within
 from perfkit.parallel.torch_data import units_of
+from perfkit.parallel.torch_split_costs import bytes_of, splits_of
 from perfkit.parallel.world import ALONE
 
-BLOCK, WATCHED = 3, 5
-"""Passes of a layer that are timed together, and passes of the model in which its layers are."""
+WATCHED = 5
+"""Passes in which layers are timed."""
 
 
 class Step:
@@ -75,7 +71,7 @@ def costs(
     """All that `planning` asks, from times of passes by rows and of the optimizer's step."""
     units, layers, forward_s = _called(step)
     trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
-    splits = {parts: _splits(step, layers, parts) for parts in range(2, devices + 1) if devices % parts == 0}
+    splits = {parts: splits_of(step, layers, parts) for parts in range(2, devices + 1) if devices % parts == 0}
     return Costs(
         rows=step.rows,
         pass_s=dict(passes),
@@ -83,7 +79,7 @@ def costs(
         forward_s=forward_s,
         units=units,
         splits=splits,
-        gradients=tuple(map(_bytes, reversed(trained))),
+        gradients=tuple(map(bytes_of, reversed(trained))),
         stages={parts: found for parts in splits if (found := _stages(step, parts)) is not None},
     )
 
@@ -126,7 +122,7 @@ def _called(step: Step) -> tuple[tuple[Unit, ...], dict[str, tuple[float, int, i
         step.work.backend.synchronize(None)
         times.setdefault(id(module), []).append(time.perf_counter() - started.pop())
         learning = {id(tensor): tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad}
-        sizes[id(module)] = sum(map(_bytes, learning.values())), sum(map(_bytes, tensors_in(outputs)))
+        sizes[id(module)] = sum(map(bytes_of, learning.values())), sum(map(bytes_of, tensors_in(outputs)))
 
     handles = []
     for module in watched.values():
@@ -145,7 +141,7 @@ def _called(step: Step) -> tuple[tuple[Unit, ...], dict[str, tuple[float, int, i
         Unit(
             names[id(module)],
             seconds[id(module)],
-            sum(map(_bytes, module.parameters())),
+            sum(map(bytes_of, module.parameters())),
             len(list(module.parameters())),
             sizes[id(module)][1],
         )
@@ -153,36 +149,6 @@ def _called(step: Step) -> tuple[tuple[Unit, ...], dict[str, tuple[float, int, i
     )
     layers = {names[key]: (seconds[key], *sizes[key]) for key in times}
     return found, layers, seconds[id(step.model)]
-
-
-def _splits(step: Step, layers: Mapping[str, tuple[float, int, int]], parts: int) -> tuple[Split, ...]:
-    """The layers that `tensor_parallel` would split in so many parts, and what each sends in a step."""
-    from perfkit.parallel.torch_tensor import planned
-
-    try:
-        splits = planned(step.work, parts)
-    except UnsupportedError:
-        return ()
-    inputs = _inputs(step, splits)
-    found = []
-    for name, split in splits.items():
-        seconds, learning, given = layers[name]
-        layer = step.model.get_submodule(name)
-        sends = [("all_reduce", given)] if split.adds else [("gather_inside", given)] if split.gathers else []
-        if (bias := _whole_bias(layer, split.style)) is not None:
-            learning += _bytes(bias)
-        if learning and split.told != "rows":  # each process has a part of what these learn
-            sends.append(("all_reduce", learning))
-        left = part_of(layer, inputs[name], parts, rows=split.told == "rows")
-        found.append(Split(name, seconds, left, sum(map(_bytes, layer.parameters())), tuple(sends)))
-    return tuple(found)
-
-
-def _whole_bias(layer: Any, style: Any) -> torch.Tensor | None:
-    """What each process holds the whole of beside its part of a layer, and learns from a part of its outputs."""
-    if isinstance(layer, nn.MultiheadAttention):
-        return layer.in_proj_bias
-    return layer.bias if isinstance(style, ThreeParallel) else None
 
 
 def _stages(step: Step, parts: int) -> Stages | None:
@@ -195,64 +161,7 @@ def _stages(step: Step, parts: int) -> Stages | None:
     return None if recipe.refusal(work) else expected(work, recipe)
 
 
-def part_of(layer: nn.Module, given: Inputs, parts: int, rows: bool) -> float:
-    """The time of one device's part of a split layer as a share of the whole one's, forwards and backwards."""
-    part: Any = copy.deepcopy(layer)
-    mine = given
-    if isinstance(layer, nn.MultiheadAttention):
-        part = part_alone(part, parts)
-    elif rows:  # of the weight as it is multiplied: each part takes some of the inputs
-        part.weight = nn.Parameter(part.weight.detach().chunk(parts, 1)[0].contiguous())
-        mine = Inputs((given.args[0].chunk(parts, -1)[0].contiguous(),))
-    else:
-        whole = {name: value.detach() for name, value in layer.named_parameters(recurse=False)}
-        dim = 1 if isinstance(layer, nn.Embedding) else 0
-        for name, value in whole.items():
-            setattr(part, name, nn.Parameter(value.chunk(parts, dim)[0].contiguous()))
-    sides = ((layer, given), (part, mine))
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(5):
-        for (side, inputs), found in zip(sides, times, strict=True):
-            found.append(seconds_of(partial(_both_passes, side, inputs), BLOCK))
-            side.zero_grad(set_to_none=True)
-    return min(max(median(times[1]) / median(times[0]), 1 / parts), 1.0)
-
-
-def _both_passes(layer: nn.Module, inputs: Inputs) -> None:
-    next(tensors_in(layer(*inputs.args, **inputs.kwargs))).sum().backward()
-
-
-def _inputs(step: Step, names: Iterable[str]) -> dict[str, Inputs]:
-    """What those layers are given in a call; with gradients of their own where they had some."""
-    found: dict[str, Inputs] = {}
-
-    def keeping(name: str) -> Callable:
-        def before(_module, args, kwargs):
-            copies: dict[int, torch.Tensor] = {}  # what is given twice, as queries and as keys, stays one
-
-            def alone(tensor: torch.Tensor) -> torch.Tensor:
-                return copies.setdefault(id(tensor), tensor.detach().requires_grad_(tensor.requires_grad))
-
-            found[name] = Inputs(*map_tensors(alone, (args, dict(kwargs))))
-
-        return before
-
-    handles = [
-        step.model.get_submodule(name).register_forward_pre_hook(keeping(name), with_kwargs=True) for name in names
-    ]
-    try:
-        step.both_passes(*step.batch(step.rows))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
     from perfkit.parallel.torch_tensor import LAYERS
 
     return (module for module in model.modules() if isinstance(module, LAYERS))
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -33,6 +33,7 @@ LAYOUTS = {
     "data 2 × tensor 2",
     "data 2, sharded × tensor 2",
     "pipeline 2 of 8 × data 2",
+    "pipeline 2 of 8 × data 2, sharded",
 }
 
 
@@ -68,6 +69,7 @@ def test_programs_tell_what_a_device_holds_and_computes(four):
     assert found["data 4"]["bytes"] == WHOLE
     assert found["data 4, sharded"]["bytes"] == found["tensor 4"]["bytes"] == WHOLE / 4
     assert found["data 2, sharded × tensor 2"]["bytes"] == WHOLE / 4
+    assert found["pipeline 2 of 8 × data 2, sharded"]["bytes"] == 4 * IN * HIDDEN / 2
     assert found["data 4"]["kept"] == found["data 4"]["longest"] == 1
     assert 1 / 4 < found["tensor 4"]["kept"] < 1, "tanh is not counted as split"
     assert found["tensor 4"]["kept"] < found["data 2 × tensor 2"]["kept"] < 1

@@ -121,6 +121,29 @@ def test_a_pipeline_waits_for_its_first_and_last_micro_batch():
     assert found.overhead_s == pytest.approx(9e-3)
 
 
+def test_stages_split_once_more_send_for_each_micro_batch():
+    found = predict(COSTS, Way(tensor=2, pipeline=2, micro_batches=8), cluster(4, split=1e-3))
+    plain = predict(COSTS, Way(pipeline=2, micro_batches=8), cluster(4))
+    kept, longest = 1 - 0.2 / 0.6 * 0.5, 0.3 / 0.5
+    assert found.waiting_s == pytest.approx(plain.waiting_s * kept)
+    each = sum(SLOW.seconds(kind, MB / 8, 2) for kind in ("all_reduce", "all_gather"))
+    assert found.sending_s - plain.sending_s == pytest.approx(9 * longest * each), "the longest stage has most layers"
+    assert found.overhead_s == pytest.approx(9 * longest * 1e-3)
+    assert found.sent_bytes - plain.sent_bytes == pytest.approx(longest * 2 * MB)
+    assert found.held_bytes == pytest.approx(plain.held_bytes * 35 / 40)
+
+
+def test_shards_of_a_stage_are_gathered_once():
+    shared = Way(data=2, shard=True, pipeline=2, micro_batches=8)
+    found = predict(COSTS, shared, cluster(4, unit=1e-3, tensor=1e-4))
+    plain = predict(COSTS, Way(pipeline=2, micro_batches=8), cluster(4))
+    gathered = sum(SLOW.seconds(kind, 20 * MB, 2) for kind in ("all_gather", "reduce_scatter"))
+    halved = 18 * (SLOW.seconds("send", MB / 8, 2) - SLOW.seconds("send", MB / 16, 2))  # rows of a process
+    assert found.sending_s == pytest.approx(plain.sending_s - halved + gathered)
+    assert found.overhead_s == pytest.approx(1e-3 + 8 / 2 * 1e-4)
+    assert found.held_bytes == plain.held_bytes / 2
+
+
 def test_stages_are_balanced():
     assert [len(stage) for stage in balanced_units(UNITS, 2)] == [2, 2]
     assert [[unit.name for unit in stage] for stage in balanced_units(UNITS, 3)] == [["a"], ["b"], ["c", "d"]]
@@ -141,10 +164,12 @@ def test_the_layouts_are_those_that_recipes_can_make():
         "data 4, sharded",
         "data 2, sharded × tensor 2",  # DistributedDataParallel does not take the parts of tensor_parallel
         "pipeline 2 of 8 × data 2",
+        "pipeline 2 of 8 × data 2, sharded",
+        "pipeline 2 of 8 × tensor 2",
         "pipeline 4 of 16",
     }
     for way in ways(COSTS, 4):
-        assert all(recipe.size for recipe in chain_of(way.recipe.partition("pipeline")[0].rstrip("+") or []))
+        assert all(recipe.size for recipe in chain_of(way.recipe))
     with pytest.raises(InvalidInputError, match="64 rows and 1 unit"):
         ranked(Costs(64, {64: 1.0}, 0.1, 0.3, UNITS[:1], {}, (MB,)), cluster(3))
 
@@ -200,6 +225,8 @@ def test_layouts_by_which_a_batch_can_be_divided():
         "data 2 × tensor 2",
         "data 2, sharded × tensor 2",
         "pipeline 2 of 6 × data 2",
+        "pipeline 2 of 6 × data 2, sharded",
+        "pipeline 2 of 6 × tensor 2",
         "pipeline 4 of 12",
     }
     assert set(map(str, candidates(7, 2))) == {"tensor 2", "pipeline 2 of 7"}
