@@ -69,6 +69,28 @@ def in_stages(x, y):
     }
 
 
+def called_in_stages(x):
+    """By how much outputs of a pipeline through both processes are off: on its own parameters, as given, on others."""
+    random = np.random.default_rng(1)
+    params = {name: random.normal(size=(8, 8)).astype(np.float32) / 4 for name in "abcd"}
+
+    def model(params, x):
+        for name in "abcd":
+            x = jnp.tanh(x @ params[name])
+        return x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", perfkit.PerfkitWarning)
+        result = perfkit.optimize(model, "pipeline_parallel(4)", params=params, example_inputs=(x,), budget_s=0.1)
+    others = {name: leaf * 2 for name, leaf in params.items()}
+    pairs = (
+        (result(x), model(params, x)),
+        (result.model(result.params, x), model(params, x)),
+        (result.model(others, x), model(others, x)),
+    )
+    return [float(jnp.abs(found - expected).max() / jnp.abs(expected).max()) for found, expected in pairs]
+
+
 if __name__ == "__main__":
     jax_world.join()
     random = np.random.default_rng(0)
@@ -78,6 +100,7 @@ if __name__ == "__main__":
         "jit": trained("data_parallel(shard=True)", w, x, y),
         "pmap": trained("data_parallel(engine='pmap')", w, x, y),
         "stages": in_stages(x, y),
+        "called": called_in_stages(x),
         "local": trained("local_sgd(sync_every=1)", w, x, y),
         "expected": [],
     }

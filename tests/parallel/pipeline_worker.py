@@ -35,6 +35,7 @@ MESHES = {
     "tensor": "pipeline_parallel(2)+tensor_parallel(2)",
     "accumulate": "accumulate(2)+pipeline_parallel(2)+tensor_parallel(2)",
 }
+ALL_AXES = "pipeline_parallel(2)+tensor_parallel(2)+data_parallel(2, shard=True)"
 PAIRS = (  # weights of layers that are called, weights that are read, and those of neither
     ("cnn2", "shard"),
     ("text_lstm", "shard"),
@@ -258,7 +259,8 @@ def compiled():
         finished = work.backend.finish(work)
         losses = [float(finished.train_step((work.inputs, work.training.targets))) for _ in range(STEPS)]
         found.append({"losses": losses, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]})
-    return {"without": found[0], "with": found[1], "notes": done.steps[1].effect.notes}
+    inference = infer("compile+pipeline_parallel(2, split_at='2')+tensor_parallel(2)", model, (x,))["off"]
+    return {"without": found[0], "with": found[1], "notes": done.steps[1].effect.notes, "inference": inference}
 
 
 def averaged():
@@ -311,10 +313,19 @@ def reported():
 
 
 def main():
+    """Everything, by four processes, with a folder for checkpoints; or by eight "all axes"."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     join()
     sgd = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, foreach=True)
+    told = train(ALL_AXES, *models()["cnn2"], sgd) if sys.argv[1] == "all axes" else every(sgd)
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, told)
+    if dist.get_rank() == 0:
+        print(json.dumps(everywhere))
+
+
+def every(sgd):
     told = {}
     for name, (model, inputs) in models().items():
         told[name] = {"inference": infer("pipeline_parallel(4)", copy.deepcopy(model), inputs)}
@@ -326,11 +337,7 @@ def main():
     for how, chain in (("whole", CHAINS["data"]), ("shard", MESHES["shard"])):
         told[f"clipped {how}"] = train(chain, *models()["text_lstm"], clipped)
     told |= {"refusals": refusals(), "further": further(), "reported": reported(), "parts": alike_in_parts()}
-    told |= {"compiled": compiled(), "averaged": averaged(), "checkpoints": checkpoints(Path(sys.argv[1]))}
-    everywhere = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, told)
-    if dist.get_rank() == 0:
-        print(json.dumps(everywhere))
+    return told | {"compiled": compiled(), "averaged": averaged(), "checkpoints": checkpoints(Path(sys.argv[1]))}
 
 
 if __name__ == "__main__":

@@ -176,6 +176,12 @@ def test_a_pipeline_goes_through_two_processes(two):
     assert two[0]["stages"]["losses"] == two[1]["stages"]["losses"]
 
 
+def test_a_pipeline_through_two_processes_gives_whole_outputs_on_each(two):
+    for process in two:
+        # Four layers of a product, whose sums have 8 numbers, and a tanh.
+        assert max(process["called"]) <= 4 * 2 * 8**0.5 * 2.0**-24
+
+
 def test_two_processes_that_average_at_every_step_train_as_one(two):
     """Each tells the loss of its own part of the batch, on parameters that are those of one process."""
     mean = [sum(losses) / 2 for losses in zip(*(found["local"]["losses"] for found in two), strict=True)]

@@ -37,20 +37,25 @@ TOLERANCE = 3136 * 2**-52 * 8
 needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """What every process found, by rank: one launch for all tests of this file."""
+def launched(processes, *arguments):
+    """What every process found, by rank."""
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", str(port)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--master-port", str(port), str(WORKER), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    command += [str(WORKER), str(tmp_path_factory.mktemp("checkpoint"))]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
     return json.loads(ran.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """One launch for all tests of this file but one."""
+    return launched(4, str(tmp_path_factory.mktemp("checkpoint")))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -82,6 +87,15 @@ def test_training_is_that_of_the_whole_model(told, model, chain):
 
 
 PARAMETERS = {"cnn2": 8, "text_lstm": 11, "transformer": 12, "skips": 11}
+
+
+def test_all_axes_at_once():
+    for found in launched(8, "all axes"):
+        assert found["losses"] <= TOLERANCE
+        assert found["parameters"] <= TOLERANCE
+        assert found["outputs"] <= TOLERANCE
+        assert abs(found["fell"] - 1) > 1e-2
+        assert found["numbers"][0] < found["numbers"][1], "a share of its stage"
 
 
 @pytest.mark.parametrize("how", ["clipped whole", "clipped shard"])
@@ -125,6 +139,7 @@ def test_stages_are_compiled_one_by_one(told):
         without, compiled = rank["compiled"]["without"], rank["compiled"]["with"]
         assert compiled["losses"] == pytest.approx(without["losses"], rel=TOLERANCE)
         assert (without["graphs"], compiled["graphs"] > 0) == (0, True)
+        assert rank["compiled"]["inference"] <= TOLERANCE
         assert any("each stage is compiled by itself" in note for note in rank["compiled"]["notes"])
 
 
