@@ -228,7 +228,8 @@ def _stage(operations: Operations, start: int, end: int) -> fx.Graph:
         graph.output(tuple(take(leaf) for leaf in operations.outputs[0] if isinstance(leaf, fx.Node)))
     else:
         sent = [graph.call_method("contiguous", (take(node),)) for node in operations.crossing(end)]
-        graph.output(tuple(sent))
+        # As it is: tensor_parallel, which follows functions that it knows, sees by this one that the whole is needed.
+        graph.output(tuple(graph.call_method("view_as", (each, each)) for each in sent))
     return graph
 
 

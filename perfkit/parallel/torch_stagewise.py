@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import takewhile
 
 from perfkit._report import Effect
 from perfkit._workload import Workload
+from perfkit.backends.torch_surgery import WRAPPED
 from perfkit.parallel.spread import Spread
 from perfkit.parallel.torch_pipe import pipelined
 
@@ -17,10 +19,15 @@ def in_each_stage(work: Workload, change: Callable[[Workload], tuple[Workload, E
     Args:
         change: gives the workload with lines added to its spread's parts; raises on every process or on none.
     """
-    before = work.spread or Spread()
+    before, kind = work.spread or Spread(), type(work.model)
     work, effect = change(work)
-    if pipelined(work.model) is None:
+    pipe = pipelined(work.model)
+    if pipe is None:
         return work, effect
+    put_around = takewhile(lambda each: each is not kind, type(work.model).__mro__)
+    wraps = tuple(vars(each)[WRAPPED][1] for each in put_around if WRAPPED in vars(each))
+    for stage in pipe.stages.values():  # training calls these, and not the model
+        stage.wraps = (*wraps, *stage.wraps)
     layout, after = work.layout, work.spread or Spread()
     told = work.world.gather((effect, after.parts[len(before.parts) :]))
     devices = layout.size("pipeline")

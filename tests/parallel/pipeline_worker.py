@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tensor_worker import applied, cases, infer, loss, off, whole
 from torch import nn
 from torch.distributed.tensor import DTensor
+from written_attention import LENGTH, WIDTH, Causal, Products
 
 import perfkit
 from perfkit.backends.torch_surgery import local, tensors_in
@@ -43,6 +44,7 @@ PAIRS = (  # weights of layers that are called, weights that are read, and those
     ("text_lstm", "interleaved shard"),
     ("cnn2", "tensor"),
     ("transformer", "tensor"),
+    ("attention", "tensor"),
     ("text_lstm", "accumulate"),
 )
 MODELS = ("cnn2", "text_lstm", "transformer", "skips")
@@ -81,11 +83,13 @@ def models():
     found = cases()
     torch.manual_seed(1)
     found["skips"] = Skips().double(), (torch.randn(4, 8).double(),)
+    written = nn.Sequential(Products(), Causal(), nn.Flatten(), nn.Linear(LENGTH * WIDTH, 3))
+    found["attention"] = written.double(), (torch.randn(4, LENGTH, WIDTH).double(),)
     for model, _ in found.values():
         for module in model.modules():
             if isinstance(module, (nn.Dropout, nn.MultiheadAttention)):
                 module.p = module.dropout = 0.0
-    return {name: found[name] for name in MODELS}
+    return {name: found[name] for name in (*MODELS, "attention")}
 
 
 def clipped(parameters):
@@ -224,11 +228,12 @@ def checkpoints(folder):
 def alike_in_parts():
     """By how much what is not split differs between processes that hold parts of the same layers, with dropout."""
     torch.manual_seed(6)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.4), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 3))
-    x, targets = torch.randn(8, 8), torch.randn(8, 3)
+    pair = nn.Linear(LENGTH * WIDTH, 16), nn.Dropout(0.4), nn.Linear(16, 16)
+    model = nn.Sequential(Products(drop=0.3), nn.Flatten(), *pair, nn.LayerNorm(16), nn.Linear(16, 3))
+    x, targets = torch.randn(8, LENGTH, WIDTH), torch.randn(8, 3)
     torch.manual_seed(dist.get_rank())  # the group's first process draws for all
     sgd = functools.partial(torch.optim.SGD, lr=0.1)
-    chain = "pipeline_parallel(2, split_at='3')+tensor_parallel(2)"
+    chain = "pipeline_parallel(2, split_at='5')+tensor_parallel(2)"
     done = applied(chain, model, (x,), loss=loss, targets=targets, optimizer=sgd)
     work = done.works[-1]
     finished = work.backend.finish(work)
@@ -327,7 +332,9 @@ def main():
 
 def every(sgd):
     told = {}
-    for name, (model, inputs) in models().items():
+    told["attention"] = {}
+    for name in MODELS:
+        model, inputs = models()[name]
         told[name] = {"inference": infer("pipeline_parallel(4)", copy.deepcopy(model), inputs)}
         for how, chain in CHAINS.items():
             told[name][how] = train(chain, copy.deepcopy(model), inputs, sgd)

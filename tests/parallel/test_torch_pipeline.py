@@ -29,7 +29,7 @@ WORKER = Path(__file__).with_name("pipeline_worker.py")
 MODELS, CHAINS = ("cnn2", "text_lstm", "transformer", "skips"), ("1f1b", "gpipe", "data", "interleaved")
 MESHES = [
     *(("cnn2", "shard"), ("text_lstm", "shard"), ("skips", "shard"), ("text_lstm", "interleaved shard")),
-    *(("cnn2", "tensor"), ("transformer", "tensor"), ("text_lstm", "accumulate")),
+    *(("cnn2", "tensor"), ("transformer", "tensor"), ("attention", "tensor"), ("text_lstm", "accumulate")),
 ]
 TOLERANCE = 3136 * 2**-52 * 8
 """In float64: the longest sum of a model here has 3136 terms, and rounding goes through less than 8 layers."""
@@ -86,7 +86,7 @@ def test_training_is_that_of_the_whole_model(told, model, chain):
     assert len(together) == len(set(together)) == PARAMETERS[model], "each parameter is held by one stage"
 
 
-PARAMETERS = {"cnn2": 8, "text_lstm": 11, "transformer": 12, "skips": 11}
+PARAMETERS = {"cnn2": 8, "text_lstm": 11, "transformer": 12, "skips": 11, "attention": 20}
 
 
 def test_all_axes_at_once():
@@ -121,10 +121,16 @@ def test_layers_of_each_stage_are_split_and_told_for_all_stages(told):
         found = rank["parts"]
         assert found["worst"] == 0, "dropout is the same on processes that hold parts of the same layers"
         assert found["losses"] == told[0]["parts"]["losses"]
-        assert found["touched"] == ["0", "2"], "the last layer's three outputs cannot be shared"
+        layers = {"0.q", "0.k", "0.v", "0.out", "2", "4"}
+        assert set(found["touched"]) == layers, "the last layer's three outputs cannot be shared"
         (part,) = found["parts"][1:]
-        assert part.startswith("tensor: 2 layers in 2 parts (0 by columns; 2 by rows)")
+        assert part.startswith("tensor: 6 layers in 2 parts (0.q, 0.k, 0.v by heads; 0.out, 4 by rows; 2 by columns)")
         assert part.endswith("on device 1 of 2 along the pipeline")
+
+
+def test_attention_is_split_by_heads_within_stages(told):
+    written = [part for part in told[0]["attention"]["tensor"]["spread"][0] if part.startswith("tensor")]
+    assert any("by heads" in part for part in written)
 
 
 def test_parts_of_accumulate_are_further_micro_batches(told):
