@@ -11,7 +11,9 @@ import dataclasses
 import datetime as dt
 import json
 import math
+import time
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ CASES = (
     ("lstm", "training", 64),
     ("text_lstm", "training", 64),
 )
-BUDGET_S = 6.0
+BUDGET_S = 4.0
 CLOSE = 1.5
 """A prediction is called close that is off by no more than this factor."""
 
@@ -57,30 +59,32 @@ def main() -> None:
 
 
 def record(frameworks: list[str], models: list[str], budget_s: float) -> None:
-    """Try every case of them; what is recorded of others stays."""
-    path = RESULTS / f"advice-{device_slug()}.json"
+    """Try every case of them, and write after each row; what is recorded of others stays."""
+    path, start = RESULTS / f"advice-{device_slug()}.json", time.monotonic()
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     about = {"environment": dataclasses.asdict(environment()), "date": dt.date.today().isoformat()}
-    for framework in frameworks:
-        for name, mode, batch_size in CASES:
-            if name not in models:
-                continue
-            case = {"framework": framework, "model": name, "mode": mode, "batch_size": batch_size}
-            found = tried(case, budget_s)
-            print(*found, sep="\n", flush=True)
-            rows = [row for row in rows if not case.items() <= row.items()] + found
+    cases = [(framework, *case) for framework in frameworks for case in CASES if case[0] in models]
+    for number, values in enumerate(cases, 1):
+        case = dict(zip(("framework", "model", "mode", "batch_size"), values, strict=True))
+        print(f"{time.monotonic() - start:4.0f} s  {number}/{len(cases)}: {', '.join(map(str, values))}", flush=True)
+        rows = [row for row in rows if not case.items() <= row.items()]
+        for row in tried(case, budget_s):
+            print(f"{time.monotonic() - start:4.0f} s  {line(row)}", flush=True)
+            rows.append(row)
             path.write_text(json.dumps(plain(about | {"rows": rows}), indent=1, sort_keys=True, allow_nan=False) + "\n")
     print(f"wrote {path}")
 
 
-def tried(case: dict[str, Any], budget_s: float) -> list[dict[str, Any]]:
+def tried(case: dict[str, Any], budget_s: float) -> Iterator[dict[str, Any]]:
     """Profile one model; a row for each finding that names a recipe."""
     arguments = given(**case)
     profile = perfkit.profile(**arguments, budget_s=min(budget_s, 3.0))
     if profile.outcome != "complete":
-        return [case | {"failed": profile.explanation}]
+        yield case | {"failed": profile.explanation}
+        return
     by_recipe = {finding.recipe: finding for finding in reversed(profile.findings) if finding.recipe}
-    return [case | told(finding) | gained(finding, arguments, budget_s) for finding in reversed(by_recipe.values())]
+    for finding in reversed(by_recipe.values()):
+        yield case | told(finding) | gained(finding, arguments, budget_s)
 
 
 def given(framework: str, model: str, mode: str, batch_size: int) -> dict[str, Any]:

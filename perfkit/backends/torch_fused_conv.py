@@ -23,6 +23,8 @@ from perfkit.kernels.conv2d import conv2d
 
 FUSES = "_perfkit_fuses"
 """Marks the classes of the convolutions whose groups run together."""
+WATCHES = "_perfkit_watches"
+"""Marks hooks that only look which module runs: what they see may run together as without them."""
 
 _ROOMS = tuple(f"perfkit.{room}." for room in ("backends", "recipes", "quantization", "pruning"))
 FOLDED = "_perfkit_folded"
@@ -93,7 +95,7 @@ def reading(links: tuple, x: Any) -> Group | str:
         return "its input is empty"
     if conv.padding_mode != "zeros":
         return f"it pads with padding_mode={conv.padding_mode!r}, and the kernel with zeros"
-    if hooked(conv) or any(_GLOBAL_HOOKS):
+    if hooked(conv) or (any(_GLOBAL_HOOKS) and any(map(_looks_at_outputs, _GLOBAL_HOOKS))):
         return "it has hooks, which see the convolution's own output"
     norm = activation = pool = rounds = None
     at, why = len(links) - 1, ""
@@ -139,6 +141,10 @@ def hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _looks_at_outputs(hooks: dict[int, Callable]) -> bool:
+    return any(not getattr(hook, WATCHES, False) for hook in hooks.values())
 
 
 def _step(link: Any) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""A profile read back from JSON, checked on the way: what is not a profile is refused with where it is not."""
+"""A profile, or a report of steps, read back from JSON: what is none is refused with where it is not."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any
 from perfkit._errors import InvalidInputError
 from perfkit._report import Quantity
 from perfkit.profiling._profile import SCHEMA_VERSION, Profile
+from perfkit.profiling._step_data import SCHEMA_VERSION as STEPS_VERSION
+from perfkit.profiling._step_data import Steps
 
 
 def from_json(source: str | Path) -> Profile:
@@ -26,8 +28,32 @@ def from_json(source: str | Path) -> Profile:
     Raises:
         InvalidInputError: no such file, no JSON, no profile, or one of another version.
     """
+    return from_dict(*_loaded(source, "the profile", "perfkit profile --json"))
+
+
+def steps_from_json(source: str | Path) -> Steps:
+    """The report that `Steps.to_json` wrote, of one process.
+
+    Args:
+        source: the path of the file, or the JSON itself.
+
+    Raises:
+        InvalidInputError: no such file, no JSON, no such report, or one of another version.
+    """
+    data, name = _loaded(source, "the report", "perfkit.profiling.steps")
+    if not isinstance(data, Mapping) or not {"schema_version", "warmup", "timeline"} <= set(data):
+        raise InvalidInputError(f"{name} holds no report of one process' steps: perfkit.profiling.steps writes them")
+    if (version := data["schema_version"]) != STEPS_VERSION:
+        raise InvalidInputError(
+            f"{name} is a report of version {version!r}, this perfkit reads version {STEPS_VERSION}"
+        )
+    return _read(Steps, data, name)
+
+
+def _loaded(source: str | Path, what: str, writer: str) -> tuple[Any, str]:
+    """What the JSON holds, and what to call it in an error."""
     if isinstance(source, str) and source.lstrip().startswith("{"):
-        text, name = source, "the profile"
+        text, name = source, what
     else:
         name = str(source)
         try:
@@ -35,12 +61,9 @@ def from_json(source: str | Path) -> Profile:
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidInputError(f"cannot read {name}: {error}") from error
     try:
-        data = json.loads(text)
+        return json.loads(text), name
     except ValueError as error:
-        raise InvalidInputError(
-            f"{name} is not JSON: {error}; expected what `perfkit profile --json` writes"
-        ) from error
-    return from_dict(data, name)
+        raise InvalidInputError(f"{name} is not JSON: {error}; expected what `{writer}` writes") from error
 
 
 def from_dict(data: Any, name: str = "the profile") -> Profile:

@@ -9,6 +9,7 @@ from typing import Any
 
 from perfkit._report import Environment, Latency, Quantity, plain, written
 from perfkit.profiling._profile import Finding
+from perfkit.reporting._format import counted, format_ms, format_quantity
 
 SCHEMA_VERSION = 1
 
@@ -91,16 +92,27 @@ class Steps(_Written):
     perfkit_version: str
     schema_version: int = field(default=SCHEMA_VERSION)
 
+    @classmethod
+    def from_json(cls, source: str | Path) -> Steps:
+        """The report of one process that was written, from its path or its text.
+
+        Raises:
+            InvalidInputError: it is no such report, or one of another version.
+        """
+        from perfkit.profiling import _reading
+
+        return _reading.steps_from_json(source)
+
     def __str__(self) -> str:
         head = f"rank {self.rank} of {self.processes}: " if self.processes > 1 else ""
         if self.step is None:
             return f"{head}no step was counted: {self.explanation or f'all belonged to the warm-up of {self.warmup}'}"
         told = [
-            f"{head}{self.counted} steps, {self.step.median_ms:.3g} ms each (median)",
+            f"{head}{counted(self.counted, 'step')}, {format_ms(self.step.median_ms)} each (median)",
             f"  data {_shown(self.data_ms)}, compute {_shown(self.compute_ms)}, waiting for the device "
             f"{_shown(self.sync_ms)}",
-            f"  waiting for batches {_shown(self.data_share, 100, '%')} of the time, {_shown(self.throughput)}, "
-            f"{self.recompiles} recompilations; watching took {_shown(self.overhead, 100, '%')}",
+            f"  waiting for batches {_shown(self.data_share)} of the time, {_shown(self.throughput)}, "
+            f"{counted(self.recompiles, 'recompilation')}; watching took {_shown(self.overhead)}",
             f"  memory per step: process {_shown(self.resident_growth)}, device {_shown(self.device_growth)}",
         ]
         return "\n".join([*told, *(f"  {finding.told} {finding.advice}" for finding in self.findings)])
@@ -124,11 +136,11 @@ class MergedSteps(_Written):
 
     def __str__(self) -> str:
         about = f"{len(self.ranks)} processes, {_shown(self.throughput)}"
-        slow = f"rank {self.slowest_rank} computes longest, {_shown(self.imbalance, 1, 'times')} the mean"
+        slow = f"rank {self.slowest_rank} computes longest, {_shown(self.imbalance)} of the mean"
         return "\n".join([f"{about}; {slow}", *map(str, self.ranks)])
 
 
-def _shown(quantity: Quantity, factor: float = 1.0, unit: str = "") -> str:
+def _shown(quantity: Quantity) -> str:
     if quantity.value is None:
         return f"not known ({quantity.unavailable})"
-    return f"{quantity.value * factor:.3g} {unit or quantity.unit}"
+    return format_quantity(quantity)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 
 import perfkit
+from perfkit._errors import InvalidInputError
 from perfkit._report import Quantity
 from perfkit.measure import statistics as measured
 from perfkit.measure.environment import environment
 from perfkit.profiling._profile import Finding
 from perfkit.profiling._step_data import MergedSteps, Steps, StepTime
+from perfkit.reporting._format import counted, format_bytes, format_percent
 
 SLOWEST, MOST_SHOWN = 5, 500
 FEWEST_POINTS = 4
@@ -53,7 +56,10 @@ def report(log: Log, *, rank: int, processes: int, warmup: int, every: int, outc
         rows, lambda row: row.data_ms if log.batches else None, nothing if not rows else "batches() was not used"
     )
     resident = _slope([(at, held) for at, held, _ in log.memory], "resident memory of the process")
-    device = _slope([(at, held) for at, _, held in log.memory], "memory that the framework holds on devices")
+    on_devices = [(at, held) for at, _, held in log.memory]
+    device = _slope(on_devices, "memory that the framework holds on devices")
+    if on_devices and all(held is None for _, held in on_devices):
+        device = Quantity.missing("B", "there is no device with memory of its own")
     share = _ratio(sum(row.data_ms for row in rows) / 1e3, log.seconds, "time in next(loader) / time")
     if not log.batches:
         share = Quantity.missing("ratio", "batches() was not used")
@@ -85,13 +91,20 @@ def report(log: Log, *, rank: int, processes: int, warmup: int, every: int, outc
     return _with_findings(found)
 
 
-def merged(ranks: Sequence[Steps]) -> MergedSteps:
-    """One report of the reports of all processes.
+def merged(reports: Iterable[Steps | str | Path]) -> MergedSteps:
+    """One report of the reports of all processes, or of the files that they wrote.
+
+    Raises:
+        InvalidInputError: there are none, two are of the same process, or a file holds no such report.
 
     Example:
-        >>> merged(reports).throughput.value
+        >>> print(merged(Path().glob("steps.rank*.json")))
     """
-    ranks = tuple(sorted(ranks, key=lambda steps: steps.rank))
+    read = [report if isinstance(report, Steps) else Steps.from_json(report) for report in reports]
+    ranks = tuple(sorted(read, key=lambda steps: steps.rank))
+    numbers = [steps.rank for steps in ranks]
+    if not ranks or len(set(numbers)) < len(numbers):
+        raise InvalidInputError(f"reports of the ranks {numbers}: expected one of each process, and at least one")
     rates = [steps.throughput.value for steps in ranks]
     computing = [steps.compute_ms.value or 0.0 for steps in ranks]
     slowest = max(range(len(ranks)), key=lambda index: computing[index])
@@ -125,7 +138,7 @@ def _data_bound(steps: Steps) -> list[Finding]:
     return [
         Finding(
             kind="waiting for data",
-            told=f"Waiting for batches takes {share:.0%} of the time.",
+            told=f"Waiting for batches takes {format_percent(share)} of the time.",
             where=(),
             share=share,
             resource="time",
@@ -144,7 +157,7 @@ def _growing(growth: Quantity, least: float, what: str) -> list[Finding]:
     return [
         Finding(
             kind="memory grows",
-            told=f"Memory of the {what} grows by {growth.value:.0f} B each step.",
+            told=f"Memory of the {what} grows by {format_bytes(growth.value)} each step.",
             where=(),
             share=0.0,
             resource="memory",
@@ -161,7 +174,7 @@ def _recompiling(steps: Steps) -> list[Finding]:
     return [
         Finding(
             kind="recompilation",
-            told=f"{steps.recompiles} compilations took place after the warm-up of {steps.warmup} steps.",
+            told=f"{counted(steps.recompiles, 'compilation')} took place after the warm-up of {steps.warmup} steps.",
             where=(),
             share=min(1.0, steps.recompiles / max(steps.counted, 1)),
             resource="time",

@@ -49,7 +49,7 @@ def by_operation(facts: Facts) -> Iterator[Finding]:
     time = facts.profile.time
     if facts.on_device or time is None or not facts.by_operation or _slower_compiled(facts):
         return
-    small, moving = facts.share(_small(facts)) + _outside(facts), facts.share(_moving(facts))
+    small, moving = facts.share(_small(facts)) + facts.outside, facts.share(_moving(facts))
     if small + moving < LEAST_SHARE:
         return
     yield _starting(facts, small) if small >= moving else _through_memory(facts, moving)
@@ -103,21 +103,13 @@ def after_compiling(facts: Facts, faster: Mapping[Op, float] | None = None) -> f
     """
     faster = faster or {}
     small, moving, starting = set(_small(facts)), set(_moving(facts)), STARTING[facts.profile.framework]
-    left = _outside(facts) / starting
+    left = facts.outside / starting
     for op in facts.ops:
         factor = faster.get(op) or (starting if op in small else FUSED if op in moving else 1.0)
         left += facts.share([op]) / factor
     if facts.profile.framework == "torch":
         left += CHECKS_MS / facts.profile.time.step.median_ms
     return left
-
-
-def _outside(facts: Facts) -> float:
-    """The part of the step outside of all operations: Python's, or a device's gaps. A training step's is the
-    optimizer's too, which torch.compile leaves alone."""
-    if facts.trains and not facts.on_device:
-        return 0.0
-    return max(1 - facts.share(facts.ops), 0.0)
 
 
 def _small(facts: Facts) -> list[Op]:

@@ -17,6 +17,9 @@ EFFICIENCY = 0.5
 """Of the roof, what perfkit's convolution is taken to reach."""
 CALL_MS = 0.03
 """What calling it takes besides."""
+MAPPED_BYTES = 32 * 2**20
+"""C's allocator maps an array of this size anew each time, page by page as it is written, and gives it back when it is
+freed, which no operation accounts for; smaller ones are used again. Source: mallopt(3), M_MMAP_THRESHOLD."""
 RECURRENT_FACTOR = {"fused_kernels": 1.5, "half+fused_kernels": 2.4}
 """Slower than what was measured on the reference models in bench/results: 1.4 to 2.0, and 2.5 to 8.0 with bfloat16."""
 
@@ -48,7 +51,9 @@ def convolution_then_pool(facts: Facts) -> Iterator[Finding]:
             resource="time",
             recipe=_chain(facts, "fused_kernels"),
             advice="compute convolution, ReLU and pool in one pass, without the convolution's output in memory",
-            predicted=_gain(facts, passes, factor, f"these {how} without their output in memory"),
+            predicted=_gain(
+                facts, passes, factor, f"these {how} without their output in memory", _freeing(facts, passes)
+            ),
         )
 
 
@@ -94,6 +99,22 @@ def _least_ms(facts: Facts, passes: list[Op], written: Shape) -> float | None:
     rounds = 2 if any(op.phase == "backward" for op in passes) else 1
     moved = rounds * (written.bytes / 4 + shapes_of(passes[0])[0].bytes)
     return max(computing_ms, moved / bandwidth / 1e6) / EFFICIENCY + rounds * CALL_MS
+
+
+def _freeing(facts: Facts, passes: list[Op]) -> float:
+    """The part of the step in which what they write and the fused kernel does not is given back to the system."""
+    if facts.on_device or facts.profile.framework != "torch":
+        return 0.0
+    mapped = {op: size for op in facts.ops if (size := _fresh_bytes(op)) >= MAPPED_BYTES}
+    own = sum(mapped.get(op, 0.0) for op in passes if "pool" not in op.name)
+    return facts.outside * own / sum(mapped.values()) if own else 0.0
+
+
+def _fresh_bytes(op: Op) -> float:
+    """What an operation writes into memory of its own."""
+    if op.name.endswith("_") or not op.calls:
+        return 0.0
+    return op.moved_bytes / op.calls - sum(shape.bytes for shape in shapes_of(op))
 
 
 def _of(ops: list[Op]) -> str:
@@ -154,9 +175,14 @@ def _share(facts: Facts, ops: Sequence[Op]) -> float:
     return facts.share(ops) / computing if computing else 0.0
 
 
-def _gain(facts: Facts, ops: Sequence[Op], factor: float, because: str) -> Quantity:
+def _gain(facts: Facts, ops: Sequence[Op], factor: float, because: str, freeing: float = 0.0) -> Quantity:
+    """What the step gains.
+
+    Args:
+        freeing: the part of it outside of operations that is then gone too.
+    """
     if not _compiles_too(facts):
-        return sped(facts.share(ops), factor, because)
+        return sped(facts.share(ops), factor, because, gone=freeing)
     left = after_compiling(facts, dict.fromkeys(ops, factor))
     return Quantity(
         1 / left, "ratio", method=f"Amdahl: {_share(facts, ops):.0%} of what is computed, {because}; the rest compiled"

@@ -87,6 +87,14 @@ class Facts:
         """The part of the step that operations take."""
         return sum(op.self_ms for op in ops) / self.step_ms if self.step_ms else 0.0
 
+    @property
+    def outside(self) -> float:
+        """The part of the step outside of all operations: Python's, what freeing memory takes, or a device's gaps.
+
+        A training step's on a processor is the optimizer's too, and is not counted.
+        """
+        return 0.0 if self.trains and not self.on_device else max(1 - self.share(self.ops), 0.0)
+
     def placed(self, op: Op) -> Placed | None:
         return place(op, self.profile.ceilings) if self.profile.ceilings else None
 
@@ -200,10 +208,12 @@ def _within(module: str, place: str) -> bool:
     return module == place or module.startswith(f"{place}.")
 
 
-def sped(share: float, factor: float, because: str) -> Quantity:
-    """What the step gains where a part of it gets `factor` times faster, by Amdahl's law."""
-    share = min(max(share, 0.0), 0.999)
-    return Quantity(1 / (1 - share + share / factor), "ratio", method=f"Amdahl: {share:.0%} of the step, {because}")
+def sped(share: float, factor: float, because: str, gone: float = 0.0) -> Quantity:
+    """What the step gains where a part of it gets `factor` times faster, and another is `gone`, by Amdahl's law."""
+    share = min(max(share, 0.0), 0.999 - gone)
+    freed = f"; {gone:.0%} to free it gone" if gone else ""
+    method = f"Amdahl: {share:.0%} of the step, {because}{freed}"
+    return Quantity(1 / (1 - gone - share + share / factor), "ratio", method=method)
 
 
 def names(ops: Iterable[Op]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from torch.profiler import record_function
 
 from perfkit._workload import Workload
 from perfkit.backends import Finished
+from perfkit.backends.torch_fused_conv import WATCHES
 
 STEP, PHASE, MODULE = "perfkit/step", "perfkit/phase/", "perfkit/module/"
 """Beginnings of the names of the ranges that mark a step, a phase and a module in a trace."""
@@ -163,6 +164,10 @@ class Where:
         if not numbers or number >= numbers[-1]:
             numbers.append(number)
             paths.append(self._open[-1][0] if self._open else "")
+
+
+for _hook in (Where._enter, Where._leave):
+    setattr(_hook, WATCHES, True)
 
 
 def _is_compiled(module: nn.Module) -> bool:

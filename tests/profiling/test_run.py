@@ -12,6 +12,7 @@ from torch.nn.modules import module as registry
 
 import perfkit
 from perfkit import InvalidInputError, UnsupportedError
+from perfkit.kernels import _native
 from perfkit.profiling import ceilings
 from perfkit.profiling._profile import Ceilings
 
@@ -157,6 +158,14 @@ def test_a_recipe_is_applied_first():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(_native.find_compiler() is None, reason="no C++ compiler is installed")
+def test_what_is_profiled_runs_together_where_it_does_without_a_profiler():
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 32, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+    profile = perfkit.profile(model, example_inputs=(torch.randn(8, 1, 28, 28),), budget_s=0.05, recipe="fused_kernels")
+    assert "perfkit::conv2d" in {op.name for op in profile.time.ops}
+    assert not any("pool" in op.name for op in profile.time.ops)
+
+
 def test_recompilations_are_counted():
     """A number that changes at each call is a constant of the program; torch gives up after eight of them."""
 

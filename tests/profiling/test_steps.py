@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from perfkit import InvalidInputError
-from perfkit.profiling import _steps, merged, steps
+from perfkit import InvalidInputError, Quantity
+from perfkit.profiling import Steps, _steps, merged, steps
 
 WORKER = Path(__file__).with_name("steps_worker.py")
 
@@ -51,12 +51,38 @@ def test_a_slow_loader_is_found(clock):
     (finding,) = [one for one in found.findings if one.kind == "waiting for data"]
     assert finding.share == pytest.approx(0.75)
     assert finding.predicted.value == pytest.approx(4)
-    assert "75%" in finding.told
+    assert "75.0%" in finding.told
     assert "Load ahead" in str(found)
 
 
 def test_a_quick_loader_is_no_finding(clock):
     assert looped(clock, data_s=0.0001).report.findings == ()
+
+
+def test_a_report_is_read_back_and_merged_from_files(clock, tmp_path):
+    paths = [tmp_path / f"steps.rank{rank}.json" for rank in (0, 1)]
+    quick = looped(clock, data_s=0, sync_s=0.005, every=5).report
+    for rank, path in enumerate(paths):
+        dataclasses.replace(quick, rank=rank, processes=2).to_json(path)
+    assert Steps.from_json(paths[0]) == dataclasses.replace(quick, processes=2)
+    found = merged(paths)
+    assert found.throughput.value == pytest.approx(2 * quick.throughput.value)
+    for wrong, told in (
+        ([], "at least one"),
+        ([paths[0], paths[0]], r"the ranks \[0, 0\]"),
+        ([tmp_path / "none.json"], "cannot read"),
+        (['{"schema_version": 1}'], "no report of one process"),
+    ):
+        with pytest.raises(InvalidInputError, match=told):
+            merged(wrong)
+
+
+def test_numbers_are_shown_with_their_units(clock):
+    found = looped(clock, data_s=0, sync_s=0.005, every=5).report
+    known = dataclasses.replace(found, resident_growth=Quantity(20480.0, "B"), throughput=Quantity(27400.0, "items/s"))
+    assert "27,400 items/s" in str(known)
+    assert "process 20.0 KiB" in str(known)
+    assert "e+0" not in str(known)
 
 
 def test_waiting_for_the_device_is_told_of_the_steps_that_are_watched(clock):

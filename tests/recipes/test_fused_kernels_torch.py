@@ -321,6 +321,15 @@ def test_what_changes_after_the_swap_is_seen():
     assert seen == [(3, 8, 28, 27)]
     handle.remove()
     assert kernels_in(result, x) == ["cpu"]
+
+    def watching(_module, _args, y):
+        seen.append("somewhere")
+
+    for watches in (False, True):  # a hook on all modules, which wants every output or only to know where it is
+        setattr(watching, torch_fused_conv.WATCHES, watches)
+        handle = nn.modules.module.register_module_forward_hook(watching)
+        assert kernels_in(result, x) == (["cpu"] if watches else [])
+        handle.remove()
     result.train()
     assert not kernels_in(result, x)
     result.eval().double()
