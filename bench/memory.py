@@ -14,6 +14,7 @@ import itertools
 import json
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import perfkit
@@ -27,10 +28,8 @@ from perfkit.reporting._format import format_bytes
 BUDGET_S = 8.0
 BATCH_SIZE = 64
 ACTIVATIONS = ("checkpoint", "checkpoint(budget=0.5)", "accumulate(8)", "checkpoint+accumulate(8)")
-CASES = {
-    "deep_cnn": ACTIVATIONS,
-    "text_lstm": ACTIVATIONS,
-}
+STATES = ("low_bit_optimizer", "low_bit_optimizer(4)", "donate", "offload")
+CASES = {"deep_cnn": ACTIVATIONS, "text_lstm": ACTIVATIONS, "cnn2": STATES}
 """Recipes for training, by model."""
 
 
@@ -38,36 +37,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     there = [name for name in ("torch", "jax") if find_spec(name)]
     parser.add_argument("--frameworks", nargs="+", choices=there, default=there, help="rows of others are kept")
+    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES), help="rows of others are kept")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds to time each recipe")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="rows of a training step")
+    parser.add_argument("--into", type=Path, default=RESULTS, help="folder for the file of results, to try it out")
     parser.add_argument("--pages", action="store_true", help="measure nothing, only write the pages")
     options = parser.parse_args()
     if not options.pages:
-        record(options.frameworks, options.budget)
+        record(options)
+    if options.into != RESULTS:
+        return
     from bench import compression
 
     for page in sorted(compression.PAGES.glob("*.md")):
         compression.write(page)
 
 
-def record(frameworks: list[str], budget_s: float) -> None:
+def record(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore", PerfkitWarning)  # saving nothing is a result here
-    path = RESULTS / f"memory-{device_slug()}.json"
+    path = options.into / f"memory-{device_slug()}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    for framework, (model, recipes) in itertools.product(frameworks, CASES.items()):
-        for recipe in recipes:
+    for framework, model in itertools.product(options.frameworks, options.models):
+        for recipe in CASES[model]:
             about = (framework, model, recipe)
             rows = [row for row in rows if (row["framework"], row["model"], row["recipe"]) != about]
-            rows.append(measured_row(*about, budget_s))
+            rows.append(measured_row(*about, options.batch_size, options.budget))
             print(rows[-1], flush=True)
             found = {"environment": dataclasses.asdict(environment()), "rows": rows}
             path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")  # at once: the next one may fail
     print(f"wrote {path}")
 
 
-def measured_row(framework: str, model: str, recipe: str, budget_s: float) -> dict[str, Any]:
+def measured_row(framework: str, model: str, recipe: str, batch_size: int, budget_s: float) -> dict[str, Any]:
     """One recipe on one model: peaks, optimizer state, time, and how far the loss curves are apart."""
-    row = {"framework": framework, "model": model, "batch_size": BATCH_SIZE, "recipe": recipe}
-    given = deep_cnn(framework, BATCH_SIZE) if model == "deep_cnn" else _reference(framework, model, recipe)
+    row = {"framework": framework, "model": model, "batch_size": batch_size, "recipe": recipe}
+    given = deep_cnn(framework, batch_size) if model == "deep_cnn" else _reference(framework, model, recipe, batch_size)
     try:
         report = perfkit.optimize(
             **given, recipe=recipe, mode="training", budget_s=budget_s, tolerance=_tolerance(model, recipe)
@@ -91,8 +95,8 @@ def measured_row(framework: str, model: str, recipe: str, budget_s: float) -> di
     }
 
 
-def _reference(framework: str, model: str, recipe: str) -> dict[str, Any]:
-    task = reference.task(model, framework=framework, batch_size=BATCH_SIZE)
+def _reference(framework: str, model: str, recipe: str, batch_size: int) -> dict[str, Any]:
+    task = reference.task(model, framework=framework, batch_size=batch_size)
     given = {name: getattr(task, name) for name in ("model", "example_inputs", "targets", "loss", "optimizer")}
     return given | ({} if keeps_adam(recipe) else {"optimizer": _sgd(framework)})
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from perfkit._batch import axis_of, even_rows
+from perfkit.backends.jax_convolutions import channels_last
 
 if TYPE_CHECKING:
     from perfkit._workload import Inputs, Training, Workload
@@ -38,7 +39,8 @@ class Trainer:
         params = self.placement.trained(model.params)
         state = params, model.rest, training.optimizer.init(params), _first_scale()
         self.state = _owned(self.placement.state(state))
-        step = _step(self.placement.function(model.function()), training, self.placement.averaged)
+        in_a_loop = channels_last if work.device == "cpu" else _as_it_is
+        step = _step(self.placement.function(model.function()), training, self.placement.averaged, in_a_loop)
         self.program = self.placement.program(step, (0,) if model.ahead or training.donates else (), self.state)
 
     @property
@@ -81,7 +83,7 @@ class Trainer:
         self.program.remembered = self.program.begun(self.state) if remembered is None else remembered
 
 
-def _step(function: Function, training: Training, averaged: Callable[[Any], Any]):
+def _step(function: Function, training: Training, averaged: Callable[[Any], Any], in_a_loop: Callable):
     optimizer, scaling = training.optimizer, training.loss_scaling
 
     def gradients_of(params, rest, scale, args, kwargs, targets):
@@ -95,7 +97,7 @@ def _step(function: Function, training: Training, averaged: Callable[[Any], Any]
 
         return jax.grad(scaled_loss, has_aux=True)(params)
 
-    of_batch = gradients_of if training.micro_batches == 1 else _accumulated(gradients_of, training)
+    of_batch = gradients_of if training.micro_batches == 1 else _accumulated(in_a_loop(gradients_of), training)
 
     def step(state, args, kwargs, targets):
         params, rest, moments, (scale, clean_steps) = state
@@ -148,6 +150,10 @@ def _accumulated(gradients_of: Callable, training: Training) -> Callable:
         return jax.tree.map(lambda leaf: leaf / parts, total), (losses.mean(), rest)
 
     return of_batch
+
+
+def _as_it_is(function: Callable) -> Callable:
+    return function
 
 
 def teacher(work: Workload) -> Callable[..., Any]:

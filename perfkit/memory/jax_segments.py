@@ -13,6 +13,7 @@ from jax.extend.core import Literal
 from perfkit.backends.jax_autocast import trace, untraced
 from perfkit.backends.jax_autocast_casting import bind
 from perfkit.backends.jax_autocast_rewrite import context_of
+from perfkit.backends.jax_convolutions import channels_last
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 SHORTEST_LOOP = 8
@@ -47,7 +48,7 @@ def in_segments(function: Callable, cut: Cut) -> Callable:
     @functools.wraps(function, updated=())
     def cut_function(*args: Any, **kwargs: Any) -> Any:
         jaxpr, values, structure = trace(function, args, kwargs)
-        flat = jax.make_jaxpr(lambda *given: _inlined(jaxpr, given))(*values)
+        flat = jax.make_jaxpr(lambda *given: inlined(jaxpr, given))(*values)
         return untraced(jaxpr, _evaluated(flat, values, cut), structure)
 
     return cut_function
@@ -85,7 +86,7 @@ def again_in_a_branch(run: Callable) -> Callable:
             return jax.tree.map(jax.numpy.zeros_like, moving)
 
         always = jax.lax.rng_uniform(0.0, 1.0, ()) < 2  # which XLA does not see through
-        return jax.lax.cond(always, pulled_back, nothing, moving, given), None
+        return jax.lax.cond(always, channels_last(pulled_back), nothing, moving, given), None
 
     call.defvjp(forward, backward)
     kinds: list[bool] = []
@@ -109,7 +110,7 @@ def _products_kept(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name in PRODUCTS
 
 
-def _inlined(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+def inlined(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     """The outputs of a closed jaxpr, with the bodies of its calls in their place."""
     consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
@@ -121,7 +122,7 @@ def _inlined(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         given = [read(atom) for atom in eqn.invars]
         with context_of(eqn):
             call = _CALLS.get(eqn.primitive.name)
-            results = _inlined(eqn.params[call], given) if call else bind(eqn, given)
+            results = inlined(eqn.params[call], given) if call else bind(eqn, given)
         values.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 

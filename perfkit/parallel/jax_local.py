@@ -22,6 +22,7 @@ from perfkit._workload import Workload
 from perfkit.backends.jax_compile import Program
 from perfkit.backends.jax_placement import Placement
 from perfkit.backends.jax_trees import leaves_with_names
+from perfkit.memory.jax_low_bit import state_held_as, state_in_full
 from perfkit.parallel.jax_mesh import OnMesh, mesh_of, replicated, shared_rows
 from perfkit.parallel.spread import Spread
 
@@ -191,7 +192,8 @@ class Steps(Program):
                 params = optax.apply_updates(anchor, updates)
                 outer = params, momentum
             if with_state:
-                moments = jax.tree.map(lambda leaf: mean(leaf) if leaf.ndim else leaf, moments)
+                means = jax.tree.map(lambda leaf: mean(leaf) if leaf.ndim else leaf, state_in_full(moments))
+                moments = state_held_as(means, moments)
             return _stacked((params, rest, moments, scale)), outer
 
         return self.replicas.on_each(on_one, (EACH, ALL), (EACH, ALL))
