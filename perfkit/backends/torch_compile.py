@@ -16,6 +16,7 @@ from torch._dynamo.callback import callback_handler
 
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
+from perfkit.backends.torch_state import draws_random
 from perfkit.backends.torch_surgery import COMPILED_WITH, FIXED_SHAPES, around_call, compile_in_place, derive
 
 
@@ -41,6 +42,9 @@ def compiled(work: Workload, mode: str, freezing: bool, **settings: Any) -> tupl
     freezing = freezing and not split
     if freezing:
         options["freezing"] = True
+    if not work.trains and work.inputs is not None and draws_random(work):
+        options["fallback_random"] = True
+        notes += ("it draws random numbers: by torch's generator, as before, and not by Inductor's own",)
     if settings.get("dynamic") is None and any(hasattr(type(part), FIXED_SHAPES) for part in work.model.modules()):
         settings["dynamic"] = False
     compile_in_place(work.model, options=options, **settings)

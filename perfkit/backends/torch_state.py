@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from perfkit._workload import Workload
 from perfkit.backends.torch_surgery import local
 
 _OF_TORCH = {*vars(nn.Module()), "_compiled_call_impl"}
@@ -30,6 +31,19 @@ def keeping_state(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for step in restore:
                 step()
+
+
+def draws_random(work: Workload) -> bool:
+    """Whether one run of the model, which is left as it is, takes numbers from torch's random generators."""
+
+    def states() -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if work.device == "cuda" else ())]
+
+    inputs = work.inputs
+    with torch.random.fork_rng(), torch.no_grad(), keeping_state(work.model):
+        before = states()
+        work.model(*inputs.args, **inputs.kwargs)
+        return not all(map(torch.equal, before, states()))
 
 
 def _restoring(module: nn.Module) -> Iterator[Callable[[], Any]]:

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from applied_recipes import applied
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -59,3 +60,29 @@ def test_the_global_setting_and_other_compilations_are_left_alone(model):
         result(torch.randn(3, 5))
     assert not config.freezing
     assert torch.is_grad_enabled()
+
+
+class EvalDropout(nn.Module):
+    """Monte-Carlo dropout: drops in eval mode only."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 8)
+
+    def forward(self, x):
+        return self.fc(nn.functional.dropout(x, 0.5, training=not self.training))
+
+
+def test_a_model_that_draws_random_numbers_draws_the_same_ones():
+    """Inductor has a generator of its own: its numbers would not be the original's under any seed."""
+    torch.manual_seed(0)
+    model, x = EvalDropout().eval(), torch.randn(32, 64)
+    result = applied(model, "compile", x)
+    assert result.fidelity.ok
+    assert "1 graph(s) compiled" in " ".join(result.effect.notes)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        y = result.model(x)
+        torch.manual_seed(3)
+        torch.testing.assert_close(y, model(x))
+        assert not torch.equal(result.model(x), y)
