@@ -313,8 +313,12 @@ def leaves_in(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def does_not_run(name: str, inputs: str, error: Exception) -> DoesNotRunError:
-    """The error for example inputs that do not fit the model."""
+def does_not_run(name: str, inputs: str, error: Exception, advice: str = "") -> DoesNotRunError:
+    """The error for example inputs that do not fit the model; `advice` says what to do, where that is known."""
+    if advice:
+        return DoesNotRunError(
+            f"{name} does not run on example_inputs ({inputs}): {type(error).__name__}: {error}. {advice}"
+        )
     return DoesNotRunError(
         f"{name} does not run on example_inputs ({inputs}): {type(error).__name__}: {error}. "
         "A tuple is passed as positional arguments, a dict as keyword arguments where its keys are the model's "

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
-from perfkit._errors import InvalidInputError
+from perfkit._errors import InvalidInputError, PerfkitWarning, UnsupportedError
 from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, Finished, Rounds, Traffic, check_loss, does_not_run
+from perfkit.backends.jax_autocast_rules import primitives
 from perfkit.backends.jax_compile import WITHOUT_YNNPACK, persistent_cache, watching
 from perfkit.backends.jax_dress import as_called, become, dressed, finished, writer
+from perfkit.backends.jax_inputs import (
+    NUMBERS,
+    as_arrays,
+    as_inputs,
+    as_written,
+    checked,
+    checked_params,
+    checked_rest,
+    tracing,
+)
 from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
 from perfkit.backends.jax_placement import device_bytes
 from perfkit.backends.jax_precision import cast
-from perfkit.backends.jax_training import Trainer
+from perfkit.backends.jax_training import Trainer, checked_optimizer
 from perfkit.backends.jax_trees import leaves
 
 
@@ -35,22 +46,20 @@ class JaxBackend(Backend):
 
     def bind(self, model, params, example_inputs, *, mode, loss, targets, optimizer, seed) -> Workload:
         held = _model(model, params, mode)
-        _check_finite(held.params)
-        inputs = None if example_inputs is None else _arrays(as_inputs(held, example_inputs))
-        for leaf in self.leaves((inputs.args, dict(inputs.kwargs))) if inputs else ():
-            if leaf.size == 0:
-                raise InvalidInputError(f"example_inputs hold an empty array of shape {list(leaf.shape)}")
+        held = held.with_state(checked_params(held.params), checked_rest(held.rest))
+        inputs = None if example_inputs is None else checked(as_inputs(held, example_inputs))
         training = None
         if mode == "training":
-            _check_optimizer(optimizer)
+            optimizer = checked_optimizer(optimizer, held.params)
             training = Training(loss, jax.tree.map(jnp.asarray, targets), optimizer)
         work = Workload(self, held, inputs, mode, _device(held, inputs), training, seed)
-        if inputs is not None:
-            self._check_runs(work)
-        return work
+        if inputs is None:
+            return work
+        self._check_runs(work)
+        return _with_numbers_read(work)
 
     def as_inputs(self, work: Workload, example_inputs: Any) -> Inputs:
-        return _arrays(as_inputs(work.model, example_inputs))
+        return checked(as_inputs(work.model, example_inputs))
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
@@ -75,6 +84,16 @@ class JaxBackend(Backend):
     def without_gradients(self):
         return nullcontext()
 
+    def caller(self, work: Workload, finished: Finished) -> Callable[[], Any]:
+        return super().caller(work if work.trains else _as_called(work), finished)
+
+    def outputs(self, work: Workload, finished: Finished) -> list[np.ndarray]:
+        inputs = _as_called(work).inputs
+        with finished.keeping_state():
+            outputs = finished.call(*inputs.args, **inputs.kwargs)
+            # A number that Python code returns is an array where it is compiled.
+            return [self.numpy(leaf) for leaf in self.leaves(as_arrays(outputs, NUMBERS))]
+
     def seed(self, seed: int) -> None:
         """JAX has no global random state: a model's keys are part of its own state."""
 
@@ -83,7 +102,10 @@ class JaxBackend(Backend):
             model, inputs = work.model, work.inputs
             state = cast((model.params, model.rest), jnp.float64)
             args, kwargs = cast((inputs.args, dict(inputs.kwargs)), jnp.float64)
-            outputs, _ = jax.jit(model.function())(*state, *args, **kwargs)
+            traced = jax.jit(model.function()).trace(*state, *args, **kwargs)
+            if "random_bits" in primitives(traced.jaxpr):
+                raise TypeError("it draws random numbers, and would draw others in float64")
+            outputs, _ = traced.lower().compile()(*state, *args, **kwargs)
             leaves = list(self.leaves(outputs))
             fixed = [str(leaf.dtype) for leaf in leaves if leaf.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)]
             if fixed:
@@ -104,8 +126,11 @@ class JaxBackend(Backend):
             compiled, form = finished.program(), "the program"
         else:
             inputs, state = work.inputs, (work.model.params, work.model.rest)
-            with persistent_cache():
-                compiled = jax.jit(work.model.function()).lower(*state, *inputs.args, **inputs.kwargs).compile()
+            try:
+                with persistent_cache(), tracing():
+                    compiled = jax.jit(work.model.function()).lower(*state, *inputs.args, **inputs.kwargs).compile()
+            except UnsupportedError as error:
+                return Quantity.missing("B", f"it is read off a compiled program, and {error}")
             form = "its jitted form (op by op it may need more)"
         analysis = compiled.memory_analysis()
         if analysis is None:
@@ -146,7 +171,7 @@ class JaxBackend(Backend):
         return watching()
 
     def compiled_baseline(self, work: Workload) -> Workload | None:
-        if work.trains or hasattr(work.model.original, "lower"):
+        if work.trains or isinstance(work.model.original, jax.stages.Wrapped):
             return None  # jitted already: the training step by perfkit, the function by its caller
         return work.replace(model=work.model.compiled_ahead())
 
@@ -175,37 +200,32 @@ class JaxBackend(Backend):
         gc.collect()
 
     def _check_runs(self, work: Workload) -> None:
-        inputs, name = work.inputs, work.model.name
+        model, inputs = work.model, work.inputs
         with self.preserved():
             try:
-                outputs, _ = work.model.function()(work.model.params, work.model.rest, *inputs.args, **inputs.kwargs)
+                outputs, added = model.called_once(*inputs.args, **inputs.kwargs)
             except Exception as error:
-                raise does_not_run(name, self.describe(inputs), error) from error
-            if not any(True for _ in self.leaves(outputs)):
-                raise InvalidInputError(f"{name} returned a {type(outputs).__name__} without any array in it")
+                raise does_not_run(model.name, self.describe(inputs), error, model.advice(error)) from error
+            if added:
+                told = f"{model.name} adds state when it is called, which the result does not keep: {', '.join(added)}"
+                warnings.warn(told, PerfkitWarning, stacklevel=5)
+            _check_outputs(model.name, list(self.leaves(outputs)), outputs)
             if work.training is not None:
                 check_loss(work.training, outputs, lambda loss: getattr(loss, "shape", None))
 
 
-def as_inputs(model: JaxModel, example_inputs: Any) -> Inputs:
-    """A tuple as positional arguments, a dict as keywords if its keys are the model's parameters, else one argument."""
-    if isinstance(example_inputs, Inputs):
-        return example_inputs
-    if isinstance(example_inputs, tuple) and not hasattr(example_inputs, "_fields"):
-        return Inputs(example_inputs)
-    if isinstance(example_inputs, Mapping):
-        function, leading = model.signature_of
-        names = list(inspect.signature(function).parameters)[leading:]
-        if set(example_inputs) <= set(names):
-            return Inputs((), dict(example_inputs))
-    return Inputs((example_inputs,))
-
-
-def _arrays(inputs: Inputs) -> Inputs:
-    args, kwargs = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, (inputs.args, dict(inputs.kwargs))
-    )
-    return Inputs(args, kwargs)
+def _check_outputs(name: str, arrays: list[Any], outputs: Any) -> None:
+    if not arrays:
+        raise InvalidInputError(
+            f"{name} returned a {type(outputs).__name__} without any array that JAX sees in it: return arrays, or "
+            "register the class as a pytree (jax.tree_util.register_dataclass)"
+        )
+    numbers = [leaf for leaf in arrays if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size]
+    if numbers and all(bool(jnp.isnan(leaf).all()) for leaf in numbers):
+        raise InvalidInputError(
+            f"{name} returns nothing but NaN on example_inputs, so no result could be compared with it: pass inputs as "
+            "the model will see them"
+        )
 
 
 def _model(model: Any, params: Any, mode: str) -> JaxModel:
@@ -230,22 +250,30 @@ def _model(model: Any, params: Any, mode: str) -> JaxModel:
     return FunctionModel(original=model, params=params)
 
 
-def _check_finite(params: Any) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.issubdtype(getattr(leaf, "dtype", None), jnp.floating):
-            bad = int(jnp.sum(~jnp.isfinite(leaf)))
-            if bad:
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise InvalidInputError(
-                    f"parameter {name!r} holds {bad} NaN or infinite of {leaf.size} values: repair them first"
-                )
+def _as_called(work: Workload) -> Workload:
+    """The workload with its inputs as the caller of a model writes them."""
+    args, kwargs = as_written((work.inputs.args, dict(work.inputs.kwargs)))
+    return work.replace(inputs=Inputs(args, kwargs))
 
 
-def _check_optimizer(optimizer: Any) -> None:
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise InvalidInputError(
-            f"optimizer is a {type(optimizer).__name__}: expected an optax transformation such as optax.adam(1e-3)"
-        )
+def _with_numbers_read(work: Workload) -> Workload:
+    """The workload with Python numbers among its inputs as settings, where the model cannot be traced otherwise."""
+    model, inputs = work.model, work.inputs
+    if not any(isinstance(leaf, NUMBERS) for leaf in jax.tree.leaves((inputs.args, dict(inputs.kwargs)))):
+        return work
+    reading = dataclasses.replace(model, reads_numbers=True)
+    settled = as_inputs(reading, inputs)
+    if _traces(model, inputs) or not _traces(reading, settled):
+        return work
+    return work.replace(model=reading, inputs=settled)
+
+
+def _traces(model: JaxModel, inputs: Inputs) -> bool:
+    try:
+        jax.eval_shape(model.function(), model.params, model.rest, *inputs.args, **inputs.kwargs)
+    except Exception:  # whatever code raises that needs the value of something it is not told
+        return False
+    return True
 
 
 def _device(model: JaxModel, inputs: Inputs | None) -> str:
