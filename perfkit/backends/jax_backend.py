@@ -24,12 +24,14 @@ from perfkit.backends.jax_compile import WITHOUT_YNNPACK, persistent_cache, watc
 from perfkit.backends.jax_dress import as_called, become, dressed, finished, writer
 from perfkit.backends.jax_inputs import (
     NUMBERS,
+    TAKE_APART,
     as_arrays,
     as_inputs,
     as_written,
     checked,
     checked_params,
     checked_rest,
+    is_equinox,
     tracing,
 )
 from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
@@ -229,6 +231,8 @@ def _check_outputs(name: str, arrays: list[Any], outputs: Any) -> None:
 
 
 def _model(model: Any, params: Any, mode: str) -> JaxModel:
+    if is_equinox(model):
+        raise InvalidInputError(f"{type(model).__name__} is an equinox module, {TAKE_APART}")
     if isinstance(model, nnx.Module):
         if params is not None:
             raise InvalidInputError("params= is for functions and flax linen modules: an nnx module holds its own")
@@ -243,7 +247,10 @@ def _model(model: Any, params: Any, mode: str) -> JaxModel:
             )
         rest = dict(params)
         if "params" not in rest:
-            raise InvalidInputError(f"params has the collections {sorted(rest)}, and linen's variables have 'params'")
+            raise InvalidInputError(
+                f"params has the collections {sorted(rest)}, and linen's variables have 'params': "
+                "pass all that module.init(key, *inputs) returned, or params={'params': ...}"
+            )
         return LinenModel(original=model, params=rest.pop("params"), rest=rest, trains=mode == "training")
     if mode == "training" and params is None:
         raise InvalidInputError("mode='training' needs what to train: pass params= and a function of (params, *inputs)")
@@ -307,6 +314,8 @@ def _finished_training(work: Workload) -> Finished:
 
     def train_step(batch):
         """Train on `batch = (inputs, targets)` and return the loss."""
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise InvalidInputError(f"train_step was given a {type(batch).__name__}: expected (inputs, targets)")
         inputs, targets = batch
         loss = trainer.step(as_inputs(held, inputs), targets)
         write()

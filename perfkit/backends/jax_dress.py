@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from perfkit._errors import UnsupportedError
+from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit.backends import Finished
 from perfkit.backends.jax_compile import Program
 from perfkit.backends.jax_inputs import with_settings
 from perfkit.backends.jax_model import JaxModel, LinenModel, NnxModel, nnx_function
+from perfkit.backends.jax_quantized import is_quantized
+from perfkit.backends.jax_trees import leaves
 
 NOT_PICKLED = (
     "an optimized {} is a compiled or rewritten program, which cannot be pickled: save {}, and call optimize on the "
@@ -59,15 +62,33 @@ class DressedFunction:
         self.apply = self
         self.__name__ = model.name
         function = model.function()
+        quantized = any(map(is_quantized, leaves(model.params)))
 
         def run(packed, args, kwargs):
             params, rest = _unpacked(model, packed)
+            if quantized and not any(map(is_quantized, leaves(params))):
+                raise InvalidInputError(
+                    f"the optimized {model.name} computes on quantized parameters, and was given others: pass "
+                    "result.params"
+                )
             return function(params, rest, *args, **kwargs)[0]
 
         self.program = Program(run) if model.ahead else run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leading, inputs = ((None,), args) if self.model.params is None else (args[:1], args[1:])
+        if self.model.params is None:
+            args = (None, *args)
+        elif not args:
+            function, _ = self.model.signature_of
+            name = (
+                "variables"
+                if isinstance(self.model, LinenModel)
+                else next(iter(inspect.signature(function).parameters))
+            )
+            if name not in kwargs:
+                raise InvalidInputError(f"{self.model.name} takes its parameters first: pass result.params")
+            args = (kwargs.pop(name),)
+        leading, inputs = args[:1], args[1:]
         inputs, kwargs = self.model.placement.batch(with_settings((inputs, kwargs), self.model.reads_numbers))
         return self.program(*leading, inputs, kwargs)
 

@@ -30,6 +30,13 @@ _READS_VALUES = (
 _SETTINGS = (bool, str, bytes, enum.Enum, np.dtype, type, range, slice)
 
 
+TAKE_APART = (
+    "whose arrays and settings are one tree: take them apart, arrays, rest = equinox.partition(model, "
+    "equinox.is_inexact_array), and pass the function lambda arrays, *inputs: equinox.combine(arrays, rest)(*inputs) "
+    "with params=arrays"
+)
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Setting:
@@ -133,6 +140,10 @@ def checked(inputs: Inputs) -> Inputs:
     for path, leaf in jax.tree_util.tree_leaves_with_path((inputs.args, dict(inputs.kwargs))):
         if not isinstance(leaf, (*_ARRAYS, *NUMBERS)) or _is_text(leaf):
             kind = type(leaf).__name__
+            if type(leaf).__module__ == "torch":
+                raise InvalidInputError(
+                    f"example_inputs hold a torch.{kind} ({_place(path)}): pass JAX or numpy arrays"
+                )
             raise InvalidInputError(
                 f"example_inputs hold a {kind} ({_place(path)}), and JAX does not know what arrays are in it: register "
                 "the class as a pytree (jax.tree_util.register_dataclass), or pass its arrays"
@@ -157,6 +168,8 @@ def checked_params(params: Any) -> Any:
         InvalidInputError: a parameter is no array, has no numbers in it, or some of them are not finite.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if is_equinox(params) and not isinstance(leaf, (*_ARRAYS, *NUMBERS)):
+            raise InvalidInputError(f"params is {type(params).__name__}, an equinox module, {TAKE_APART}")
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise InvalidInputError(
@@ -174,6 +187,12 @@ def checked_params(params: Any) -> Any:
                     f"parameter {name!r} holds {bad} NaN or infinite of {leaf.size} values: repair them first"
                 )
     return as_arrays(params, (np.ndarray, np.generic, *NUMBERS))
+
+
+def is_equinox(value: Any) -> bool:
+    return any(
+        kind.__module__.partition(".")[0] == "equinox" and kind.__name__ == "Module" for kind in type(value).__mro__
+    )
 
 
 def checked_rest(rest: Any) -> Any:

@@ -56,6 +56,8 @@ def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
     ]
+    if not touched:
+        return work, Effect(notes=("the model has no floating-point parameters: pass params=, or take bf16",))
     model = model.then(wrap)
     if not work.trains:
         model = model.with_state(cast(model.params, dtype), cast(model.rest, dtype))

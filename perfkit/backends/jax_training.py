@@ -96,6 +96,8 @@ def checked_optimizer(optimizer: Any, params: Any) -> optax.GradientTransformati
             f"optimizer is a {type(optimizer).__name__}: expected an optax transformation such as "
             f"optax.adam(1e-3){inner}"
         )
+    if not jax.tree.leaves(params):
+        raise InvalidInputError("params hold no array: there is nothing to train")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             name = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -60,7 +60,7 @@ class Sowing(nnx.Module):
         return y * 2
 
 
-@pytest.mark.parametrize("recipe", ["compile", "half", "half+compile"])
+@pytest.mark.parametrize("recipe", ["compile", "half"])
 @pytest.mark.parametrize("kind", [Raw, Carrying, Sowing])
 @pytest.mark.filterwarnings("ignore:Sowing adds state:perfkit.PerfkitWarning")
 def test_state_of_every_kind_is_used_and_written(kind, recipe):
@@ -107,6 +107,17 @@ def test_a_function_is_copied_and_not_pickled():
     np.testing.assert_allclose(copy.deepcopy(result.model)(jnp.eye(4), X), X, rtol=1e-5)
     with pytest.raises(UnsupportedError, match=r"cannot be pickled: save result\.params"):
         pickle.dumps(result.model)
+
+
+def test_parameters_by_name_and_parameters_of_another_kind():
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64)), jnp.float32)
+    result = perfkit.optimize(_function, "int8_weight_only", params=w, example_inputs=(X,), budget_s=0.05)
+    first = np.asarray(result(X))
+    np.testing.assert_array_equal(result.model(params=result.params, x=X), first)
+    with pytest.raises(perfkit.InvalidInputError, match=r"given others: pass result\.params"):
+        result.model(w, X)
+    with pytest.raises(perfkit.InvalidInputError, match=r"takes its parameters first"):
+        result.model(x=X)
 
 
 class _Named:

@@ -150,6 +150,34 @@ def test_what_needs_no_trace_works_on_code_that_reads_an_array():
     assert result.report.before.tensor_peak_bytes.value is None
 
 
+def test_what_does_not_compute_on_parameters_is_no_effect_and_changes_nothing():
+    result = perfkit.optimize(lambda x: x @ W, "half", example_inputs=(X,), budget_s=0.05)
+    assert result.report.steps[0].effect.status == "NO_EFFECT"
+    assert "no floating-point parameters" in result.report.steps[0].effect.notes[0]
+    np.testing.assert_array_equal(result(X), X @ W)
+
+
+class _Module:
+    """Stands for `equinox.Module`, which need not be installed: known by its name and its package."""
+
+    __module__ = "equinox._module"
+
+
+_Module.__name__ = "Module"
+
+
+class _Mlp(_Module):
+    def __call__(self, x):
+        return x
+
+
+class _Pair:
+    """As haiku's `Transformed`: it holds functions, and is none."""
+
+    def apply(self, params, x):
+        return x
+
+
 @dataclasses.dataclass
 class _Batch:
     x: jax.Array
@@ -161,6 +189,9 @@ CASES = {
     "abstract input": (lambda: {"example_inputs": (jax.ShapeDtypeStruct((6, 4), jnp.float32),)}, "without numbers"),
     "abstract parameters": (lambda: {"params": jax.eval_shape(lambda: {"w": W})}, "'w' is a shape without numbers"),
     "text among parameters": (lambda: {"params": {"w": W, "act": "relu"}}, "'act' is a str"),
+    "equinox": (lambda: {"model": _Mlp(), "params": None}, "equinox.partition"),
+    "haiku": (lambda: {"model": _Pair()}, "such as its .apply"),
+    "inner collection": (lambda: {"model": linen.Dense(3)}, "params={'params': ...}"),
     "NaN inputs": (lambda: {"example_inputs": (X * jnp.nan,)}, "nothing but NaN"),
 }
 

@@ -73,6 +73,8 @@ def test_multi_steps_is_taken_as_it_is():
     batch = given["example_inputs"], given["targets"]
     result.train_step(batch)
     np.testing.assert_array_equal(result.params["w"], before)
+    with pytest.raises(perfkit.InvalidInputError, match=r"expected \(inputs, targets\)"):
+        result.train_step(given["targets"])
     result.train_step(batch)
     assert not np.array_equal(result.params["w"], before)
 
@@ -82,6 +84,7 @@ def test_multi_steps_is_taken_as_it_is():
     [
         (lambda: {"optimizer": optax.masked(optax.adam(1e-3), {"other": True})}, "takes no step on these parameters"),
         (lambda: {"optimizer": optax.lbfgs()}, "value_fn"),
+        (lambda: {"params": {}, "model": lambda params, x: x[:, :2]}, "nothing to train"),
         (lambda: {"optimizer": optax.adam}, "expected an optax transformation"),
         (lambda: {"params": {"w": jnp.ones((4, 2)), "rows": jnp.int32(3)}}, "'rows' is int32"),
         (lambda: {"example_inputs": (jnp.full((16, 4), jnp.nan),)}, "nothing but NaN"),
