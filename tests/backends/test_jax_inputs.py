@@ -157,6 +157,19 @@ def test_what_does_not_compute_on_parameters_is_no_effect_and_changes_nothing():
     np.testing.assert_array_equal(result(X), X @ W)
 
 
+def test_half_gives_outputs_back_in_the_dtypes_they_had():
+    def function(params, x):
+        y = x @ params["w"]
+        return y, y.astype(jnp.float16), y.astype(jnp.bfloat16), y.argmax(-1)
+
+    result = _optimized(function, "half", (X,))
+    assert [leaf.dtype for leaf in result(X)] == [leaf.dtype for leaf in function({"w": W}, X)]
+    with jax.enable_x64(True):
+        x = np.asarray(X, np.float64)
+        result = perfkit.optimize(lambda w, x: x @ w, "half", params=W.astype("float64"), example_inputs=(x,))
+        assert result(x).dtype == jnp.float64
+
+
 class _Module:
     """Stands for `equinox.Module`, which need not be installed: known by its name and its package."""
 
