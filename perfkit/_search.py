@@ -95,7 +95,10 @@ def _promise(chain: Chain) -> tuple:
 
 
 def _idle(recipe: Recipe, work: Workload) -> str:
-    step = apply(Chain((recipe,)), work).steps[0]
+    try:
+        step = apply(Chain((recipe,)), work).steps[0]
+    except PerfkitError as error:
+        return first_line(error)
     return "" if step.effect.touched else "; ".join(step.effect.notes) or "it touches nothing in this model"
 
 

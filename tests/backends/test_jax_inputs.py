@@ -191,6 +191,14 @@ class _Pair:
         return x
 
 
+def test_auto_leaves_out_what_cannot_be_traced_and_says_why():
+    result = perfkit.optimize(_reading, params={"w": W}, example_inputs=(X,), budget_s=1)
+    reasons = {item.recipe: item.reason for item in result.report.candidates}
+    assert "reads the value of an array" in reasons["bf16"]
+    assert "reads the value of an array" in reasons["compile"]
+    assert "reads the value of an array" in str(perfkit.plan(_reading, params={"w": W}, example_inputs=(X,)))
+
+
 @dataclasses.dataclass
 class _Batch:
     x: jax.Array
