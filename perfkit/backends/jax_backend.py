@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import random
 import warnings
@@ -20,21 +19,20 @@ from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, Finished, Rounds, Traffic, check_loss, does_not_run
 from perfkit.backends.jax_autocast_rules import primitives
+from perfkit.backends.jax_bind import check_outputs, device_of, model_of, with_numbers_read
 from perfkit.backends.jax_compile import WITHOUT_YNNPACK, persistent_cache, watching
 from perfkit.backends.jax_dress import as_called, become, dressed, finished, writer
 from perfkit.backends.jax_inputs import (
     NUMBERS,
-    TAKE_APART,
     as_arrays,
     as_inputs,
     as_written,
     checked,
     checked_params,
     checked_rest,
-    is_equinox,
     tracing,
 )
-from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
+from perfkit.backends.jax_model import JaxModel, LinenModel, NnxModel
 from perfkit.backends.jax_placement import device_bytes
 from perfkit.backends.jax_precision import cast
 from perfkit.backends.jax_training import Trainer, checked_optimizer
@@ -47,18 +45,18 @@ class JaxBackend(Backend):
     name = "jax"
 
     def bind(self, model, params, example_inputs, *, mode, loss, targets, optimizer, seed) -> Workload:
-        held = _model(model, params, mode)
+        held = model_of(model, params, mode)
         held = held.with_state(checked_params(held.params), checked_rest(held.rest))
         inputs = None if example_inputs is None else checked(as_inputs(held, example_inputs))
         training = None
         if mode == "training":
             optimizer = checked_optimizer(optimizer, held.params)
             training = Training(loss, jax.tree.map(jnp.asarray, targets), optimizer)
-        work = Workload(self, held, inputs, mode, _device(held, inputs), training, seed)
+        work = Workload(self, held, inputs, mode, device_of(held, inputs), training, seed)
         if inputs is None:
             return work
         self._check_runs(work)
-        return _with_numbers_read(work)
+        return with_numbers_read(work)
 
     def as_inputs(self, work: Workload, example_inputs: Any) -> Inputs:
         return checked(as_inputs(work.model, example_inputs))
@@ -211,82 +209,15 @@ class JaxBackend(Backend):
             if added:
                 told = f"{model.name} adds state when it is called, which the result does not keep: {', '.join(added)}"
                 warnings.warn(told, PerfkitWarning, stacklevel=5)
-            _check_outputs(model.name, list(self.leaves(outputs)), outputs)
+            check_outputs(model.name, list(self.leaves(outputs)), outputs)
             if work.training is not None:
                 check_loss(work.training, outputs, lambda loss: getattr(loss, "shape", None))
-
-
-def _check_outputs(name: str, arrays: list[Any], outputs: Any) -> None:
-    if not arrays:
-        raise InvalidInputError(
-            f"{name} returned a {type(outputs).__name__} without any array that JAX sees in it: return arrays, or "
-            "register the class as a pytree (jax.tree_util.register_dataclass)"
-        )
-    numbers = [leaf for leaf in arrays if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size]
-    if numbers and all(bool(jnp.isnan(leaf).all()) for leaf in numbers):
-        raise InvalidInputError(
-            f"{name} returns nothing but NaN on example_inputs, so no result could be compared with it: pass inputs as "
-            "the model will see them"
-        )
-
-
-def _model(model: Any, params: Any, mode: str) -> JaxModel:
-    if is_equinox(model):
-        raise InvalidInputError(f"{type(model).__name__} is an equinox module, {TAKE_APART}")
-    if isinstance(model, nnx.Module):
-        if params is not None:
-            raise InvalidInputError("params= is for functions and flax linen modules: an nnx module holds its own")
-        module = nnx.clone(model)
-        module.train() if mode == "training" else module.eval()
-        return NnxModel.of(module)
-    if is_linen(model):
-        if params is None:
-            raise InvalidInputError(
-                f"{type(model).__name__} is a flax linen module, which does not hold its variables: "
-                "pass them as params=module.init(key, *inputs)"
-            )
-        rest = dict(params)
-        if "params" not in rest:
-            raise InvalidInputError(
-                f"params has the collections {sorted(rest)}, and linen's variables have 'params': "
-                "pass all that module.init(key, *inputs) returned, or params={'params': ...}"
-            )
-        return LinenModel(original=model, params=rest.pop("params"), rest=rest, trains=mode == "training")
-    if mode == "training" and params is None:
-        raise InvalidInputError("mode='training' needs what to train: pass params= and a function of (params, *inputs)")
-    return FunctionModel(original=model, params=params)
 
 
 def _as_called(work: Workload) -> Workload:
     """The workload with its inputs as the caller of a model writes them."""
     args, kwargs = as_written((work.inputs.args, dict(work.inputs.kwargs)))
     return work.replace(inputs=Inputs(args, kwargs))
-
-
-def _with_numbers_read(work: Workload) -> Workload:
-    """The workload with Python numbers among its inputs as settings, where the model cannot be traced otherwise."""
-    model, inputs = work.model, work.inputs
-    if not any(isinstance(leaf, NUMBERS) for leaf in jax.tree.leaves((inputs.args, dict(inputs.kwargs)))):
-        return work
-    reading = dataclasses.replace(model, reads_numbers=True)
-    settled = as_inputs(reading, inputs)
-    if _traces(model, inputs) or not _traces(reading, settled):
-        return work
-    return work.replace(model=reading, inputs=settled)
-
-
-def _traces(model: JaxModel, inputs: Inputs) -> bool:
-    try:
-        jax.eval_shape(model.function(), model.params, model.rest, *inputs.args, **inputs.kwargs)
-    except Exception:  # whatever code raises that needs the value of something it is not told
-        return False
-    return True
-
-
-def _device(model: JaxModel, inputs: Inputs | None) -> str:
-    arrays = jax.tree.leaves((model.params, inputs and (inputs.args, dict(inputs.kwargs))))
-    platforms = {device.platform for leaf in arrays if isinstance(leaf, jax.Array) for device in leaf.devices()}
-    return next(iter(platforms - {"cpu"}), "cpu") if platforms else jax.default_backend()
 
 
 def _finished_training(work: Workload) -> Finished:
