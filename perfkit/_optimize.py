@@ -52,8 +52,8 @@ def optimize(
         recipe: `"auto"` searches; else names joined by `+` (`"channels_last+bf16+compile(mode='max-autotune')"`),
             a recipe, or a list. `perfkit.recipes()` lists them.
         example_inputs: what the model is run on. A tuple is passed as positional arguments, a dict as keyword arguments
-            where its keys are the model's parameters, anything else as the only argument. Without them the recipe is
-            applied and nothing is measured.
+            where its keys are the model's parameters (and linen's `rngs`), anything else as the only argument. Without
+            them the recipe is applied and nothing is measured.
         params: parameters of a JAX function, or variables of a linen module.
         mode: "inference" (gradients off, eval mode) or "training".
         loss: training: `loss(outputs, targets)`, a scalar.

@@ -68,6 +68,7 @@ def prove(original: Variant, result: Variant, applied: Applied, settings: Settin
     with work.backend.watching_compiles() as log:
         *latencies, speedup = compared(original, result, ("original", str(chain)), settings.budget_s * share)
         notes = _recompiled(log().graphs)
+    against_compiled, more = _against_compiled(original, result, str(chain), settings)
     return _assembled(
         original,
         result,
@@ -78,8 +79,8 @@ def prove(original: Variant, result: Variant, applied: Applied, settings: Settin
         losses=curves,
         metric=_evaluated(original, result, settings),
         steps=_attributed(original, applied, speedup, settings),
-        against_compiled=_against_compiled(original, result, str(chain), settings),
-        notes=notes,
+        against_compiled=against_compiled,
+        notes=(*notes, *more),
     )
 
 
@@ -187,13 +188,19 @@ def _attributed(original: Variant, applied: Applied, last: Comparison, settings:
     return tuple(steps)
 
 
-def _against_compiled(original: Variant, result: Variant, name: str, settings: Settings) -> Comparison | None:
+def _against_compiled(
+    original: Variant, result: Variant, name: str, settings: Settings
+) -> tuple[Comparison | None, tuple[str, ...]]:
+    """The result's speed against the framework's plain compiler; without it why it cannot be told, if it is wanted."""
     baseline = original.work.backend.compiled_baseline(original.work)
     if baseline is None:
-        return None
+        return None, ()
     settings.progress("timing against the framework's plain compiler")
-    compiled = ready(baseline, "the framework's plain compiler")
-    return compared(compiled, result, ("compiled original", name), settings.budget_s / 4)[2]
+    try:
+        compiled = ready(baseline, "the framework's plain compiler")
+    except UnsupportedError as error:
+        return None, (f"there is no plain compiled original to compare with: {first_line(error)}",)
+    return compared(compiled, result, ("compiled original", name), settings.budget_s / 4)[2], ()
 
 
 def _recompiled(programs: int) -> tuple[str, ...]:

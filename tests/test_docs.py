@@ -58,6 +58,15 @@ def test_lessons_run(page, capsys):
         assert names["result"].report.fidelity.ok
 
 
+@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
+def test_the_example_of_jax_trains_with_its_flag():
+    (code,) = blocks("python", (ROOT / "docs" / "jax.md").read_text())
+    names = run(code, "jax.md")
+    assert names["result"].report.fidelity.ok
+    mean = names["variables"]["batch_stats"]["BatchNorm_0"]["mean"]
+    assert abs(mean).sum() > 0, "batch norm has taken statistics"
+
+
 def test_the_pages_show_what_was_recorded():
     from bench import compression, plan_pages
 

@@ -240,6 +240,17 @@ def test_auto_in_jax_beats_eager():
     assert result.report.against_compiled is not None
 
 
+def test_auto_tries_one_chain_whatever_the_budget_and_tells_how_many_it_left_out():
+    pytest.importorskip("jax")
+    report = perfkit.optimize(**arguments("jax", "function"), budget_s=1e-3).report
+    left = [item for item in report.candidates if "was used up" in item.reason]
+    tried = [item for item in report.candidates if item.outcome in ("won", "lost", "failed")]
+    assert len(tried) == 1
+    assert left
+    if report.outcome == "original returned":
+        assert f"none of 1 chains is faster than the original, and for {len(left)} more" in report.explanation
+
+
 def test_auto_needs_inputs():
     with pytest.raises(InvalidInputError, match="example_inputs"):
         perfkit.optimize(torch.nn.Linear(2, 2))

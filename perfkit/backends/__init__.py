@@ -285,9 +285,11 @@ def of(model: Any, example_inputs: Any = None) -> Backend:
         if (name := _framework(kind)) and kind.__name__ == "Module":
             return backend(name)
     if not callable(model):
+        name = next((name for name in ("apply", "apply_fn") if callable(getattr(model, name, None))), "")
         raise InvalidInputError(
             f"model is a {type(model).__module__}.{type(model).__qualname__}: expected a torch.nn.Module, "
             "a flax nnx.Module, a flax linen Module with params=variables, or a JAX function with params=its parameters"
+            + (f", such as its .{name}" if name else "")
         )
     frameworks = {_framework(type(model)), *(_framework(type(leaf)) for leaf in leaves_in(example_inputs))} - {None}
     if "torch" in frameworks:
@@ -313,8 +315,12 @@ def leaves_in(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def does_not_run(name: str, inputs: str, error: Exception) -> DoesNotRunError:
-    """The error for example inputs that do not fit the model."""
+def does_not_run(name: str, inputs: str, error: Exception, advice: str = "") -> DoesNotRunError:
+    """The error for example inputs that do not fit the model; `advice` says what to do, where that is known."""
+    if advice:
+        return DoesNotRunError(
+            f"{name} does not run on example_inputs ({inputs}): {type(error).__name__}: {error}. {advice}"
+        )
     return DoesNotRunError(
         f"{name} does not run on example_inputs ({inputs}): {type(error).__name__}: {error}. "
         "A tuple is passed as positional arguments, a dict as keyword arguments where its keys are the model's "

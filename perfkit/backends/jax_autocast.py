@@ -25,6 +25,7 @@ import numpy as np
 
 from perfkit.backends import jax_autocast_rules as rules
 from perfkit.backends.jax_autocast_rewrite import Rewriter
+from perfkit.backends.jax_inputs import tracing
 
 LOW_DTYPES = ("bfloat16", "float16")
 
@@ -159,7 +160,8 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> tuple[Any, list[Any], Any]
         return fn(*args, **kwargs)
 
     values = [jnp.asarray(leaf) if isinstance(leaf, _NUMPY) else leaf for leaf in (leaves[at] for at in traced)]
-    jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*values)
+    with tracing():
+        jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*values)
     return jaxpr, values, jax.tree.structure(shapes)
 
 

@@ -154,6 +154,18 @@ def inner_jaxprs(eqn: Any) -> Iterator[Any]:
         yield from inner if isinstance(inner, tuple) else (inner,)
 
 
+def primitives(jaxpr: Any) -> set[str]:
+    """The names of all primitives in a jaxpr, inner ones included."""
+    found = set()
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        found.add(eqn.primitive.name)
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
+                    found |= primitives(inner)
+    return found
+
+
 def kept_reason(eqn: Any) -> str | None:
     """Why an equation that reads float32 values runs as it was written, or None if autocast has a rule for it."""
     name = eqn.primitive.name

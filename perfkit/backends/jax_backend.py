@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import random
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
-from perfkit._errors import InvalidInputError
+from perfkit._errors import InvalidInputError, PerfkitWarning, UnsupportedError
 from perfkit._report import NO_OPTIMIZER, Quantity
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, Finished, Rounds, Traffic, check_loss, does_not_run
+from perfkit.backends.jax_autocast_rules import primitives
+from perfkit.backends.jax_bind import check_outputs, device_of, model_of, with_numbers_read
 from perfkit.backends.jax_compile import WITHOUT_YNNPACK, persistent_cache, watching
 from perfkit.backends.jax_dress import as_called, changing, dressed, finished, run_by, writer
-from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
+from perfkit.backends.jax_inputs import (
+    NUMBERS,
+    as_arrays,
+    as_inputs,
+    as_written,
+    checked,
+    checked_params,
+    checked_rest,
+    tracing,
+)
+from perfkit.backends.jax_model import LinenModel, NnxModel
 from perfkit.backends.jax_placement import device_bytes
 from perfkit.backends.jax_precision import cast
-from perfkit.backends.jax_training import Trainer
+from perfkit.backends.jax_training import Trainer, checked_optimizer
 from perfkit.backends.jax_trees import leaves
 
 
@@ -34,23 +45,21 @@ class JaxBackend(Backend):
     name = "jax"
 
     def bind(self, model, params, example_inputs, *, mode, loss, targets, optimizer, seed) -> Workload:
-        held = _model(model, params, mode)
-        _check_finite(held.params)
-        inputs = None if example_inputs is None else _arrays(as_inputs(held, example_inputs))
-        for leaf in self.leaves((inputs.args, dict(inputs.kwargs))) if inputs else ():
-            if leaf.size == 0:
-                raise InvalidInputError(f"example_inputs hold an empty array of shape {list(leaf.shape)}")
+        held = model_of(model, params, mode)
+        held = held.with_state(checked_params(held.params), checked_rest(held.rest))
+        inputs = None if example_inputs is None else checked(as_inputs(held, example_inputs))
         training = None
         if mode == "training":
-            _check_optimizer(optimizer)
+            optimizer = checked_optimizer(optimizer, held.params)
             training = Training(loss, jax.tree.map(jnp.asarray, targets), optimizer)
-        work = Workload(self, held, inputs, mode, _device(held, inputs), training, seed)
-        if inputs is not None:
-            self._check_runs(work)
-        return work
+        work = Workload(self, held, inputs, mode, device_of(held, inputs), training, seed)
+        if inputs is None:
+            return work
+        self._check_runs(work)
+        return with_numbers_read(work)
 
     def as_inputs(self, work: Workload, example_inputs: Any) -> Inputs:
-        return _arrays(as_inputs(work.model, example_inputs))
+        return checked(as_inputs(work.model, example_inputs))
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
@@ -79,6 +88,16 @@ class JaxBackend(Backend):
     def without_gradients(self):
         return nullcontext()
 
+    def caller(self, work: Workload, finished: Finished) -> Callable[[], Any]:
+        return super().caller(work if work.trains else _as_called(work), finished)
+
+    def outputs(self, work: Workload, finished: Finished) -> list[np.ndarray]:
+        inputs = _as_called(work).inputs
+        with finished.keeping_state():
+            outputs = finished.call(*inputs.args, **inputs.kwargs)
+            # A number that Python code returns is an array where it is compiled.
+            return [self.numpy(leaf) for leaf in self.leaves(as_arrays(outputs, NUMBERS))]
+
     def seed(self, seed: int) -> None:
         """JAX has no global random state: a model's keys are part of its own state."""
 
@@ -87,7 +106,10 @@ class JaxBackend(Backend):
             model, inputs = work.model, work.inputs
             state = cast((model.params, model.rest), jnp.float64)
             args, kwargs = cast((inputs.args, dict(inputs.kwargs)), jnp.float64)
-            outputs, _ = jax.jit(model.function())(*state, *args, **kwargs)
+            traced = jax.jit(model.function()).trace(*state, *args, **kwargs)
+            if "random_bits" in primitives(traced.jaxpr):
+                raise TypeError("it draws random numbers, and would draw others in float64")
+            outputs, _ = traced.lower().compile()(*state, *args, **kwargs)
             leaves = list(self.leaves(outputs))
             fixed = [str(leaf.dtype) for leaf in leaves if leaf.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)]
             if fixed:
@@ -108,8 +130,11 @@ class JaxBackend(Backend):
             compiled, form = finished.program(), "the program"
         else:
             inputs, state = work.inputs, (work.model.params, work.model.rest)
-            with persistent_cache():
-                compiled = jax.jit(work.model.function()).lower(*state, *inputs.args, **inputs.kwargs).compile()
+            try:
+                with persistent_cache(), tracing():
+                    compiled = jax.jit(work.model.function()).lower(*state, *inputs.args, **inputs.kwargs).compile()
+            except UnsupportedError as error:
+                return Quantity.missing("B", f"it is read off a compiled program, and {error}")
             form = "its jitted form (op by op it may need more)"
         analysis = compiled.memory_analysis()
         if analysis is None:
@@ -150,7 +175,7 @@ class JaxBackend(Backend):
         return watching()
 
     def compiled_baseline(self, work: Workload) -> Workload | None:
-        if work.trains or hasattr(work.model.original, "lower"):
+        if work.trains or isinstance(work.model.original, jax.stages.Wrapped):
             return None  # jitted already: the training step by perfkit, the function by its caller
         return work.replace(model=work.model.compiled_ahead())
 
@@ -179,83 +204,24 @@ class JaxBackend(Backend):
         gc.collect()
 
     def _check_runs(self, work: Workload) -> None:
-        inputs, name = work.inputs, work.model.name
+        model, inputs = work.model, work.inputs
         with self.preserved():
             try:
-                outputs, _ = work.model.function()(work.model.params, work.model.rest, *inputs.args, **inputs.kwargs)
+                outputs, added = model.called_once(*inputs.args, **inputs.kwargs)
             except Exception as error:
-                raise does_not_run(name, self.describe(inputs), error) from error
-            if not any(True for _ in self.leaves(outputs)):
-                raise InvalidInputError(f"{name} returned a {type(outputs).__name__} without any array in it")
+                raise does_not_run(model.name, self.describe(inputs), error, model.advice(error)) from error
+            if added:
+                told = f"{model.name} adds state when it is called, which the result does not keep: {', '.join(added)}"
+                warnings.warn(told, PerfkitWarning, stacklevel=5)
+            check_outputs(model.name, list(self.leaves(outputs)), outputs)
             if work.training is not None:
                 check_loss(work.training, outputs, lambda loss: getattr(loss, "shape", None))
 
 
-def as_inputs(model: JaxModel, example_inputs: Any) -> Inputs:
-    """A tuple as positional arguments, a dict as keywords if its keys are the model's parameters, else one argument."""
-    if isinstance(example_inputs, Inputs):
-        return example_inputs
-    if isinstance(example_inputs, tuple) and not hasattr(example_inputs, "_fields"):
-        return Inputs(example_inputs)
-    if isinstance(example_inputs, Mapping):
-        function, leading = model.signature_of
-        names = list(inspect.signature(function).parameters)[leading:]
-        if set(example_inputs) <= set(names):
-            return Inputs((), dict(example_inputs))
-    return Inputs((example_inputs,))
-
-
-def _arrays(inputs: Inputs) -> Inputs:
-    args, kwargs = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, (inputs.args, dict(inputs.kwargs))
-    )
-    return Inputs(args, kwargs)
-
-
-def _model(model: Any, params: Any, mode: str) -> JaxModel:
-    if isinstance(model, nnx.Module):
-        if params is not None:
-            raise InvalidInputError("params= is for functions and flax linen modules: an nnx module holds its own")
-        module = nnx.clone(model)
-        module.train() if mode == "training" else module.eval()
-        return NnxModel.of(module)
-    if is_linen(model):
-        if params is None:
-            raise InvalidInputError(
-                f"{type(model).__name__} is a flax linen module, which does not hold its variables: "
-                "pass them as params=module.init(key, *inputs)"
-            )
-        rest = dict(params)
-        if "params" not in rest:
-            raise InvalidInputError(f"params has the collections {sorted(rest)}, and linen's variables have 'params'")
-        return LinenModel(original=model, params=rest.pop("params"), rest=rest, trains=mode == "training")
-    if mode == "training" and params is None:
-        raise InvalidInputError("mode='training' needs what to train: pass params= and a function of (params, *inputs)")
-    return FunctionModel(original=model, params=params)
-
-
-def _check_finite(params: Any) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.issubdtype(getattr(leaf, "dtype", None), jnp.floating):
-            bad = int(jnp.sum(~jnp.isfinite(leaf)))
-            if bad:
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise InvalidInputError(
-                    f"parameter {name!r} holds {bad} NaN or infinite of {leaf.size} values: repair them first"
-                )
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise InvalidInputError(
-            f"optimizer is a {type(optimizer).__name__}: expected an optax transformation such as optax.adam(1e-3)"
-        )
-
-
-def _device(model: JaxModel, inputs: Inputs | None) -> str:
-    arrays = jax.tree.leaves((model.params, inputs and (inputs.args, dict(inputs.kwargs))))
-    platforms = {device.platform for leaf in arrays if isinstance(leaf, jax.Array) for device in leaf.devices()}
-    return next(iter(platforms - {"cpu"}), "cpu") if platforms else jax.default_backend()
+def _as_called(work: Workload) -> Workload:
+    """The workload with its inputs as the caller of a model writes them."""
+    args, kwargs = as_written((work.inputs.args, dict(work.inputs.kwargs)))
+    return work.replace(inputs=Inputs(args, kwargs))
 
 
 def _finished_training(work: Workload) -> Finished:
@@ -283,6 +249,8 @@ def _finished_training(work: Workload) -> Finished:
 
     def train_step(batch):
         """Train on `batch = (inputs, targets)` and return the loss."""
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise InvalidInputError(f"train_step was given a {type(batch).__name__}: expected (inputs, targets)")
         inputs, targets = batch
         loss = trainer.step(as_inputs(held, inputs), targets)
         write()

@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from perfkit._errors import UnsupportedError
 from perfkit.backends import CompileLog
+from perfkit.backends.jax_inputs import tracing
 
 _STAGES = (
     "/jax/core/compile/jaxpr_trace_duration",
@@ -72,7 +73,7 @@ class Program:
         if self.compiled is None:
             if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
                 return self.jitted(*args)
-            with persistent_cache():
+            with persistent_cache(), tracing():
                 self.lowered = self.jitted.lower(*args)
                 self.compiled = self.lowered.compile()
         try:

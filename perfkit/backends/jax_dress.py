@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
+from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit.backends import Finished
 from perfkit.backends.jax_compile import Program
+from perfkit.backends.jax_inputs import with_settings
 from perfkit.backends.jax_model import Function, JaxModel, LinenModel, NnxModel, nnx_function
 from perfkit.backends.jax_quantized import is_quantized
 from perfkit.backends.jax_trees import leaves
+
+NOT_PICKLED = (
+    "an optimized {} is a compiled or rewritten program, which cannot be pickled: save {}, and call optimize on the "
+    "original again where it is loaded"
+)
 
 
 def finished(model: JaxModel) -> Finished:
@@ -38,7 +48,7 @@ def as_called(model: JaxModel) -> Callable:
     """A function or linen module as its caller calls it: `f(params, *inputs)`."""
     if not model.untouched:
         return DressedFunction(model)
-    return model.original.apply if hasattr(model.original, "apply") else model.original
+    return model.original.apply if isinstance(model, LinenModel) else model.original
 
 
 class DressedFunction:
@@ -55,17 +65,41 @@ class DressedFunction:
         self.apply = self
         self.__name__ = model.name
         function = function or model.function()
+        quantized = any(map(is_quantized, leaves(model.params)))
 
         def run(packed, args, kwargs):
             params, rest = _unpacked(model, packed)
+            if quantized and not any(map(is_quantized, leaves(params))):
+                raise InvalidInputError(
+                    f"the optimized {model.name} computes on quantized parameters, and was given others: pass "
+                    "result.params"
+                )
             return function(params, rest, *args, **kwargs)[0]
 
         self.program = Program(run) if model.ahead else run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leading, inputs = ((None,), args) if self.model.params is None else (args[:1], args[1:])
-        inputs, kwargs = self.model.placement.batch((inputs, kwargs))
+        if self.model.params is None:
+            args = (None, *args)
+        elif not args:
+            function, _ = self.model.signature_of
+            name = (
+                "variables"
+                if isinstance(self.model, LinenModel)
+                else next(iter(inspect.signature(function).parameters))
+            )
+            if name not in kwargs:
+                raise InvalidInputError(f"{self.model.name} takes its parameters first: pass result.params")
+            args = (kwargs.pop(name),)
+        leading, inputs = args[:1], args[1:]
+        inputs, kwargs = self.model.placement.batch(with_settings((inputs, kwargs), self.model.reads_numbers))
         return self.program(*leading, inputs, kwargs)
+
+    def __deepcopy__(self, memo: dict) -> DressedFunction:
+        return self  # parameters are passed to it: it holds nothing that changes
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(NOT_PICKLED.format(self.model.name, "result.params"))
 
     def __repr__(self) -> str:
         return f"<{self.model.name}, optimized by perfkit>"
@@ -100,8 +134,13 @@ def dressed(model: NnxModel) -> tuple[nnx.Module, Callable | None]:
 def become(module: nnx.Module, __call__: Callable) -> None:
     """Give a module a subclass of its class with this `__call__`."""
     base = type(module)
+
+    def __reduce_ex__(_, __):
+        raise UnsupportedError(NOT_PICKLED.format(base.__name__, "nnx.state(result.model)"))
+
+    methods = {"__call__": __call__, "__reduce_ex__": __reduce_ex__}
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    module.__class__ = type(base.__name__, (base,), {**names, "__call__": __call__})
+    module.__class__ = type(base.__name__, (base,), {**names, **methods})
 
 
 def changing(function: Function) -> Callable[[Any, Any, tuple, dict], tuple[Any, dict[int, Any]]]:
@@ -165,34 +204,50 @@ class _Ahead:
         if structure != self.structure:
             self._build(module, variables)
             self.structure = structure
-        args, kwargs = self.model.placement.batch((args, kwargs))
+        args, kwargs = self.model.placement.batch(with_settings((args, kwargs), self.model.reads_numbers))
         outputs, changed = self.program([variable.get_raw_value() for variable in variables], args, kwargs)
         for index, value in changed.items():
             variables[index].set_raw_value(value)
         return outputs
 
-    def _build(self, module: nnx.Module, variables: list[nnx.Variable]) -> None:
+    def _build(self, module: nnx.Module, variables: list[Any]) -> None:
         graphdef, params, rest = nnx.split(module, nnx.Param, ...)
         function = self.model.transformed(nnx_function(self.model.original, graphdef))
-        index_of = {id(variable): index for index, variable in enumerate(variables)}
+        index_of = {_place(variable): index for index, variable in enumerate(variables)}
         states = [_indices(state, module, index_of) for state in (params, rest)]
 
         def run(values, args, kwargs):
             params, rest = (jax.tree.unflatten(tree, [values[i] for i in order]) for order, tree in states)
             outputs, new_rest = function(params, rest, *args, **kwargs)
-            order = states[1][0]
-            changed = {i: new for i, new in zip(order, jax.tree.leaves(new_rest), strict=True) if new is not values[i]}
+            changes = zip(states[1][0], values_of(new_rest), strict=True)
+            changed = {index: new for index, new in changes if new is not values[index]}
             return outputs, changed
 
         self.program = Program(run)
 
 
-def gather(module: nnx.Module) -> tuple[list[nnx.Variable], list]:
-    """A module's variables, each once, and everything else about it that a compiled program depends on."""
-    variables: list[nnx.Variable] = []
+@dataclass(frozen=True)
+class _Attribute:
+    """A module's array that is no variable: `holder.name`, or `holder[name]`."""
+
+    holder: Any
+    name: Any
+
+    def get_raw_value(self) -> Any:
+        return vars(self.holder)[self.name] if _is_node(self.holder) else self.holder[self.name]
+
+    def set_raw_value(self, value: Any) -> None:
+        if _is_node(self.holder):
+            setattr(self.holder, self.name, value)
+        else:
+            self.holder[self.name] = value
+
+
+def gather(module: nnx.Module) -> tuple[list[Any], list]:
+    """A module's variables, each once, its other arrays, and everything else that a compiled program depends on."""
+    variables: list[Any] = []
     structure: list = []
-    seen: dict[int, int] = {}
-    _gather(module, variables, structure, seen)
+    _gather(module, variables, structure, {})
     return variables, structure
 
 
@@ -205,34 +260,57 @@ def _gather(node: Any, variables: list, structure: list, seen: dict[int, int]) -
         seen[id(node)] = len(seen)
         variables.append(node)
         structure.append(type(node))
-    elif isinstance(node, (nnx.Module, nnx.Pytree)):
+        return
+    if _is_node(node):
         seen[id(node)] = len(seen)
         structure.append(type(node))
-        for name, value in vars(node).items():
-            if not name.startswith("_pytree__"):
-                structure.append(name)
-                _gather(value, variables, structure, seen)
+        items = [item for item in vars(node).items() if not item[0].startswith("_pytree__")]
     elif isinstance(node, dict):
-        for name, value in node.items():
-            structure.append(name)
-            _gather(value, variables, structure, seen)
+        items = list(node.items())
     elif isinstance(node, (list, tuple)):
         structure.append(len(node))
-        for value in node:
-            _gather(value, variables, structure, seen)
+        items = list(enumerate(node))
     else:
         structure.append(node if isinstance(node, (bool, int, float, str, type(None))) else id(node))
+        return
+    for name, value in items:
+        structure.append(name)
+        if isinstance(value, (jax.Array, np.ndarray)):
+            variables.append(_Attribute(node, name))
+            structure.append(jax.Array)
+        else:
+            _gather(value, variables, structure, seen)
 
 
-def _indices(state: nnx.State, module: nnx.Module, index_of: dict[int, int]) -> tuple[list[int], Any]:
-    """For each leaf of `state`, which of the gathered variables it is; and the tree to put them back into."""
+def _is_node(value: Any) -> bool:
+    return isinstance(value, (nnx.Module, nnx.Pytree))
+
+
+def _place(variable: Any) -> Any:
+    """What tells a gathered variable or array from the others."""
+    return (id(variable.holder), str(variable.name)) if isinstance(variable, _Attribute) else id(variable)
+
+
+def _indices(state: nnx.State, module: nnx.Module, index_of: dict[Any, int]) -> tuple[list[int], Any]:
+    """For each variable of `state`, which of the gathered ones it is; and the tree to put their values back into."""
     order = []
     for path, _ in nnx.to_flat_state(state):
-        node = module
+        holder, node = None, module
         for key in path:
-            node = node[key] if isinstance(key, int) or not hasattr(node, str(key)) else getattr(node, key)
-        order.append(index_of[id(node)])
-    return order, jax.tree.structure(state, is_leaf=is_quantized)
+            holder = node
+            node = vars(node)[str(key)] if _is_node(node) else node[key]
+        order.append(index_of[id(node) if isinstance(node, nnx.Variable) else (id(holder), str(path[-1]))])
+    whole = jax.tree.map(lambda leaf: leaf.replace(0) if _is_variable(leaf) else leaf, state, is_leaf=_is_variable)
+    return order, jax.tree.structure(whole)
+
+
+def values_of(state: nnx.State) -> list[Any]:
+    """The value of each variable: an array, or whatever tree of them it holds."""
+    return [leaf.get_raw_value() if _is_variable(leaf) else leaf for _, leaf in nnx.to_flat_state(state)]
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
 
 
 @contextmanager
@@ -249,12 +327,12 @@ def keeping_variables(module: nnx.Module) -> Iterator[None]:
 def writer(module: nnx.Module) -> Callable[[Any, Any], None]:
     """A function that writes parameters and other state into the module's variables."""
     variables = gather(module)[0]
-    index_of = {id(variable): index for index, variable in enumerate(variables)}
+    index_of = {_place(variable): index for index, variable in enumerate(variables)}
     orders = [_indices(state, module, index_of)[0] for state in nnx.split(module, nnx.Param, ...)[1:]]
 
     def write(params: Any, rest: Any) -> None:
         for order, state in zip(orders, (params, rest), strict=True):
-            for index, value in zip(order, leaves(state), strict=True):
+            for index, value in zip(order, values_of(state), strict=True):
                 variables[index].set_raw_value(value)
 
     return write

@@ -6,10 +6,11 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from flax import linen, nnx
+from flax import errors, linen, nnx
 
+from perfkit.backends.jax_inputs import as_written
 from perfkit.backends.jax_placement import ONE_DEVICE, Placement
 
 Function = Callable[..., tuple[Any, Any]]
@@ -27,6 +28,7 @@ class JaxModel(ABC):
         transforms: applied to the base function, first one innermost.
         ahead: compile the transformed function ahead of time.
         placement: on which devices its state lies, and batches are put.
+        reads_numbers: its code needs the values of Python numbers among the inputs: they are settings then.
     """
 
     original: Any
@@ -35,6 +37,10 @@ class JaxModel(ABC):
     transforms: tuple[Callable[[Function], Function], ...] = ()
     ahead: bool = False
     placement: Placement = ONE_DEVICE
+    reads_numbers: bool = False
+
+    more_keywords: ClassVar[tuple[str, ...]] = ()
+    """What a call takes by name beside what `signature_of` tells."""
 
     def then(self, wrap: Callable[[Function], Function]) -> Self:
         """The model with its function wrapped once more."""
@@ -68,6 +74,14 @@ class JaxModel(ABC):
     def name(self) -> str:
         """What the caller calls it."""
 
+    def called_once(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[str, ...]]:
+        """The outputs of the original, and the names of the state that this call has added."""
+        return self.base()(self.params, self.rest, *args, **kwargs)[0], ()
+
+    def advice(self, error: Exception) -> str:
+        """What to do about an error that a call raised; empty where nothing is known."""
+        return ""
+
     @property
     @abstractmethod
     def signature_of(self) -> tuple[Callable, int]:
@@ -92,6 +106,12 @@ class NnxModel(JaxModel):
         """A module of its own with this state."""
         return nnx.merge(self.graphdef, self.params, self.rest, copy=True)
 
+    def called_once(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[str, ...]]:
+        module, (args, kwargs) = self.module(), as_written((args, kwargs))
+        outputs = self.original.__call__(module, *args, **kwargs)
+        after, before = ({path for path, _ in nnx.to_flat_state(nnx.state(m))} for m in (module, self.module()))
+        return outputs, tuple(".".join(map(str, path)) for path in sorted(after - before, key=str))
+
     @property
     def name(self) -> str:
         return self.original.__name__
@@ -107,14 +127,31 @@ class LinenModel(JaxModel):
 
     trains: bool = False
 
+    more_keywords = ("rngs", "method")
+
     def base(self) -> Function:
         def function(params, rest, *args, **kwargs):
+            args, kwargs = as_written((args, kwargs))
             variables = {"params": params, **rest}
             if not (self.trains and rest):
                 return self.original.apply(variables, *args, **kwargs), rest
             return self.original.apply(variables, *args, mutable=list(rest), **kwargs)
 
         return function
+
+    def advice(self, error: Exception) -> str:
+        if isinstance(error, errors.ModifyScopeVariableError):
+            return (
+                "It writes to a collection of its variables, as batch norm does in training: for inference leave "
+                "train=True out, else pass a function, lambda variables, *inputs: module.apply(variables, *inputs, "
+                "mutable=['cache']), with params=variables"
+            )
+        if isinstance(error, errors.InvalidRngError):
+            return (
+                "Pass its keys by name among the inputs, example_inputs={'x': x, 'rngs': {'dropout': key}}, or a "
+                "function of (variables, *inputs) that makes them"
+            )
+        return ""
 
     @property
     def name(self) -> str:
@@ -131,6 +168,7 @@ class FunctionModel(JaxModel):
 
     def base(self) -> Function:
         def function(params, rest, *args, **kwargs):
+            args, kwargs = as_written((args, kwargs))
             leading = () if params is None else (params,)
             return self.original(*leading, *args, **kwargs), rest
 
@@ -149,11 +187,21 @@ def nnx_function(kind: type[nnx.Module], graphdef: Any) -> Function:
     """A call of an nnx module as a pure function; `kind` is the class whose `__call__` it is."""
 
     def function(params, rest, *args, **kwargs):
+        args, kwargs = as_written((args, kwargs))
         module = nnx.merge(graphdef, params, rest, copy=True)  # variables of this trace, so that it may write to them
         outputs = kind.__call__(module, *args, **kwargs)
-        return outputs, nnx.split(module, nnx.Param, ...)[2]
+        return outputs, _known(nnx.split(module, nnx.Param, ...)[2], rest)
 
     return function
+
+
+def _known(new: nnx.State, rest: nnx.State) -> nnx.State:
+    """The state without what a call has added, such as intermediates: a program's state is of one form."""
+    known = {path for path, _ in nnx.to_flat_state(rest)}
+    flat = nnx.to_flat_state(new)
+    if len(flat) == len(known):
+        return new
+    return nnx.from_flat_state([(path, variable) for path, variable in flat if path in known])
 
 
 def is_linen(model: Any) -> bool:

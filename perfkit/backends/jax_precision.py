@@ -37,19 +37,20 @@ def autocast(work: Workload, dtype: str) -> tuple[Workload, Effect]:
 
 
 def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
-    """Parameters, other state and inputs in `dtype`, outputs in float32.
+    """Parameters, other state and inputs in `dtype`, outputs in the dtypes that they had.
 
     In training the optimizer keeps float32 parameters and each step casts copies of them; running statistics stay
     float32, since small updates to them would be lost.
     """
     model = work.model
+    written = _output_dtypes(work)
 
     def wrap(function):
         function = jax_autocast.autocast(function, dtype)  # how products in it are accumulated
 
         def low(params, rest, *args, **kwargs):
             outputs, new_rest = function(cast(params, dtype), rest, *cast(args, dtype), **cast(kwargs, dtype))
-            return cast(outputs, jnp.float32, only=(dtype,)), _like(new_rest, rest)
+            return _restored(outputs, written, dtype), _like(new_rest, rest)
 
         return low
 
@@ -58,10 +59,34 @@ def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
     ]
+    if not touched:
+        return work, Effect(notes=("the model has no floating-point parameters: pass params=, or take bf16",))
     model = model.then(wrap)
     if not work.trains:
         model = model.with_state(cast(model.params, dtype), cast(model.rest, dtype))
     return work.replace(model=model), Effect(tuple(touched))
+
+
+def _output_dtypes(work: Workload) -> list[Any] | None:
+    """The dtypes of the model's outputs; None where they cannot be told."""
+    model, inputs = work.model, work.inputs
+    if inputs is None:
+        return None
+    try:
+        outputs, _ = jax.eval_shape(model.function(), model.params, model.rest, *inputs.args, **inputs.kwargs)
+    except Exception:  # whatever code raises that reads the values of what it is given
+        return None
+    return [leaf.dtype for leaf in jax.tree.leaves(outputs)]
+
+
+def _restored(outputs: Any, written: list[Any] | None, dtype: str) -> Any:
+    """Outputs in the dtypes that they had, in float32 where those are not known."""
+    leaves, tree = jax.tree.flatten(outputs)
+    if written is None or len(written) != len(leaves):
+        return cast(outputs, jnp.float32, only=(dtype,))
+    low = [getattr(leaf, "dtype", None) == jnp.dtype(dtype) for leaf in leaves]
+    back = [leaf.astype(kind) if is_low else leaf for leaf, kind, is_low in zip(leaves, written, low, strict=True)]
+    return jax.tree.unflatten(tree, back)
 
 
 def _like(new: Any, old: Any) -> Any:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from perfkit._batch import axis_of, even_rows
+from perfkit._errors import InvalidInputError
 from perfkit.backends.jax_convolutions import channels_last
 
 if TYPE_CHECKING:
@@ -83,6 +84,50 @@ class Trainer:
         self.program.remembered = self.program.begun(self.state) if remembered is None else remembered
 
 
+def checked_optimizer(optimizer: Any, params: Any) -> optax.GradientTransformation:
+    """The optimizer as an optax transformation that takes a step on these parameters.
+
+    Raises:
+        InvalidInputError: it is none, or cannot; or a parameter is nothing to differentiate by.
+    """
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
+    if not isinstance(optimizer, optax.GradientTransformation):
+        inner = " (an nnx.Optimizer holds one as its .tx)" if hasattr(optimizer, "tx") else ""
+        raise InvalidInputError(
+            f"optimizer is a {type(optimizer).__name__}: expected an optax transformation such as "
+            f"optax.adam(1e-3){inner}"
+        )
+    if not jax.tree.leaves(params):
+        raise InvalidInputError("params hold no array: there is nothing to train")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise InvalidInputError(
+                f"parameter {name!r} is {leaf.dtype}, and training differentiates by every parameter: keep it out of "
+                "params, for instance with functools.partial(function, ...)"
+            )
+
+    def step(gradients):
+        return update(optimizer, gradients, optimizer.init(params), params, jnp.float32(0))
+
+    try:
+        jax.eval_shape(step, params)
+    except Exception as error:
+        raise InvalidInputError(
+            f"optimizer takes no step on these parameters: {type(error).__name__}: {error}. It is called as "
+            "optimizer.update(gradients, state, params), with value=loss where it takes more"
+        ) from error
+    return optimizer
+
+
+def update(optimizer: optax.GradientTransformation, gradients: Any, moments: Any, params: Any, loss: Any) -> Any:
+    """One update of an optimizer, which is told the loss where it may ask for it (`reduce_on_plateau` does)."""
+    if isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        return optimizer.update(gradients, moments, params, value=loss)
+    return optimizer.update(gradients, moments, params)
+
+
 def _step(function: Function, training: Training, averaged: Callable[[Any], Any], in_a_loop: Callable):
     optimizer, scaling = training.optimizer, training.loss_scaling
 
@@ -104,11 +149,11 @@ def _step(function: Function, training: Training, averaged: Callable[[Any], Any]
         gradients, (loss, new_rest) = averaged(of_batch(params, rest, scale, args, kwargs, targets))
         with jax.named_scope(OPTIMIZER):
             if not scaling:
-                updates, moments = optimizer.update(gradients, moments, params)
+                updates, moments = update(optimizer, gradients, moments, params, loss)
                 return (optax.apply_updates(params, updates), new_rest, moments, (scale, clean_steps)), loss
             gradients = jax.tree.map(lambda gradient: gradient / scale.astype(gradient.dtype), gradients)
             finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]))
-            updates, new_moments = optimizer.update(gradients, moments, params)
+            updates, new_moments = update(optimizer, gradients, moments, params, loss)
             kept = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old),
                 (optax.apply_updates(params, updates), new_moments),

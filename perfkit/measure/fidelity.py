@@ -146,6 +146,8 @@ def compare_losses(
     if lost.any():
         step = int(np.argmax(lost))
         reason = f"{_counted(lost)} of {len(first)} losses are not finite where the original's are, from step {step} on"
+    elif not finite.any():
+        reason = "no loss of the original is finite, so there is nothing to compare with"
     elif not math.isfinite(noise):
         reason = "the original itself diverges with another seed, so nothing can be said about the result"
     elif not error <= factor * noise + tolerance:

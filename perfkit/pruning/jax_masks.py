@@ -54,13 +54,14 @@ def masking(optimizer: optax.GradientTransformation, groups: Sequence[Group], st
     Returns:
         optax.GradientTransformation, whose state is a `MaskState`.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
     every = max(1, steps // UPDATES)
 
     def init(params):
         stays = tuple(jnp.ones(group.size, bool) for group in groups)
         return MaskState(optimizer.init(params), jnp.int32(0), stays)
 
-    def update(gradients, state, params):
+    def update(gradients, state, params, **more):
         leaves, tree = jax.tree.flatten(params)
         step = state.step + 1
         share = 1 - (1 - jnp.minimum(step / max(steps, 1), 1.0)) ** 3
@@ -75,14 +76,14 @@ def masking(optimizer: optax.GradientTransformation, groups: Sequence[Group], st
 
         stays = jax.lax.cond(due, grown, lambda: state.stays)
         masks = masks_of(groups, stays)
-        updates, inner = optimizer.update(_masked(gradients, masks), state.inner, params)
+        updates, inner = optimizer.update(_masked(gradients, masks), state.inner, params, **more)
         updates = [
             jnp.where(masks[at], change, -leaf).astype(leaf.dtype) if at in masks else change
             for at, (change, leaf) in enumerate(zip(jax.tree.leaves(updates), leaves, strict=True))
         ]
         return jax.tree.unflatten(tree, updates), MaskState(inner, step, stays)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def staying(group: Group, scores: jax.Array, leaving: Any, before: jax.Array | bool = True) -> jax.Array:

@@ -303,6 +303,12 @@ def test_steps_at_which_the_original_diverges_are_left_out():
     assert not compare_losses(before, (2.0, 7.0, 1.5), tolerance=0.1).ok
 
 
+def test_an_original_that_diverges_throughout_proves_nothing():
+    close = compare_losses([math.nan, math.inf], [math.nan, math.inf], tolerance=1.0)
+    assert not close.ok
+    assert "nothing to compare with" in close.reason
+
+
 def test_an_original_that_diverges_with_another_seed_proves_nothing():
     found = compare_losses(LOSSES, LOSSES, tolerance=0.1, seed_noise=math.inf)
     assert not found.ok

@@ -170,7 +170,7 @@ class TestCalibration:
         assert effect.skipped[0].reason == "it was never reached in calibration"
 
     def test_activations_that_are_not_finite_are_refused(self):
-        work = bound(lambda params, x: jnp.log(x) @ params["w"], (jnp.ones((2, 4)) * -1,), {"w": jnp.eye(4)})
+        work = bound(lambda params, x: jnp.log(x) @ params["w"], (jnp.ones((2, 4)).at[0].set(-1),), {"w": jnp.eye(4)})
         with pytest.raises(InvalidInputError, match="enter w are not finite"):
             jax_quantize.int8(work, Quantize())
 

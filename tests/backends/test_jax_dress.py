@@ -1,0 +1,139 @@
+"""Optimized JAX models take the place of the caller's: with its state, copied, saved, and whatever it is made of."""
+
+import copy
+import pickle
+
+import pytest
+
+pytest.importorskip("jax")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import perfkit
+from perfkit import UnsupportedError
+
+X = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)), jnp.float32)
+
+
+class Raw(nnx.Module):
+    """Arrays that are no variables: positions, a counter, some within containers, one named as a method of dict."""
+
+    def __init__(self, rngs):
+        self.fc = nnx.Linear(4, 4, rngs=rngs)
+        self.positions, self.table = jnp.arange(4.0), np.ones(4, np.float32)
+        self.more = nnx.data({"items": jnp.ones(4), "list": [jnp.full(4, 2.0)]})
+        self.layers = nnx.List([jnp.full(4, 3.0)])
+        self.calls = jnp.zeros(())
+
+    def __call__(self, x):
+        self.calls = self.calls + 1
+        self.more["list"][0] = self.more["list"][0] * 2
+        y = self.fc(x) + self.positions + self.table + self.more["items"] * self.more["list"][0] + self.layers[0]
+        return y * self.calls
+
+
+class Carrying(nnx.Module):
+    """A variable that holds a tree."""
+
+    def __init__(self, rngs):
+        self.cell = nnx.LSTMCell(4, 5, rngs=rngs)
+        self.carry = nnx.Variable((jnp.zeros((3, 5)), jnp.zeros((3, 5))))
+
+    def __call__(self, x):
+        carry, y = self.cell(self.carry.get_value(), x)
+        self.carry.set_value(carry)
+        return y
+
+
+class Sowing(nnx.Module):
+    """A call adds a variable."""
+
+    def __init__(self, rngs):
+        self.fc = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        y = self.fc(x)
+        self.seen = nnx.Intermediate(y)
+        return y * 2
+
+
+@pytest.mark.parametrize("recipe", ["compile", "half"])
+@pytest.mark.parametrize("kind", [Raw, Carrying, Sowing])
+@pytest.mark.filterwarnings("ignore:Sowing adds state:perfkit.PerfkitWarning")
+def test_state_of_every_kind_is_used_and_written(kind, recipe):
+    model = kind(nnx.Rngs(0))
+    expected = [np.asarray(run(X)) for run in [nnx.clone(model)] * 3]
+    before = jax.tree.map(np.asarray, nnx.split(model)[1])
+    result = perfkit.optimize(model, recipe, example_inputs=(X,), budget_s=0.05)
+    for y in expected:
+        np.testing.assert_allclose(result(X), y, atol=0.05 * np.abs(y).max())
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.split(model)[1])
+
+
+def test_state_that_a_call_adds_is_told():
+    with pytest.warns(perfkit.PerfkitWarning, match="which the result does not keep: seen"):
+        perfkit.optimize(Sowing(nnx.Rngs(0)), "half", example_inputs=(X,))
+
+
+def test_new_values_in_arrays_that_are_no_variables():
+    model = perfkit.optimize(Raw(nnx.Rngs(0)), "compile", example_inputs=(X,), budget_s=0.05).model
+    plain = Raw(nnx.Rngs(0))
+    for each in (model, plain):
+        each.positions = jnp.full(4, 7.0)
+        each.more["items"] = jnp.zeros(4)
+    np.testing.assert_allclose(model(X), plain(X), rtol=1e-5)
+
+
+def test_copies_go_their_own_way_and_pickling_is_refused_with_what_to_do():
+    given = Raw(nnx.Rngs(0))
+    model = perfkit.optimize(given, "compile", example_inputs=(X,), budget_s=0.05).model
+    other = copy.deepcopy(model)
+    first = np.asarray(model(X))
+    np.testing.assert_allclose(other(X), first, rtol=1e-5)
+    assert float(other.calls) == float(model.calls) == 1
+    with pytest.raises(UnsupportedError, match=r"cannot be pickled: save nnx\.state"):
+        pickle.dumps(model)
+
+
+def _function(params, x):
+    return x @ params
+
+
+def test_a_function_is_copied_and_not_pickled():
+    result = perfkit.optimize(_function, "compile", params=jnp.eye(4), example_inputs=(X,), budget_s=0.05)
+    np.testing.assert_allclose(copy.deepcopy(result.model)(jnp.eye(4), X), X, rtol=1e-5)
+    with pytest.raises(UnsupportedError, match=r"cannot be pickled: save result\.params"):
+        pickle.dumps(result.model)
+
+
+def test_parameters_by_name_and_parameters_of_another_kind():
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64)), jnp.float32)
+    result = perfkit.optimize(_function, "int8_weight_only", params=w, example_inputs=(X,), budget_s=0.05)
+    first = np.asarray(result(X))
+    np.testing.assert_array_equal(result.model(params=result.params, x=X), first)
+    with pytest.raises(perfkit.InvalidInputError, match=r"given others: pass result\.params"):
+        result.model(w, X)
+    with pytest.raises(perfkit.InvalidInputError, match=r"takes its parameters first"):
+        result.model(x=X)
+
+
+class _Named:
+    """A callable whose other methods are called as those of linen modules and jitted functions."""
+
+    def __call__(self, params, x):
+        return x @ params
+
+    def apply(self, name):
+        raise AssertionError(name)
+
+    def lower(self):
+        return "named"
+
+
+def test_a_callable_is_called_whatever_its_other_methods_are():
+    result = perfkit.optimize(_Named(), "half", params=jnp.eye(4), example_inputs=(X,), budget_s=0.05)
+    np.testing.assert_allclose(result(X), X, atol=0.05)
+    assert result.report.against_compiled is not None
