@@ -187,10 +187,11 @@ def _called(step: Step) -> tuple[tuple[Unit, ...], dict[str, tuple[float, int, i
 
 def _splits(step: Step, layers: Mapping[str, tuple[float, int, int]], parts: int) -> tuple[Split, ...]:
     """The layers that `tensor_parallel` would split in so many parts, and what each sends in a step."""
-    from perfkit.parallel.torch_tensor import planned
+    from perfkit.parallel.torch_plan import plan
+    from perfkit.recipes.tensor_parallel import TensorParallel
 
     try:
-        splits = planned(step.work, parts)
+        splits = plan(step.work, TensorParallel(), parts).splits
     except UnsupportedError:
         return ()
     inputs = _inputs(step, splits)
@@ -279,7 +280,7 @@ def _inputs(step: Step, names: Iterable[str]) -> dict[str, Inputs]:
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    from perfkit.parallel.torch_tensor import LAYERS
+    from perfkit.parallel.torch_plan import LAYERS
 
     return (module for module in model.modules() if isinstance(module, LAYERS))
 
