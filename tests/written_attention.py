@@ -115,6 +115,20 @@ class Otherwise(Written):
         return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
+class Grouped(Written):
+    """Two heads of keys and values for four of queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.k, self.v = nn.Linear(WIDTH, 2 * DIM, bias=False), nn.Linear(WIDTH, 2 * DIM)
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (y.unflatten(-1, (-1, DIM)).transpose(1, 2) for y in (self.q(h), self.k(h), self.v(h)))
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return x + self.out(y.transpose(1, 2).flatten(-2))
+
+
 class Einsum(Written):
     """What is not followed."""
 
@@ -135,4 +149,5 @@ def models():
         "otherwise": Otherwise(),
         "einsum": Einsum(),
         "two heads": Causal(heads=2),
+        "grouped": Grouped(),
     }
