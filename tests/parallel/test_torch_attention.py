@@ -42,7 +42,7 @@ FUSED, SEPARATE = (
 )
 WRITTEN = {
     **dict.fromkeys(["products", "by a function", "learned positions", "otherwise"], SEPARATE),
-    **dict.fromkeys(["masked", "indexed", "beside"], FUSED),
+    **dict.fromkeys(["masked", "indexed", "picked", "beside"], FUSED),
     "einsum": None,
     "two heads": None,
     "grouped": None,
@@ -186,6 +186,13 @@ def test_the_norm_of_gradients_is_that_of_the_whole(told):
 
 def test_compiled_it_computes_the_same(told):
     assert max(max(rank["compiled"].values()) for rank in told) <= TOLERANCE
+
+
+def test_a_whole_state_is_taken_and_not_handed_out_wrongly(told):
+    for rank in told:
+        far, said = rank["handed out"]
+        assert far == 0
+        assert "leave broadcast_from_rank0 out" in said
 
 
 def test_what_four_wrote_two_read_and_what_two_wrote_one_reads(two, four, folder):
