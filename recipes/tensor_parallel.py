@@ -11,14 +11,16 @@ class TensorParallel(ParallelRecipe, LayerRecipe):
 
     Each device holds a part of the split weights, of their gradients and of their optimizer state. Inputs and outputs
     are whole on each: every process is given the same batch. Linear layers that follow each other are split by columns
-    and by rows and send once for both; other linear layers, embeddings (by features) and convolutions (by channels)
-    send their outputs. Pays for wide layers on devices with a fast link; for models that fit on one device and small
-    batches it is slower than `data_parallel`.
+    and by rows and send once for both; attention, by heads, sends once; other linear layers, embeddings (by features)
+    and convolutions (by channels) send their outputs. Pays for wide layers on devices with a fast link; for models that
+    fit on one device and small batches it is slower than `data_parallel`.
 
     Args:
         size: how many devices share the layers; None for all that the chain's other recipes leave.
         include: names or shell patterns of the layers to split ("encoder.*"); all where empty.
         exclude: names or shell patterns of the layers to leave whole.
+        recurrent: whether to split the weights that loops read, those of recurrent layers among them, in JAX: each
+            device holds a part of them, and sends in every step.
 
     Source: https://arxiv.org/abs/1909.08053 (Megatron-LM)
     """
@@ -27,6 +29,8 @@ class TensorParallel(ParallelRecipe, LayerRecipe):
     provides = "tensor axis"
     axis = "tensor"
     tolerance = 1e-3  # sums in another order, over some steps of an optimizer
+
+    recurrent: bool = False
 
     def __post_init__(self):
         ParallelRecipe.__post_init__(self)
@@ -37,6 +41,11 @@ class TensorParallel(ParallelRecipe, LayerRecipe):
             return "it reads from a call which layer takes whose output: pass example_inputs"
         if work.layout is not None and work.layout.size("pipeline") > 1 and (self.include or self.exclude):
             return "each process of a pipeline sees the layers of its stage alone: leave include and exclude out"
+        if self.recurrent and work.framework == "torch":
+            return (
+                "recurrent=True is for JAX: torch runs all steps of a recurrent layer as one operation on whole "
+                "weights. Leave it out, and recurrent layers stay whole"
+            )
         return super().refusal(work)
 
     def torch(self, work):

@@ -5,6 +5,7 @@ How a weight is cut changes what is sent, and never what is computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -79,7 +80,9 @@ def _cuts(work: Workload, recipe: TensorParallel, parts: int) -> tuple[dict[str,
     places = {index: place for place, index in enumerate(found.first)}
     for index in sorted(weights, key=lambda index: places.get(index, len(places))):
         name, shape = plain[index][0], shapes[index]
-        cut = _cut(index, name, found, outgoing, parts) if layer_of(name) in wanted else "excluded"
+        cut: Cut | str = "excluded"
+        if layer_of(name) in wanted:
+            cut = _cut(index, name, found, outgoing, parts, recipe.recurrent)
         if isinstance(cut, str):
             skipped.append(Skipped(name, cut))
             continue
@@ -93,17 +96,23 @@ def _cuts(work: Workload, recipe: TensorParallel, parts: int) -> tuple[dict[str,
     return cuts, skipped
 
 
-def _cut(index: int, name: str, found: Uses, outgoing: dict[int, int], parts: int) -> Cut | str:
+def _cut(index: int, name: str, found: Uses, outgoing: dict[int, int], parts: int, recurrent: bool) -> Cut | str:
     """How a weight is cut; or why it is not.
 
     Args:
         outgoing: by weight that is cut by its outputs, which of these dimensions.
+        recurrent: whether to cut what loops read, too.
     """
     shape, use = found.shapes[index], found.first.get(index)
     if index in found.looped:
-        return "a loop reads it: split, its products would be gathered at each step"
-    if use is not None:
-        cut_before = _cut_before(found, use, shape, outgoing)
+        if not recurrent:
+            rounds = found.looped[index]
+            times = "in every round" if rounds is None else f"{rounds} times a call, once a round"
+            return f"a loop reads it: split, its products would be gathered {times}; recurrent=True splits it"
+        dims: tuple[int, ...] = (len(shape) - 1,)
+        told = "columns in a loop"
+    elif use is not None:
+        cut_before = _cut_before(found, use, shape, outgoing, parts)
         if cut_before is not None:
             return Cut(use.contracted[cut_before], "rows")
         dims, told = use.out, "channels" if use.convolves else "columns"
@@ -118,14 +127,22 @@ def _cut(index: int, name: str, found: Uses, outgoing: dict[int, int], parts: in
     return Cut(dim, told)
 
 
-def _cut_before(found: Uses, use: Use, shape: tuple[int, ...], outgoing: dict[int, int]) -> int | None:
-    """Along which of its dimensions what a weight multiplies is in parts already; None where it is whole."""
+def _cut_before(found: Uses, use: Use, shape: tuple[int, ...], outgoing: dict[int, int], parts: int) -> int | None:
+    """Along which of its dimensions what a weight multiplies is in parts already; None where it is whole.
+
+    Where that was reshaped, as heads are, or is made of queries, keys and values of one weight, its first dimension is
+    taken for the one in parts.
+    """
     if not use.of or not use.of <= outgoing.keys():
         return None
     comes = {tuple(found.shapes[index][dim] for dim in found.first[index].out) for index in use.of}
     cut = {outgoing[index] for index in use.of}
     taken = tuple(shape[dim] for dim in use.contracted)
-    return next(iter(cut)) if len(cut) == 1 and comes == {taken} else None
+    if len(cut) == 1 and comes == {taken}:
+        return next(iter(cut))
+    sizes = {math.prod(dims) for dims in comes}
+    reshaped = sizes <= {math.prod(taken), 3 * math.prod(taken)}
+    return 0 if reshaped and taken[0] % parts == 0 else None
 
 
 def _uses(work: Workload, shapes: list[tuple[int, ...]]) -> Uses:

@@ -46,12 +46,12 @@ class Uses:
 
     Attributes:
         first: by weight, its first use; in the order of the program.
-        looped: weights that a loop or a branch reads.
+        looped: weights that a loop or a branch reads, and how many rounds it has; None where that is not told.
     """
 
     shapes: Sequence[tuple[int, ...]]
     first: dict[int, Use] = field(default_factory=dict)
-    looped: set[int] = field(default_factory=set)
+    looped: dict[int, int | None] = field(default_factory=dict)
 
     def walk(self, jaxpr: Any, inputs: Sequence[Made]) -> list[Made]:
         """What each output of a jaxpr, open or closed, is made of."""
@@ -71,7 +71,8 @@ class Uses:
         if name in CALLS:
             return self.walk(eqn.params[CALLS[name]], given)
         if name in ("scan", "while", "cond"):
-            self.looped.update(index for made in given for index in made.weights)
+            rounds = eqn.params.get("length")
+            self.looped.update((index, rounds) for made in given for index in made.weights)
             return [Made(products=frozenset())] * len(eqn.outvars)
         if name in ("dot_general", "conv_general_dilated"):
             for at in (1, 0):

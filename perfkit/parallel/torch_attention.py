@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from perfkit.backends.torch_surgery import derive
+from perfkit.parallel.torch_chunks import taught
 
 _torch: Any = F
 """For what torch's stubs leave out."""
@@ -91,6 +92,7 @@ class HeadParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.MultiheadAttention)
+        taught()
         for owner, placements in ((module, PLACEMENTS), (module.out_proj, OUTPUTS)):
             for name, held in list(owner.named_parameters(recurse=False)):
                 spread = distribute_tensor(held, device_mesh, [placements[name]], src_data_rank=self.src_data_rank)

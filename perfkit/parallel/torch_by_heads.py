@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from perfkit.backends.torch_surgery import around_forward, derive
 from perfkit.parallel.torch_attention import ROWS_OF_THREE, Heads
+from perfkit.parallel.torch_chunks import taught
 from perfkit.parallel.torch_flow import name_of, tensors_of
 
 
@@ -28,6 +29,7 @@ class ThreeParallel(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        taught()
         for name, placement in (("weight", ROWS_OF_THREE), ("bias", Replicate())):
             if (held := module._parameters[name]) is not None:
                 spread = distribute_tensor(held, device_mesh, [placement], src_data_rank=self.src_data_rank)
@@ -89,11 +91,11 @@ class _ByHeads(TorchFunctionMode):
             return value
         return DTensor.from_local(value, self.heads.mesh, [Replicate()], run_check=False)
 
-    def _three(self, function: Callable, x: DTensor, size: int, dim: int = 0) -> Any:
+    def _three(self, function: Callable, x: DTensor, *args: Any, **kwargs: Any) -> Any:
         """Queries, keys and values of an output that is three blocks."""
-        pieces = function(torch.empty(x.shape, device="meta"), size, dim)
-        if dim % x.dim() != x.dim() - 1 or len(pieces) != 3 or pieces[0].size(-1) * 3 != x.size(-1):
-            return function(x, size, dim)
+        pieces = function(torch.empty(x.shape, device="meta"), *args, **kwargs)
+        if [piece.shape for piece in pieces] != [torch.Size([*x.shape[:-1], x.size(-1) // 3])] * 3:
+            return function(x, *args, **kwargs)
         return x.unflatten(-1, (3, -1)).unbind(-2)
 
     def _attended(
@@ -137,7 +139,8 @@ class _ByHeads(TorchFunctionMode):
         if not training:
             return x
         drawn = F.dropout(torch.ones(x.shape, dtype=x.dtype, device=x.device), p)
-        return x * distribute_tensor(drawn, self.heads.mesh, x.placements, src_data_rank=None)
+        mine = distribute_tensor(drawn, self.heads.mesh, x.placements, src_data_rank=None)
+        return x.mul_(mine) if inplace else x * mine
 
 
 def _blocks(x: Any) -> bool:

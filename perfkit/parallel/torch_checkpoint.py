@@ -14,7 +14,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from perfkit.backends import Finished
-from perfkit.parallel.torch_chunks import as_tensors, in_chunks
 
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 """The optimizer's state and settings by parameter: processes may hold different ones, as the stages of a pipeline."""
@@ -45,7 +44,7 @@ def read(folder: Path, finished: Finished) -> None:
     state |= {name: value for name, value in _random().items() if name in held}
     with _alone_or_not() as alone:
         dcp.load(state, checkpoint_id=folder, no_dist=alone)
-    parts = {"model_state_dict": as_tensors(state["model"]), "optim_state_dict": as_tensors(state["optimizer"])}
+    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
     set_state_dict(trainer.model, trainer.optimizer, **parts, options=BY_NAME)
     trainer.scaler.load_state_dict(state["scaler"])
     if trainer.rounds is not None:
@@ -67,7 +66,7 @@ def _alone_or_not() -> Iterator[bool]:
 def _state(finished: Finished) -> dict[str, Any]:
     trainer = finished.trainer
     model, optimizer = get_state_dict(trainer.model, trainer.optimizer, options=BY_NAME)
-    state = {"model": in_chunks(model), "optimizer": in_chunks(optimizer), "scaler": trainer.scaler.state_dict()}
+    state = {"model": model, "optimizer": optimizer, "scaler": trainer.scaler.state_dict()}
     return state if trainer.rounds is None else state | {"rounds": trainer.rounds.state_dict()}
 
 

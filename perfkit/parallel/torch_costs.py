@@ -162,6 +162,6 @@ def _stages(step: Step, parts: int) -> Stages | None:
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    from perfkit.parallel.torch_tensor import LAYERS
+    from perfkit.parallel.torch_plan import LAYERS
 
     return (module for module in model.modules() if isinstance(module, LAYERS))

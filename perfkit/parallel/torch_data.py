@@ -10,8 +10,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from perfkit._report import Effect, Skipped
@@ -19,7 +17,7 @@ from perfkit._workload import Workload
 from perfkit.backends.torch_surgery import copied, map_tensors
 from perfkit.parallel.batch import part
 from perfkit.parallel.spread import Spread
-from perfkit.parallel.torch_mesh import alike, follow, mesh_of
+from perfkit.parallel.torch_mesh import alike, cut_along, follow, mesh_of
 from perfkit.parallel.torch_pipe import pipelined, shard_stages
 
 if TYPE_CHECKING:
@@ -54,7 +52,7 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
         units = units_of(model)
         for unit in units:
             precision = _precision(recipe, whole=unit is model)
-            fully_shard(unit, mesh=mesh, shard_placement_fn=_along, offload_policy=policy, mp_policy=precision)
+            fully_shard(unit, mesh=mesh, shard_placement_fn=cut_along, offload_policy=policy, mp_policy=precision)
         follow(work.training.optimizer, before, dict(model.named_parameters()))
         names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
         if recipe.precision:
@@ -88,15 +86,6 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     touched = tuple(name for name, _ in model.named_parameters() if name not in idle)
     skipped = tuple(Skipped(name, "no gradient reaches it on the example inputs") for name in idle)
     return work, Effect(touched, skipped, tuple(notes))
-
-
-def _along(parameter: nn.Parameter) -> Shard | None:
-    """The dimension that FSDP2 cuts; None for its own choice, the first.
-
-    Of rows that tensor_parallel took here and there, a part is no placement of torch's: it cuts columns instead.
-    """
-    placements = parameter.placements if isinstance(parameter, DTensor) else ()
-    return Shard(1) if any(isinstance(placement, _StridedShard) for placement in placements) else None
 
 
 def _precision(recipe: DataParallel, whole: bool) -> MixedPrecisionPolicy:

@@ -163,7 +163,7 @@ class HeadFlow(TorchFunctionMode):
         dims = x.dim()
         if name in POINTWISE:
             return [first] if isinstance(result, torch.Tensor) and result.shape == x.shape else None
-        if x is not args[0]:
+        if not args or x is not args[0]:
             return None
         if name == "dropout":
             if inside in self.dropouts:
@@ -174,21 +174,25 @@ class HeadFlow(TorchFunctionMode):
             found = self._reshaped(first, tuple(x.shape), tuple(result.shape))
             return None if found is None else [found]
         if name in ("transpose", "swapaxes", ".mT"):
-            a, b = (dim % dims for dim in (args[1:3] if name != ".mT" else (-2, -1)))
+            a, b = (dim % dims for dim in ((*args[1:], *kwargs.values()) if name != ".mT" else (-2, -1)))
             return [replace(first, dim={a: b, b: a}.get(first.dim, first.dim))]
         if name == "permute":
-            order = args[1] if len(args) == 2 else args[1:]
+            order = kwargs["dims"] if "dims" in kwargs else args[1] if len(args) == 2 else args[1:]
             return [replace(first, dim=[dim % dims for dim in order].index(first.dim))]
         if name == "softmax":
             dim = _dim(args, kwargs, None)
             return [first] if dim is not None and dim % dims != first.dim else None
         if name in ("chunk", "split"):
             return self._cut(first, x, _dim(args[1:], kwargs, 0) % dims, result, count)
-        if name in ("unbind", "__getitem__"):
-            at = _dim(args, kwargs, 0) % dims if name == "unbind" else 0
-            if at == first.dim or (name == "__getitem__" and not isinstance(args[1], int)):
+        if name == "unbind":
+            at = _dim(args, kwargs, 0) % dims
+            return None if at == first.dim else [replace(first, dim=first.dim - (at < first.dim))] * count
+        if name == "__getitem__":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            taken = [at for at, one in enumerate(index) if isinstance(one, int)]
+            if first.dim in taken or not all(isinstance(one, int) or one == slice(None) for one in index):
                 return None
-            return [replace(first, dim=first.dim - (at < first.dim))] * count
+            return [replace(first, dim=first.dim - sum(at < first.dim for at in taken))]
         return None
 
     def _together(self, name: str, args: tuple, kwargs: Mapping, result: Any) -> list[Held] | None:

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from perfkit._errors import UnsupportedError
 from perfkit.backends.torch_surgery import local
@@ -35,6 +36,15 @@ def alike(model: nn.Module, group: Any) -> None:
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(local(tensor), first, group=group)
+
+
+def cut_along(parameter: nn.Parameter) -> Shard | None:
+    """The dimension that FSDP2 cuts, for its `shard_placement_fn`; None for its own choice, the first.
+
+    Of rows that tensor_parallel took here and there, a part is no placement of torch's: it cuts columns instead.
+    """
+    placements = parameter.placements if isinstance(parameter, DTensor) else ()
+    return Shard(1) if any(isinstance(placement, _StridedShard) for placement in placements) else None
 
 
 def follow(optimizer: torch.optim.Optimizer, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from perfkit._batch import sliced
 from perfkit.backends.torch_surgery import compile_in_place, map_tensors, wrapped
-from perfkit.parallel.torch_mesh import mesh_of
+from perfkit.parallel.torch_mesh import cut_along, mesh_of
 
 if TYPE_CHECKING:
     from perfkit.parallel.layout import Layout
@@ -146,7 +146,7 @@ def shard_stages(model: nn.Module, pipe: Pipeline, mesh: DeviceMesh) -> None:
     for stage in pipe.stages.values():
         before = dict(stage.named_parameters())
         if before:
-            fully_shard(stage, mesh=mesh, reshard_after_forward=False)
+            fully_shard(stage, mesh=mesh, shard_placement_fn=cut_along, reshard_after_forward=False)
             replaced |= {id(before[name]): parameter for name, parameter in stage.named_parameters()}
     for module in model.modules():  # weights that a stage reads without calling their layer are held there and here
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -28,10 +28,11 @@ BLOCK, REPEATS = 3, 5
 
 def splits_of(step: Step, layers: Mapping[str, tuple[float, int, int]], parts: int) -> tuple[Split, ...]:
     """The layers that `tensor_parallel` would split in so many parts, and what each sends in a step."""
-    from perfkit.parallel.torch_tensor import planned
+    from perfkit.parallel.torch_plan import plan
+    from perfkit.recipes.tensor_parallel import TensorParallel
 
     try:
-        splits = planned(step.work, parts)
+        splits = plan(step.work, TensorParallel(), parts).splits
     except UnsupportedError:
         return ()
     inputs = _inputs(step, splits)

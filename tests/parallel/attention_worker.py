@@ -16,9 +16,11 @@ import torch.distributed as dist
 import written_attention
 from tensor_worker import BATCH, applied, infer, loss, off, train, whole
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from perfkit import UnsupportedError
 from perfkit.backends.torch_surgery import tensors_in
 from perfkit.parallel import torch_checkpoint
 from perfkit.parallel.torch_world import join
@@ -212,6 +214,24 @@ def read(chain, folder):
     return max(float((found[name] - value).abs().max()) for name, value in expected.items())
 
 
+def handed_out(chain):
+    """How far off a whole state is that every process has; and what is said where rank 0 shall hand it out."""
+    model, x = block()
+    work = applied(chain, copy.deepcopy(model), (x,)).works[-1]
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+        dist.broadcast(parameter.data, 0)
+    set_model_state_dict(work.model, model.state_dict(), options=StateDictOptions(full_state_dict=True))
+    expected = dict(model.named_parameters())
+    far = max(off(value.detach(), expected[name].detach()) for name, value in work.model.named_parameters())
+    try:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(work.model, model.state_dict(), options=options)
+    except UnsupportedError as error:
+        return far, str(error)
+    return far, "no error"
+
+
 def clipped(chain):
     """The norm of the gradients of what is split, against that of the whole model."""
     model, x = block()
@@ -265,6 +285,7 @@ def main():
     size, folder = dist.get_world_size(), Path(sys.argv[1])
     chain = f"tensor_parallel({size})"
     told = {"cases": {}, "left whole": left_whole(size), "clipped": clipped(chain), "otherwise": otherwise(chain)}
+    told["handed out"] = handed_out(chain)
     told["compiled"] = {name: compiled(chain, name) for name in ("quietly", "indexed", "beside")}
     for name, (model, inputs) in cases().items():
         found = {"inference": infer(chain, copy.deepcopy(model), inputs)}

@@ -42,9 +42,10 @@ FUSED, SEPARATE = (
 )
 WRITTEN = {
     **dict.fromkeys(["products", "by a function", "learned positions", "otherwise"], SEPARATE),
-    **dict.fromkeys(["masked", "indexed", "beside"], FUSED),
+    **dict.fromkeys(["masked", "indexed", "picked", "beside"], FUSED),
     "einsum": None,
     "two heads": None,
+    "grouped": None,
 }
 """How attention that is written out is split; None where its layers' outputs are gathered, with four processes."""
 
@@ -60,7 +61,8 @@ def launched(processes, folder):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     ran = subprocess.run(
         [*command, "--master-port", str(port), WORKER, folder],
         capture_output=True, text=True, timeout=300, env=environment, check=False,
@@ -154,10 +156,11 @@ def test_attention_that_is_written_out_is_split_by_heads_where_it_is_found(four,
         assert backward["c10d_functional.all_reduce"] == (3 if way is SEPARATE else 1)
 
 
-def test_two_processes_share_two_heads_and_four_are_told_why_not(two, four):
-    (said,) = four[0]["cases"]["two heads"]["inference"]["notes"][1:]
+@pytest.mark.parametrize("case", ["two heads", "grouped"])
+def test_two_processes_share_two_heads_and_four_are_told_why_not(two, four, case):
+    (said,) = four[0]["cases"][case]["inference"]["notes"][1:]
     assert said == "the attention of k, q, v, out is not split by heads: 2 head(s) cannot be shared by 4 devices evenly"
-    (found,) = two[0]["cases"]["two heads"]["inference"]["parts"]
+    (found,) = two[0]["cases"][case]["inference"]["parts"]
     assert found == f"tensor: {SEPARATE.format(2)}, 1 all-reduce a call"
 
 
@@ -183,6 +186,13 @@ def test_the_norm_of_gradients_is_that_of_the_whole(told):
 
 def test_compiled_it_computes_the_same(told):
     assert max(max(rank["compiled"].values()) for rank in told) <= TOLERANCE
+
+
+def test_a_whole_state_is_taken_and_not_handed_out_wrongly(told):
+    for rank in told:
+        far, said = rank["handed out"]
+        assert far == 0
+        assert "leave broadcast_from_rank0 out" in said
 
 
 def test_what_four_wrote_two_read_and_what_two_wrote_one_reads(two, four, folder):

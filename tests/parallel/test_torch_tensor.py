@@ -86,7 +86,11 @@ def test_what_is_split_how(told):
 def test_what_is_left_whole_is_told_with_the_reason(told):
     skipped = {model: told[0][model]["inference"]["skipped"] for model in MODELS}
     assert skipped["mlp"] == {"fc3": "3 output(s) cannot be shared by 4 devices evenly"}
-    assert "every step needs the whole hidden state" in skipped["text_lstm"]["lstm"]
+    why = skipped["text_lstm"]["lstm"]
+    assert (
+        why
+        == "every step needs the whole hidden state: split, it would be gathered at each, 12 times in the example call"
+    )
     assert skipped["transformer"] == {"self_attn": "2 head(s) cannot be shared by 4 devices evenly"}
     assert skipped["tangled"] == {
         "tied1": "shares a weight with tied2",
@@ -183,6 +187,13 @@ def test_compile_leaves_weights_unfrozen_that_are_to_be_split():
         work, effect = compiled(work.replace(layout=Layout((axis,), (2,))), "default", freezing=True)
         assert getattr(type(work.model), COMPILED_WITH)["options"].get("freezing", False) == frozen
         assert any("not frozen" in note for note in effect.notes) != frozen
+
+
+def test_splitting_loops_is_refused():
+    model, inputs = torch_models()["cnn"]
+    work = BACKEND.bind(model, None, inputs, mode="inference", loss=None, targets=None, optimizer=None, seed=0)
+    (recipe,) = chain_of("tensor_parallel(2, recurrent=True)")
+    assert "recurrent=True is for JAX" in recipe.refusal(work)
 
 
 def test_an_optimizer_with_state_is_refused():

@@ -82,6 +82,16 @@ class Indexed(Written):
         return x + self.out(y.transpose(1, 2).reshape(x.shape))
 
 
+class Picked(Written):
+    """One layer, reshaped and picked from; functions that are told by keywords."""
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm(x)).unflatten(dim=-1, sizes=(3, self.count, DIM))
+        q, k, v = (qkv[:, :, index].transpose(dim0=1, dim1=2) for index in range(3))
+        weights = F.dropout((q @ k.mT).softmax(dim=-1), p=self.drop.p, training=self.training, inplace=True)
+        return x + self.out((weights @ v).permute(dims=(0, 2, 1, 3)).flatten(start_dim=2))
+
+
 class Beside(Written):
     """One layer in which queries, keys and values of a head lie beside each other."""
 
@@ -115,6 +125,20 @@ class Otherwise(Written):
         return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
+class Grouped(Written):
+    """Two heads of keys and values for four of queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.k, self.v = nn.Linear(WIDTH, 2 * DIM, bias=False), nn.Linear(WIDTH, 2 * DIM)
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (y.unflatten(-1, (-1, DIM)).transpose(1, 2) for y in (self.q(h), self.k(h), self.v(h)))
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return x + self.out(y.transpose(1, 2).flatten(-2))
+
+
 class Einsum(Written):
     """What is not followed."""
 
@@ -130,9 +154,11 @@ def models():
         "by a function": Causal(drop=0.3),
         "masked": Masked(True, 0.3),
         "indexed": Indexed(),
+        "picked": Picked(True, 0.3),
         "beside": Beside(True),
         "learned positions": Learned(),
         "otherwise": Otherwise(),
         "einsum": Einsum(),
         "two heads": Causal(heads=2),
+        "grouped": Grouped(),
     }
