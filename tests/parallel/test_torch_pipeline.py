@@ -1,12 +1,6 @@
 """pipeline_parallel in torch, in four processes: numbers as the whole model's; and models taken apart in one."""
 
 import itertools
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,6 +9,7 @@ pytest.importorskip("torch")
 import torch
 from sample_models import training
 from torch import fx, nn
+from torch_workers import together
 
 from perfkit import UnsupportedError
 from perfkit._recipe import chain_of
@@ -25,7 +20,6 @@ from perfkit.parallel.torch_pipe import StageModule
 from perfkit.parallel.torch_stages import Operations, stage_graphs
 from perfkit.parallel.torch_trace import label, named, tensors_of, traced
 
-WORKER = Path(__file__).with_name("pipeline_worker.py")
 MODELS, CHAINS = ("cnn2", "text_lstm", "transformer", "skips"), ("1f1b", "gpipe", "data", "interleaved")
 MESHES = [
     *(("cnn2", "shard"), ("text_lstm", "shard"), ("skips", "shard"), ("text_lstm", "interleaved shard")),
@@ -42,15 +36,7 @@ def told(tmp_path_factory):
     """What every process found, by rank: one launch for all tests of this file."""
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", str(port)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    command += [str(WORKER), str(tmp_path_factory.mktemp("checkpoint"))]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return json.loads(ran.stdout.strip().splitlines()[-1])
+    return together("pipeline_worker.py", 4, tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.mark.parametrize("model", MODELS)
