@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/perfkit demo
 
 test: $(READY) lint
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

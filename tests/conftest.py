@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 
+import haste
 import pytest
 
 # Each of pytest's workers has its share of the cores: threads of several that spin for the same core hold up all. Read
@@ -13,13 +15,54 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
 
 FRAMEWORKS = tuple(name for name in ("torch", "jax") if find_spec(name))
+SLOWER = "ignore:.* makes .* slower here:perfkit.PerfkitWarning"
 
 
 @pytest.fixture(autouse=True, scope="session")
 def caches(tmp_path_factory):
-    """Compiled programs of tests go to a folder of their own."""
-    os.environ["PERFKIT_CACHE"] = str(tmp_path_factory.mktemp("perfkit-cache"))
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor-cache"))
+    """What tests build and compile goes to a folder of the run's own, once for all of pytest's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    for variable in ("PERFKIT_CACHE", "TORCHINDUCTOR_CACHE_DIR"):
+        (folder / variable.lower()).mkdir(exist_ok=True)
+        os.environ[variable] = str(folder / variable.lower())
+    settings = {
+        "jax_compilation_cache_dir": str(folder / "jax_compilation_cache"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,  # an op that is called by itself is a program, too
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    os.environ.update({name.upper(): str(value) for name, value in settings.items()})  # for processes that tests start
+    if "jax" in FRAMEWORKS:
+        import jax
+
+        for name, value in settings.items():
+            jax.config.update(name, value)
+
+
+_settled: list[tuple[object, int]] = [("", 0)]
+
+
+@pytest.fixture(autouse=True)
+def settled_heap(request):
+    """At each file, and before each test since which more was imported: much is at its first use."""
+    held = (request.node.path, len(sys.modules))
+    if _settled[0] != held:
+        haste.settle_heap()
+        _settled[0] = held
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Little measuring. A result may be called slower then, by chance: `pytest_collection_modifyitems` allows it."""
+    for place, value in haste.SETTINGS.items():
+        monkeypatch.setattr(place, value)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "hasty" in item.fixturenames:
+            item.add_marker(pytest.mark.filterwarnings(SLOWER))
 
 
 @pytest.fixture(params=FRAMEWORKS)

@@ -230,5 +230,4 @@ def training(name, classes):
         "loss": cross_entropy,
         "optimizer": optax.adam(1e-2),
         "mode": "training",
-        "budget_s": 0.1,
     }

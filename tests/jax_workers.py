@@ -12,12 +12,17 @@ HERE = Path(__file__).parent / "parallel"
 TIMEOUT_S = 600
 
 
-def start(script: str, devices: int, **variables: str) -> subprocess.Popen:
+def start(script: str, devices: int, *arguments: object, **variables: str) -> subprocess.Popen:
     # What is tested is what is computed, and not how fast: the compiler need not try hard.
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    about = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    about = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}",
+    }
     return subprocess.Popen(
-        [sys.executable, "-W", "error", str(HERE / script)],
+        [sys.executable, "-W", "error", str(HERE / script), *map(str, arguments)],
         env=os.environ | about | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -32,13 +32,6 @@ def run(code: str, name: str) -> dict:
     return names
 
 
-@pytest.fixture
-def hasty(monkeypatch):
-    """Little time for measuring: the pages' examples need not be precise here."""
-    monkeypatch.setattr("perfkit._optimize.CHAIN_BUDGET_S", 0.3)
-    monkeypatch.setattr("perfkit._optimize.SEARCH_BUDGET_S", 10.0)
-
-
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 @pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")

@@ -12,9 +12,7 @@ import perfkit
 from perfkit import FidelityError, InvalidInputError, NoEffectError, PerfkitWarning, SlowerError, UnsupportedError
 
 torch = pytest.importorskip("torch")
-# Speed is no matter here: a compiled layer of eight by eight is slower than eager, and that may be said.
-pytestmark = pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
-QUICK = {"budget_s": 0.2, "on_slower": "revert"}
+pytestmark = pytest.mark.usefixtures("hasty")
 NAMES = {
     "torch": ("cnn", "resnet", "transformer", "packed_lstm", "tied", "nested"),
     "jax": ("nnx_cnn", "nnx_lstm", "linen", "function", "plain"),
@@ -54,7 +52,7 @@ def test_a_chain_on_every_kind_of_model(framework, name, recipe):
     if framework == "torch" or hasattr(model, "eval"):
         model.eval()
     before = called(original, example_inputs, params)
-    result = perfkit.optimize(**given, recipe=recipe, budget_s=0.2)
+    result = perfkit.optimize(**given, recipe=recipe)
     after = called(original, example_inputs, params)
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old, new)
@@ -67,8 +65,8 @@ def test_a_chain_on_every_kind_of_model(framework, name, recipe):
 
 def test_the_result_is_a_module_of_the_same_class_with_the_same_keys():
     model, example_inputs = torch_models()["cnn"]
-    result = perfkit.optimize(model, "channels_last+half+compile", example_inputs=example_inputs, **QUICK)
-    chain = perfkit.optimize(model, "channels_last+half", example_inputs=example_inputs, budget_s=0.2)
+    result = perfkit.optimize(model, "channels_last+half+compile", example_inputs=example_inputs)
+    chain = perfkit.optimize(model, "channels_last+half", example_inputs=example_inputs)
     for found in (result.model, chain.model):
         assert isinstance(found, type(model))
         assert found.state_dict().keys() == model.state_dict().keys()
@@ -97,10 +95,10 @@ def test_everything_of_the_callers_is_as_it_was():
         )  # fmt: skip
 
     before = state()
-    perfkit.optimize(model, "bf16", example_inputs=example_inputs, **QUICK)
+    perfkit.optimize(model, "bf16", example_inputs=example_inputs)
     assert state() == before
     with pytest.raises(FidelityError):
-        perfkit.optimize(model, "bf16", example_inputs=example_inputs, tolerance=0.0, **QUICK)
+        perfkit.optimize(model, "bf16", example_inputs=example_inputs, tolerance=0.0)
     assert state() == before
 
     def evaluate(found):
@@ -109,7 +107,7 @@ def test_everything_of_the_callers_is_as_it_was():
         raise KeyError("of the caller's")
 
     with pytest.raises(KeyError):
-        perfkit.optimize(model, "bf16", example_inputs=example_inputs, evaluate=evaluate, **QUICK)
+        perfkit.optimize(model, "bf16", example_inputs=example_inputs, evaluate=evaluate)
     assert state() == before
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, weights[name])
@@ -129,7 +127,7 @@ def test_the_result_keeps_its_state_through_the_measuring():
             return self.fc(x)
 
     model = Counting()
-    result = perfkit.optimize(model, "half", example_inputs=(torch.ones(1, 2),), **QUICK, tolerance=0.1)
+    result = perfkit.optimize(model, "half", example_inputs=(torch.ones(1, 2),), tolerance=0.1)
     assert model.calls == 0
     assert result.finished.model.calls == 0
 
@@ -137,7 +135,7 @@ def test_the_result_keeps_its_state_through_the_measuring():
 def test_frozen_weights_do_not_go_stale():
     torch.manual_seed(0)
     model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)), torch.randn(4, 8)
-    result = perfkit.optimize(model, "compile", example_inputs=(x,), budget_s=0.2)
+    result = perfkit.optimize(model, "compile", example_inputs=(x,))
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -157,13 +155,13 @@ def test_many_models_of_one_class_are_all_compiled():
         for seed in range(3):
             torch.manual_seed(seed)
             model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
-            result = perfkit.optimize(model, "bf16+compile", example_inputs=(x,), budget_s=0.01, on_slower="revert")
+            result = perfkit.optimize(model, "bf16+compile", example_inputs=(x,))
             assert "1 graph(s) compiled" in " ".join(result.report.steps[1].effect.notes)
 
 
 def test_torch_compile_leaves_an_lstm_alone_and_that_is_said():
     model = torch.nn.LSTM(4, 8)
-    result = perfkit.optimize(model, "compile", example_inputs=(torch.randn(5, 2, 4),), **QUICK)
+    result = perfkit.optimize(model, "compile", example_inputs=(torch.randn(5, 2, 4),))
     effect = result.report.steps[0].effect
     assert effect.status == "NO_EFFECT"
     assert any("does not trace nn.LSTM" in item.reason for item in effect.skipped)
@@ -173,11 +171,11 @@ def test_torch_compile_leaves_an_lstm_alone_and_that_is_said():
 
 def test_channels_last_without_a_convolution_is_no_effect(framework):
     name = {"torch": "transformer", "jax": "nnx_cnn"}[framework]
-    result = perfkit.optimize(**arguments(framework, name), recipe="channels_last", **QUICK)
+    result = perfkit.optimize(**arguments(framework, name), recipe="channels_last")
     assert result.report.steps[0].effect.status == "NO_EFFECT"
     assert result.report.steps[0].effect.notes
     with pytest.raises(NoEffectError):
-        perfkit.optimize(**arguments(framework, name), recipe="channels_last", strict=True, **QUICK)
+        perfkit.optimize(**arguments(framework, name), recipe="channels_last", strict=True)
 
 
 def test_tf32_is_refused_where_there_is_none(framework):
@@ -218,7 +216,7 @@ def test_without_inputs_the_recipe_is_applied_and_nothing_is_claimed(framework):
 
 def test_auto_returns_the_fastest_or_the_original():
     model, example_inputs = torch_models()["packed_lstm"]
-    result = perfkit.optimize(model, example_inputs=example_inputs, budget_s=20)
+    result = perfkit.optimize(model, example_inputs=example_inputs)
     report = result.report
     assert report.speedup.low >= 1
     assert report.candidates
@@ -234,7 +232,7 @@ def test_auto_returns_the_fastest_or_the_original():
 
 def test_auto_in_jax_beats_eager():
     pytest.importorskip("jax")
-    result = perfkit.optimize(**arguments("jax", "nnx_lstm"), budget_s=10)
+    result = perfkit.optimize(**arguments("jax", "linen"), budget_s=1000)  # however busy the machine is
     assert "compile" in result.report.recipe
     assert result.report.speedup.low > 1
     assert result.report.against_compiled is not None
@@ -277,7 +275,7 @@ class Slow(perfkit.Recipe):
 
 def test_slower_is_said_reverted_or_raised():
     model, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
-    given = {"example_inputs": (x,), "budget_s": 1}
+    given = {"example_inputs": (x,)}
     with pytest.warns(PerfkitWarning, match="slower"):
         result = perfkit.optimize(model, Slow(), **given)
     assert result.report.speedup.verdict == "slower"
@@ -306,16 +304,16 @@ def test_wrong_numbers_are_never_handed_out():
 
     for recipe in (Wrong(), Nan()):
         with pytest.raises(FidelityError) as raised:
-            perfkit.optimize(torch.nn.Linear(4, 4), recipe, example_inputs=(torch.randn(3, 4),), **QUICK)
+            perfkit.optimize(torch.nn.Linear(4, 4), recipe, example_inputs=(torch.randn(3, 4),))
         assert not raised.value.report.fidelity.ok
     with pytest.raises(FidelityError):
-        perfkit.optimize(torch.nn.Linear(4, 4), Nan(), example_inputs=(torch.randn(3, 4),), tolerance=1e9, **QUICK)
+        perfkit.optimize(torch.nn.Linear(4, 4), Nan(), example_inputs=(torch.randn(3, 4),), tolerance=1e9)
 
 
 def test_the_callers_metric_is_kept():
     model, example_inputs = torch_models()["cnn"]
     values = iter([0.9, 0.8, 0.9, 0.8])
-    given = {"example_inputs": example_inputs, "evaluate": lambda _: next(values), **QUICK}
+    given = {"example_inputs": example_inputs, "evaluate": lambda _: next(values)}
     with pytest.raises(FidelityError, match=r"0\.9 to 0\.8"):
         perfkit.optimize(model, "bf16", max_drop=0.05, **given)
     metric = perfkit.optimize(model, "bf16", max_drop=0.2, **given).report.metric
@@ -327,7 +325,7 @@ def test_float16_training_scales_its_loss_and_skips_overflows(framework):
     given = training(framework)
     plain = given["loss"]
     given["loss"] = lambda outputs, targets: plain(outputs, targets) * 1e-6
-    result = perfkit.optimize(**given, recipe="fp16", mode="training", **QUICK)
+    result = perfkit.optimize(**given, recipe="fp16", mode="training")
     assert result.report.fidelity.ok
     batch = given["example_inputs"], given["targets"]
     losses = [float(result.train_step(batch)) for _ in range(20)]
@@ -336,7 +334,7 @@ def test_float16_training_scales_its_loss_and_skips_overflows(framework):
 
 def test_training_continues_on_other_batches(framework):
     given = training(framework)
-    result = perfkit.optimize(**given, recipe="compile", mode="training", **QUICK)
+    result = perfkit.optimize(**given, recipe="compile", mode="training")
     inputs, targets = given["example_inputs"][0], given["targets"]
     for size in (16, 8, 16):
         assert np.isfinite(float(result.train_step((inputs[:size], targets[:size]))))
@@ -348,7 +346,7 @@ def test_nnx_results_follow_their_variables():
     from flax import nnx
 
     given = arguments("jax", "nnx_cnn")
-    result = perfkit.optimize(**given, recipe="compile", budget_s=0.2)
+    result = perfkit.optimize(**given, recipe="compile")
     model, (x,) = result.model, given["example_inputs"]
     before = np.asarray(model(x))
     model.layers[0].bias.set_value(model.layers[0].bias.get_value() + 1)
@@ -367,7 +365,7 @@ def test_nnx_results_follow_their_variables():
 def test_jax_results_can_be_differentiated_and_take_other_shapes():
     jax = pytest.importorskip("jax")
     given = arguments("jax", "function")
-    result = perfkit.optimize(**given, recipe="bf16+compile", budget_s=0.2)
+    result = perfkit.optimize(**given, recipe="bf16+compile")
     x, scale = given["example_inputs"]
     gradient = jax.grad(lambda params: result.model(params, x, scale).sum())(result.params)
     exact = jax.grad(lambda params: given["model"](params, x, scale).sum())(given["params"])

@@ -6,7 +6,7 @@ import perfkit
 from perfkit import FidelityError
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.filterwarnings("ignore:.* makes .* slower here:perfkit.PerfkitWarning")
+pytestmark = pytest.mark.usefixtures("hasty")
 
 
 class Uneven(torch.nn.Module):
@@ -27,7 +27,7 @@ class Uneven(torch.nn.Module):
 
 @pytest.fixture
 def given():
-    return {"model": Uneven().eval(), "example_inputs": (torch.randn(32, 16),), "budget_s": 0.2}
+    return {"model": Uneven().eval(), "example_inputs": (torch.randn(32, 16),)}
 
 
 def test_the_sensitive_layer_is_given_back_and_the_others_are_kept(given):
@@ -82,7 +82,7 @@ def test_in_jax_too():
         return x @ params["c"]
 
     x = jax.random.normal(jax.random.key(1), (32, 16))
-    report = perfkit.optimize(model, "int8", params=params, example_inputs=(x,), budget_s=0.2).report
+    report = perfkit.optimize(model, "int8", params=params, example_inputs=(x,)).report
     assert report.steps[0].effect.touched == ("a", "c")
     assert report.steps[0].effect.skipped[0].reason.startswith("given back")
     assert report.fidelity.ok

@@ -45,7 +45,7 @@ def taught() -> None:
     def placed(shape: Any, mesh: Any, placements: Any, *more: Any) -> Any:
         if any(len(_runs(held)) > 1 for held in _held(tuple(shape), mesh, placements)):
             raise UnsupportedError(
-                "rank 0's state cannot be handed out to weights that lie in several pieces (queries, keys and values of "
+                "rank 0's state cannot be handed out to weights that lie in several pieces (queries, keys, values of "
                 "one weight): give every process the whole state, and leave broadcast_from_rank0 out"
             )
         return place(shape, mesh, placements, *more)

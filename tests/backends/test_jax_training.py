@@ -11,6 +11,8 @@ import optax
 
 import perfkit
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 def _linear(params, x):
     return x @ params["w"]
@@ -33,7 +35,6 @@ def test_a_step_of_an_optimizer_that_feels_the_size_of_gradients():
         targets=y,
         loss=_squared,
         optimizer=optax.sgd(0.1),
-        budget_s=0.5,
     )
     expected = w
     for _ in range(5):

@@ -11,6 +11,8 @@ from torch._dynamo.utils import counters
 
 import perfkit
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 PACKED = "mkldnn_linear_weight_pack_matcher_count"
 
 
@@ -22,12 +24,11 @@ def model():
 
 
 def compiled(model, recipe):
-    result = perfkit.optimize(model, recipe, example_inputs=(torch.randn(32, 64),), budget_s=0.1, on_slower="warn")
+    result = perfkit.optimize(model, recipe, example_inputs=(torch.randn(32, 64),))
     return result.model
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs the frozen weights")
-@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 def test_frozen_weights_are_packed_for_the_hardware(model):
     compiled(model, "compile(freezing=False)")
     assert counters["inductor"][PACKED] == 0
@@ -36,7 +37,6 @@ def test_frozen_weights_are_packed_for_the_hardware(model):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs the frozen weights")
-@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 def test_they_are_frozen_again_after_a_reset_and_for_other_shapes(model):
     result = compiled(model, "compile(dynamic=False)")
     result(torch.randn(7, 64))
@@ -46,7 +46,6 @@ def test_they_are_frozen_again_after_a_reset_and_for_other_shapes(model):
     assert counters["inductor"][PACKED] == 6
 
 
-@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 def test_the_global_setting_and_other_compilations_are_left_alone(model):
     config = torch._inductor.config
     assert not config.freezing

@@ -220,6 +220,13 @@ def test_it_gives_up_on_calls_too_slow_for_that_and_says_so(machine):
 # What is left behind
 
 
+@pytest.fixture
+def thawed():
+    """Nothing frozen, as in a program that does not do so itself (tests' `settled_heap` does)."""
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("thawed")
 def test_the_collector_is_off_while_sampling_and_back_afterwards():
     enabled, frozen = [], []
 
@@ -236,6 +243,7 @@ def test_the_collector_is_off_while_sampling_and_back_afterwards():
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.usefixtures("thawed")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_the_collector_is_back_after_a_call_that_raises(error):
     calls = []

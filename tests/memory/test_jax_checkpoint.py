@@ -68,7 +68,10 @@ def bound(model, x, params=None):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_loop_in_pieces_has_the_same_gradient(cut, reverse):
     """To rounding over 23 steps: gradients of the weights are added up piece by piece."""
-    plain = lambda params, x: jnp.sum(loop(params, x, reverse) ** 2)  # noqa: E731
+
+    def plain(params, x):
+        return jnp.sum(loop(params, x, reverse) ** 2)
+
     expected = jax.value_and_grad(plain, (0, 1))(WEIGHTS, SEQUENCES)
     found = jax.jit(jax.value_and_grad(in_segments(plain, cut), (0, 1)))(WEIGHTS, SEQUENCES)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=23 * 2**-21, atol=1e-5), found, expected)

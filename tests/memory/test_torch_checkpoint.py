@@ -121,7 +121,9 @@ def test_it_stays_the_same_module_and_infers_as_before(name):
 
 
 def test_what_changes_its_buffers_is_run_once(monkeypatch):
-    build = lambda: nn.Sequential(nn.Linear(8, 8), Counts(), nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 2))  # noqa: E731
+    def build():
+        return nn.Sequential(nn.Linear(8, 8), Counts(), nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 2))
+
     monkeypatch.setitem(MODELS, "counts", (build, lambda: torch.randn(4, 8)))
     backend, _, after, effect = sides("counts", "checkpoint(0.01)")
     assert [item.name for item in effect.skipped] == ["1"]

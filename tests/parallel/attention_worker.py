@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import written_attention
-from tensor_worker import BATCH, applied, infer, loss, off, train, whole
+from tensor_worker import BATCH, applied, doubled, infer, loss, off, train, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -121,7 +121,6 @@ def cases():
         "decoder layer": (nn.TransformerDecoderLayer(WIDTH, HEADS, 32, **layer), (x, y, causal)),
     }
     by_hand = {name: (model, (x,)) for name, model in written_attention.models().items()}
-    doubled = lambda x: x.double() if x.is_floating_point() else x  # noqa: E731
     for model, _ in alone.values():
         model.how = {name: doubled(value) if torch.is_tensor(value) else value for name, value in model.how.items()}
     return {

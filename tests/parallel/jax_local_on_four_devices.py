@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from pathlib import Path
 
+import haste
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,19 +157,16 @@ def resumed(folder: Path):
 
 def reported():
     """`optimize` from its way in to its report."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", perfkit.PerfkitWarning)  # four devices on one processor are slower
-        result = perfkit.optimize(
-            model,
-            "local_sgd(sync_every=5, warmup_steps=2)",
-            params=PARAMS,
-            mode="training",
-            example_inputs=(X,),
-            targets=Y,
-            loss=squared,
-            optimizer=optax.sgd(0.1),
-            budget_s=0.2,
-        )
+    result = perfkit.optimize(
+        model,
+        "local_sgd(sync_every=5, warmup_steps=2)",
+        params=PARAMS,
+        mode="training",
+        example_inputs=(X,),
+        targets=Y,
+        loss=squared,
+        optimizer=optax.sgd(0.1),
+    )
     for _ in range(3):
         result.train_step((X, Y))
     result.settle()
@@ -186,6 +183,7 @@ def refused():
 
 
 if __name__ == "__main__":
+    haste.begin()
     found = {name: compared(*case) for name, case in CASES.items()}
     found |= {"noise": noise(), "resumed": resumed(Path(sys.argv[1])), "reported": reported(), "refused": refused()}
     print(json.dumps(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 
+import haste
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,19 +22,16 @@ def squared(outputs, targets):
 
 
 def trained(recipe, w, x, y):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", perfkit.PerfkitWarning)  # four devices on one processor are slower
-        result = perfkit.optimize(
-            lambda params, x: x @ params["w"],
-            recipe,
-            params={"w": w},
-            mode="training",
-            example_inputs=(x,),
-            targets=y,
-            loss=squared,
-            optimizer=optax.sgd(0.1),
-            budget_s=0.1,
-        )
+    result = perfkit.optimize(
+        lambda params, x: x @ params["w"],
+        recipe,
+        params={"w": w},
+        mode="training",
+        example_inputs=(x,),
+        targets=y,
+        loss=squared,
+        optimizer=optax.sgd(0.1),
+    )
     return {
         "losses": [float(result.train_step((x, y))) for _ in range(STEPS)],
         "parallel": result.report.to_dict()["parallel"],
@@ -45,19 +43,16 @@ def trained(recipe, w, x, y):
 def in_stages(x, y):
     """A pipeline through both processes, each of which shares the batch out among its devices."""
     params = {"first": np.eye(8, 5, dtype=np.float32), "second": np.full((5, 2), 0.1, np.float32)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", perfkit.PerfkitWarning)
-        result = perfkit.optimize(
-            lambda params, x: jnp.tanh(x @ params["first"]) @ params["second"],
-            "pipeline_parallel(2)+data_parallel(2)",
-            params=params,
-            mode="training",
-            example_inputs=(x,),
-            targets=y,
-            loss=squared,
-            optimizer=optax.adam(0.1),
-            budget_s=0.1,
-        )
+    result = perfkit.optimize(
+        lambda params, x: jnp.tanh(x @ params["first"]) @ params["second"],
+        "pipeline_parallel(2)+data_parallel(2)",
+        params=params,
+        mode="training",
+        example_inputs=(x,),
+        targets=y,
+        loss=squared,
+        optimizer=optax.adam(0.1),
+    )
     losses = [float(result.train_step((x, y))) for _ in range(STEPS)]
     report = result.report
     return {
@@ -92,6 +87,7 @@ def called_in_stages(x):
 
 
 if __name__ == "__main__":
+    haste.begin()
     jax_world.join()
     random = np.random.default_rng(0)
     w, x, y = (random.normal(size=size).astype(np.float32) for size in ((8, 2), (12, 8), (12, 2)))

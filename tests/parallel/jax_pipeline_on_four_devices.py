@@ -66,7 +66,9 @@ def blocks():
     params = {"blocks": {"w": normal(8, 16, 16) / 8, "b": normal(8, 16) / 8}, "head": normal(16, 4)}
 
     def model(params, x):
-        block = lambda x, own: (x + jnp.tanh(x @ own["w"] + own["b"]), None)  # noqa: E731
+        def block(x, own):
+            return x + jnp.tanh(x @ own["w"] + own["b"]), None
+
         return jax.lax.scan(block, x, params["blocks"])[0] @ params["head"]
 
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01))
@@ -171,7 +173,9 @@ def in_turn(work, pipelines, count):
         outputs, new = function(params, rest, x)
         return squared(outputs, targets), new
 
-    is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    def is_float(leaf):
+        return jnp.issubdtype(leaf.dtype, jnp.floating)
+
     step = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
     for _ in range(STEPS):
         statistics, each, total = [rest] * pipelines, [], None
@@ -279,7 +283,9 @@ def refused(recipe, work):
 
 
 def refusals():
-    model = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]  # noqa: E731
+    def model(params, x):
+        return jnp.tanh(x @ params["a"]) @ params["b"]
+
     params = {"a": normal(4, 8), "b": normal(8, 2)}
     work = bound(model, (normal(8, 4),), normal(8, 2), squared, optax.adam(0.1), params)
     looks = bound(model, (normal(8, 4),), normal(8, 2), squared, optax.adafactor(0.1), params)

@@ -10,6 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import haste
 import torch
 import torch.distributed as dist
 from tensor_worker import applied, cases, infer, loss, off, whole
@@ -156,12 +157,17 @@ def refused(chain, model, inputs, **training):
 def refusals():
     torch.manual_seed(3)
     x, sgd = torch.randn(8, 4), functools.partial(torch.optim.SGD, lr=0.1)
-    model = lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))  # noqa: E731
+
+    def model():
+        return nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+
+    def worst(outputs, targets):
+        return (outputs - targets).square().max()
+
     tied = model()
     tied[3].weight = tied[0].weight
     about = {"targets": torch.randn(8, 4), "optimizer": sgd}
     half = "pipeline_parallel(2)+data_parallel"
-    worst = lambda outputs, targets: (outputs - targets).square().max()  # noqa: E731
     return {
         "patterns": refused("pipeline_parallel(2)+tensor_parallel(2, include='1')", model(), (x,)),
         "precision": refused(f"{half}(2, shard=True, precision='bf16')", model(), (x,), loss=loss, **about),
@@ -186,8 +192,11 @@ def further():
     torch.manual_seed(4)
     model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 2))
     x, targets = torch.randn(8, 4), torch.randn(8, 2)
-    total = lambda outputs, targets: (outputs - targets).square().sum()  # noqa: E731
     sgd = functools.partial(torch.optim.SGD, lr=1e-3)
+
+    def total(outputs, targets):
+        return (outputs - targets).square().sum()
+
     chain = "pipeline_parallel(4, split_at=('1', '2', '3'))"
     done = applied(chain, copy.deepcopy(model), (x,), loss=total, targets=targets, optimizer=sgd)
     work = done.works[-1]
@@ -307,7 +316,7 @@ def reported():
     model, x = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3)), torch.randn(8, 6)
     given = {"targets": torch.randn(8, 3), "loss": nn.functional.mse_loss, "optimizer": torch.optim.SGD}
     chain = "pipeline_parallel(2, split_at='2', micro_batches=2)+data_parallel(2)"
-    result = perfkit.optimize(model, chain, example_inputs=(x,), mode="training", budget_s=0.1, **given)
+    result = perfkit.optimize(model, chain, example_inputs=(x,), mode="training", **given)
     report = result.report
     part = x.chunk(2)[dist.get_rank() % 2]
     result.model.eval()
@@ -320,6 +329,7 @@ def reported():
 def main():
     """Everything, by four processes, with a folder for checkpoints; or by eight "all axes"."""
     warnings.simplefilter("ignore")
+    haste.begin()
     torch.set_num_threads(1)
     join()
     sgd = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, foreach=True)

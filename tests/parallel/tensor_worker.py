@@ -84,8 +84,11 @@ def cases():
         ),
         "tangled": (Tangled(), (torch.randn(BATCH, 8),)),
     }
-    doubled = lambda x: x.double() if x.is_floating_point() else x  # noqa: E731
     return {name: (model.double(), tuple(map(doubled, inputs))) for name, (model, inputs) in models.items()}
+
+
+def doubled(x):
+    return x.double() if x.is_floating_point() else x
 
 
 def whole(tensor):

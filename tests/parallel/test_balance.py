@@ -19,6 +19,10 @@ def longest(about, cuts):
     return max(sum(about.seconds[start:end]) for start, end in spans(cuts, len(about.seconds)))
 
 
+def sent(about, cuts):
+    return sum(about.sent_bytes[cut] for cut in cuts)
+
+
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_the_longest_stage_is_nearly_the_shortest_possible(stages):
     generator = random.Random(stages)
@@ -30,8 +34,8 @@ def test_the_longest_stage_is_nearly_the_shortest_possible(stages):
         best = min(longest(about, cuts) for cuts in every)
         found = balanced(about, stages)
         assert longest(about, found) <= best * SLACK
-        sent = lambda cuts, about=about: sum(about.sent_bytes[cut] for cut in cuts)  # noqa: E731
-        assert sent(found) == min(sent(cuts) for cuts in every if longest(about, cuts) <= best * SLACK)
+        near = [cuts for cuts in every if longest(about, cuts) <= best * SLACK]
+        assert sent(about, found) == min(sent(about, cuts) for cuts in near)
 
 
 def test_what_sends_less_is_taken_where_it_costs_little_time():

@@ -1,17 +1,12 @@
 """local_sgd in JAX: four devices do what its formulas say, and send as little as it says."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("jax")
 pytest.importorskip("flax")
 
-SCRIPT = Path(__file__).with_name("jax_local_on_four_devices.py")
+from jax_workers import result, start
+
 STEPS, ROUNDING = 7, 2.0**-24
 CASES = ("every step", "every third", "warm-up", "weights", "state", "diloco", "diloco after warm-up")
 OVER = {"every step": 0, "warm-up": 0}
@@ -20,13 +15,7 @@ OVER = {"every step": 0, "warm-up": 0}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    # What is tested is what is computed, and not how fast: the compiler need not try hard.
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    about = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", str(SCRIPT), str(tmp_path_factory.mktemp("local"))]
-    done = subprocess.run(command, env=os.environ | about, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return result(start("jax_local_on_four_devices.py", 4, tmp_path_factory.mktemp("local")))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,11 +1,5 @@
 """Attention split by heads, in two and in four processes: numbers, messages and checkpoints are those of the whole."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +8,8 @@ pytest.importorskip("torch")
 
 import torch
 from torch import nn
+from torch_workers import together
 
-WORKER = Path(__file__).with_name("attention_worker.py")
-ROOT = WORKER.parents[2]
 BLOCKS = {
     "encoder layer": (["self_attn"], ["linear1"], ["linear2"]),
     "encoder": (
@@ -56,21 +49,6 @@ TOLERANCE = 128 * 2**-52 * 16
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
-def launched(processes, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    ran = subprocess.run(
-        [*command, "--master-port", str(port), WORKER, folder],
-        capture_output=True, text=True, timeout=300, env=environment, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return json.loads(ran.stdout.strip().splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("attention")
@@ -79,13 +57,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def four(folder):
     """What every one of four processes found, by rank."""
-    return launched(4, folder)
+    return together("attention_worker.py", 4, folder)
 
 
 @pytest.fixture(scope="module")
 def two(four, folder):
     """The same of two, which read what the four wrote."""
-    return launched(2, folder)
+    return together("attention_worker.py", 2, folder)
 
 
 @pytest.fixture(params=["two", "four"])

@@ -1,16 +1,13 @@
 """data_parallel in torch: two processes train as one does."""
 
-import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
 
-WORKER = Path(__file__).with_name("torch_data_worker.py")
+from torch_workers import together
+
 TRAINED = {
     "cnn2": "data_parallel",
     "text_lstm": "data_parallel(shard=True)",
@@ -27,12 +24,7 @@ each; Adam divides by the size of a gradient, and so carries its relative error 
 
 @pytest.fixture(scope="module")
 def found():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert done.returncode == 0, done.stderr
-    assert len(lines) == 1, done.stdout
-    return json.loads(lines[0].removeprefix("FOUND "))
+    return together("torch_data_worker.py", 2)
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -1,15 +1,10 @@
 """local_sgd in torch: two processes do what its formulas say, and send as little as it says."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from torch_workers import together
 
 from perfkit._recipe import chain_of
 
-WORKER = Path(__file__).with_name("torch_local_worker.py")
 EXACT = ("every step", "every third", "warm-up", "weights", "state")
 OUTER = ("diloco", "diloco after warm-up")
 ROUNDING = 2.0**-24
@@ -19,12 +14,7 @@ STEPS = 7
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     pytest.importorskip("torch")
-    folder = tmp_path_factory.mktemp("local")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=300)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert done.returncode == 0, done.stderr
-    return json.loads(lines[0].removeprefix("FOUND "))
+    return together("torch_local_worker.py", 2, tmp_path_factory.mktemp("local"))
 
 
 @pytest.mark.parametrize("case", [*EXACT, *OUTER])

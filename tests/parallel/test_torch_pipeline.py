@@ -1,12 +1,6 @@
 """pipeline_parallel in torch, in four processes: numbers as the whole model's; and models taken apart in one."""
 
 import itertools
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,6 +9,7 @@ pytest.importorskip("torch")
 import torch
 from sample_models import training
 from torch import fx, nn
+from torch_workers import together
 
 from perfkit import UnsupportedError
 from perfkit._recipe import chain_of
@@ -25,7 +20,6 @@ from perfkit.parallel.torch_pipe import StageModule
 from perfkit.parallel.torch_stages import Operations, stage_graphs
 from perfkit.parallel.torch_trace import label, named, tensors_of, traced
 
-WORKER = Path(__file__).with_name("pipeline_worker.py")
 MODELS, CHAINS = ("cnn2", "text_lstm", "transformer", "skips"), ("1f1b", "gpipe", "data", "interleaved")
 MESHES = [
     *(("cnn2", "shard"), ("text_lstm", "shard"), ("skips", "shard"), ("text_lstm", "interleaved shard")),
@@ -41,15 +35,7 @@ def launched(processes, *arguments):
     """What every process found, by rank."""
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["--master-port", str(port), str(WORKER), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return json.loads(ran.stdout.strip().splitlines()[-1])
+    return together("pipeline_worker.py", processes, *arguments)
 
 
 @pytest.fixture(scope="module")

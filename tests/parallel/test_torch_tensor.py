@@ -1,12 +1,5 @@
 """tensor_parallel in torch, in four processes: numbers as the whole model's, and nothing paired that is no pair."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("torch")
@@ -14,14 +7,13 @@ pytest.importorskip("torch")
 import torch
 from sample_models import torch_models
 from torch import nn
+from torch_workers import together
 
 from perfkit._recipe import chain_of
 from perfkit.backends.torch_backend import BACKEND
 from perfkit.parallel.torch_flow import Flow
 from perfkit.parallel.torch_mesh import follow
 
-WORKER = Path(__file__).with_name("tensor_worker.py")
-ROOT = WORKER.parents[2]
 MODELS = ("mlp", "cnn2", "text_lstm", "transformer", "tangled")
 TOLERANCE = 3136 * 2**-52 * 8
 """In float64: the longest sum of a model here has 3136 terms, and rounding goes through less than 8 layers."""
@@ -32,14 +24,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 @pytest.fixture(scope="module")
 def told():
     """What every process found, by rank: one launch for all tests of this file."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", str(port)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([*command, WORKER], capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return json.loads(ran.stdout.strip().splitlines()[-1])
+    return together("tensor_worker.py", 4)
 
 
 @pytest.mark.parametrize("model", MODELS)

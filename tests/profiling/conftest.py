@@ -1,7 +1,8 @@
-"""A stand-in for NVIDIA's driver, behind the real binding."""
+"""A stand-in for NVIDIA's driver, behind the real binding; and the names of layers in compiled programs."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,18 @@ import pytest
 from perfkit.kernels import _native
 
 FAKE = Path(__file__).parent / "fake_nvml.cpp"
+NAMES_TELL_PROGRAMS_APART = "jax_compilation_cache_include_metadata_in_key"
+
+
+@pytest.fixture(autouse=True)
+def names_kept():
+    """No program comes from the tests' cache that was compiled of the same operations under other names."""
+    if jax := sys.modules.get("jax"):
+        before = getattr(jax.config, NAMES_TELL_PROGRAMS_APART)
+        jax.config.update(NAMES_TELL_PROGRAMS_APART, True)
+    yield
+    if jax:
+        jax.config.update(NAMES_TELL_PROGRAMS_APART, before)
 
 
 @pytest.fixture

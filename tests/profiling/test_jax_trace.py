@@ -122,7 +122,10 @@ def test_a_program_of_the_processor_is_there_whole():
 
     x = jnp.ones((200, 200))
     compiled = jax.jit(step).lower(x).compile()
-    call = lambda: jax.block_until_ready(compiled(x))  # noqa: E731
+
+    def call():
+        return jax.block_until_ready(compiled(x))
+
     call()
     trace = jax_trace.taken(call, 3)
     assert not trace.device

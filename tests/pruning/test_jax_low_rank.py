@@ -16,6 +16,8 @@ from perfkit import InvalidInputError, UnsupportedError, reference
 from perfkit.backends.jax_backend import BACKEND
 from perfkit.pruning.jax_low_rank import split_in_two
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 def low(m, n, rank, seed=0):
     """A matrix of that rank."""
@@ -209,7 +211,7 @@ def test_a_function_trains_on_its_factors():
         return jnp.tanh(x @ params["a"]) @ params["b"]
 
     result = perfkit.optimize(
-        net, params=params, recipe=LowRank(), example_inputs=(x,), targets=targets, mode="training", budget_s=0.05,
+        net, params=params, recipe=LowRank(), example_inputs=(x,), targets=targets, mode="training",
         loss=lambda y, t: optax.softmax_cross_entropy_with_integer_labels(y, t).mean(), optimizer=optax.adam(1e-2),
     )  # fmt: skip
     losses = [float(result.train_step((x, targets))) for _ in range(60)]

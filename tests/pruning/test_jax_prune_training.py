@@ -16,6 +16,8 @@ from perfkit._workload import Training
 from perfkit.backends.jax_backend import BACKEND
 from perfkit.pruning.jax_masks import Group, masking
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 def trained_work(name, classes, **options):
     """A training workload and the recipe applied to it, without the pipeline's measuring."""
@@ -222,7 +224,7 @@ def test_through_the_pipeline():
     assert result.report.steps[0].effect.simulated
     for _ in range(25):
         result.train_step((given["example_inputs"], given["targets"]))
-    smaller = perfkit.optimize(result.model, recipe=Prune(), example_inputs=given["example_inputs"], budget_s=0.1)
+    smaller = perfkit.optimize(result.model, recipe=Prune(), example_inputs=given["example_inputs"])
     assert smaller.report.fidelity.relative_error < 1e-5
     assert smaller.report.after.parameters < 0.7 * smaller.report.before.parameters
     for path, array in flat(given["model"]).items():

@@ -19,6 +19,8 @@ from perfkit.pruning.amounts import kept
 from perfkit.pruning.torch_units import NONE, Units
 from perfkit.recipes.prune import Prune
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 class Recurrent(nn.Module):
     """A recurrent layer whose sequence and states both reach the outputs, through linear layers only."""
@@ -566,23 +568,17 @@ def test_needs_example_inputs():
         perfkit.optimize(torch_models()["cnn"][0], recipe="prune")
 
 
-@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")  # so small a model may get slower
 def test_far_outputs_are_refused_and_can_be_allowed():
     model, example_inputs = torch_models()["resnet"]
     with pytest.raises(perfkit.FidelityError):
-        perfkit.optimize(model, recipe="prune(round_to=1)", example_inputs=example_inputs, budget_s=0.1)
-    result = perfkit.optimize(
-        model, recipe="prune(round_to=1)", example_inputs=example_inputs, budget_s=0.1, tolerance=10, on_slower="warn"
-    )
+        perfkit.optimize(model, recipe="prune(round_to=1)", example_inputs=example_inputs)
+    result = perfkit.optimize(model, recipe="prune(round_to=1)", example_inputs=example_inputs, tolerance=10)
     assert result.report.after.parameters < result.report.before.parameters / 2
     assert "stem: 8 → 4 channels" in result.report.steps[0].effect.notes
     assert not result.report.steps[0].effect.simulated
 
 
-@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 def test_before_another_recipe():
     model, example_inputs = torch_models()["resnet"]
-    result = perfkit.optimize(
-        model, recipe="prune(round_to=1)+half", example_inputs=example_inputs, budget_s=0.1, tolerance=10
-    )
+    result = perfkit.optimize(model, recipe="prune(round_to=1)+half", example_inputs=example_inputs, tolerance=10)
     assert result.model.stem.weight.shape == (4, 3, 3, 3)

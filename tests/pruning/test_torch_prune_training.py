@@ -20,6 +20,8 @@ from perfkit.reference import _in_torch as in_torch
 from perfkit.reference._catalog import card, dataset
 from perfkit.reference._train import shuffled
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 BACKEND = backend("torch")
 
 
@@ -172,7 +174,6 @@ def test_evaluation_counts_no_steps():
     assert zero_units(new.model) == 0
 
 
-@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")  # masks cost time, as the report says
 @pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
 @pytest.mark.parametrize("make", [mlp, Tagger])
 def test_masks_then_removal(make, criterion):
@@ -181,14 +182,13 @@ def test_masks_then_removal(make, criterion):
     result = perfkit.optimize(
         model, recipe=Prune(round_to=1, schedule=20, criterion=criterion), example_inputs=(x,), targets=y,
         loss=nn.functional.mse_loss, optimizer=torch.optim.Adam(model.parameters(), lr=1e-2), mode="training",
-        budget_s=0.1, on_slower="warn",
     )  # fmt: skip
     assert result.report.steps[0].effect.simulated
     assert result.report.losses.before[0] == pytest.approx(result.report.losses.after[0]), "it starts where it was"
     for _ in range(30):
         result.train_step(((x,), y))
     masked = result.model.eval()
-    smaller = perfkit.optimize(masked, recipe="prune(round_to=1)", example_inputs=(x,), budget_s=0.1)
+    smaller = perfkit.optimize(masked, recipe="prune(round_to=1)", example_inputs=(x,))
     effect = smaller.report.steps[0].effect
     assert effect.touched
     assert not effect.simulated
@@ -202,10 +202,9 @@ def test_masks_then_removal(make, criterion):
     assert not [name for name, _ in smaller.model.named_buffers() if "perfkit" in name]
 
 
-@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 def test_schedule_in_a_chain():
     given = training("torch")
-    result = perfkit.optimize(**given, recipe="prune(schedule=10, round_to=1)+half", mode="training", budget_s=0.1)
+    result = perfkit.optimize(**given, recipe="prune(schedule=10, round_to=1)+half", mode="training")
     batch = given["example_inputs"], given["targets"]
     for _ in range(15):
         result.train_step(batch)
@@ -254,7 +253,7 @@ def test_quality_after_fine_tuning(name, steps, more, notes):
     original, task = reference.train(name, steps=steps), reference.task(name)
     result = perfkit.optimize(
         original.model, recipe="prune(amount=0.5)", example_inputs=task.example_inputs, targets=task.targets,
-        loss=task.loss, optimizer=task.optimizer, mode="training", budget_s=0.1, tolerance=1,
+        loss=task.loss, optimizer=task.optimizer, mode="training", tolerance=1,
     )  # fmt: skip
     report, kind = result.report, card(name).kind
     assert report.steps[0].effect.notes == notes

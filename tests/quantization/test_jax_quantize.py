@@ -19,6 +19,8 @@ from perfkit.backends.jax_quantized import is_quantized
 from perfkit.backends.jax_trees import leaves, leaves_with_names
 from perfkit.quantization import jax_quantize
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 CASES = [(name, how) for name in cases() for how in HOW if how.startswith("int8") or name not in ("gru", "simple")]
 # Rounding to a step of d errs by d / sqrt(12) on average. Weights of deviation 1 spread over ±3 at most in these small
 # layers, so a step is 3/127 of the deviation for int8, 3/7 for int4, and 2^-3 of each number for float8 (3 bits).
@@ -92,10 +94,9 @@ def test_the_result_is_used_as_the_original_was(name):
     assert isinstance(finished.model, type(given["model"])) or finished.params is not None
 
 
-@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")  # slower or not, it is looked at
 def test_an_optimized_module_holds_small_parameters_and_works_op_by_op():
     given, layers = cases()["cnn"]
-    result = perfkit.optimize(**given, recipe=Quantize(), budget_s=0.05)
+    result = perfkit.optimize(**given, recipe=Quantize())
     assert set(result.report.steps[0].effect.touched) == layers
     assert result.report.before.model_bytes > 2 * result.report.after.model_bytes
     kernel = result.model.fc.kernel.get_raw_value()

@@ -20,13 +20,13 @@ from perfkit.quantization.torch_layers import rounded_weight
 from perfkit.quantization.torch_ranges import Affine
 from perfkit.recipes.int8 import Int8
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* makes .* slower here:perfkit.PerfkitWarning")
+pytestmark = pytest.mark.usefixtures("hasty")
 GRID = Affine.spanning(-4.0, 4.0, 255)
 QUANTIZERS = ("int8", "int8_dynamic", "int8_weight_only", "int4_weight_only")
 
 
 def optimized(recipe, model, inputs, **options):
-    return perfkit.optimize(model, recipe, example_inputs=inputs, budget_s=0.1, **options).report
+    return perfkit.optimize(model, recipe, example_inputs=inputs, **options).report
 
 
 def steps(report):
@@ -146,7 +146,7 @@ def test_four_bits_that_would_take_more_bytes_are_not_made():
 @pytest.mark.parametrize("recipe", QUANTIZERS)
 def test_every_model_is_quantized_or_said_why_not(name, recipe):
     given = arguments("torch", name)
-    report = perfkit.optimize(**given, recipe=recipe, budget_s=0.1).report
+    report = perfkit.optimize(**given, recipe=recipe).report
     effect = steps(report)
     held = {
         name or type(given["model"]).__name__
@@ -167,7 +167,7 @@ def test_a_module_used_twice_and_a_view_after_a_convolution():
 def test_memory_and_state_dict_are_a_quarter():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(500, 128), nn.Flatten(), nn.Linear(1280, 256), nn.ReLU(), nn.Linear(256, 10))
-    result = perfkit.optimize(model, "int8", example_inputs=(torch.randint(0, 500, (16, 10)),), budget_s=0.1)
+    result = perfkit.optimize(model, "int8", example_inputs=(torch.randint(0, 500, (16, 10)),))
     assert result.report.before.model_bytes / result.report.after.model_bytes > 3.5
     saved = {name: io.BytesIO() for name in ("before", "after")}
     torch.save(model.state_dict(), saved["before"])
@@ -178,8 +178,8 @@ def test_memory_and_state_dict_are_a_quarter():
 def test_state_is_saved_loaded_and_copied_with_its_grids():
     x = torch.randn(16, 8)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-    one = perfkit.optimize(model, "int8", example_inputs=(x,), budget_s=0.1).model
-    other = perfkit.optimize(copy.deepcopy(model), "int8", example_inputs=(3 * x,), budget_s=0.1).model
+    one = perfkit.optimize(model, "int8", example_inputs=(x,)).model
+    other = perfkit.optimize(copy.deepcopy(model), "int8", example_inputs=(3 * x,)).model
     assert not torch.equal(one(x), other(x))
     other.load_state_dict(one.state_dict())
     assert torch.equal(one(x), other(x))
@@ -211,10 +211,10 @@ def test_norms_are_folded_only_where_nothing_else_takes_the_convolution():
 
 def test_integer_kernels_come_with_compile_and_without_it_is_said_to_be_simulated():
     given = arguments("torch", "cnn")
-    alone = steps(perfkit.optimize(**given, recipe="int8", budget_s=0.1).report)
+    alone = steps(perfkit.optimize(**given, recipe="int8").report)
     assert alone.simulated
     assert any("'+compile' makes integer kernels" in note for note in alone.notes)
-    compiled = perfkit.optimize(**given, recipe="int8+compile", budget_s=0.5).report
+    compiled = perfkit.optimize(**given, recipe="int8+compile").report
     assert not steps(compiled).simulated
     assert "the compiler made 2 integer kernels" in steps(compiled).notes
     assert compiled.fidelity.ok
@@ -222,7 +222,7 @@ def test_integer_kernels_come_with_compile_and_without_it_is_said_to_be_simulate
 
 def test_integer_kernels_take_other_batch_sizes():
     model, (x,) = arguments("torch", "cnn").values()
-    result = perfkit.optimize(model, "int8+compile", example_inputs=(x,), budget_s=0.1)
+    result = perfkit.optimize(model, "int8+compile", example_inputs=(x,))
     with torch.no_grad():
         for rows in (1, 3, 4, 9):
             other = torch.randn(rows, *x.shape[1:])
@@ -232,7 +232,7 @@ def test_integer_kernels_take_other_batch_sizes():
 
 def test_include_exclude_and_a_pattern_that_matches_nothing():
     given = arguments("torch", "resnet")
-    report = perfkit.optimize(**given, recipe=Int8(include="first.*", exclude=["first.3"]), budget_s=0.1).report
+    report = perfkit.optimize(**given, recipe=Int8(include="first.*", exclude=["first.3"])).report
     assert steps(report).touched == ("first.0",)
     assert {item.reason for item in steps(report).skipped if item.name in ("first.3", "stem")} == {"excluded"}
     with pytest.raises(InvalidInputError, match=r"include='frist\.\*' matches no layer.*did you mean"):
@@ -277,12 +277,12 @@ def test_calibration_data_is_used_and_said():
 
 def test_trained_rounding_is_kept_by_the_integer_model():
     given = training("torch")
-    result = perfkit.optimize(**given, recipe="qat(weight_bits=4)", mode="training", budget_s=0.1)
+    result = perfkit.optimize(**given, recipe="qat(weight_bits=4)", mode="training")
     batch = given["example_inputs"], given["targets"]
     losses = [float(result.train_step(batch)) for _ in range(40)]
     assert losses[-1] < losses[0] / 5
     trained = result.model.eval()
-    converted = perfkit.optimize(trained, "int8(weight_bits=4)", example_inputs=batch[0], budget_s=0.1, tolerance=1e-5)
+    converted = perfkit.optimize(trained, "int8(weight_bits=4)", example_inputs=batch[0], tolerance=1e-5)
     assert set(steps(converted.report).touched) == {"0", "4"}
     with torch.no_grad():
         torch.testing.assert_close(converted.model(*batch[0]), trained(*batch[0]))
@@ -292,7 +292,7 @@ def test_trained_rounding_is_kept_by_the_integer_model():
 
 def test_a_teacher_pulls_the_training_towards_its_outputs():
     given = training("torch")
-    result = perfkit.optimize(**given, recipe="qat(weight_bits=2, distill=True)", mode="training", budget_s=0.1)
+    result = perfkit.optimize(**given, recipe="qat(weight_bits=2, distill=True)", mode="training")
     inputs = given["example_inputs"]
     model, original = result.model, given["model"].eval()
 
@@ -306,7 +306,7 @@ def test_a_teacher_pulls_the_training_towards_its_outputs():
         model.train()
         result.train_step((inputs, given["targets"]))
     with_teacher = distance()
-    alone = perfkit.optimize(**given, recipe="qat(weight_bits=2)", mode="training", budget_s=0.1)
+    alone = perfkit.optimize(**given, recipe="qat(weight_bits=2)", mode="training")
     model = alone.model
     for _ in range(40):
         model.train()

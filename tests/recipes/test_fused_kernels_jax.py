@@ -20,6 +20,8 @@ from perfkit.backends.jax_backend import BACKEND
 from perfkit.backends.jax_model import FunctionModel, LinenModel, NnxModel
 from perfkit.kernels import trace
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 SUMS = 1024
 """Above the number of terms in any sum here, but those of gradients over pixels."""
 
@@ -459,10 +461,9 @@ def test_chains(chain, name, count, dtype):
     assert float(jnp.linalg.norm(new - old) / jnp.linalg.norm(old)) < chain_of(chain).tolerance + TOLERANCE
 
 
-@pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 def test_compiled_the_result_takes_the_models_place():
     model, inputs = reference.load("cnn", framework="jax")
-    result = perfkit.optimize(model, "fused_kernels+compile", example_inputs=inputs, budget_s=0.2)
+    result = perfkit.optimize(model, "fused_kernels+compile", example_inputs=inputs)
     assert result.report.fidelity.ok
     assert isinstance(result.model, type(model))
     assert_same(result.model(*inputs), model(*inputs))

@@ -10,6 +10,8 @@ import perfkit
 from perfkit import ChainError
 from perfkit._recipe import chain_of, names, recipe_class
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 PAIRS = list(combinations(names(), 2))
 
 
@@ -67,12 +69,11 @@ def test_quantizers_and_precisions_exclude_their_like_and_nothing_else():
 CHAINS = ["bf16+int8+compile", "int8_dynamic+compile", "half+int8_weight_only", "low_rank+int8+compile"]
 
 
-@pytest.mark.filterwarnings("ignore:.* makes .* slower here:perfkit.PerfkitWarning")
 @pytest.mark.parametrize("model", ["cnn", "transformer"])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_chains_that_are_used_keep_their_numbers(chain, model):
     pytest.importorskip("torch")
-    report = perfkit.optimize(**arguments("torch", model), recipe=chain, budget_s=0.3).report
+    report = perfkit.optimize(**arguments("torch", model), recipe=chain).report
     assert report.fidelity.ok
     for step in report.steps:
         assert step.effect.touched or step.effect.skipped or step.effect.notes
