@@ -88,7 +88,7 @@ class Picked(Written):
     def forward(self, x):
         qkv = self.qkv(self.norm(x)).unflatten(dim=-1, sizes=(3, self.count, DIM))
         q, k, v = (qkv[:, :, index].transpose(dim0=1, dim1=2) for index in range(3))
-        weights = F.dropout((q @ k.mT).softmax(dim=-1), p=self.drop.p, training=self.training, inplace=True)
+        weights = F.dropout((q @ k.mT).softmax(dim=-1), p=self.drop.p, training=self.training)
         return x + self.out((weights @ v).permute(dims=(0, 2, 1, 3)).flatten(start_dim=2))
 
 
