@@ -8,21 +8,9 @@ import random
 from collections.abc import Callable, Iterator
 
 from perfkit._report import Environment, Latency, Quantity
-from perfkit.profiling._profile import (
-    Allocation,
-    Ceilings,
-    DeviceState,
-    Energy,
-    Finding,
-    Memory,
-    MemoryPoint,
-    Module,
-    Op,
-    Profile,
-    Series,
-    Span,
-    Time,
-)
+from perfkit.profiling._memory_data import Allocation, Memory, MemoryPoint
+from perfkit.profiling._profile import Ceilings, DeviceState, Energy, Finding, Profile, Series
+from perfkit.profiling._time_data import Module, Op, Span, Time
 
 MIB = 2**20
 HOSTILE = "<script>alert('x')</script></script><!--|`a`*b*[bold red]\"&amp;\x1b[31m\n# @octocat ]]>\u2028"

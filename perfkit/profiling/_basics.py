@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from perfkit._report import Latency, Quantity
-from perfkit.profiling._profile import Time
+from perfkit.profiling._time_data import Time
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from perfkit.profiling._profile import Op, Time
+from perfkit.profiling._time_data import Op, Time
 
 
 def on_device(time: Time) -> bool:

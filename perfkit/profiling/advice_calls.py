@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Iterator
 
 from perfkit._report import Quantity
-from perfkit.profiling._profile import Finding, Op, Span
+from perfkit.profiling._profile import Finding
+from perfkit.profiling._time_data import Op, Span
 from perfkit.profiling.advice_compile import after_compiling, compiled_how
 from perfkit.profiling.facts import Facts, is_copy, names, sped
 from perfkit.reporting._format import format_bytes, format_percent

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from perfkit._report import Quantity
-from perfkit.profiling._profile import Finding, Op
+from perfkit.profiling._profile import Finding
+from perfkit.profiling._time_data import Op
 from perfkit.profiling.facts import Facts, is_host, names
 from perfkit.reporting._format import format_bytes, format_percent
 

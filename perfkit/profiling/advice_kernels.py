@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from perfkit._report import Quantity
-from perfkit.profiling._profile import Finding, Op
+from perfkit.profiling._profile import Finding
+from perfkit.profiling._time_data import Op
 from perfkit.profiling.advice_compile import after_compiling
 from perfkit.profiling.facts import Facts, Shape, is_host, names, outermost, shapes_of, sped
 from perfkit.reporting._format import format_bytes, format_percent

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from perfkit._report import Quantity
-from perfkit.profiling._profile import Finding, Memory, Module
+from perfkit.profiling._memory_data import Memory
+from perfkit.profiling._profile import Finding
+from perfkit.profiling._time_data import Module
 from perfkit.profiling.facts import Facts
 from perfkit.reporting._format import format_bytes, format_percent
 

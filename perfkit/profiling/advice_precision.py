@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from perfkit.profiling._profile import Finding, Op
+from perfkit.profiling._profile import Finding
+from perfkit.profiling._time_data import Op
 from perfkit.profiling.facts import Facts, is_copy, names, sped
 from perfkit.reporting._format import format_percent
 

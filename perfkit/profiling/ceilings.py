@@ -18,7 +18,8 @@ from pathlib import Path
 from perfkit._report import Quantity, plain, written
 from perfkit.kernels._cache import cache_folder
 from perfkit.measure.environment import environment
-from perfkit.profiling._profile import Ceilings, Op
+from perfkit.profiling._profile import Ceilings
+from perfkit.profiling._time_data import Op
 from perfkit.profiling.roofline import exceeded, placed
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")

@@ -20,7 +20,9 @@ from perfkit._report import plain, written
 from perfkit.measure.statistics import order_statistic_interval
 from perfkit.profiling import _reading, _views
 from perfkit.profiling._align import Change, Part, aligned, ranked, status
-from perfkit.profiling._profile import Memory, Module, Profile
+from perfkit.profiling._memory_data import Memory
+from perfkit.profiling._profile import Profile
+from perfkit.profiling._time_data import Module
 
 SCHEMA_VERSION = 1
 CONFIDENCE = 0.99

@@ -16,7 +16,7 @@ from perfkit._workload import Workload
 from perfkit.backends import Finished
 from perfkit.measure import memory
 from perfkit.profiling import jax_program_memory, jax_results_memory
-from perfkit.profiling._profile import Allocation, Memory, MemoryPoint
+from perfkit.profiling._memory_data import Allocation, Memory, MemoryPoint
 from perfkit.profiling.jax_held import Held, Moment
 from perfkit.profiling.jax_run import marking
 

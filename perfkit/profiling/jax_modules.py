@@ -8,7 +8,7 @@ from typing import Any
 from jax.extend.core import Literal
 
 from perfkit.backends.jax_trees import leaves_with_names
-from perfkit.profiling._profile import Module, Op
+from perfkit.profiling._time_data import Module, Op
 from perfkit.profiling.jax_flops import Counted
 from perfkit.profiling.jax_run import Run
 

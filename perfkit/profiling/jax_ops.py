@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from perfkit.profiling._profile import Op
+from perfkit.profiling._time_data import Op
 from perfkit.profiling.jax_hlo import CONTROL, NO_WORK, Program
 from perfkit.profiling.jax_hlo_read import Instruction
 from perfkit.profiling.jax_scopes import Place

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from perfkit.profiling import jax_ops
-from perfkit.profiling._profile import Span
+from perfkit.profiling._time_data import Span
 from perfkit.profiling.jax_ops import Reader
 from perfkit.profiling.jax_trace import Trace
 

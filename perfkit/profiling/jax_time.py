@@ -16,7 +16,7 @@ from perfkit._workload import Workload
 from perfkit.backends import Finished
 from perfkit.profiling import jax_flops, jax_hlo, jax_ops, jax_recorded, jax_shares, jax_trace
 from perfkit.profiling._basics import Basics, unprofiled
-from perfkit.profiling._profile import PHASES, Op, Time
+from perfkit.profiling._time_data import PHASES, Op, Time
 from perfkit.profiling.facts import READS_AT
 from perfkit.profiling.jax_modules import modules
 from perfkit.profiling.jax_ops import Reader

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from perfkit.profiling._profile import Ceilings, Op
+from perfkit.profiling._profile import Ceilings
+from perfkit.profiling._time_data import Op
 
 FAR_BELOW = 0.25
 """Below this share of its roof, an operation that is short too is bound by the overhead of starting it."""

@@ -16,7 +16,7 @@ from perfkit._workload import Workload
 from perfkit.backends import Finished
 from perfkit.measure import memory
 from perfkit.profiling import torch_snapshot
-from perfkit.profiling._profile import Allocation, Memory, MemoryPoint
+from perfkit.profiling._memory_data import Allocation, Memory, MemoryPoint
 from perfkit.profiling.torch_trace import BEFORE, Block, Trace, held, traced
 
 STEPS = 5

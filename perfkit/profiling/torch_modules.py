@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from perfkit.profiling._profile import Module, Op
+from perfkit.profiling._time_data import Module, Op
 from perfkit.profiling.torch_count import Count, within
 
 

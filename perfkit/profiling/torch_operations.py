@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from perfkit.profiling._profile import Op
+from perfkit.profiling._time_data import Op
 from perfkit.profiling.torch_count import Call, Count, Key
 from perfkit.profiling.torch_events import Event
 from perfkit.profiling.torch_placing import COMPILED_GRAPH, Placed, Placing

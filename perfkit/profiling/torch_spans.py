@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from perfkit.profiling._profile import Span
+from perfkit.profiling._time_data import Span
 from perfkit.profiling.torch_events import WAITS, Event
 from perfkit.profiling.torch_placing import Placing
 

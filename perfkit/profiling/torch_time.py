@@ -17,7 +17,7 @@ from perfkit._workload import Workload
 from perfkit.backends import Finished
 from perfkit.backends.torch_stderr import without_lines
 from perfkit.profiling._basics import Basics, unprofiled
-from perfkit.profiling._profile import Op, Time
+from perfkit.profiling._time_data import Op, Time
 from perfkit.profiling.torch_count import Count, counted
 from perfkit.profiling.torch_events import WAITS, Event, Recorded, recorded, union_ns
 from perfkit.profiling.torch_modules import modules

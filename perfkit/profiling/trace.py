@@ -9,7 +9,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from perfkit.profiling._profile import Memory, Profile, Span
+from perfkit.profiling._memory_data import Memory
+from perfkit.profiling._profile import Profile
+from perfkit.profiling._time_data import Span
 
 HOST, MEMORY, FIRST_DEVICE = 1, 2, 10
 

@@ -6,7 +6,8 @@ import dataclasses
 from collections import defaultdict
 
 from perfkit._report import Quantity
-from perfkit.profiling._profile import Ceilings, Time
+from perfkit.profiling._profile import Ceilings
+from perfkit.profiling._time_data import Time
 
 
 def utilized(time: Time, ceilings: Ceilings) -> Time:

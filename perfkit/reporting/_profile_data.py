@@ -10,7 +10,9 @@ from typing import Any
 from markupsafe import Markup
 
 from perfkit.profiling import _views
-from perfkit.profiling._profile import Memory, Profile, Span, Time
+from perfkit.profiling._memory_data import Memory
+from perfkit.profiling._profile import Profile
+from perfkit.profiling._time_data import Span, Time
 from perfkit.reporting import _profile_rows, profile_plots
 from perfkit.reporting._format import clean, shorten
 

@@ -9,7 +9,9 @@ import shlex
 from dataclasses import dataclass
 
 from perfkit._report import Latency, Quantity
-from perfkit.profiling._profile import Finding, Memory, Profile, Time
+from perfkit.profiling._memory_data import Memory
+from perfkit.profiling._profile import Finding, Profile
+from perfkit.profiling._time_data import Time
 from perfkit.reporting._format import (
     counted,
     format_flops,

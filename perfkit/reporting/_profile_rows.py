@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from perfkit._report import Quantity
 from perfkit.profiling import _views, roofline
-from perfkit.profiling._profile import CATEGORIES, PHASES, DeviceState, Memory, Module, Op, Profile
+from perfkit.profiling._memory_data import CATEGORIES, Memory
+from perfkit.profiling._profile import DeviceState, Profile
+from perfkit.profiling._time_data import PHASES, Module, Op
 from perfkit.reporting import _profile_facts
 from perfkit.reporting._format import (
     format_bytes,

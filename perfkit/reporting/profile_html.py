@@ -11,7 +11,8 @@ from typing import Any
 from markupsafe import Markup
 
 from perfkit.profiling import _views
-from perfkit.profiling._profile import DeviceState, Memory, Profile
+from perfkit.profiling._memory_data import Memory
+from perfkit.profiling._profile import DeviceState, Profile
 from perfkit.reporting import (
     _environment_facts,
     _profile_data,

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 
 from perfkit.profiling import _views
 from perfkit.profiling import roofline as roof
-from perfkit.profiling._profile import CATEGORIES, Memory, MemoryPoint, Op, Profile, Series
+from perfkit.profiling._memory_data import CATEGORIES, Memory, MemoryPoint
+from perfkit.profiling._profile import Profile, Series
+from perfkit.profiling._time_data import Op
 from perfkit.reporting import _profile_rows, _rows, _svg
 from perfkit.reporting._format import clean, counted, format_bytes, format_ms, format_number, format_percent, shorten
 from perfkit.reporting._svg import Canvas, Scale

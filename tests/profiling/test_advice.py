@@ -10,7 +10,8 @@ import sample_profiles as samples
 from perfkit import _recipe
 from perfkit._recipe import chain_of
 from perfkit._report import Quantity
-from perfkit.profiling._profile import Ceilings, Module, Op, Profile, Span
+from perfkit.profiling._profile import Ceilings, Profile
+from perfkit.profiling._time_data import Module, Op, Span
 from perfkit.profiling.advice import LEAST_GAIN, findings, names_in
 from perfkit.profiling.advice_memory import WEIGHTS_BYTES
 from perfkit.profiling.facts import READS_AT

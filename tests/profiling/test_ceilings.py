@@ -9,7 +9,8 @@ import pytest
 
 from perfkit._report import Quantity
 from perfkit.profiling import ceilings
-from perfkit.profiling._profile import Ceilings, Op
+from perfkit.profiling._profile import Ceilings
+from perfkit.profiling._time_data import Op
 
 
 class Machine(ceilings.Bench):

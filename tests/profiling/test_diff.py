@@ -10,7 +10,7 @@ import pytest
 import sample_profiles
 
 from perfkit._errors import InvalidInputError
-from perfkit.profiling._profile import Op
+from perfkit.profiling._time_data import Op
 from perfkit.profiling.diff import diff
 
 PAIRS = {

@@ -10,7 +10,7 @@ import optax
 from profile_jax_models import compiled, loaded, small, work_of
 
 from perfkit.profiling import jax_memory, jax_program_memory
-from perfkit.profiling._profile import CATEGORIES
+from perfkit.profiling._memory_data import CATEGORIES
 from perfkit.profiling.jax_held import argument
 from perfkit.profiling.jax_run import marking
 

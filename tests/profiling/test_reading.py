@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from perfkit._errors import InvalidInputError
 from perfkit._report import Quantity
-from perfkit.profiling import _profile
+from perfkit.profiling import _memory_data, _profile, _time_data
 from perfkit.profiling._profile import Profile
 from perfkit.reporting.schema import schema
 
@@ -76,7 +76,8 @@ def test_the_schema_covers_every_field():
     known = schema(Profile)
     assert known["title"] == "perfkit profile"
     assert known["properties"]["schema_version"]["const"] == _profile.SCHEMA_VERSION
-    kinds = [kind for kind in vars(_profile).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    there = {**vars(_profile), **vars(_memory_data), **vars(_time_data)}.values()
+    kinds = [kind for kind in there if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     assert len(kinds) > 10
     for kind in kinds:
         found = known if kind is Profile else known["$defs"][kind.__name__]

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from perfkit._report import Quantity
-from perfkit.profiling._profile import Ceilings, Op
+from perfkit.profiling._profile import Ceilings
+from perfkit.profiling._time_data import Op
 from perfkit.profiling.roofline import exceeded, place, placed
 
 CEILINGS = Ceilings(

@@ -13,7 +13,7 @@ from torch.cuda import _memory_viz
 
 from perfkit import InvalidInputError, reference
 from perfkit.profiling import torch_memory
-from perfkit.profiling._profile import CATEGORIES
+from perfkit.profiling._memory_data import CATEGORIES
 from perfkit.profiling.torch_memory import STEPS, _card, _growth, _moments
 from perfkit.profiling.torch_snapshot import MOST_ENTRIES
 from perfkit.profiling.torch_trace import Block, Trace, held, traced

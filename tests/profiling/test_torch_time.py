@@ -16,7 +16,7 @@ from perfkit._report import Latency, Quantity
 from perfkit.backends.torch_surgery import compile_in_place
 from perfkit.profiling import flops
 from perfkit.profiling._basics import Basics
-from perfkit.profiling._profile import PHASES
+from perfkit.profiling._time_data import PHASES
 from perfkit.profiling.torch_time import collected
 
 MISSING = Quantity.missing("ms", "not timed here")

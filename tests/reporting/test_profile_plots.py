@@ -9,7 +9,9 @@ from xml.etree import ElementTree as ET
 import pytest
 import sample_profiles
 
-from perfkit.profiling._profile import Ceilings, MemoryPoint, Op, Series
+from perfkit.profiling._memory_data import MemoryPoint
+from perfkit.profiling._profile import Ceilings, Series
+from perfkit.profiling._time_data import Op
 from perfkit.reporting import _svg, profile_plots
 from perfkit.reporting._format import format_bytes
 
