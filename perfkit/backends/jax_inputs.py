@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 NUMBERS = (int, float, complex)
 _ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
-_READS_VALUES = (
+READS_VALUES = (
     jax.errors.ConcretizationTypeError,
     jax.errors.NonConcreteBooleanIndexError,
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
 )
+"""What tracing raises where Python reads a value."""
 _SETTINGS = (bool, str, bytes, enum.Enum, np.dtype, type, range, slice)
 
 
@@ -122,7 +123,7 @@ def tracing() -> Iterator[None]:
     """
     try:
         yield
-    except _READS_VALUES as error:
+    except READS_VALUES as error:
         told = str(error).strip().splitlines()[0]
         raise UnsupportedError(
             "the model's Python code reads the value of an array, which is not known when it is compiled or rewritten "

@@ -30,14 +30,6 @@ from jax.extend.core import (
 from perfkit.backends import Finished
 from perfkit.backends.jax_compile import Program
 
-READS_VALUES = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
-"""What tracing raises where a value is read."""
-
 _LIBRARIES = frozenset(["jax", "jaxlib", "numpy", "flax", "optax", "perfkit"])
 
 

@@ -12,6 +12,7 @@ import jax
 
 from perfkit._workload import Workload
 from perfkit.backends import Finished
+from perfkit.backends.jax_inputs import READS_VALUES
 from perfkit.profiling import jax_flops, jax_recorded
 from perfkit.profiling.jax_scopes import Called, Place, marked, place
 
@@ -92,7 +93,7 @@ def _traced(work: Workload, finished: Finished, jitted: Any, called: dict[str, C
     """The jaxpr, and where a value is read that no jaxpr can hold."""
     try:
         return jitted.trace(*_arguments(work, finished)).jaxpr, ""
-    except jax_recorded.READS_VALUES as error:
+    except READS_VALUES as error:
         read_at = jax_recorded.read_at(error) or "a line of a library"
     called.clear()  # of what was traced until then
     if work.training is not None:

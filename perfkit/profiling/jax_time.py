@@ -14,6 +14,7 @@ from perfkit._errors import UnsupportedError
 from perfkit._report import Quantity
 from perfkit._workload import Workload
 from perfkit.backends import Finished
+from perfkit.backends.jax_inputs import READS_VALUES
 from perfkit.profiling import jax_flops, jax_hlo, jax_ops, jax_recorded, jax_shares, jax_trace
 from perfkit.profiling._basics import Basics, unprofiled
 from perfkit.profiling._time_data import PHASES, Op, Time
@@ -36,7 +37,7 @@ MOST_GAPS = 5
 
 def by_operation(finished: Finished, error: Exception) -> bool:
     """Whether a step that raised this runs operation by operation from now on: one that reads a value in Python."""
-    reads = finished.trainer is not None and isinstance(error, jax_recorded.READS_VALUES)
+    reads = finished.trainer is not None and isinstance(error.__cause__ or error, READS_VALUES)
     if reads:
         jax_recorded.by_operation(finished)
     return reads
