@@ -15,6 +15,7 @@ from flax import nnx
 import perfkit
 from perfkit import UnsupportedError
 
+pytestmark = pytest.mark.usefixtures("hasty")  # numbers and messages are looked at, no speed
 X = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)), jnp.float32)
 
 

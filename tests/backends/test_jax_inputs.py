@@ -18,6 +18,7 @@ import perfkit
 from perfkit import DoesNotRunError, InvalidInputError, UnsupportedError
 from perfkit.backends.jax_inputs import Setting, as_written, with_settings
 
+pytestmark = pytest.mark.usefixtures("hasty")  # numbers and messages are looked at, no speed
 W = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
 X = jnp.asarray(np.random.default_rng(1).normal(size=(6, 4)), jnp.float32)
 
