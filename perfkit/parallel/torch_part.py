@@ -87,13 +87,16 @@ def norms_of_all(layout: Layout, device: str) -> Iterator[None]:
         for tensor in tensors:
             alike.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
         norms = [of_some(some, norm_type, foreach) for some in alike.values()]
-        here = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device)
+        # In one dtype on every process: a stage without weights has no norm, and no dtype of its own.
+        here = torch.zeros((), dtype=torch.float64, device=device)
+        if norms:
+            here = torch.linalg.vector_norm(torch.stack(norms).double(), norm_type)
         there = [torch.zeros_like(here) for _ in range(dist.get_world_size(group))]
         dist.all_gather(there, here, group=group)
         total = torch.linalg.vector_norm(torch.stack(there), norm_type)
         if error_if_nonfinite and not torch.isfinite(total):
             raise RuntimeError(f"the norm of the gradients is {float(total)}: they cannot be clipped")
-        return total
+        return total.to(norms[0].dtype) if norms else total
 
     clip_grad._get_total_norm = over_all
     try:

@@ -222,6 +222,7 @@ def inference():
             "off": _distance(outputs, expected),
             "in a program": _distance(jax.jit(finished.call)(*inputs), expected),
             "devices": len({next(iter(leaf.devices())) for leaf in held}),
+            "stages": sum(map(bool, work.model.placement.cuts.owned)),
             "same": isinstance(finished.model, type(model)),
             "sent": work.backend.traffic(work, finished).sent_bytes.method,
             "notes": effect.notes,

@@ -125,7 +125,7 @@ def test_inference_is_that_of_one_device_by_weights_as_they_are(four, model):
     assert found["in a program"] <= rounding
     assert found["changed"] <= rounding, "other weights were written into the module"
     assert found["same"]
-    assert found["devices"] == 4, "the weights of each stage lie on its device"
+    assert found["devices"] == found["stages"], "the weights of each stage that has some lie on its device"
     assert "collective-permutes" in found["sent"]
     assert "each device holds the weights of its stage" in found["notes"]
 

@@ -90,7 +90,7 @@ def test_options_that_mean_nothing_are_refused(recipe, told):
     ("axes", "recipe", "told"),
     [
         ({"data": 2}, "local_sgd(weights=(1, 2, 3))", "3 entries for 2 devices"),
-        ({"pipeline": 2, "data": 2}, "local_sgd", "a pipeline's stages"),
+        ({"pipeline": 2, "data": 2}, "local_sgd", None),
         ({"data": 3}, "local_sgd", "cannot be shared by 3 devices evenly"),
         ({"data": 2, "tensor": 2}, "local_sgd", None),
     ],
