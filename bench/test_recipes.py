@@ -2,13 +2,27 @@
 
 import warnings
 from importlib.util import find_spec
+from itertools import chain
 
 import pytest
 
 import perfkit
-from perfkit import PerfkitWarning, UnsupportedError, reference
+from perfkit import FidelityError, PerfkitWarning, UnsupportedError, reference
+from perfkit._recipe import names
 
-RECIPES = ("channels_last", "bf16", "half", "compile", "bf16+compile", "channels_last+bf16+compile", "auto")
+ELSEWHERE = {
+    "bench/compression.py": (
+        "int8", "int8_dynamic", "int8_weight_only", "int4_weight_only", "fp8", "qat", "prune", "low_rank",
+    ),
+    "bench/kernels.py": ("fused_kernels",),
+    "bench/memory.py": ("accumulate", "checkpoint", "donate", "low_bit_optimizer", "offload"),
+    "bench/plan.py": ("data_parallel", "pipeline_parallel", "tensor_parallel"),
+    "bench/local_sgd.py": ("local_sgd",),
+}  # fmt: skip
+"""Recipes with a benchmark of their own; every other one there is, is measured here."""
+
+CHAINS = ("bf16+compile", "channels_last+bf16+compile", "auto")
+RECIPES = (*(name for name in names() if name not in chain.from_iterable(ELSEWHERE.values())), *CHAINS)
 MODELS = [("cnn", 1), ("cnn", 64), ("cnn", 512), ("cnn2", 64), ("lstm", 64), ("text_lstm", 1), ("text_lstm", 64)]
 FRAMEWORKS = [name for name in ("torch", "jax") if find_spec(name)]
 
@@ -22,7 +36,7 @@ def test_inference(framework, model, batch_size, recipe, paired):
         warnings.simplefilter("ignore", PerfkitWarning)  # slower is a result here
         try:
             result = perfkit.optimize(module, recipe, example_inputs=example_inputs)
-        except UnsupportedError as refusal:
+        except (UnsupportedError, FidelityError) as refusal:
             pytest.skip(str(refusal))
     report = result.report
     compiled = report.against_compiled

@@ -217,9 +217,24 @@ def chain_of(spec: str | Recipe | Chain | Iterable) -> Chain:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all recipes, from the files in `recipes/`: nothing is imported but the empty package."""
-    folder = Path(importlib.import_module(PACKAGE).__file__).parent
-    return tuple(sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")))
+    """The names of all recipes, from the files in `recipes/` and in the folders that PERFKIT_RECIPES names.
+
+    Nothing is imported but the empty package.
+
+    Raises:
+        InvalidInputError: PERFKIT_RECIPES names what is no folder, or a file there is called as another recipe is.
+    """
+    found: dict[str, Path] = {}
+    for folder in map(Path, importlib.import_module(PACKAGE).__path__):
+        if not folder.is_dir():
+            raise InvalidInputError(f"PERFKIT_RECIPES names {str(folder)!r}, which is no folder")
+        for path in folder.glob("*.py"):
+            if path.stem.startswith("_"):
+                continue
+            if path.stem in found:
+                raise InvalidInputError(f"{path} is called as {found[path.stem]} is: give your recipe another name")
+            found[path.stem] = path
+    return tuple(sorted(found))
 
 
 @cache
@@ -228,10 +243,23 @@ def recipe_class(name: str) -> type[Recipe]:
 
     Raises:
         UnknownRecipeError: there is no such file.
+        InvalidInputError: the file holds no recipe.
     """
     if name not in names():
         raise UnknownRecipeError(f"no recipe is called {name!r}; {nearest(name, [*names(), 'auto'])}")
-    return importlib.import_module(f"{PACKAGE}.{name}").RECIPE
+    module = importlib.import_module(f"{PACKAGE}.{name}")
+    kind = getattr(module, "RECIPE", None)
+    if not (isinstance(kind, type) and issubclass(kind, Recipe)):
+        raise InvalidInputError(
+            f"{module.__file__} sets RECIPE to {kind!r}: expected a class derived from perfkit.Recipe, "
+            "as its last line 'RECIPE = YourClass'"
+        )
+    if "__dataclass_fields__" not in vars(kind) or not isinstance(getattr(kind, "stage", None), Stage):
+        raise InvalidInputError(
+            f"{kind.__name__} in {module.__file__} is no recipe yet: write @dataclass(frozen=True, kw_only=True) above "
+            "it, and in it 'stage = Stage.…', its place in a chain"
+        )
+    return kind
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,11 @@ def sensible(work: Workload) -> tuple[list[Chain], list[Candidate]]:
     kinds: dict[str, list[Recipe | None]] = {}
     left_out = []
     for name in _recipe.names():
-        recipe = _recipe.recipe_class(name)()
+        try:
+            recipe = _recipe.recipe_class(name)()
+        except Exception as error:  # whatever a file of the user's own may raise; it shall hurt no other
+            left_out.append(Candidate(name, "not tried", f"it cannot be made: {type(error).__name__}: {error}"))
+            continue
         if reason := _recipe.refusal(recipe, work):
             left_out.append(Candidate(name, "refused", reason))
         elif recipe.aim != "speed":

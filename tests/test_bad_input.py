@@ -104,6 +104,13 @@ def test_an_optimizer_of_another_model():
         perfkit.optimize(**given, recipe="half", mode="training")
 
 
+def test_an_optimizer_that_cannot_be_made():
+    """torch's refuse a model without parameters."""
+    given = training("torch") | {"model": torch.nn.Identity(), "optimizer": torch.optim.SGD}
+    with pytest.raises(InvalidInputError, match=r"optimizer\(model.parameters\(\)\) raised ValueError"):
+        perfkit.optimize(**given, recipe="half", mode="training")
+
+
 def test_jax():
     jnp = pytest.importorskip("jax.numpy")
     from flax import linen, nnx

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from perfkit._errors import DoesNotRunError, InvalidInputError, missing, nearest
+from perfkit._errors import (
+    DoesNotRunError,
+    InvalidInputError,
+    PerfkitError,
+    UnsupportedError,
+    missing,
+    nearest,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -236,7 +243,16 @@ class Backend(ABC):
         self.seed(seed)
         with finished.keeping_state():
             batch = work.inputs, work.training.targets
-            losses = [float(finished.train_step(batch)) for _ in range(steps - 1)]
+            try:
+                losses = [float(finished.train_step(batch)) for _ in range(steps - 1)]
+            except PerfkitError:
+                raise
+            except Exception as error:
+                raise UnsupportedError(
+                    f"{self.model_name(work)} took one training step, and then one raised {type(error).__name__}: "
+                    f"{str(error)[:300]}. Something that the step before left behind is in the way, such as a hidden "
+                    "state that was not detached"
+                ) from error
             if finished.rounds is not None:
                 finished.rounds.settle()
             return (*losses, float(finished.train_step(batch)))

@@ -245,7 +245,10 @@ def _optimizer(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer:
                 f"optimizer is a {type(optimizer).__name__}: pass a torch optimizer over the model's parameters, "
                 "or a function of the parameters such as functools.partial(torch.optim.Adam, lr=1e-3)"
             )
-        optimizer = optimizer(model.parameters())
+        try:
+            optimizer = optimizer(model.parameters())
+        except Exception as error:
+            raise InvalidInputError(f"optimizer(model.parameters()) raised {type(error).__name__}: {error}") from error
     own = {id(parameter) for parameter in model.parameters()}
     foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
     if foreign:

@@ -188,7 +188,7 @@ def writes_to_inputs(name: str, more: str) -> InvalidInputError:
     """The error for a model whose every call finds other inputs than the one before."""
     return InvalidInputError(
         f"{name} writes to its inputs {more}: it is run many times on the same ones here, and each call would find "
-        "others. Let forward work on a copy, such as x.clone() before an in-place operation or copy.copy(a_dict)"
+        "others. Let forward work on copies: x.clone() before an in-place operation, copy.deepcopy of a cache"
     )
 
 

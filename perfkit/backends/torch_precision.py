@@ -220,13 +220,13 @@ def _cast_in_forward(
     model: nn.Module, dtype: torch.dtype, chosen: set[int], held: Iterable[torch.dtype], outside: torch.dtype
 ) -> None:
     """`forward` on parameters cast to `dtype`: gradients flow back through the cast to the float32 originals."""
-    names = {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in chosen}  # of tied ones the first
 
     def wrap(forward: Callable) -> Callable:
         def low(module, *args, **kwargs):
             # functional_call would call the module, hooks and this wrapper included: only its inner half is wanted
             state = {name: tensor.to(dtype) for name, tensor in module.named_parameters() if name in names}
-            with _reparametrize_module(module, state):
+            with _reparametrize_module(module, state, tie_weights=True):
                 return forward(module, *args, **kwargs)
 
         return _at_the_boundary(low, dtype, outside, held)

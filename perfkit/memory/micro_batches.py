@@ -49,7 +49,7 @@ def accumulated(
     """
     training = work.training
     rows = even_rows(_leaves(work, work.inputs.args, work.inputs.kwargs), batch_dim, micro_batches)
-    if not _cut(work, training.targets, rows, batch_dim):
+    if _leaves(work, training.targets) and not _cut(work, training.targets, rows, batch_dim):
         raise UnsupportedError(
             f"accumulate cuts the batch of {rows} rows along dimension {batch_dim} of the first input, and no target "
             f"has that many: set batch_dim= to the batch's dimension"

@@ -23,7 +23,7 @@ from perfkit._errors import missing
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.torch_stderr import without_lines
-from perfkit.backends.torch_surgery import leave_fast_path
+from perfkit.backends.torch_surgery import leave_fast_path, unwrapped
 from perfkit.backends.torch_training import teacher
 from perfkit.measure.environment import has
 from perfkit.quantization import torch_int4, torch_layers, torch_qat, torch_rnn_int8
@@ -243,6 +243,9 @@ def _reason(module: nn.Module, kinds: tuple, recurrent: bool, dtypes: tuple[torc
             return "an embedding with max_norm, sparse or scale_grad_by_freq changes its rows while it runs"
     elif not isinstance(module, kinds):
         return f"{kind}: this recipe leaves it in its precision"
+    plain = next(each for each in (nn.Embedding, *kinds) if isinstance(module, each))
+    if unwrapped(module)[0].forward is not plain.forward and not torch_qat.is_trained(module):
+        return f"this {kind} has a forward of its own, which would be lost"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight and never calls it"
     weight = module._parameters.get("weight")

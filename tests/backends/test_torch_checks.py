@@ -14,7 +14,7 @@ from applied_recipes import applied
 from torch import nn
 
 import perfkit
-from perfkit import InvalidInputError, PerfkitWarning
+from perfkit import InvalidInputError, PerfkitWarning, UnsupportedError
 from perfkit.backends.torch_backend import as_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
@@ -190,6 +190,17 @@ def test_training_under_no_grad():
     with torch.no_grad():
         optimizer = functools.partial(torch.optim.SGD, lr=0.1)
         assert applied(nn.Linear(4, 2), "bf16", torch.ones(3, 4), optimizer=optimizer, **given).fidelity.ok
+
+
+def test_a_state_that_hinders_the_next_step_is_told():
+    def remembering(model, x):
+        model.state = model.fc(x + getattr(model, "state", 0))
+        return model.state
+
+    given = {"loss": nn.functional.mse_loss, "targets": torch.zeros(3, 4)}
+    given["optimizer"] = functools.partial(torch.optim.SGD, lr=0.1)
+    with pytest.raises(UnsupportedError, match=r"took one training step, and then one raised RuntimeError.*detached"):
+        applied(Calling(remembering), "channels_last", torch.ones(3, 4), **given)
 
 
 def test_within_autocast():

@@ -84,3 +84,12 @@ def test_half_takes_tensors_along_that_are_no_buffers():
     result = applied(Own(), "half", torch.randn(3, 4))
     assert result.model.table.dtype == torch.bfloat16
     assert result.fidelity.reference == "a float64 run of the original"
+
+
+def test_tied_weights_train_in_half():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 16), nn.Linear(16, 8, bias=False))
+    model[2].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = torch.arange(8)
+    assert applied(model, "half", ids, loss=F.cross_entropy, targets=ids, optimizer=optimizer).fidelity.ok

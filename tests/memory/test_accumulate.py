@@ -157,3 +157,25 @@ def test_packed_sequences_are_refused():
 def test_fewer_than_two_is_no_recipe(number):
     with pytest.raises(InvalidInputError, match="2 or more"):
         perfkit._recipe.chain_of(f"accumulate({number})")
+
+
+def test_a_loss_that_is_in_the_outputs_needs_no_targets():
+    """Models that are given their labels, and return the loss."""
+    pytest.importorskip("torch")
+    import torch
+
+    class Taught(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(4, 2)
+
+        def forward(self, x, y):
+            return {"loss": (self.fc(x) - y).square().mean()}
+
+    model, x, y = Taught(), torch.randn(8, 4), torch.randn(8, 2)
+    task = {"model": model, "example_inputs": (x, y), "targets": (), "loss": lambda outputs, _: outputs["loss"]}
+    task["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    whole, *_ = trained(task, [])
+    losses, _, (effect,) = trained(task, "accumulate(4)")
+    np.testing.assert_allclose(losses, whole, rtol=16 * 2**-24)  # sums of 16 in another order
+    assert "told by the loss curves alone" in " ".join(effect.notes)

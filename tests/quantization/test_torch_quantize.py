@@ -9,6 +9,7 @@ pytest.importorskip("torch")
 
 import torch
 import torch.nn.functional as F
+from applied_recipes import applied
 from sample_models import arguments, torch_models, training
 from torch import nn
 
@@ -326,3 +327,28 @@ def test_the_way_through_torchao_touches_the_chosen_layers():
     assert type(work.model[0].weight) is not nn.Parameter
     assert type(work.model[2].weight) is nn.Parameter
     assert (work.model(x) - model(x)).norm() / model(x).norm() < 0.05
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As in many language models."""
+
+    def forward(self, ids, offset=0):
+        return super().forward(ids + offset) * 4
+
+
+class Standardized(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight / self.weight.std(), self.bias)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8_dynamic", "int8_weight_only"])
+def test_a_forward_of_its_own_is_not_lost(recipe):
+    torch.manual_seed(0)
+    model = nn.Sequential(ScaledEmbedding(16, 32), Standardized(32, 32), nn.Linear(32, 4))
+    found = applied(model, recipe, torch.arange(16))
+    assert found.effect.touched == ("2",)
+    assert {item.name: item.reason for item in found.effect.skipped} == {
+        "0": "this ScaledEmbedding has a forward of its own, which would be lost",
+        "1": "this Standardized has a forward of its own, which would be lost",
+    }
+    assert found.fidelity.ok
