@@ -16,6 +16,7 @@ import perfkit
 from perfkit import UnsupportedError
 
 pytestmark = pytest.mark.usefixtures("hasty")  # numbers and messages are looked at, no speed
+
 X = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)), jnp.float32)
 
 
@@ -68,7 +69,7 @@ def test_state_of_every_kind_is_used_and_written(kind, recipe):
     model = kind(nnx.Rngs(0))
     expected = [np.asarray(run(X)) for run in [nnx.clone(model)] * 3]
     before = jax.tree.map(np.asarray, nnx.split(model)[1])
-    result = perfkit.optimize(model, recipe, example_inputs=(X,), budget_s=0.05)
+    result = perfkit.optimize(model, recipe, example_inputs=(X,))
     for y in expected:
         np.testing.assert_allclose(result(X), y, atol=0.05 * np.abs(y).max())
     jax.tree.map(np.testing.assert_array_equal, before, nnx.split(model)[1])
@@ -80,7 +81,7 @@ def test_state_that_a_call_adds_is_told():
 
 
 def test_new_values_in_arrays_that_are_no_variables():
-    model = perfkit.optimize(Raw(nnx.Rngs(0)), "compile", example_inputs=(X,), budget_s=0.05).model
+    model = perfkit.optimize(Raw(nnx.Rngs(0)), "compile", example_inputs=(X,)).model
     plain = Raw(nnx.Rngs(0))
     for each in (model, plain):
         each.positions = jnp.full(4, 7.0)
@@ -90,7 +91,7 @@ def test_new_values_in_arrays_that_are_no_variables():
 
 def test_copies_go_their_own_way_and_pickling_is_refused_with_what_to_do():
     given = Raw(nnx.Rngs(0))
-    model = perfkit.optimize(given, "compile", example_inputs=(X,), budget_s=0.05).model
+    model = perfkit.optimize(given, "compile", example_inputs=(X,)).model
     other = copy.deepcopy(model)
     first = np.asarray(model(X))
     np.testing.assert_allclose(other(X), first, rtol=1e-5)
@@ -104,7 +105,7 @@ def _function(params, x):
 
 
 def test_a_function_is_copied_and_not_pickled():
-    result = perfkit.optimize(_function, "compile", params=jnp.eye(4), example_inputs=(X,), budget_s=0.05)
+    result = perfkit.optimize(_function, "compile", params=jnp.eye(4), example_inputs=(X,))
     np.testing.assert_allclose(copy.deepcopy(result.model)(jnp.eye(4), X), X, rtol=1e-5)
     with pytest.raises(UnsupportedError, match=r"cannot be pickled: save result\.params"):
         pickle.dumps(result.model)
@@ -112,7 +113,7 @@ def test_a_function_is_copied_and_not_pickled():
 
 def test_parameters_by_name_and_parameters_of_another_kind():
     w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64)), jnp.float32)
-    result = perfkit.optimize(_function, "int8_weight_only", params=w, example_inputs=(X,), budget_s=0.05)
+    result = perfkit.optimize(_function, "int8_weight_only", params=w, example_inputs=(X,))
     first = np.asarray(result(X))
     np.testing.assert_array_equal(result.model(params=result.params, x=X), first)
     with pytest.raises(perfkit.InvalidInputError, match=r"given others: pass result\.params"):
@@ -135,6 +136,6 @@ class _Named:
 
 
 def test_a_callable_is_called_whatever_its_other_methods_are():
-    result = perfkit.optimize(_Named(), "half", params=jnp.eye(4), example_inputs=(X,), budget_s=0.05)
+    result = perfkit.optimize(_Named(), "half", params=jnp.eye(4), example_inputs=(X,))
     np.testing.assert_allclose(result(X), X, atol=0.05)
     assert result.report.against_compiled is not None

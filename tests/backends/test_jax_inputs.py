@@ -19,6 +19,7 @@ from perfkit import DoesNotRunError, InvalidInputError, UnsupportedError
 from perfkit.backends.jax_inputs import Setting, as_written, with_settings
 
 pytestmark = pytest.mark.usefixtures("hasty")  # numbers and messages are looked at, no speed
+
 W = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
 X = jnp.asarray(np.random.default_rng(1).normal(size=(6, 4)), jnp.float32)
 
@@ -33,7 +34,7 @@ class Network(linen.Module):
 
 
 def _optimized(function, recipe, inputs, **given):
-    return perfkit.optimize(function, recipe, params={"w": W}, example_inputs=inputs, budget_s=0.05, **given)
+    return perfkit.optimize(function, recipe, params={"w": W}, example_inputs=inputs, **given)
 
 
 def test_settings_are_no_leaves_and_come_back_as_they_were():
@@ -89,7 +90,6 @@ def test_a_flag_in_training_reaches_batch_norm_and_dropout():
         targets=targets,
         loss=lambda outputs, targets: jnp.mean((outputs - targets) ** 2),
         optimizer=optimizer,
-        budget_s=0.05,
     )
 
     def loss(params, rest, key):
@@ -127,7 +127,7 @@ def test_numbers_and_numpy_among_parameters():
         return x @ params["w"] * params["scale"] + params["offset"]
 
     for recipe in ("half", "compile"):
-        result = perfkit.optimize(function, recipe, params=params, example_inputs=(X,), budget_s=0.05)
+        result = perfkit.optimize(function, recipe, params=params, example_inputs=(X,))
         np.testing.assert_allclose(result(X), X @ W * 2 + 1, atol=0.2)
     assert type(params["scale"]) is int
     assert type(params["w"]) is np.ndarray
@@ -152,7 +152,7 @@ def test_what_needs_no_trace_works_on_code_that_reads_an_array():
 
 
 def test_what_does_not_compute_on_parameters_is_no_effect_and_changes_nothing():
-    result = perfkit.optimize(lambda x: x @ W, "half", example_inputs=(X,), budget_s=0.05)
+    result = perfkit.optimize(lambda x: x @ W, "half", example_inputs=(X,))
     assert result.report.steps[0].effect.status == "NO_EFFECT"
     assert "no floating-point parameters" in result.report.steps[0].effect.notes[0]
     np.testing.assert_array_equal(result(X), X @ W)
@@ -223,7 +223,7 @@ def test_what_cannot_be_used_is_said(case):
     changes, said = CASES[case]
     given = {"model": lambda params, x: x @ params["w"], "params": {"w": W}, "example_inputs": (X,)}
     with pytest.raises(InvalidInputError) as raised:
-        perfkit.optimize(**(given | changes()), recipe="half", budget_s=0.05)
+        perfkit.optimize(**(given | changes()), recipe="half")
     assert said in str(raised.value)
 
 
@@ -237,7 +237,7 @@ def test_linen_modules_that_need_more_are_told_how():
     def told(variables, x):
         return attention.apply(variables, x, mutable=["cache"])
 
-    result = perfkit.optimize(told, "compile", params=variables, example_inputs=(x[:, :1],), budget_s=0.05)
+    result = perfkit.optimize(told, "compile", params=variables, example_inputs=(x[:, :1],))
     outputs, new = result(x[:, :1])
     expected, cache = told(variables, x[:, :1])
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-6)
@@ -258,7 +258,7 @@ def test_random_draws_are_not_held_against_others():
 
     for recipe, wrong in (("compile", False), ("half", True)):
         result = perfkit.optimize(
-            functools.partial(noisy), recipe, params={"w": W}, example_inputs=(X, jax.random.key(0)), budget_s=0.05
+            functools.partial(noisy), recipe, params={"w": W}, example_inputs=(X, jax.random.key(0))
         )
         close = result.report.fidelity
         assert "draws random numbers" in close.reference
