@@ -109,14 +109,14 @@ def plan_layouts(model: str, options: Mapping[str, Any]) -> None:
             link_gbps=options["link_gbps"],
             link_latency_us=options["link_latency_us"] or LATENCY_US,
             recipe=options["recipe"],
-            batch_dim=_batch_dim(model),
+            batch_dim=batch_dim(model),
             progress=progress or str,
         )
     if leads():
         common.out.print(found)
 
 
-def _batch_dim(model: str) -> int:
+def batch_dim(model: str) -> int:
     """Of a reference model; sequences lie in time first."""
     from perfkit.reference._catalog import CARDS
 

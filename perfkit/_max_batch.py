@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +55,7 @@ def max_batch_size(
     recipe: Any = None,
     limit_bytes: float | None = None,
     batch_dim: int = 0,
-    multiple_of: int = 1,
+    multiple_of: int | None = None,
     most: int = MOST,
     seed: int = 0,
     progress: Callable[[str], Any] | None = None,
@@ -70,7 +71,7 @@ def max_batch_size(
         limit_bytes: what model, optimizer state and tensor peak may take together. By default 80 % of what is free on
             a CPU, and all that there is elsewhere.
         batch_dim: the dimension of the first input that holds the batch.
-        multiple_of: try multiples of this alone.
+        multiple_of: try multiples of this alone; by default of the micro-batches that the recipe cuts a batch into.
         most: the largest batch to try.
         progress: called with a line of text as the work goes on.
 
@@ -83,6 +84,9 @@ def max_batch_size(
         >>> found.batch_size
     """
     check_mode(mode, loss, targets, optimizer, example_inputs)
+    chain = _recipe.chain_of(recipe or ())
+    if multiple_of is None:
+        multiple_of = math.lcm(*(getattr(step, "micro_batches", None) or 1 for step in chain))
     if multiple_of < 1 or most < multiple_of:
         raise InvalidInputError(f"multiple_of={multiple_of!r}, most={most!r}: expected 1 <= multiple_of <= most")
     backend = backends.of(model, example_inputs)
@@ -91,7 +95,6 @@ def max_batch_size(
         work = backend.bind(model, params, example_inputs, mode=mode, seed=seed, **companions)
         on_cpu = work.device == "cpu"
         limit = _free() if limit_bytes is None and on_cpu else limit_bytes
-        chain = _recipe.chain_of(recipe or ())
         tell = progress or str
 
         def needs(count: int) -> float | None:
@@ -148,6 +151,12 @@ def _sized(work: Workload, rows: int, batch_dim: int) -> Workload:
     """The workload on `rows` rows, of its example's repeated."""
     backend, inputs, training = work.backend, work.inputs, work.training
     there = even_rows(backend.leaves((inputs.args, dict(inputs.kwargs))), batch_dim, 1)
+    targets = [tuple(leaf.shape) for leaf in backend.leaves(() if training is None else training.targets)]
+    if any(targets) and all(axis_of(shape, there, batch_dim) is None for shape in targets):
+        raise InvalidInputError(
+            f"dimension {batch_dim} of the first input has {there} entries, and no target has that many, of shapes "
+            f"{', '.join(map(str, targets))}: set batch_dim= to the batch's dimension"
+        )
 
     def taken(leaf: Any) -> Any:
         dim = axis_of(tuple(leaf.shape), there, batch_dim)

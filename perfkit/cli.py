@@ -181,16 +181,20 @@ main.add_command(_cli_profile.profile)
 @common.mode_option("training")
 @click.option("--recipe", help="Of the model under this recipe.  [default: the model as it is]")
 @click.option("--limit-mb", type=click.FloatRange(min=1), help="Memory to stay within.  [default: what is free]")
-@click.option("--multiple-of", type=click.IntRange(min=1), default=1, show_default=True, help="Try multiples only.")
+@click.option("--multiple-of", type=click.IntRange(min=1), help="Try multiples only.  [default: of micro-batches]")
 def max_batch(model, framework, mode, recipe, limit_mb, multiple_of) -> None:
     """Find the largest batch of the reference model MODEL that fits into memory."""
+    from perfkit._recipe import chain_of
+    from perfkit.reference._train_run import suited
+
     with common.status() as progress:
         loaded = common.load(model, framework, mode, 64)
         found = perfkit.max_batch_size(
             **{name: value for name, value in loaded.items() if name != "calibration"},
             mode=mode,
-            recipe=recipe,
+            recipe=suited(chain_of(recipe or ()), model),
             limit_bytes=None if limit_mb is None else int(limit_mb * 1e6),
+            batch_dim=_cli_parallel.batch_dim(model),
             multiple_of=multiple_of,
             progress=progress,
         )

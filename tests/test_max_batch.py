@@ -93,6 +93,17 @@ def test_micro_batches_make_room_for_more():
     assert cut.batch_size > plain.batch_size
 
 
+def test_micro_batches_are_what_is_counted_in(framework):
+    given = training(framework) | {"mode": "training", "most": 16, "limit_bytes": 1e12, "recipe": "accumulate(8)"}
+    assert [batch for batch, _ in perfkit.max_batch_size(**given).tried] == [8, 16]
+
+
+def test_a_dimension_that_is_not_the_batchs_is_refused(framework):
+    """Rows of it would be tried, and the targets would stay as many as they are."""
+    with pytest.raises(InvalidInputError, match="set batch_dim="):
+        perfkit.max_batch_size(**training(framework), batch_dim=1, limit_bytes=1e12)
+
+
 def test_inference_and_the_free_memory():
     torch = pytest.importorskip("torch")
     found = perfkit.max_batch_size(torch.nn.Linear(4, 4), example_inputs=(torch.ones(3, 4),), mode="inference", most=8)

@@ -91,7 +91,7 @@ def zeros(form: Form) -> Held:
 
 
 def held(array: jax.Array, form: Form) -> Held:
-    """An array, each number rounded to the nearest that its block can hold.
+    """An array, each number rounded to the nearest that its block can hold; only 0 to 0 where there is no sign.
 
     Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2021), section 2; Li et al., "Memory
         Efficient Optimizers with 4-bit States" (2023), section 4.1
@@ -133,7 +133,8 @@ def _codes(shares: jax.Array, form: Form) -> jax.Array:
     number = steps + jnp.clip(jnp.floor((size * unit - 0.1) * (steps / 0.9)), 0, steps - 1)
     last = 2.0 ** (form.exponents[-1] + 1)
     whole = size >= np.float32((1 + _meaning(last - 1, form)) / 2)
-    nothing = size < np.float32(_meaning(2.0**first, form) / 2)
+    # A second moment is divided by: what is too small for a code takes the smallest, and is not taken for 0.
+    nothing = size < np.float32(_meaning(2.0**first, form) / 2) if form.signed else size == 0
     if form.signed:
         signed = jnp.where(shares < 0, -number, jnp.where(whole, last, number))  # there is a 1, and no -1
         return form.zero + jnp.where(nothing, 0, signed)

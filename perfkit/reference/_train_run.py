@@ -11,7 +11,7 @@ from typing import Any
 
 from perfkit import backends
 from perfkit._optimize import optimize
-from perfkit._recipe import Chain, ParallelRecipe, chain_of
+from perfkit._recipe import Chain, chain_of
 from perfkit._report import Report
 from perfkit.backends import Finished
 from perfkit.parallel import heartbeat, world
@@ -88,7 +88,7 @@ def suited(chain: Chain, name: str) -> Chain:
         return chain
 
     def told(recipe: Any) -> Any:
-        takes = isinstance(recipe, ParallelRecipe) and any(item.name == "batch_dim" for item in fields(recipe))
+        takes = any(item.name == "batch_dim" for item in fields(recipe))
         return replace(recipe, batch_dim=1) if takes else recipe
 
     return Chain(tuple(map(told, chain)))

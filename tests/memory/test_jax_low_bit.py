@@ -54,16 +54,18 @@ def low(optimizer, recipe="low_bit_optimizer"):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_updates_are_torchaos(bits):
-    """On the same gradients, to what a number that lies between two codes and is rounded to the other one makes."""
+    """On the same gradients, to what a number that lies between two codes and is rounded to the other one makes.
+
+    Gradients lie within two decades, so that no second moment is too small for a code.
+    """
     torch = pytest.importorskip("torch")
     pytest.importorskip("torchao")
     import torchao.optim
 
     rng, rate = np.random.default_rng(2), 1e-2
     start = rng.normal(size=(64, 160)).astype(np.float32)
-    gradients = [
-        (rng.normal(size=start.shape) * 10 ** rng.uniform(-3, 0, start.shape)).astype("float32") for _ in range(9)
-    ]
+    signs = [rng.choice([-1, 1], start.shape) for _ in range(9)]
+    gradients = [(sign * 10 ** rng.uniform(-2, 0, start.shape)).astype(np.float32) for sign in signs]
     weight = torch.nn.Parameter(torch.tensor(start))
     theirs = {8: torchao.optim.AdamW8bit, 4: torchao.optim.AdamW4bit}[bits]([weight], lr=rate, weight_decay=0.1)
     plain = optax.adamw(rate, weight_decay=0.1)
@@ -171,6 +173,18 @@ def test_in_a_chain(chain):
     losses, _, finished = steps(work)
     assert losses == pytest.approx(expected, rel=5e-3 if "fp16" in chain else 1e-4)
     assert any(map(is_held, jax.tree.leaves(finished.trainer.state[2], is_leaf=is_held)))
+
+
+def test_a_second_moment_that_is_too_small_for_a_code_is_not_taken_for_none():
+    """Beside a large gradient in its block, and then without one: a first moment over 0 would be any step at all."""
+    gradient = np.full(4096, 1e-2, np.float32)
+    gradient[::256] = 1e3
+    optimizer, params = wrapped(optax.adam(1e-3), 8, 2**16), jnp.zeros(4096)
+    state, largest = optimizer.init(params), []
+    for given in (gradient, 0 * gradient, 0 * gradient):
+        updates, state = optimizer.update(jnp.asarray(given), state, params)
+        largest.append(float(jnp.abs(updates).max()))
+    assert max(largest) <= 1.01e-3, "the step of the first gradient is the largest"
 
 
 def test_moments_are_never_there_in_full_but_within_a_step():
