@@ -35,9 +35,11 @@ def caches(tmp_path_factory):
     os.environ.update({name.upper(): str(value) for name, value in settings.items()})  # for processes that tests start
     if "jax" in FRAMEWORKS:
         import jax
+        from jax.experimental.compilation_cache import compilation_cache
 
         for name, value in settings.items():
             jax.config.update(name, value)
+        compilation_cache.reset_cache()  # jax looks at the setting once, and some test files call it when collected
 
 
 _settled: list[tuple[object, int]] = [("", 0)]

@@ -47,7 +47,7 @@ def _given(**changes):
     random = np.random.default_rng(0)
     x, y, w = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((16, 4), (16, 2), (4, 2)))
     given = {"model": _linear, "params": {"w": w}, "example_inputs": (x,), "targets": y, "loss": _squared}
-    return {**given, "optimizer": optax.sgd(0.1), "mode": "training", "budget_s": 0.05} | changes
+    return {**given, "optimizer": optax.sgd(0.1), "mode": "training"} | changes
 
 
 @pytest.mark.filterwarnings("ignore:accumulate saves no memory:perfkit.PerfkitWarning")

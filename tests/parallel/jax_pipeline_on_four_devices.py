@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import haste
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -240,9 +240,7 @@ def inference_of_a_function():
     def model(params, x):
         return jax.lax.scan(lambda x, own: (x + jnp.tanh(x @ own["w"]), None), x, params["blocks"])[0] @ params["head"]
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", perfkit.PerfkitWarning)  # four devices on one processor are slower
-        result = perfkit.optimize(model, "pipeline_parallel(4)", params=params, example_inputs=(x,), budget_s=0.2)
+    result = perfkit.optimize(model, "pipeline_parallel(4)", params=params, example_inputs=(x,))
     others = jax.tree.map(lambda leaf: leaf * 2, params)
     report = result.report.to_dict()
     return {
@@ -323,6 +321,7 @@ def refusals():
 
 
 if __name__ == "__main__":
+    haste.begin()
     told = {name: compare(name) for name in CASES}
     told |= {"blocks": blocks(), "stateful": stateful(), "accumulated": accumulated(), "inference": inference()}
     told |= {"function": inference_of_a_function(), "keyed": keyed(), "refusals": refusals()}
