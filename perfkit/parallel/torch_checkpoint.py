@@ -44,8 +44,11 @@ def read(folder: Path, finished: Finished) -> None:
     state |= {name: value for name, value in _random().items() if name in held}
     with _alone_or_not() as alone:
         dcp.load(state, checkpoint_id=folder, no_dist=alone)
-    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-    set_state_dict(trainer.model, trainer.optimizer, **parts, options=BY_NAME)
+    if _learns(trainer.model):
+        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(trainer.model, trainer.optimizer, **parts, options=BY_NAME)
+    else:
+        trainer.model.load_state_dict(state["model"])
     trainer.scaler.load_state_dict(state["scaler"])
     if trainer.rounds is not None:
         trainer.rounds.load_state_dict(state.get("rounds") or trainer.rounds.begun())
@@ -65,9 +68,17 @@ def _alone_or_not() -> Iterator[bool]:
 
 def _state(finished: Finished) -> dict[str, Any]:
     trainer = finished.trainer
-    model, optimizer = get_state_dict(trainer.model, trainer.optimizer, options=BY_NAME)
+    if _learns(trainer.model):
+        model, optimizer = get_state_dict(trainer.model, trainer.optimizer, options=BY_NAME)
+    else:
+        model, optimizer = trainer.model.state_dict(), {}
     state = {"model": model, "optimizer": optimizer, "scaler": trainer.scaler.state_dict()}
     return state if trainer.rounds is None else state | {"rounds": trainer.rounds.state_dict()}
+
+
+def _learns(model: torch.nn.Module) -> bool:
+    """Whether this process holds parameters: a pipeline's stage may have none, and torch refuses to tell its state."""
+    return next(model.parameters(), None) is not None
 
 
 def _random() -> dict[str, torch.Tensor]:

@@ -234,6 +234,22 @@ def checkpoints(folder):
     ]
 
 
+def without_weights(folder):
+    """The losses after a checkpoint of a pipeline with two stages without weights: of its writer and its reader."""
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Sigmoid(), nn.Linear(8, 5)).double()
+    adam = functools.partial(torch.optim.Adam, lr=0.01)
+    given = {"loss": loss, "targets": torch.randn(8, 5).double(), "optimizer": adam}
+    inputs, chain = (torch.randn(8, 8).double(),), "pipeline_parallel(4, split_at=('1', '2', '3'))"
+    works = [applied(chain, copy.deepcopy(model), inputs, **given).works[-1] for _ in range(2)]
+    writer, reader = (work.backend.finish(work) for work in works)
+    batch = works[0].inputs, works[0].training.targets
+    writer.train_step(batch)
+    torch_checkpoint.write(folder, writer)
+    torch_checkpoint.read(folder, reader)
+    return [float(finished.train_step(batch)) for finished in (writer, reader)]
+
+
 def alike_in_parts():
     """By how much what is not split differs between processes that hold parts of the same layers, with dropout."""
     torch.manual_seed(6)
@@ -354,7 +370,9 @@ def every(sgd):
     for how, chain in (("whole", CHAINS["data"]), ("shard", MESHES["shard"])):
         told[f"clipped {how}"] = train(chain, *models()["text_lstm"], clipped)
     told |= {"refusals": refusals(), "further": further(), "reported": reported(), "parts": alike_in_parts()}
-    return told | {"compiled": compiled(), "averaged": averaged(), "checkpoints": checkpoints(Path(sys.argv[1]))}
+    folder = Path(sys.argv[1])
+    told |= {"checkpoints": checkpoints(folder / "meshes"), "without weights": without_weights(folder / "without")}
+    return told | {"compiled": compiled(), "averaged": averaged()}
 
 
 if __name__ == "__main__":

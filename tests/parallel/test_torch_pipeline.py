@@ -151,6 +151,12 @@ def test_a_checkpoint_goes_on_in_other_meshes(told):
         assert same[0] != same[1]
 
 
+def test_processes_without_weights_write_and_read_checkpoints(told):
+    for rank in told:
+        writer, reader = rank["without weights"]
+        assert writer == reader
+
+
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("model", MODELS)
 def test_stages_and_their_bubble_are_told(told, model, chain):
