@@ -46,7 +46,8 @@ def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
     written = _output_dtypes(work)
 
     def wrap(function):
-        function = jax_autocast.autocast(function, dtype)  # how products in it are accumulated
+        if written is not None:  # it can be traced: products in it are accumulated in float32
+            function = jax_autocast.autocast(function, dtype)
 
         def low(params, rest, *args, **kwargs):
             outputs, new_rest = function(cast(params, dtype), rest, *cast(args, dtype), **cast(kwargs, dtype))

@@ -263,7 +263,7 @@ def test_random_draws_are_not_held_against_others():
         close = result.report.fidelity
         assert "draws random numbers" in close.reference
         assert close.original_error == 0
-        assert (close.relative_error > 0) == wrong
+        assert (close.relative_error > 16 * 2**-24) == wrong  # sums of four products in another order are float32's
 
 
 def test_a_number_among_outputs():
