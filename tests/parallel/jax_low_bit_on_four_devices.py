@@ -63,9 +63,13 @@ def averaged():
 
 
 def in_each(state):
-    """The first moment of "wide" on each device, in full."""
+    """The first moment of "wide" on each device, in full.
+
+    On one device: operations one by one on four would have several programs wait for each other's devices at once.
+    """
+    held = jax.device_get(state)
     return [
-        np.asarray(state_in_full(jax.tree.map(lambda leaf, at=at: jnp.asarray(leaf)[at], state))[0].mu["wide"])
+        np.asarray(state_in_full(jax.tree.map(lambda leaf, at=at: jnp.asarray(leaf[at]), held))[0].mu["wide"])
         for at in range(4)
     ]
 
