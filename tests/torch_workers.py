@@ -16,7 +16,11 @@ TIMEOUT_S = 600
 def together(script: str, processes: int, *arguments: object) -> Any:
     """What the script tells in the last line that it prints, as JSON: one process prints it for all."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    about = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}"}
+    about = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}",
+    }
     done = subprocess.run(
         [*command, str(HERE / script), *map(str, arguments)],
         env=os.environ | about,
@@ -24,5 +28,5 @@ def together(script: str, processes: int, *arguments: object) -> Any:
         text=True,
         timeout=TIMEOUT_S,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, f"{done.stderr[:6000]}\n…\n{done.stderr[-2000:]}"  # what failed first stands first
     return json.loads(done.stdout.splitlines()[-1])
