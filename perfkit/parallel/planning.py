@@ -78,8 +78,7 @@ def predict(costs: Costs, way: Way, cluster: Cluster) -> Prediction:
     sent_bytes = sum(size for _, size, _ in sent) * way.micro_batches * stages.longest
     if way.pipeline > 1:
         cut = stages.cut_bytes * share / way.micro_batches
-        # either end does its half of a message while the other computes, unless they share a core
-        sending_s += 2 * turns * cluster.link.seconds("send", cut, 2) * (0.5 if cluster.crowding == 1 else 1.0)
+        sending_s += 2 * turns * cluster.link.seconds("send", cut, 2) * (0.5 if cluster.overlaps else 1.0)
         sent_bytes += 2 * way.micro_batches * cut
     messages = gradients(costs, way, held)
     sending_s += exposed_s(messages, computing_s, way, cluster)

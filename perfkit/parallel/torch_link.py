@@ -33,7 +33,7 @@ def operations(device: str) -> dict[tuple[str, int], Callable[[], Any]]:
         found["all_gather", size] = partial(_ALL_GATHER, whole, part)
         found["gather_inside", size] = partial(_gather_inside, whole, part, ranks)
         found["reduce_scatter", size] = partial(_REDUCE_SCATTER, part, whole)
-        found["send", size] = partial(_there_and_back, alone, rank, ranks)
+        found["send", size] = partial(_exchange, alone, torch.zeros_like(alone), rank, ranks)
     return found
 
 
@@ -54,13 +54,17 @@ def _gather_inside(whole: torch.Tensor, part: torch.Tensor, ranks: int) -> None:
     torch.cat(whole.view(ranks, rows, -1).unbind(0), dim=1)
 
 
-def _there_and_back(tensor: torch.Tensor, rank: int, ranks: int) -> None:
-    """Pairs of processes send each other a tensor; with an odd number the last one has nobody."""
+def _exchange(outgoing: torch.Tensor, incoming: torch.Tensor, rank: int, ranks: int) -> None:
+    """As a pipeline's neighbours do it, both ways at once; with an odd number of processes the last one has nobody.
+
+    A message that the other end sits and waits for would take longer by as much as waking it does.
+    """
     other = rank ^ 1
     if other >= ranks:
         return
-    for sends in (rank < other, rank > other):
-        dist.send(tensor, other) if sends else dist.recv(tensor, other)
+    both = [dist.P2POp(dist.isend, outgoing, other), dist.P2POp(dist.irecv, incoming, other)]
+    for work in dist.batch_isend_irecv(both):
+        work.wait()
 
 
 def link_of(times: Mapping[Any, float]) -> Measured:
