@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from perfkit.profiling._memory_data import Allocation
 from perfkit.profiling.jax_run import Run
 
 _KEYS = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)")
@@ -19,24 +20,11 @@ _CATEGORIES = {
 
 
 @dataclass(frozen=True)
-class Held:
-    """A piece of memory: see `Allocation`."""
-
-    bytes: float
-    category: str
-    module: str = ""
-    op: str = ""
-    shape: str = ""
-    born_ms: float = -1.0
-    freed_ms: float | None = None
-
-
-@dataclass(frozen=True)
 class Moment:
     """All that is held at a moment; `peak` is the one at which most is."""
 
     at_ms: float
-    held: tuple[Held, ...]
+    held: tuple[Allocation, ...]
     peak: bool = False
 
 

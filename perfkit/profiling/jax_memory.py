@@ -16,8 +16,8 @@ from perfkit._workload import Workload
 from perfkit.backends import Finished
 from perfkit.measure import memory
 from perfkit.profiling import jax_program_memory, jax_results_memory
-from perfkit.profiling._memory_data import Allocation, Memory, MemoryPoint
-from perfkit.profiling.jax_held import Held, Moment
+from perfkit.profiling._memory_data import Memory, MemoryPoint
+from perfkit.profiling.jax_held import Moment
 from perfkit.profiling.jax_run import marking
 
 GROWTH_STEPS = 4
@@ -50,7 +50,7 @@ def collected(work: Workload, finished: Finished) -> Memory:
         by_category=_categories(at_peak),
         by_module=_sums((held.module, held.bytes) for held in at_peak.held if held.category == "activations"),
         timeline=_timeline(moments),
-        largest=tuple(map(_allocation, sorted(at_peak.held, key=lambda held: -held.bytes)[:LARGEST])),
+        largest=tuple(sorted(at_peak.held, key=lambda held: -held.bytes)[:LARGEST]),
         growth=growth,
         process_high_water=high_water,
         native_heap=heap,
@@ -84,10 +84,6 @@ def _timeline(moments: list[Moment]) -> tuple[MemoryPoint, ...]:
     step = max(1, -(-len(moments) // MOST_POINTS))
     kept = [moment for index, moment in enumerate(moments) if index % step == 0 or moment.peak]
     return tuple(MemoryPoint(moment.at_ms, _categories(moment)) for moment in kept)
-
-
-def _allocation(held: Held) -> Allocation:
-    return Allocation(held.bytes, held.category, held.module, held.op, held.shape, held.born_ms, held.freed_ms)
 
 
 def _growth(call: Any) -> Quantity:

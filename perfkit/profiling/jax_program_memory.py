@@ -9,8 +9,9 @@ import jax
 from perfkit._errors import UnsupportedError
 from perfkit._report import Quantity
 from perfkit.profiling import jax_hlo, jax_trace
+from perfkit.profiling._memory_data import Allocation
 from perfkit.profiling.jax_buffers import Buffer, Buffers, buffers
-from perfkit.profiling.jax_held import Held, Moment, argument, argument_names, described
+from perfkit.profiling.jax_held import Moment, argument, argument_names, described
 from perfkit.profiling.jax_hlo import Program
 from perfkit.profiling.jax_run import Run
 
@@ -50,10 +51,10 @@ def _unplanned(run: Run, sizes: dict[str, float]) -> Moment:
     held = []
     for name, leaf in zip(argument_names(run), jax.tree.leaves(run.arguments), strict=True):
         category, module = argument(name)
-        held.append(Held(float(leaf.nbytes), category, module, "argument", described(leaf)))
+        held.append(Allocation(float(leaf.nbytes), category, module, "argument", described(leaf)))
     unused = sizes["arguments"] - sum(each.bytes for each in held)
     rest = {"temporaries": sizes["temp"], "other": sizes["output"] - sizes["alias"] + unused}
-    return Moment(0.0, (*held, *(Held(size, category) for category, size in rest.items())), peak=True)
+    return Moment(0.0, (*held, *(Allocation(size, category) for category, size in rest.items())), peak=True)
 
 
 def _moments(run: Run, program: Program, found: Buffers) -> Iterator[Moment]:
@@ -73,7 +74,7 @@ def _moments(run: Run, program: Program, found: Buffers) -> Iterator[Moment]:
         held = [_sized(kept[id(buffer)], size) for buffer, size in pairs if size >= SMALLEST]
         rest = sum(size for _, size in pairs if size < SMALLEST)
         unused = (found.arena - peak if position == fullest else found.arena - sum(size for _, size in pairs)) + rest
-        gap = Held(max(unused, 0.0), "other", op="unused in XLA's arena, and buffers under 1 kB", born_ms=0.0)
+        gap = Allocation(max(unused, 0.0), "other", op="unused in XLA's arena, and buffers under 1 kB", born_ms=0.0)
         at_ms = starts[position] if position else 0.0  # the arena is there before the program begins
         yield Moment(at_ms, (*always, *held, gap), peak=position == fullest)
 
@@ -87,13 +88,13 @@ def _positions(found: Buffers) -> list[int]:
     return sorted({*ordered[::step], *([max(buffer.first for buffer in peak)] if peak else [])})
 
 
-def _arguments(found: Buffers) -> Iterator[Held]:
+def _arguments(found: Buffers) -> Iterator[Allocation]:
     for buffer in found.arguments:
         category, module = argument(buffer.argument)
-        yield Held(buffer.bytes, category, module, "argument", _shape(buffer))
+        yield Allocation(buffer.bytes, category, module, "argument", _shape(buffer))
 
 
-def _outputs(run: Run, program: Program, found: Buffers) -> Iterator[Held]:
+def _outputs(run: Run, program: Program, found: Buffers) -> Iterator[Allocation]:
     """New parameters and optimizer state beside the old ones; in inference, what the model returns."""
     names = argument_names(run)
     state = [name for name in names if name.startswith("state")]
@@ -105,17 +106,17 @@ def _outputs(run: Run, program: Program, found: Buffers) -> Iterator[Held]:
         if complete and buffer.output is not None and buffer.output < len(state):
             category, module = argument(state[buffer.output])
             op = "output: the new one beside the old"
-        yield Held(buffer.bytes, category, module, op, _shape(buffer), born_ms=0.0)
+        yield Allocation(buffer.bytes, category, module, op, _shape(buffer), born_ms=0.0)
 
 
-def _temporary(run: Run, program: Program, buffer: Buffer, starts: list[float]) -> Held:
+def _temporary(run: Run, program: Program, buffer: Buffer, starts: list[float]) -> Allocation:
     at = run.place(program.op_name(buffer.maker))
     category = "activations" if at.phase in ("forward", "loss") else "temporaries"
     if at.phase == "backward" and _for_optimizer(run, program, buffer):
         category = "gradients"
     name = at.primitive or buffer.maker.opcode
     freed = starts[min(buffer.last + 1, len(starts) - 1)]
-    return Held(buffer.bytes, category, at.module, name, _shape(buffer), starts[buffer.first], freed)
+    return Allocation(buffer.bytes, category, at.module, name, _shape(buffer), starts[buffer.first], freed)
 
 
 def _for_optimizer(run: Run, program: Program, buffer: Buffer) -> bool:
@@ -150,5 +151,5 @@ def _shape(buffer: Buffer) -> str:
     return str(fits[0]) if fits else ""
 
 
-def _sized(held: Held, size: float) -> Held:
-    return held if held.bytes == size else Held(**{**vars(held), "bytes": size})
+def _sized(held: Allocation, size: float) -> Allocation:
+    return held if held.bytes == size else Allocation(**{**vars(held), "bytes": size})

@@ -10,7 +10,8 @@ from typing import Any
 from jax.extend.core import Literal
 
 from perfkit._report import Quantity
-from perfkit.profiling.jax_held import Held, Moment, argument, argument_names, described
+from perfkit.profiling._memory_data import Allocation
+from perfkit.profiling.jax_held import Moment, argument, argument_names, described
 from perfkit.profiling.jax_run import Run
 from perfkit.profiling.jax_scopes import Place
 
@@ -36,7 +37,7 @@ def _moments(run: Run) -> Iterator[Moment]:
     always = []
     for name, var in zip(argument_names(run), jaxpr.invars, strict=True):
         category, module = argument(name)
-        always.append(Held(_bytes(var), category, module, "argument", described(var.aval)))
+        always.append(Allocation(_bytes(var), category, module, "argument", described(var.aval)))
     last: dict[Any, int] = {}
     for index, eqn in enumerate(jaxpr.eqns):
         last |= {var: index for var in eqn.invars if not isinstance(var, Literal)}
@@ -44,7 +45,7 @@ def _moments(run: Run) -> Iterator[Moment]:
     places = [run.place(f"{eqn.source_info.name_stack}/{eqn.primitive.name}") for eqn in jaxpr.eqns]
     gradients = _gradients(jaxpr.eqns, places) if run.work.trains else set()
     times = _times(run, len(jaxpr.eqns))
-    living: dict[Any, Held] = {}
+    living: dict[Any, Allocation] = {}
     yield Moment(0.0, tuple(always))
     for index, (eqn, at) in enumerate(zip(jaxpr.eqns, places, strict=True)):
         for var in eqn.outvars:
@@ -53,7 +54,7 @@ def _moments(run: Run) -> Iterator[Moment]:
             category = _CATEGORIES.get(at.phase, "other") if run.work.trains else "activations"
             category = "gradients" if var in gradients else category
             name = str(eqn.params.get("name") or at.primitive)  # of a jitted function its own
-            living[var] = Held(_bytes(var), category, at.module, name, described(var.aval), times[index], freed)
+            living[var] = Allocation(_bytes(var), category, at.module, name, described(var.aval), times[index], freed)
         yield Moment(times[index], (*always, *living.values()))
         living = {var: held for var, held in living.items() if last.get(var, -1) > index}
 

@@ -68,8 +68,8 @@ def test_training_is_that_of_the_whole_model(told, model, chain):
         assert held[0] == held[1]
         assert held[2] == held[3]
         held = held[::2]
-    together = [name for names in held for name in names]
-    assert len(together) == len(set(together)) == PARAMETERS[model], "each parameter is held by one stage"
+    all_held = [name for names in held for name in names]
+    assert len(all_held) == len(set(all_held)) == PARAMETERS[model], "each parameter is held by one stage"
 
 
 PARAMETERS = {"cnn2": 8, "text_lstm": 11, "transformer": 12, "skips": 11, "attention": 20}
