@@ -14,6 +14,7 @@ from perfkit._batch import axis_of
 from perfkit._errors import InvalidInputError
 from perfkit.backends.jax_compile import Program
 from perfkit.backends.jax_placement import Placement
+from perfkit.parallel.jax_loop_sums import summed_apart
 
 if TYPE_CHECKING:
     from perfkit.backends.jax_model import Function
@@ -110,9 +111,18 @@ class OnMesh(Placement):
         return found  # a loss over the whole batch has the gradients of the whole batch
 
     def program(self, step: Callable, donate: tuple[int, ...], state: Any) -> Program:
+        if self.batch_dim is not None:
+            step = self._summed_apart(step)
         lies = jax.tree.map(lambda leaf: leaf.sharding, state)
         whole = NamedSharding(self.mesh, PartitionSpec())
         return Program(step, donate, jit=partial(jax.jit, out_shardings=(lies, whole)))
+
+    def _summed_apart(self, step: Callable) -> Callable:
+        def apart(state: Any, *batch: Any) -> Any:
+            rows = shared_rows(batch, self.batch_dim, self.mesh.shape["data"])
+            return summed_apart(step, self.mesh, rows)(state, *batch)
+
+        return apart
 
     def held(self, tree: Any) -> Any:
         return local(tree)

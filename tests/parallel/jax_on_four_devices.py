@@ -260,6 +260,66 @@ def end_to_end():
     return {"parallel": report["parallel"], "ok": report["fidelity"]["ok"], "steps": steps}
 
 
+def recurrent(params, x):
+    """tanh(x·u + h·v + b) over the first dimension of x: (T, B, WIDTH); returns the last h."""
+
+    def step(h, x):
+        return jnp.tanh(x @ params["u"] + h @ params["v"] + params["b"]), None
+
+    return jax.lax.scan(step, jnp.zeros_like(x[0]), x)[0]
+
+
+def rounded(params, x):
+    """The same in bfloat16, with parameters in float32 that every step rounds."""
+
+    def step(h, x):
+        u, v, b = (params[name].astype(jnp.bfloat16) for name in "uvb")
+        return jnp.tanh(x @ u + h @ v + b), None
+
+    return jax.lax.scan(step, jnp.zeros_like(x[0], jnp.bfloat16), x.astype(jnp.bfloat16))[0].astype(jnp.float32)
+
+
+def read_on_the_way(params, x):
+    """A sum over the batch that every step adds to, and that the next one reads."""
+
+    def step(total, x):
+        total = total + (x @ params["u"]).sum(0)
+        return total, total @ params["v"]
+
+    return jax.lax.scan(step, params["b"], x)[1]
+
+
+LOOPS = {"recurrent": recurrent, "rounded": rounded, "read_on_the_way": read_on_the_way}
+
+
+def loops():
+    """Gradients by the sums of loops as they are and apart, how far they may differ, and what is sent for them."""
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from perfkit.parallel.jax_collectives import collectives
+    from perfkit.parallel.jax_loop_sums import summed_apart
+
+    mesh, found = Mesh(np.array(jax.devices()), "data"), {}
+    for rows, turns in ((BATCH, 6), (WIDTH, 6)):  # the second as long as the weights are wide
+        params = {"u": normal(WIDTH, WIDTH) / 4, "v": normal(WIDTH, WIDTH) / 4, "b": normal(WIDTH)}
+        x = jax.device_put(normal(turns, rows, WIDTH), NamedSharding(mesh, PartitionSpec(None, "data")))
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        for name, function in LOOPS.items():
+
+            def gradient(params, x, function=function):
+                return jax.grad(lambda params: jnp.square(function(params, x)).sum())(params)
+
+            programs = [jax.jit(each) for each in (gradient, summed_apart(gradient, mesh, rows))]
+            one, apart = (jax.tree.map(np.asarray, program(params, x)) for program in programs)
+            sent = collectives(programs[1].lower(params, x).compile().as_text(), len(jax.devices()))
+            found[f"{name} {rows}"] = {
+                "off": max(float(np.linalg.norm(apart[key] - one[key]) / np.linalg.norm(one[key])) for key in one),
+                "terms": rows * turns,
+                "in_loops": sum(each.looped for each in sent),
+            }
+    return found
+
+
 if __name__ == "__main__":
     haste.begin()
     print(
@@ -269,6 +329,7 @@ if __name__ == "__main__":
                 "shards": shards(),
                 "two_axes": two_axes(),
                 "noise": noise(),
+                "loops": loops(),
                 "refusals": refusals(),
                 "end_to_end": end_to_end(),
             }
