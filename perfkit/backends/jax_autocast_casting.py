@@ -55,6 +55,20 @@ def bind(eqn: Any, values: Iterable[Any], **changes: Any) -> Sequence[Any]:
     return results if eqn.primitive.multiple_results else [results]
 
 
+def remapped(eqn: Any, body: Callable[..., list[Any]], values: Iterable[Any]) -> Sequence[Any]:
+    """The results of a shard_map's equation with another function for each device, of the same operands and results."""
+    params = eqn.params
+    mapped = jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=params["in_specs"],
+        out_specs=list(params["out_specs"]),
+        axis_names=set(params["newly_manual_axes"]),
+        check_vma=params["check_vma"],
+    )
+    return mapped(*values)
+
+
 def low_dot(eqn: Any, low: np.dtype) -> Callable[[Any, Any], Any]:
     """A matrix product of low operands, accumulated in float32 and rounded once.
 

@@ -19,7 +19,17 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal, jaxpr_as_fun
 
 from perfkit.backends import jax_autocast_rules as rules
-from perfkit.backends.jax_autocast_casting import Operand, bind, cast, low_copy, low_dot, restore, restore_all, to
+from perfkit.backends.jax_autocast_casting import (
+    Operand,
+    bind,
+    cast,
+    low_copy,
+    low_dot,
+    remapped,
+    restore,
+    restore_all,
+    to,
+)
 from perfkit.backends.jax_autocast_rules import FLOAT32
 
 # Give back the number they are given, once or many times.
@@ -194,20 +204,8 @@ class Rewriter:
         return lambda: low_copy(wide, low)
 
     def _shard_map(self, eqn: Any, operands: list[Operand]) -> Sequence[Any]:
-        params = eqn.params
-
-        def shard(*args: Any) -> list[Any]:
-            return self.evaluate(params["jaxpr"], args)
-
-        mapped = jax.shard_map(
-            shard,
-            mesh=params["mesh"],
-            in_specs=params["in_specs"],
-            out_specs=list(params["out_specs"]),
-            axis_names=set(params["newly_manual_axes"]),
-            check_vma=params["check_vma"],
-        )
-        return mapped(*(operand.value for operand in operands))
+        body = eqn.params["jaxpr"]
+        return remapped(eqn, lambda *args: self.evaluate(body, args), (operand.value for operand in operands))
 
     # The caller's derivative rules are reached by differentiating the original call, and rewritten like anything else.
 

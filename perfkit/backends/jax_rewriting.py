@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from perfkit.backends.jax_autocast_casting import bind
+from perfkit.backends.jax_autocast_casting import bind, remapped
 from perfkit.backends.jax_autocast_rewrite import context_of
 
 Rules = Mapping[str, Callable[[Any, list[Any]], Sequence[Any]]]
@@ -42,6 +42,9 @@ def evaluated(closed: Any, args: Sequence[Any], rules: Rules, also: Sequence[Any
 
 def bound(eqn: Any, given: Sequence[Any], rules: Rules) -> Sequence[Any]:
     """An equation as it is, with what is inside of it under the rules."""
+    if eqn.primitive.name == "shard_map" and _ruled(eqn.params["jaxpr"], rules):
+        closed = ClosedJaxpr(eqn.params["jaxpr"], ())
+        return remapped(eqn, lambda *args: evaluated(closed, args, rules), given)
     return bind(
         eqn, given, **{name: _within(value, rules) for name, value in eqn.params.items() if _ruled(value, rules)}
     )

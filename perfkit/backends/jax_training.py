@@ -40,8 +40,9 @@ class Trainer:
         params = self.placement.trained(model.params)
         state = params, model.rest, training.optimizer.init(params), _first_scale()
         self.state = _owned(self.placement.state(state))
-        in_a_loop = channels_last if work.device == "cpu" else _as_it_is
-        step = _step(self.placement.function(model.function()), training, self.placement.averaged, in_a_loop)
+        looped = training.micro_batches > 1 or self.placement.scattered  # micro-batches, or a pipeline's turns
+        in_order = channels_last if looped and work.device == "cpu" else _as_it_is
+        step = _step(self.placement.function(model.function()), training, self.placement.averaged, in_order)
         self.program = self.placement.program(step, (0,) if model.ahead or training.donates else (), self.state)
 
     @property
@@ -128,7 +129,7 @@ def update(optimizer: optax.GradientTransformation, gradients: Any, moments: Any
     return optimizer.update(gradients, moments, params)
 
 
-def _step(function: Function, training: Training, averaged: Callable[[Any], Any], in_a_loop: Callable):
+def _step(function: Function, training: Training, averaged: Callable[[Any], Any], in_order: Callable):
     optimizer, scaling = training.optimizer, training.loss_scaling
 
     def gradients_of(params, rest, scale, args, kwargs, targets):
@@ -142,7 +143,8 @@ def _step(function: Function, training: Training, averaged: Callable[[Any], Any]
 
         return jax.grad(scaled_loss, has_aux=True)(params)
 
-    of_batch = gradients_of if training.micro_batches == 1 else _accumulated(in_a_loop(gradients_of), training)
+    ordered = in_order(gradients_of)
+    of_batch = ordered if training.micro_batches == 1 else _accumulated(ordered, training)
 
     def step(state, args, kwargs, targets):
         params, rest, moments, (scale, clean_steps) = state

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perfkit.backends.jax_autocast_casting import bind
 from perfkit.backends.jax_autocast_rules import scan_sizes
-from perfkit.backends.jax_rewriting import bound, evaluated, rewritten
+from perfkit.backends.jax_rewriting import Rules, bound, evaluated, rewritten
 from perfkit.parallel.jax_inlined import inlined
 
 ADDITIONS = ("add", "add_any")
@@ -45,7 +45,7 @@ class _Apart:
     def __init__(self, mesh: Mesh, rows: int):
         self.mesh, self.rows, self.parts = mesh, rows, mesh.shape["data"]
         # What is inside of a shard_map is one device's own already.
-        self.rules = {"scan": self.scanned, "shard_map": bind}
+        self.rules: Rules = {"scan": self.scanned, "shard_map": bind}
 
     def scanned(self, eqn: Any, given: list[Any]) -> Sequence[Any]:
         """A loop under the rule; as it is where it adds nothing up over the batch."""

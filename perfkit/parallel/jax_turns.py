@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from perfkit.parallel.balance import spans
@@ -157,9 +156,9 @@ def _flattened(arrays: Sequence[jax.Array], like: jax.Array) -> jax.Array:
 
 
 def _unflattened(buffer: jax.Array, forms: Sequence[Any]) -> list[jax.Array]:
-    ends = np.cumsum([math.prod(form.shape) for form in forms])
-    parts = [buffer[end - math.prod(form.shape) : end] for form, end in zip(forms, ends, strict=True)]
-    return [part.reshape(form.shape).astype(form.dtype) for part, form in zip(parts, forms, strict=True)]
+    sizes = [math.prod(form.shape) for form in forms]
+    parts = lax.split(buffer, [*sizes, buffer.size - sum(sizes)])
+    return [part.reshape(form.shape).astype(form.dtype) for part, form in zip(parts, forms, strict=False)]
 
 
 def _zeros(forms: Sequence[Any]) -> list[jax.Array]:
