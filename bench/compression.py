@@ -20,7 +20,7 @@ import perfkit
 from bench import memory
 from bench.record import RESULTS, device_slug
 from perfkit import PerfkitError, PerfkitWarning, backends, reference
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit._variant import compared, ready
 from perfkit.measure.environment import environment
 from perfkit.reporting._format import format_bytes, format_count

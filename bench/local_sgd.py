@@ -18,7 +18,8 @@ from typing import Any
 import perfkit
 from bench.record import RESULTS
 from perfkit import reference
-from perfkit._recipe import ask, chain_of
+from perfkit._chain import chain_of
+from perfkit._recipe import ask
 from perfkit.measure.environment import environment
 from perfkit.parallel.launching import Launch, launch, told
 

@@ -21,7 +21,7 @@ import perfkit
 from bench.memory_models import deep_cnn
 from bench.record import RESULTS, device_slug
 from perfkit import PerfkitError, PerfkitWarning, reference
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit.measure.environment import environment
 from perfkit.reporting._format import format_bytes
 

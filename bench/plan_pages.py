@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import RESULTS
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit.reporting._format import format_bytes
 
 DOCS = Path(__file__).parents[1] / "docs"

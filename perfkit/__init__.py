@@ -24,7 +24,7 @@ _PUBLIC = {
     "profile": "perfkit.profiling._run",
     "Profile": "perfkit.profiling._profile",
     "doctor": "perfkit._doctor",
-    "Chain": "perfkit._recipe",
+    "Chain": "perfkit._chain",
     "LayerRecipe": "perfkit._recipe",
     "ParallelRecipe": "perfkit._recipe",
     "Recipe": "perfkit._recipe",

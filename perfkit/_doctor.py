@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from perfkit import _recipe, backends
+from perfkit import backends
+from perfkit._recipe import ask, supports
+from perfkit._recipe_files import names, recipe_class
 from perfkit._report import Environment
 from perfkit.measure.environment import compilers, environment
 
@@ -74,7 +76,7 @@ def doctor() -> Diagnosis:
             device = None
         else:
             device = devices[framework] = _device(framework)
-        recipes += [_readiness(name, framework, device, devices[framework]) for name in _recipe.names()]
+        recipes += [_readiness(name, framework, device, devices[framework]) for name in names()]
     return Diagnosis(environment(), compilers(), devices, tuple(recipes), *_counters_and_cards())
 
 
@@ -98,13 +100,13 @@ def _device(framework: str) -> str:
 
 def _readiness(name: str, framework: str, device: str | None, where: str) -> Readiness:
     try:
-        recipe = _recipe.recipe_class(name)()
+        recipe = recipe_class(name)()
     except Exception as error:
         return Readiness(name, framework, False, f"cannot be imported: {type(error).__name__}: {error}")
     if device is None:
         return Readiness(name, framework, False, where)
-    if not _recipe.supports(recipe, framework):
+    if not supports(recipe, framework):
         return Readiness(name, framework, False, f"it is not there for {framework}")
-    if reason := _recipe.ask(recipe, "unavailable", framework, device):
+    if reason := ask(recipe, "unavailable", framework, device):
         return Readiness(name, framework, False, reason)
-    return Readiness(name, framework, True, _recipe.ask(recipe, "unprofitable", framework, device) or "")
+    return Readiness(name, framework, True, ask(recipe, "unprofitable", framework, device) or "")

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perfkit import _proof
+from perfkit._chain import Chain
 from perfkit._errors import FidelityError, NoEffectError, PerfkitWarning, SlowerError
 from perfkit._proof import Settings
-from perfkit._recipe import Chain
 from perfkit._repair import Missed, repairable, repaired
 from perfkit._report import Candidate, Effect, Report
 from perfkit._variant import Applied, Variant, apply, observed, ready

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 import perfkit
+from perfkit._chain import Chain
 from perfkit._errors import UnsupportedError
 from perfkit._measurement import measurement, parallel, payback
-from perfkit._recipe import Chain, LayerRecipe, ask
+from perfkit._recipe import LayerRecipe, ask
 from perfkit._report import Comparison, Fidelity, LossCurves, Metric, Report, Step, Verdict
 from perfkit._variant import Applied, Variant, compared, first_line, ready
 from perfkit.measure import fidelity

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perfkit import _recipe
+from perfkit._chain import Chain
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit._recipe import Chain
+from perfkit._recipe import ask
 from perfkit._report import Comparison, Latency, Quantity, Step
 from perfkit._workload import Workload
 from perfkit.backends import CompileLog, Finished
@@ -96,7 +96,7 @@ def observed(applied: Applied, log: CompileLog) -> Applied:
     """The steps' effects, completed from what was compiled on the first call."""
 
     def complete(recipe, step):
-        effect = _recipe.ask(recipe, "observed", step.effect, log)
+        effect = ask(recipe, "observed", step.effect, log)
         return step if effect is None else replace(step, effect=effect)
 
     if not applied.works or applied.works[-1].inputs is None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bench import advice
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit._report import Quantity
 from perfkit.profiling._profile import Finding
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from perfkit import cli
-from perfkit._recipe import names
+from perfkit._recipe_files import names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perfkit import backends
+from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit._recipe import Chain, Recipe, chain_of, check
+from perfkit._recipe import Recipe
 from perfkit._variant import apply
 from perfkit._workload import Workload, check_mode
 from perfkit.parallel import world

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import perfkit
-from perfkit import _recipe, backends
+from perfkit import backends
+from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import DoesNotRunError, InvalidInputError, PerfkitError, UnsupportedError
 from perfkit._measurement import compile_seconds
-from perfkit._recipe import Chain, ParallelRecipe, Recipe
+from perfkit._recipe import ParallelRecipe, Recipe
 from perfkit._report import Quantity
 from perfkit._variant import Variant, apply, first_line
 from perfkit._workload import Workload, calibrated, check_mode
@@ -180,7 +181,7 @@ def _applied(chain: Chain, work: Workload, kept: _Kept) -> Workload:
     if not len(chain):
         return work
     kept.doing(f"applying {chain}")
-    _recipe.check(chain, work)
+    check(chain, work)
     applied = apply(chain, work)
     kept.note(f"profiled: what {chain} makes of the model")
     kept.doing("running the model for the first time")
@@ -192,7 +193,7 @@ def _chain(recipe: str | Recipe | Chain | list | None) -> Chain:
         return Chain(())
     if recipe == "auto":
         raise InvalidInputError("recipe='auto' searches: call optimize first, and profile with the recipe it reports")
-    chain = _recipe.chain_of(recipe)
+    chain = chain_of(recipe)
     if spread := [str(part) for part in chain if isinstance(part, ParallelRecipe)]:
         raise UnsupportedError(
             f"{', '.join(spread)} spreads the model over several processes, and profile looks at one: "

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from perfkit import InvalidInputError, UnsupportedError, cli
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit.parallel.links import Measured, Ring
 from perfkit.parallel.planning import balanced_units, candidates, predict, ranked, ways
 from perfkit.parallel.planning_messages import BUCKET, FIRST_BUCKET, buckets

@@ -3,7 +3,7 @@
 import pytest
 from torch_workers import together
 
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 
 EXACT = ("every step", "every third", "warm-up", "weights", "state")
 OUTER = ("diloco", "diloco after warm-up")

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit._report import Quantity, Verdict
 from perfkit.reporting import _facts
 
