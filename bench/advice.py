@@ -21,7 +21,7 @@ from typing import Any
 import perfkit
 from bench.record import RESULTS, device_slug
 from perfkit import PerfkitError, PerfkitWarning, reference
-from perfkit._report import plain
+from perfkit._showing import plain
 from perfkit.measure.environment import environment
 from perfkit.profiling._profile import Finding
 

@@ -11,6 +11,7 @@ from perfkit import backends
 from perfkit._recipe import ask, supports
 from perfkit._recipe_files import names, recipe_class
 from perfkit._report import Environment
+from perfkit._showing import InTerminal
 from perfkit.measure.environment import compilers, environment
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Readiness:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(InTerminal):
     """What `doctor` found.
 
     Args:
@@ -42,22 +43,14 @@ class Diagnosis:
         cards: what each NVIDIA card says of itself; empty where there is none.
     """
 
+    _terminal = "diagnosis"
+
     environment: Environment
     compilers: dict[str, str | None]
     devices: dict[str, str]
     recipes: tuple[Readiness, ...]
     energy: dict[str, str] = field(default_factory=dict)
     cards: tuple[DeviceState, ...] = ()
-
-    def __rich__(self):
-        from perfkit.reporting import diagnosis
-
-        return diagnosis.render(self)
-
-    def __str__(self) -> str:
-        from perfkit.reporting import diagnosis
-
-        return diagnosis.plain(self)
 
 
 def doctor() -> Diagnosis:

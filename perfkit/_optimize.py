@@ -14,6 +14,7 @@ from perfkit._pipeline import Result
 from perfkit._proof import Settings
 from perfkit._recipe import Recipe, ask, refusal
 from perfkit._report import Candidate, Effect
+from perfkit._showing import InTerminal
 from perfkit._variant import apply
 from perfkit._workload import Workload, calibrated, check_mode
 from perfkit.parallel.gathering import gathered
@@ -128,8 +129,10 @@ class PlannedStep:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(InTerminal):
     """What `optimize` would do, in order. `candidates` are the chains that recipe="auto" would try or leave out."""
+
+    _terminal = "plan"
 
     model: str
     framework: str
@@ -142,16 +145,6 @@ class Plan:
     def ok(self) -> bool:
         """Whether no step is refused."""
         return not any(step.refusal for step in self.steps)
-
-    def __rich__(self):
-        from perfkit.reporting import plan
-
-        return plan.render(self)
-
-    def __str__(self) -> str:
-        from perfkit.reporting import plan
-
-        return plan.plain(self)
 
 
 def plan(
