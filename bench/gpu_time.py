@@ -17,7 +17,7 @@ import torch._functorch.config
 
 from bench.gpu_cases import Conv, Linear, Rnn, Subject
 from bench.gpu_rows import Row, wide_first
-from perfkit._report import Comparison
+from perfkit._quantity import Comparison
 from perfkit.kernels import conv2d, rnn, trace
 from perfkit.kernels._clock import Call, block_ms, calls_per_block
 from perfkit.kernels.conv2d import cases as conv2d_cases

@@ -12,7 +12,7 @@ from perfkit import backends
 from perfkit._batch import axis_of, even_rows
 from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit._variant import apply
 from perfkit._workload import Inputs, Workload, check_mode
 

@@ -15,8 +15,9 @@ import perfkit
 from perfkit._chain import Chain
 from perfkit._errors import UnsupportedError
 from perfkit._measurement import measurement, parallel, payback
+from perfkit._quantity import Comparison, Verdict
 from perfkit._recipe import LayerRecipe, ask
-from perfkit._report import Comparison, Fidelity, LossCurves, Metric, Report, Step, Verdict
+from perfkit._report import Fidelity, LossCurves, Metric, Report, Step
 from perfkit._variant import Applied, Variant, compared, first_line, ready
 from perfkit.measure import fidelity
 from perfkit.measure.environment import environment

@@ -10,9 +10,10 @@ from perfkit._chain import Chain
 from perfkit._errors import FidelityError, InvalidInputError, PerfkitError
 from perfkit._pipeline import Result, concluded, unchanged
 from perfkit._proof import Settings, check_numbers
+from perfkit._quantity import Comparison, Verdict
 from perfkit._recipe import Recipe, Stage, ask, refusal
 from perfkit._recipe_files import names, recipe_class
-from perfkit._report import Candidate, Comparison, Verdict
+from perfkit._report import Candidate
 from perfkit._variant import Applied, Variant, apply, compared, first_line, observed, ready
 from perfkit._workload import Workload
 

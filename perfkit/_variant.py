@@ -10,8 +10,9 @@ from typing import Any
 
 from perfkit._chain import Chain
 from perfkit._errors import InvalidInputError, UnsupportedError
+from perfkit._quantity import Comparison, Latency, Quantity
 from perfkit._recipe import ask
-from perfkit._report import Comparison, Latency, Quantity, Step
+from perfkit._report import Step
 from perfkit._workload import Workload
 from perfkit.backends import CompileLog, Finished
 from perfkit.measure import timing

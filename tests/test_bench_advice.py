@@ -8,7 +8,7 @@ import pytest
 
 from bench import advice
 from perfkit._chain import chain_of
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling._profile import Finding
 
 FINDING = Finding(

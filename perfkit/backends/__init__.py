@@ -26,7 +26,7 @@ from perfkit._errors import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from perfkit._report import Quantity
+    from perfkit._quantity import Quantity
     from perfkit._workload import Inputs, Training, Workload
 
 FRAMEWORKS = {"torch": "perfkit.backends.torch_backend", "jax": "perfkit.backends.jax_backend"}

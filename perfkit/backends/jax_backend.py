@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 
 from perfkit._errors import InvalidInputError, PerfkitWarning, UnsupportedError
-from perfkit._report import NO_OPTIMIZER, Quantity
+from perfkit._quantity import Quantity
+from perfkit._report import NO_OPTIMIZER
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, Finished, Rounds, Traffic, check_loss, does_not_run
 from perfkit.backends.jax_autocast_rules import primitives

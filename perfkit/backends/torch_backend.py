@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from perfkit._errors import InvalidInputError
-from perfkit._report import NO_OPTIMIZER, Quantity
+from perfkit._quantity import Quantity
+from perfkit._report import NO_OPTIMIZER
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import Backend, CompileLog, Finished, Rounds, Traffic, check_loss, does_not_run
 from perfkit.backends.torch_checks import (

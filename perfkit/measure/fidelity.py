@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perfkit._report import Fidelity, Quantity
+from perfkit._quantity import Quantity
+from perfkit._report import Fidelity
 
 FLAT = 0.1
 """A loss curve that moves by less than this share of its own size is measured against that share instead."""

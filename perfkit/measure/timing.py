@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from perfkit._errors import PerfkitWarning
-from perfkit._report import Comparison, Latency, Quantity, Verdict
+from perfkit._quantity import Comparison, Latency, Quantity, Verdict
 from perfkit.measure import statistics
 from perfkit.measure._scheduler import Interruptions, waited_s
 from perfkit.parallel.world import ALONE, World

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.backends import Traffic
 from perfkit.backends.torch_stderr import without_lines
 

@@ -15,8 +15,8 @@ from perfkit import backends
 from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import DoesNotRunError, InvalidInputError, PerfkitError, UnsupportedError
 from perfkit._measurement import compile_seconds
+from perfkit._quantity import Quantity
 from perfkit._recipe import ParallelRecipe, Recipe
-from perfkit._report import Quantity
 from perfkit._variant import Variant, apply, first_line
 from perfkit._workload import Workload, calibrated, check_mode
 from perfkit.measure import timing

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit._showing import plain, written
 from perfkit.kernels._cache import cache_folder
 from perfkit.measure.environment import environment

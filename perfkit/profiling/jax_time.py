@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from perfkit._errors import UnsupportedError
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit._workload import Workload
 from perfkit.backends import Finished
 from perfkit.backends.jax_inputs import READS_VALUES

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit._variant import first_line
 from perfkit._workload import Workload
 from perfkit.backends import Finished

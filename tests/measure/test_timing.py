@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from perfkit._errors import PerfkitWarning
-from perfkit._report import Quantity, Verdict
+from perfkit._quantity import Quantity, Verdict
 from perfkit.measure import timing
 
 

@@ -8,8 +8,8 @@ import pytest
 import sample_profiles as samples
 
 from perfkit._chain import chain_of
+from perfkit._quantity import Quantity
 from perfkit._recipe_files import names
-from perfkit._report import Quantity
 from perfkit.profiling._profile import Ceilings, Profile
 from perfkit.profiling._time_data import Module, Op, Span
 from perfkit.profiling.advice import LEAST_GAIN, findings, names_in
