@@ -16,7 +16,7 @@ from perfkit._repair import Missed, repairable, repaired
 from perfkit._report import Candidate, Effect, Report
 from perfkit._variant import Applied, Variant, apply, observed, ready
 from perfkit._workload import Workload
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 
 
 @dataclass(frozen=True)

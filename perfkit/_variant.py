@@ -14,7 +14,7 @@ from perfkit._quantity import Comparison, Latency, Quantity
 from perfkit._recipe import ask
 from perfkit._report import Step
 from perfkit._workload import Workload
-from perfkit.backends import CompileLog, Finished
+from perfkit.backends.adapter import CompileLog, Finished
 from perfkit.measure import timing
 
 

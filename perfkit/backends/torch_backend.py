@@ -19,7 +19,8 @@ from perfkit._errors import InvalidInputError
 from perfkit._quantity import Quantity
 from perfkit._report import NO_OPTIMIZER
 from perfkit._workload import Inputs, Training, Workload
-from perfkit.backends import Backend, CompileLog, Finished, Rounds, Traffic, check_loss, does_not_run
+from perfkit.backends.adapter import Backend, CompileLog, Finished, Rounds, Traffic
+from perfkit.backends.checks import check_loss, does_not_run
 from perfkit.backends.torch_checks import (
     check_inputs,
     check_module,

@@ -19,6 +19,7 @@ from perfkit._quantity import Quantity
 from perfkit._recipe import ParallelRecipe, Recipe
 from perfkit._variant import Variant, apply, first_line
 from perfkit._workload import Workload, calibrated, check_mode
+from perfkit.backends.adapter import Backend
 from perfkit.measure import timing
 from perfkit.measure.environment import environment
 from perfkit.profiling import advice, ceilings, energy, telemetry
@@ -211,7 +212,7 @@ def _check(example_inputs: Any, budget_s: Any, progress: Any) -> None:
         raise InvalidInputError(f"progress={progress!r}: expected a function")
 
 
-def _empty(model: Any, backend: backends.Backend, mode: str) -> Profile:
+def _empty(model: Any, backend: Backend, mode: str) -> Profile:
     return Profile(
         model=getattr(model, "__name__", type(model).__name__),
         framework=backend.name,

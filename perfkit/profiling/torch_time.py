@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity
 from perfkit._quantity import Quantity
 from perfkit._variant import first_line
 from perfkit._workload import Workload
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.backends.torch_stderr import without_lines
 from perfkit.profiling._basics import Basics, unprofiled
 from perfkit.profiling._time_data import Op, Time
