@@ -40,7 +40,7 @@ def paired(rival: Call, ours: Call, device: str, budget_s: float) -> tuple[Compa
     calls = [calls_per_block(call, device) for call in sides]
     medians: tuple[list[float], list[float]] = ([], [])
     end, needed = time.monotonic() + budget_s, statistics.pairs_needed(timing.CONFIDENCE)
-    for order in timing._orders(seed=0):
+    for order in timing.orders(seed=0):
         for side in order:
             sides[side]()
             medians[side].append(median(block_ms(sides[side], calls[side], device)))

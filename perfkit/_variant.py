@@ -16,6 +16,7 @@ from perfkit._report import Step
 from perfkit._workload import Workload
 from perfkit.backends.adapter import CompileLog, Finished
 from perfkit.measure import timing
+from perfkit.measure.calls import first_call
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def ready(work: Workload, name: str) -> Variant:
         call = backend.caller(work, finished)
         with backend.watching_compiles() as log, finished.keeping_state():
             backend.seed(work.seed)
-            seconds, _ = timing.first_call(call)
+            seconds, _ = first_call(call)
             return Variant(work, finished, call, Quantity(seconds, "s"), log())
     except UnsupportedError:
         raise

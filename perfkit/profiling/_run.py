@@ -20,7 +20,7 @@ from perfkit._recipe import ParallelRecipe, Recipe
 from perfkit._variant import Variant, apply, first_line
 from perfkit._workload import Workload, calibrated, check_mode
 from perfkit.backends.adapter import Backend
-from perfkit.measure import timing
+from perfkit.measure.calls import alone, first_call
 from perfkit.measure.environment import environment
 from perfkit.profiling import advice, ceilings, energy, telemetry
 from perfkit.profiling._basics import Basics, unprofiled
@@ -144,7 +144,7 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
         seconds = _first_call(call, lambda error: time_room.by_operation(finished, error))
         first = Variant(work, finished, call, Quantity(seconds, "s"), log())
         kept.doing("timing its steps")
-        step = timing.alone(call, budget_s=budget_s)
+        step = alone(call, budget_s=budget_s)
         basics = Basics(step, first.first_call_s, compile_seconds(first, step), log().graphs - first.log.graphs)
     kept.keep(time=unprofiled(basics, "the run ended before the operations were profiled"))
     with telemetry.watching(work.device) as watched:  # not while steps are timed: looking takes time
@@ -171,11 +171,11 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
 def _first_call(call: Callable[[], Any], runs_otherwise: Callable[[Exception], bool]) -> float:
     """Seconds of the first call; of one that works, where it cannot be compiled and runs otherwise."""
     try:
-        return timing.first_call(call)[0]
+        return first_call(call)[0]
     except Exception as error:
         if not runs_otherwise(error):
             raise
-        return timing.first_call(call)[0]
+        return first_call(call)[0]
 
 
 def _applied(chain: Chain, work: Workload, kept: _Kept) -> Workload:
