@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from perfkit.measure.loss_curves import compare_losses, compare_progress
+from perfkit.measure.loss_curves import compare_ends, compare_losses, compare_progress
 
 LOSSES = (2.3, 1.9, 1.6, 1.4, 1.3)
 
@@ -64,6 +64,23 @@ def test_an_original_that_diverges_with_another_seed_proves_nothing():
     found = compare_losses(LOSSES, LOSSES, tolerance=0.1, seed_noise=math.inf)
     assert not found.ok
     assert "diverges with another seed" in found.reason
+
+
+def test_what_was_taken_away_is_learned_again_where_the_end_lies_within_the_originals_curve():
+    before, after = (2.3, 1.9, 1.6, 1.4, 1.3, 1.3, 1.3, 1.3), (9.3, 5.0, 3.0, 2.7, 2.7, 2.7, 2.7, 2.7)
+    found = compare_ends(before, after, tolerance=0.06)
+    assert found.relative_error == pytest.approx((2.7 - 2.3) / (9.3 - 1.3))
+    assert found.max_abs_error == pytest.approx(2.7 - 2.3)
+    assert found.ok
+    worse = compare_ends(before, after, tolerance=0.04)
+    assert worse.reason.startswith("after 8 steps the loss is still 0.05 of the curves' range above the original's")
+    assert compare_ends(before, (*after[:3], *[2.2] * 5), tolerance=0.0).ok, "below the highest it is back"
+
+
+def test_an_end_that_is_not_finite_was_not_learned():
+    found = compare_ends((2.0, 1.0, 1.0), (9.0, math.nan, math.inf), tolerance=1e9)
+    assert found.reason == "2 of 3 losses are not finite, from step 1 on"
+    assert found.relative_error == math.inf
 
 
 def test_progress_is_judged_at_the_steps_that_can_be_compared():
