@@ -15,6 +15,7 @@ from torch import nn
 
 from perfkit._report import Effect
 from perfkit._workload import Workload
+from perfkit.backends import torch_conv_forwards as forwards
 from perfkit.backends import torch_fused_conv as convolutions
 from perfkit.backends import torch_fused_rnn as recurrent
 from perfkit.backends.fused_layers import LEFT, UNKNOWN, Layer, effect
@@ -147,7 +148,7 @@ def _rewritten(
         kind = f"{type(module).__name__}.forward"
         reason = f"nothing that could run together with it directly follows it in {kind}, or it is not called there"
         try:
-            if rewritten := convolutions.rewritten(module, run(name)):
+            if rewritten := forwards.rewritten(module, run(name)):
                 found[name] = rewritten
         except Unreadable as error:
             reason = f"{kind}: {error}"
