@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from perfkit.backends.torch_fused_conv import may_begin, may_follow
-from perfkit.backends.torch_regroup import Unreadable, regrouped
+from perfkit.backends.torch_regroup import regrouped
+from perfkit.backends.torch_source import Unreadable
 
 _ROOMS = tuple(f"perfkit.{room}." for room in ("backends", "recipes", "quantization", "pruning"))
 

@@ -19,7 +19,7 @@ from perfkit.backends import torch_conv_forwards as forwards
 from perfkit.backends import torch_fused_conv as convolutions
 from perfkit.backends import torch_fused_rnn as recurrent
 from perfkit.backends.fused_layers import LEFT, UNKNOWN, Layer, effect
-from perfkit.backends.torch_regroup import Unreadable
+from perfkit.backends.torch_source import Unreadable
 from perfkit.backends.torch_surgery import copied, derive
 from perfkit.kernels._op import trace
 
