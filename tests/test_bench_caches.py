@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from bench import caches, caches_page
+from bench import caches, caches_page, caches_worker
 
 OPTIONS = argparse.Namespace(framework="torch", steps=2, rounds=1, batch_size=2)
 MACHINE = {"accelerators": [], "cpu": "a processor", "cores": 2}
@@ -22,7 +22,7 @@ def test_trimming_gives_back_what_the_next_step_must_fetch_again():
     """In a process of its own, as all cases are."""
     pytest.importorskip("torch")
     row = caches._run("small blocks", "torch", OPTIONS)
-    blocks = caches.SMALL_BLOCKS * caches.SMALL_BYTES
+    blocks = caches_worker.SMALL_BLOCKS * caches_worker.SMALL_BYTES
     assert row["held_bytes"] >= blocks
     assert row["trimmed_bytes"] < row["freed_bytes"] - blocks / 2
     assert row["again_faults"][1] > row["again_faults"][0] + blocks / 2 / 4096
