@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import caches_page
-from bench.record import RESULTS, device_slug
+from bench.pages import RESULTS, device_slug
 from perfkit.measure.environment import environment
 
 BATCH_SIZE, STEPS, ROUNDS = 64, 12, 3

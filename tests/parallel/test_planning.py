@@ -360,12 +360,12 @@ def test_the_example_of_the_page_runs(capsys):
 
 
 def test_the_pages_show_what_was_recorded():
-    from bench import plan_pages
+    from bench import pages, plan_pages
 
     expected = {plan_pages.PLANNING: (plan_pages.PREDICTIONS, plan_pages.predictions())}
     expected |= {page: (plan_pages.SCALING, plan_pages.scaling(name)) for name, page in plan_pages.SPREAD.items()}
-    for page, ((begin, end), lines) in expected.items():
-        shown = page.read_text().partition(begin)[2].partition(end)[0]
+    for page, (marks, lines) in expected.items():
+        shown = pages.between(page, marks)
         assert shown.strip() == "\n".join(lines).strip(), "run python -m bench.plan --page"
 
 
