@@ -35,16 +35,18 @@ class InTerminal:
     """Base of what is printed, by rich or as plain text.
 
     Class attributes:
-        _terminal: the module of `perfkit.reporting` with `render(shown)` and `plain(shown)`.
+        _terminal: the module of `perfkit.reporting` whose `render(shown)` is what rich prints, at any width.
+        _width: columns of the plain text.
     """
 
     _terminal: ClassVar[str]
+    _width: ClassVar[int] = 100
 
     def __rich__(self) -> Any:
         return _reporting(self._terminal).render(self)
 
     def __str__(self) -> str:
-        return _reporting(self._terminal).plain(self)
+        return _reporting("terminal").to_text(self.__rich__(), self._width)
 
 
 class AsPage:

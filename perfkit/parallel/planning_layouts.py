@@ -36,7 +36,7 @@ class Layouts(InTerminal):
         refused: layouts that cannot be, with the reason (JAX, where each was compiled).
     """
 
-    _terminal = "layouts"
+    _terminal, _width = "layouts", 120
 
     model: str
     device: str
