@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from perfkit._report import Comparison
+from perfkit._quantity import Comparison
 from perfkit.measure.environment import environment
 from perfkit.measure.timing import paired
 

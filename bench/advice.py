@@ -15,18 +15,17 @@ import time
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import perfkit
-from bench.record import RESULTS, device_slug
+from bench.pages import DOCS, NOTHING, RESULTS, device_slug, machine, put, recorded
 from perfkit import PerfkitError, PerfkitWarning, reference
-from perfkit._report import plain
+from perfkit._showing import plain
 from perfkit.measure.environment import environment
 from perfkit.profiling._profile import Finding
 
-PAGE = Path(__file__).parents[1] / "docs" / "advice.md"
-BEGIN, END = "<!-- measured: written by python -m bench.advice -->", "<!-- end -->"
+PAGE = DOCS / "advice.md"
+MARKS = "<!-- measured: written by python -m bench.advice -->", "<!-- end -->"
 
 CASES = (
     ("cnn", "inference", 1),
@@ -129,18 +128,14 @@ def gained(finding: Finding, arguments: dict[str, Any], budget_s: float) -> dict
 
 def write() -> None:
     """Put what was recorded between the marks of the page."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + "\n".join([BEGIN, *measured(), END]) + rest.partition(END)[2])
+    put(PAGE, MARKS, measured())
 
 
 def measured() -> list[str]:
     lines: list[str] = []
-    for path in sorted(RESULTS.glob("advice-*.json")):
-        recorded = json.loads(path.read_text())
-        machine = recorded["environment"]
-        device = ", ".join([*machine["accelerators"], machine["cpu"]])
-        close, all_of_them = agreement(recorded["rows"])
-        where = f"{device}, {machine['cores']} cores{_threads(machine)}, {recorded['date']}"
+    for path, found in recorded("advice"):
+        close, all_of_them = agreement(found["rows"])
+        where = f"{machine(found)}{_threads(found['environment'])}, {found['date']}"
         lines += [
             "",
             f"{where}; source: `bench/results/{path.name}`.",
@@ -148,15 +143,15 @@ def measured() -> list[str]:
             "",
             "| model, batch | framework | finding | recipe | predicted | gained |",
             "|---|---|---|---|---|---|",
-            *map(line, recorded["rows"]),
+            *map(line, found["rows"]),
             "",
         ]
-    return lines or ["", "Not measured yet.", ""]
+    return lines or NOTHING
 
 
-def _threads(machine: dict[str, Any]) -> str:
+def _threads(about: dict[str, Any]) -> str:
     """How many threads were allowed, where it was said."""
-    told = machine["threads"].get("OMP_NUM_THREADS")
+    told = about["threads"].get("OMP_NUM_THREADS")
     return "" if told is None else f", {told} thread{'s' if told > 1 else ''}"
 
 

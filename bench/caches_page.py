@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from bench.record import RESULTS
+from bench.pages import DOCS, NOTHING, machine, put, recorded
 from perfkit.reporting._format import format_bytes
 
-PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
-BEGIN, END = "<!-- measured: written by python -m bench.caches -->", "<!-- end -->"
+PAGE = DOCS / "memory.md"
+MARKS = "<!-- measured: written by python -m bench.caches -->", "<!-- end -->"
 
 
 def write() -> None:
     """Put what was recorded between the marks of the page."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + "\n".join([BEGIN, *measured(), END]) + rest.partition(END)[2])
+    put(PAGE, MARKS, measured())
 
 
 def measured() -> list[str]:
     lines = []
-    for path in sorted(RESULTS.glob("caches-*.json")):
-        recorded = json.loads(path.read_text())
-        machine = recorded["environment"]
-        device = ", ".join([*machine["accelerators"], machine["cpu"]])
+    for path, found in recorded("caches"):
         lines += [
             "",
-            f"{device}, {machine['cores']} cores, training steps of an 18-layer CNN at batch {recorded['batch_size']}; "
+            f"{machine(found)}, training steps of an 18-layer CNN at batch {found['batch_size']}; "
             f"source: `bench/results/{path.name}`.",
-            *_told(recorded["rows"]),
+            *_told(found["rows"]),
         ]
-    return [*lines, ""] if lines else ["", "Not measured yet.", ""]
+    return [*lines, ""] if lines else NOTHING
 
 
 def _told(rows: list[dict[str, Any]]) -> list[str]:

@@ -18,15 +18,15 @@ from typing import Any
 
 import perfkit
 from bench import memory
-from bench.record import RESULTS, device_slug
+from bench.pages import DOCS, NOTHING, RESULTS, device_slug, machine, put, recorded
 from perfkit import PerfkitError, PerfkitWarning, backends, reference
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit._variant import compared, ready
 from perfkit.measure.environment import environment
 from perfkit.reporting._format import format_bytes, format_count
 
-PAGES = Path(__file__).parents[1] / "docs" / "recipes"
-BEGIN, END = "<!-- measured: written by python -m bench.compression -->", "<!-- end -->"
+PAGES = DOCS / "recipes"
+MARKS = "<!-- measured: written by python -m bench.compression -->", "<!-- end -->"
 FINE_TUNING_STEPS = {"cnn": 200, "cnn2": 200, "lstm": 600, "text_lstm": 60}
 BUDGET_S = 6.0
 
@@ -191,33 +191,27 @@ def file_bytes(model: Any) -> int:
 
 def write(page: Path) -> None:
     """Put what was recorded about a recipe between the marks of its page, if it has them; others are `plan_pages`'."""
-    before, begin, rest = page.read_text().partition(BEGIN)
-    if not begin:
-        return
-    after = rest.partition(END)[2]
-    page.write_text(before + "\n".join([BEGIN, *measured(page.stem), END]) + after)
+    if MARKS[0] in page.read_text():
+        put(page, MARKS, measured(page.stem))
 
 
 def measured(recipe: str) -> list[str]:
     lines = memory.measured(recipe)
-    for path in sorted(RESULTS.glob("compression-*.json")):
-        recorded = json.loads(path.read_text())
-        rows = [row for row in recorded["rows"] if recipe in names_in(row["recipe"])]
+    for path, found in recorded("compression"):
+        rows = [row for row in found["rows"] if recipe in names_in(row["recipe"])]
         if not rows:
             continue
-        machine = recorded["environment"]
-        instructions = ", ".join(machine["instruction_sets"])
-        device = ", ".join([*machine["accelerators"], machine["cpu"]])
+        instructions = ", ".join(found["environment"]["instruction_sets"])
         lines += [
             "",
-            f"{device}, {machine['cores']} cores ({instructions}); source: `bench/results/{path.name}`.",
+            f"{machine(found)} ({instructions}); source: `bench/results/{path.name}`.",
             "",
             "| model, batch | framework | recipe | speed | metric before → after | weights before → after |",
             "|---|---|---|---|---|---|",
             *map(line, rows),
             "",
         ]
-    return lines or ["", "Not measured yet.", ""]
+    return lines or NOTHING
 
 
 def names_in(written: str) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from perfkit._report import Comparison
+from perfkit._quantity import Comparison
 from perfkit.measure.environment import environment
 
 

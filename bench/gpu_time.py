@@ -17,7 +17,7 @@ import torch._functorch.config
 
 from bench.gpu_cases import Conv, Linear, Rnn, Subject
 from bench.gpu_rows import Row, wide_first
-from perfkit._report import Comparison
+from perfkit._quantity import Comparison
 from perfkit.kernels import conv2d, rnn, trace
 from perfkit.kernels._clock import Call, block_ms, calls_per_block
 from perfkit.kernels.conv2d import cases as conv2d_cases
@@ -40,7 +40,7 @@ def paired(rival: Call, ours: Call, device: str, budget_s: float) -> tuple[Compa
     calls = [calls_per_block(call, device) for call in sides]
     medians: tuple[list[float], list[float]] = ([], [])
     end, needed = time.monotonic() + budget_s, statistics.pairs_needed(timing.CONFIDENCE)
-    for order in timing._orders(seed=0):
+    for order in timing.orders(seed=0):
         for side in order:
             sides[side]()
             medians[side].append(median(block_ms(sides[side], calls[side], device)))

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import perfkit
-from bench.record import RESULTS, device_slug
+from bench.pages import RESULTS, device_slug
 from perfkit import PerfkitError, PerfkitWarning, reference
 from perfkit.measure.environment import environment
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import perfkit
-from bench.record import RESULTS
+from bench.pages import DOCS, NOTHING, RESULTS, put
 from perfkit import reference
-from perfkit._recipe import ask, chain_of
+from perfkit._chain import chain_of
+from perfkit._recipe import ask
 from perfkit.measure.environment import environment
 from perfkit.parallel.launching import Launch, launch, told
 
@@ -32,8 +33,8 @@ RECIPES = (
     "local_sgd(sync_every=32, average_state=True)",
     "local_sgd(sync_every=32, diloco=True)",
 )
-PAGE = Path(__file__).parents[1] / "docs" / "recipes" / "local_sgd.md"
-BEGIN, END = "<!-- loss curve: written by python -m bench.local_sgd -->", "<!-- loss curve ends -->"
+PAGE = DOCS / "recipes" / "local_sgd.md"
+MARKS = "<!-- loss curve: written by python -m bench.local_sgd -->", "<!-- loss curve ends -->"
 QUARTERS, AVERAGED = 4, 5
 
 
@@ -114,15 +115,13 @@ def at(losses: list[float], averaged: list[int], step: int) -> float:
 
 def write() -> None:
     """Put what was recorded between the marks of the page."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(before + "\n".join([BEGIN, *measured(), END]) + after)
+    put(PAGE, MARKS, measured())
 
 
 def measured() -> list[str]:
     path = RESULTS / "local_sgd.json"
     if not path.exists():
-        return ["", "Not measured yet.", ""]
+        return NOTHING
     recorded = json.loads(path.read_text())
     return [
         "",

@@ -19,9 +19,9 @@ from typing import Any
 
 import perfkit
 from bench.memory_models import deep_cnn
-from bench.record import RESULTS, device_slug
+from bench.pages import RESULTS, device_slug, machine, recorded
 from perfkit import PerfkitError, PerfkitWarning, reference
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit.measure.environment import environment
 from perfkit.reporting._format import format_bytes
 
@@ -128,16 +128,13 @@ def _sides(report: perfkit.Report, field: str) -> list[float | None]:
 def measured(recipe: str) -> list[str]:
     """What was recorded about a recipe, as Markdown, machine by machine."""
     lines = []
-    for path in sorted(RESULTS.glob("memory-*.json")):
-        recorded = json.loads(path.read_text())
-        rows = [row for row in recorded["rows"] if recipe in {part.name for part in chain_of(row["recipe"])}]
+    for path, found in recorded("memory"):
+        rows = [row for row in found["rows"] if recipe in {part.name for part in chain_of(row["recipe"])}]
         if not rows:
             continue
-        machine = recorded["environment"]
-        device = ", ".join([*machine["accelerators"], machine["cpu"]])
         lines += [
             "",
-            f"{device}, {machine['cores']} cores; source: `bench/results/{path.name}`.",
+            f"{machine(found)}; source: `bench/results/{path.name}`.",
             "",
             "| model, batch | framework | recipe | tensor peak of a step | optimizer state | time | losses apart |",
             "|---|---|---|---|---|---|---|",

@@ -26,6 +26,7 @@ from torch import nn
 
 from perfkit import Comparison, reference
 from perfkit.measure import timing
+from perfkit.measure.calls import BLOCK_S, MOST_CALLS, quickest_s, timed, warm_up
 from perfkit.measure.statistics import compare, pairs_needed
 
 Call = Callable[[], Any]
@@ -110,12 +111,11 @@ def compared(model: str, batch_size: int, peer: Callable, budget_s: float) -> tu
     """
     sides = [Side(model, batch_size, runtime.__name__, budget_s / 10) for runtime in (eager, peer)]
     try:
-        (expected, *quickest_s), (found, other_s) = (side.ready() for side in sides)
-        quickest_s.append(other_s)
-        calls = [max(1, min(round(timing.BLOCK_S / seconds), timing.MOST_CALLS)) for seconds in quickest_s]
+        (expected, eager_s), (found, peer_s) = (side.ready() for side in sides)
+        calls = [max(1, min(round(BLOCK_S / seconds), MOST_CALLS)) for seconds in (eager_s, peer_s)]
         medians: tuple[list[float], list[float]] = ([], [])
         end = time.monotonic() + budget_s
-        for order in timing._orders(seed=0):
+        for order in timing.orders(seed=0):
             for side in order:
                 medians[side].append(statistics.median(sides[side].block_ms(calls[side])))
             enough = pairs_needed(timing.CONFIDENCE) if time.monotonic() > end else MOST_PAIRS
@@ -185,8 +185,8 @@ def _serve(pipe: Connection, model: str, batch_size: int, runtime: str, warm_s: 
         loaded = reference.load(model, framework="torch", batch_size=batch_size)
         call = globals()[runtime](loaded.model, loaded.example_inputs)
         output = call()
-        timing.warm_up(call, budget_s=warm_s)
-        quickest = timing._quickest(call)
+        warm_up(call, budget_s=warm_s)
+        quickest = quickest_s(call)
         first = output[0] if isinstance(output, (list, tuple)) else output
         pipe.send((np.array(first, np.float64), quickest))
     except Exception as error:  # whatever a runtime says of a model that it cannot take is the finding
@@ -198,4 +198,4 @@ def _serve(pipe: Connection, model: str, batch_size: int, runtime: str, warm_s: 
         except EOFError:
             return
         call()
-        pipe.send([nanoseconds / 1e6 for nanoseconds in timing._timed(call, calls)])
+        pipe.send([nanoseconds / 1e6 for nanoseconds in timed(call, calls)])

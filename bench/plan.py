@@ -21,8 +21,8 @@ from statistics import median
 from typing import Any
 
 from bench import plan_pages
+from bench.pages import RESULTS, device_slug
 from bench.plan_models import MODELS
-from bench.record import RESULTS, device_slug
 from perfkit.measure import statistics
 from perfkit.measure.environment import environment
 from perfkit.parallel.launching import Launch, launch, told

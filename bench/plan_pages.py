@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from bench.record import RESULTS
-from perfkit._recipe import chain_of
+from bench.pages import DOCS, NOTHING, machine, put, recorded
+from perfkit._chain import chain_of
 from perfkit.reporting._format import format_bytes
 
-DOCS = Path(__file__).parents[1] / "docs"
 PLANNING = DOCS / "planning.md"
 SPREAD = {name: DOCS / "recipes" / f"{name}.md" for name in
           ("data_parallel", "tensor_parallel", "pipeline_parallel", "local_sgd")}  # fmt: skip
@@ -21,8 +18,6 @@ PREDICTIONS = "<!-- measured: written by python -m bench.plan -->", "<!-- end --
 SCALING = "<!-- scaling: written by python -m bench.plan -->", "<!-- scaling ends -->"
 WITHIN = 0.25
 """By how much a prediction may be off, as a share of what was measured."""
-
-NOTHING = ["", "Not measured yet.", ""]
 
 REMARK = """One process with the whole batch against all of them, in turn in the same rounds: batches of 64 rows, Adam.
 All run on the cores of one machine. Processes of torch have a thread each: as many as there are cores can be so many
@@ -34,15 +29,9 @@ a slow-down."""
 
 def write() -> None:
     """Put what was recorded between the marks of the pages."""
-    _put(PLANNING, PREDICTIONS, predictions())
+    put(PLANNING, PREDICTIONS, predictions())
     for recipe, page in SPREAD.items():
-        _put(page, SCALING, scaling(recipe))
-
-
-def _put(page: Path, marks: tuple[str, str], lines: list[str]) -> None:
-    before, _, rest = page.read_text().partition(marks[0])
-    after = rest.partition(marks[1])[2]
-    page.write_text(before + "\n".join([marks[0], *lines, marks[1]]) + after)
+        put(page, SCALING, scaling(recipe))
 
 
 def predictions() -> list[str]:
@@ -111,9 +100,6 @@ def _known(value: Any, told: Callable[[Any], str]) -> str:
 
 def _recorded(wanted: Callable[[dict[str, Any]], bool]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Machines with such rows: where they come from, in a sentence, and the rows."""
-    for path in sorted(RESULTS.glob("plan-*.json")):
-        recorded = json.loads(path.read_text())
-        if rows := [row for row in recorded["rows"] if wanted(row)]:
-            machine = recorded["environment"]
-            device = ", ".join([*machine["accelerators"], machine["cpu"]])
-            yield f"{device}, {machine['cores']} cores, {recorded['date']}; source: `bench/results/{path.name}`.", rows
+    for path, found in recorded("plan"):
+        if rows := [row for row in found["rows"] if wanted(row)]:
+            yield f"{machine(found)}, {found['date']}; source: `bench/results/{path.name}`.", rows

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.plan_models import workload
+from perfkit._chain import chain_of
 from perfkit._measurement import parallel
-from perfkit._recipe import chain_of
 from perfkit._variant import Variant, ready
 from perfkit._workload import Workload
 from perfkit.measure.environment import environment

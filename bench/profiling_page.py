@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from pathlib import Path
 
 import perfkit
-from bench.record import RESULTS
+from bench.pages import DOCS, RESULTS, put
 
-PAGE = Path(__file__).parents[1] / "docs" / "profiling.md"
+PAGE = DOCS / "profiling.md"
 RECORD = RESULTS / "profile-example.json"
-BEGIN, END = "<!-- recorded: written by python -m bench.profiling_page -->", "<!-- end -->"
+MARKS = "<!-- recorded: written by python -m bench.profiling_page -->", "<!-- end -->"
 COMMAND = ("profile", "cnn", "--mode", "training")
 
 
@@ -24,8 +23,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="profile nothing, only write the page")
     if not parser.parse_args().page:
         subprocess.run([sys.executable, "-m", "perfkit.cli", *COMMAND, "--json", str(RECORD)], check=True)
-    head, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}\n{example()}\n{END}{rest.partition(END)[2]}")
+    put(PAGE, MARKS, [example()])
 
 
 def example() -> str:

@@ -6,18 +6,16 @@ The same command on any machine adds that machine's file; nothing is ever writte
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import perfkit
+from bench.pages import RESULTS, device_slug, machine
 from perfkit import PerfkitWarning, reference
-from perfkit.measure.environment import environment
 from perfkit.reporting import _format
 
-RESULTS = Path(__file__).parent / "results"
 CASES = [("cnn", 1), ("cnn", 64), ("cnn", 512), ("cnn2", 64), ("lstm", 64), ("text_lstm", 64)]
 BUDGET_S = 40.0
 TRAINING = [("cnn", "bf16"), ("cnn", "compile"), ("lstm", "bf16"), ("lstm", "compile")]
@@ -36,13 +34,6 @@ def main() -> None:
     path.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
     (RESULTS / "README.md").write_text(page())
     print(f"wrote {path} and {RESULTS / 'README.md'}")
-
-
-def device_slug() -> str:
-    """This machine as part of a file's name."""
-    found = environment()
-    told = " ".join((*found.accelerators, found.cpu, f"{found.cores} cores"))
-    return re.sub(r"[^a-z0-9]+", "-", told.lower()).strip("-")
 
 
 def _inference(framework: str, model: str, batch_size: int) -> dict[str, Any]:
@@ -88,11 +79,11 @@ def page() -> str:
 
 
 def _device(path: Path, recorded: dict[str, Any]) -> list[str]:
-    machine = recorded["environment"]
-    libraries = ", ".join(f"{name} {version}" for name, version in sorted(machine["libraries"].items()))
-    instructions = ", ".join(machine["instruction_sets"])
+    about = recorded["environment"]
+    libraries = ", ".join(f"{name} {version}" for name, version in sorted(about["libraries"].items()))
+    instructions = ", ".join(about["instruction_sets"])
     return [
-        f"## {', '.join([*machine['accelerators'], machine['cpu']])}, {machine['cores']} cores",
+        f"## {machine(recorded)}",
         "",
         f"{recorded['date']}; {libraries}; instructions: {instructions}. Source: `{path.name}`.",
         "",

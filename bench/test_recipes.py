@@ -8,7 +8,7 @@ import pytest
 
 import perfkit
 from perfkit import FidelityError, PerfkitWarning, UnsupportedError, reference
-from perfkit._recipe import names
+from perfkit._recipe_files import names
 
 ELSEWHERE = {
     "bench/compression.py": (

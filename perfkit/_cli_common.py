@@ -16,7 +16,7 @@ from rich.console import Console
 
 import perfkit
 from perfkit._errors import InvalidInputError
-from perfkit._report import Verdict
+from perfkit._quantity import Verdict
 from perfkit._workload import MODES
 
 REFUSED, BAD_INPUT, SLOWER, NOISY, INTERRUPTED = 1, 2, 3, 4, 130

@@ -68,7 +68,8 @@ def start_training(model: str, options: Mapping[str, Any], processes: int, timeo
     Raises:
         InvalidInputError: no recipe for several processes was named.
     """
-    from perfkit._recipe import ParallelRecipe, chain_of
+    from perfkit._chain import chain_of
+    from perfkit._recipe import ParallelRecipe
     from perfkit.parallel.launching import Launch
 
     chain = chain_of(options["recipe"] or [])

@@ -14,9 +14,9 @@ import click
 
 import perfkit
 from perfkit import _cli_common as common
+from perfkit._chain import chain_of
 from perfkit._cli_common import INTERRUPTED, REFUSED
 from perfkit._errors import InvalidInputError
-from perfkit._recipe import chain_of
 from perfkit.profiling._profile import Finding, Profile
 
 STDOUT = Path("-")

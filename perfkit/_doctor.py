@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from perfkit import _recipe, backends
+from perfkit import backends
+from perfkit._recipe import ask, supports
+from perfkit._recipe_files import names, recipe_class
 from perfkit._report import Environment
+from perfkit._showing import InTerminal
 from perfkit.measure.environment import compilers, environment
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ class Readiness:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(InTerminal):
     """What `doctor` found.
 
     Args:
@@ -40,22 +43,14 @@ class Diagnosis:
         cards: what each NVIDIA card says of itself; empty where there is none.
     """
 
+    _terminal = "diagnosis"
+
     environment: Environment
     compilers: dict[str, str | None]
     devices: dict[str, str]
     recipes: tuple[Readiness, ...]
     energy: dict[str, str] = field(default_factory=dict)
     cards: tuple[DeviceState, ...] = ()
-
-    def __rich__(self):
-        from perfkit.reporting import diagnosis
-
-        return diagnosis.render(self)
-
-    def __str__(self) -> str:
-        from perfkit.reporting import diagnosis
-
-        return diagnosis.plain(self)
 
 
 def doctor() -> Diagnosis:
@@ -74,7 +69,7 @@ def doctor() -> Diagnosis:
             device = None
         else:
             device = devices[framework] = _device(framework)
-        recipes += [_readiness(name, framework, device, devices[framework]) for name in _recipe.names()]
+        recipes += [_readiness(name, framework, device, devices[framework]) for name in names()]
     return Diagnosis(environment(), compilers(), devices, tuple(recipes), *_counters_and_cards())
 
 
@@ -98,13 +93,13 @@ def _device(framework: str) -> str:
 
 def _readiness(name: str, framework: str, device: str | None, where: str) -> Readiness:
     try:
-        recipe = _recipe.recipe_class(name)()
+        recipe = recipe_class(name)()
     except Exception as error:
         return Readiness(name, framework, False, f"cannot be imported: {type(error).__name__}: {error}")
     if device is None:
         return Readiness(name, framework, False, where)
-    if not _recipe.supports(recipe, framework):
+    if not supports(recipe, framework):
         return Readiness(name, framework, False, f"it is not there for {framework}")
-    if reason := _recipe.ask(recipe, "unavailable", framework, device):
+    if reason := ask(recipe, "unavailable", framework, device):
         return Readiness(name, framework, False, reason)
-    return Readiness(name, framework, True, _recipe.ask(recipe, "unprofitable", framework, device) or "")
+    return Readiness(name, framework, True, ask(recipe, "unprofitable", framework, device) or "")

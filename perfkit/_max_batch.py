@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perfkit import _recipe, backends
+from perfkit import backends
 from perfkit._batch import axis_of, even_rows
+from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit._variant import apply
 from perfkit._workload import Inputs, Workload, check_mode
 
@@ -84,7 +85,7 @@ def max_batch_size(
         >>> found.batch_size
     """
     check_mode(mode, loss, targets, optimizer, example_inputs)
-    chain = _recipe.chain_of(recipe or ())
+    chain = chain_of(recipe or ())
     if multiple_of is None:
         multiple_of = math.lcm(*(getattr(step, "micro_batches", None) or 1 for step in chain))
     if multiple_of < 1 or most < multiple_of:
@@ -168,7 +169,7 @@ def _sized(work: Workload, rows: int, batch_dim: int) -> Workload:
     return backend.copy(work.replace(inputs=Inputs(args, kwargs), training=training))
 
 
-def _needs(work: Workload, chain: _recipe.Chain) -> float | None:
+def _needs(work: Workload, chain: Chain) -> float | None:
     """Bytes of a workload under a chain; None where the device ran out of memory.
 
     Raises:
@@ -176,7 +177,7 @@ def _needs(work: Workload, chain: _recipe.Chain) -> float | None:
     """
     backend = work.backend
     try:
-        _recipe.check(chain, work)
+        check(chain, work)
         if chain.recipes:
             work = apply(chain, work).works[-1]
         finished = backend.finish(work)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from perfkit._report import Comparison, Latency, Measurement, Parallel, Quantity, Verdict
+from perfkit._quantity import Comparison, Latency, Quantity, Verdict
+from perfkit._report import Measurement, Parallel
 from perfkit._variant import Variant, no_inputs
-from perfkit.backends import Traffic
+from perfkit.backends.adapter import Traffic
 from perfkit.measure import memory
 
 

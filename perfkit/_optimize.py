@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perfkit import _pipeline, _recipe, _search, backends
+from perfkit import _pipeline, _search, backends
+from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._pipeline import Result
 from perfkit._proof import Settings
-from perfkit._recipe import Chain, Recipe
+from perfkit._recipe import Recipe, ask, refusal
 from perfkit._report import Candidate, Effect
+from perfkit._showing import InTerminal
 from perfkit._variant import apply
 from perfkit._workload import Workload, calibrated, check_mode
 from perfkit.parallel.gathering import gathered
@@ -89,7 +91,7 @@ def optimize(
         >>> print(result.report.speedup)
         >>> y = result.model(x)
     """
-    chain = None if recipe == AUTO else _recipe.chain_of(recipe)
+    chain = None if recipe == AUTO else chain_of(recipe)
     settings = _settings(chain, tolerance, evaluate, max_drop, budget_s, strict, on_slower, progress)
     check_mode(mode, loss, targets, optimizer, example_inputs)
     backend = backends.of(model, example_inputs)
@@ -102,7 +104,7 @@ def optimize(
             result = _search.search(work, settings)
         else:
             work = gathered(work, chain)
-            _recipe.check(chain, work)
+            check(chain, work)
             result = _pipeline.run(chain, work, settings)
     if result.report.outcome == "original returned" and mode == "inference":
         return replace(result, model=model)
@@ -127,8 +129,10 @@ class PlannedStep:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(InTerminal):
     """What `optimize` would do, in order. `candidates` are the chains that recipe="auto" would try or leave out."""
+
+    _terminal = "plan"
 
     model: str
     framework: str
@@ -141,16 +145,6 @@ class Plan:
     def ok(self) -> bool:
         """Whether no step is refused."""
         return not any(step.refusal for step in self.steps)
-
-    def __rich__(self):
-        from perfkit.reporting import plan
-
-        return plan.render(self)
-
-    def __str__(self) -> str:
-        from perfkit.reporting import plan
-
-        return plan.plain(self)
 
 
 def plan(
@@ -177,7 +171,7 @@ def plan(
     Example:
         >>> print(perfkit.plan(model, "channels_last+bf16+compile", example_inputs=(x,)))
     """
-    chain = None if recipe == AUTO else _recipe.chain_of(recipe)
+    chain = None if recipe == AUTO else chain_of(recipe)
     check_mode(mode, loss, targets, optimizer, example_inputs)
     backend = backends.of(model, example_inputs)
     with backend.preserved():
@@ -196,16 +190,16 @@ def plan(
 def _planned(chain: Chain, work: Workload) -> list[PlannedStep]:
     steps = []
     for recipe in chain:
-        refusal = _recipe.refusal(recipe, work)
+        reason = refusal(recipe, work)
         effect = None
-        if not refusal:
+        if not reason:
             try:
                 applied = apply(Chain((recipe,)), work)
                 work, effect = applied.works[0], applied.steps[0].effect
             except UnsupportedError as error:
-                refusal = str(error)
-        caution = _recipe.ask(recipe, "unprofitable", work.framework, work.device) or ""
-        steps.append(PlannedStep(str(recipe), recipe.stage.name, effect, refusal or "", caution))
+                reason = str(error)
+        caution = ask(recipe, "unprofitable", work.framework, work.device) or ""
+        steps.append(PlannedStep(str(recipe), recipe.stage.name, effect, reason or "", caution))
     return steps
 
 

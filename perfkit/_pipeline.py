@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perfkit import _proof
+from perfkit._chain import Chain
 from perfkit._errors import FidelityError, NoEffectError, PerfkitWarning, SlowerError
 from perfkit._proof import Settings
-from perfkit._recipe import Chain
 from perfkit._repair import Missed, repairable, repaired
 from perfkit._report import Candidate, Effect, Report
 from perfkit._variant import Applied, Variant, apply, observed, ready
 from perfkit._workload import Workload
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 import perfkit
+from perfkit._chain import Chain
 from perfkit._errors import UnsupportedError
 from perfkit._measurement import measurement, parallel, payback
-from perfkit._recipe import Chain, LayerRecipe, ask
-from perfkit._report import Comparison, Fidelity, LossCurves, Metric, Report, Step, Verdict
+from perfkit._quantity import Comparison, Verdict
+from perfkit._recipe import LayerRecipe, ask
+from perfkit._report import Fidelity, LossCurves, Metric, Report, Step
 from perfkit._variant import Applied, Variant, compared, first_line, ready
-from perfkit.measure import fidelity
+from perfkit.measure import fidelity, loss_curves
 from perfkit.measure.environment import environment
 
 TRAINING_STEPS = 50
@@ -139,17 +141,17 @@ def _check_losses(
         after = tuple(map(fmean, zip(*work.world.gather(after), strict=True)))
         before, after = work.world.agree((before, after))
         tolerance = LAG_TOLERANCE if tolerance is None else tolerance
-        return fidelity.compare_progress(before, after, steps, tolerance=tolerance), LossCurves(before, after)
+        return loss_curves.compare_progress(before, after, steps, tolerance=tolerance), LossCurves(before, after)
     before, after = work.world.agree((before, after))
     tolerance = LOSS_TOLERANCE if tolerance is None else tolerance
     if any(recipe.retrains for recipe in chain):
-        return fidelity.compare_ends(before, after, tolerance=tolerance), LossCurves(before, after)
+        return loss_curves.compare_ends(before, after, tolerance=tolerance), LossCurves(before, after)
     other = backend.losses(work, original.finished, 1, work.seed + 1)
     noise = None
     if other[0] != before[0]:  # the model draws random numbers: how far apart are two seeds of the original?
         other = backend.losses(work, original.finished, TRAINING_STEPS, work.seed + 1)
-        noise = fidelity.compare_losses(before, other, tolerance=tolerance).relative_error
-    return fidelity.compare_losses(before, after, tolerance=tolerance, seed_noise=noise), LossCurves(before, after)
+        noise = loss_curves.compare_losses(before, other, tolerance=tolerance).relative_error
+    return loss_curves.compare_losses(before, after, tolerance=tolerance, seed_noise=noise), LossCurves(before, after)
 
 
 def _evaluated(original: Variant, result: Variant, settings: Settings) -> Metric | None:

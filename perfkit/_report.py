@@ -5,88 +5,17 @@ Units stand in the field names. A number that could not be measured is a `Quanti
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from perfkit._quantity import Comparison, Latency, Quantity, Verdict
+from perfkit._showing import AsJson, AsPage, InTerminal, written
 
 SCHEMA_VERSION = 1
 WORTH_SAVING = 1.02
 """Ratio of memory before to after from which on it is called a saving."""
 
-
-@dataclass(frozen=True)
-class Quantity:
-    """A number with its unit, or the reason why there is none.
-
-    Args:
-        value: the number; None where it could not be measured.
-        unit: "B", "s", "ms", "calls", "ratio", "dB", …
-        unavailable: why there is no value; None where there is one.
-        method: how it was measured, in a few words.
-    """
-
-    value: float | None
-    unit: str
-    unavailable: str | None = None
-    method: str | None = None
-
-    def __post_init__(self):
-        assert (self.value is None) == (self.unavailable is not None), "a value or a reason, never both or neither"
-
-    @classmethod
-    def missing(cls, unit: str, reason: str) -> Quantity:
-        return cls(None, unit, unavailable=reason)
-
-
 NO_OPTIMIZER = Quantity.missing("B", "there is no optimizer in inference")
-
-
-class Verdict(enum.StrEnum):
-    FASTER = "faster"
-    SLOWER = "slower"
-    SAME = "no significant change"
-    NOISY = "too noisy"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two variants timed interleaved in one run.
-
-    Args:
-        ratio: time of `baseline` / time of `variant`, so 2.0 means twice as fast: the median over pairs.
-        low, high: confidence interval of the ratio.
-        confidence: coverage of the interval, e.g. 0.99.
-        verdict: what the interval allows to say.
-        pairs: number of interleaved pairs behind it; 0 where the result is the original itself, whose ratio is 1.
-        noise: half-width of the same interval for the baseline against itself, as a relative number.
-    """
-
-    baseline: str
-    variant: str
-    ratio: float
-    low: float
-    high: float
-    confidence: float
-    verdict: Verdict
-    pairs: int
-    noise: float
-
-    def __str__(self) -> str:
-        return f"{self.ratio:.2f}× [{self.low:.2f}, {self.high:.2f}] {self.verdict}"
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Times of single synchronized calls, in the order they were taken (at most a few thousand are kept)."""
-
-    samples_ms: tuple[float, ...]
-    median_ms: float
-    p90_ms: Quantity
-    p95_ms: Quantity
-    p99_ms: Quantity
 
 
 @dataclass(frozen=True)
@@ -296,7 +225,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(AsJson, InTerminal, AsPage):
     """The proof: everything `optimize` measured and decided.
 
     Args:
@@ -311,6 +240,8 @@ class Report:
         aim: "memory" where a recipe of the chain is for it, and more time is its price; else "speed".
         optimizing_s: seconds spent applying recipes and compiling, measurements not included.
     """
+
+    _terminal, _page, _indent = "terminal", "html", 2
 
     model: str
     framework: str
@@ -346,7 +277,7 @@ class Report:
         if self.aim != "memory":
             return ()
         kinds = {"tensor peak": "tensor_peak_bytes", "optimizer state": "optimizer_state_bytes"}
-        sides = {what: (getattr(self.before, field), getattr(self.after, field)) for what, field in kinds.items()}
+        sides = {what: (getattr(self.before, name), getattr(self.after, name)) for what, name in kinds.items()}
         found = [Saving(what, a.value, b.value) for what, (a, b) in sides.items() if a.value and b.value is not None]
         saved = [item for item in found if item.ratio >= WORTH_SAVING]
         return tuple(sorted(saved, key=lambda item: -item.ratio))
@@ -366,66 +297,8 @@ class Report:
             return f"{self.recipe} makes {self.model} slower here: {self.speedup}"
         return ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready data; numbers that are not finite become None (`fidelity.reason` tells)."""
-        return plain(self)
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The report as canonical JSON (sorted keys); written to `path` if one is given."""
-        import json
-
-        return written(json.dumps(self.to_dict(), sort_keys=True, indent=2, allow_nan=False) + "\n", path)
-
     def to_markdown(self, path: str | Path | None = None) -> str:
         """The report as Markdown, short enough for a pull request."""
         from perfkit.reporting import markdown
 
         return written(markdown.render(self), path)
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """The report as one self-contained HTML page: no network is needed to view it."""
-        from perfkit.reporting import html
-
-        return written(html.render(self), path)
-
-    def __rich__(self):
-        from perfkit.reporting import terminal
-
-        return terminal.render(self)
-
-    def __str__(self) -> str:
-        from perfkit.reporting import terminal
-
-        return terminal.plain(self)
-
-    def _repr_html_(self) -> str:
-        from perfkit.reporting import html
-
-        return html.embedded(self)
-
-
-def plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, enum.Enum):
-        return value.value
-    return value
-
-
-def written(text: str, path: str | Path | None) -> str:
-    """Write `text` to `path` whole or not at all, and return it."""
-    if path is not None:
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    return text

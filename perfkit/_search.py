@@ -6,12 +6,14 @@ import itertools
 import time
 from dataclasses import replace
 
-from perfkit import _recipe
+from perfkit._chain import Chain
 from perfkit._errors import FidelityError, InvalidInputError, PerfkitError
 from perfkit._pipeline import Result, concluded, unchanged
 from perfkit._proof import Settings, check_numbers
-from perfkit._recipe import Chain, Recipe, Stage
-from perfkit._report import Candidate, Comparison, Verdict
+from perfkit._quantity import Comparison, Verdict
+from perfkit._recipe import Recipe, Stage, ask, refusal
+from perfkit._recipe_files import names, recipe_class
+from perfkit._report import Candidate
 from perfkit._variant import Applied, Variant, apply, compared, first_line, observed, ready
 from perfkit._workload import Workload
 
@@ -70,24 +72,24 @@ def sensible(work: Workload) -> tuple[list[Chain], list[Candidate]]:
     """
     kinds: dict[str, list[Recipe | None]] = {}
     left_out = []
-    for name in _recipe.names():
+    for name in names():
         try:
-            recipe = _recipe.recipe_class(name)()
+            recipe = recipe_class(name)()
         except Exception as error:  # whatever a file of the user's own may raise; it shall hurt no other
             left_out.append(Candidate(name, "not tried", f"it cannot be made: {type(error).__name__}: {error}"))
             continue
-        if reason := _recipe.refusal(recipe, work):
+        if reason := refusal(recipe, work):
             left_out.append(Candidate(name, "refused", reason))
         elif recipe.aim != "speed":
             left_out.append(Candidate(name, "not tried", f"its aim is {recipe.aim}: choose it by name"))
         elif (
-            (reason := _recipe.ask(recipe, "unsought", work))
-            or (reason := _recipe.ask(recipe, "unprofitable", work.framework, work.device))
+            (reason := ask(recipe, "unsought", work))
+            or (reason := ask(recipe, "unprofitable", work.framework, work.device))
             or (reason := _idle(recipe, work))
         ):
             left_out.append(Candidate(name, "not tried", reason))
         else:
-            variants = _recipe.ask(recipe, "variants", work) or (recipe,)
+            variants = ask(recipe, "variants", work) or (recipe,)
             kinds.setdefault(recipe.provides or name, [None]).extend(variants)
     chains = [Chain(tuple(filter(None, choice))) for choice in itertools.product(*kinds.values())]
     return sorted(filter(len, chains), key=_promise), left_out

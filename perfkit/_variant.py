@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perfkit import _recipe
+from perfkit._chain import Chain
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit._recipe import Chain
-from perfkit._report import Comparison, Latency, Quantity, Step
+from perfkit._quantity import Comparison, Latency, Quantity
+from perfkit._recipe import ask
+from perfkit._report import Step
 from perfkit._workload import Workload
-from perfkit.backends import CompileLog, Finished
+from perfkit.backends.adapter import CompileLog, Finished
 from perfkit.measure import timing
+from perfkit.measure.calls import first_call
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def ready(work: Workload, name: str) -> Variant:
         call = backend.caller(work, finished)
         with backend.watching_compiles() as log, finished.keeping_state():
             backend.seed(work.seed)
-            seconds, _ = timing.first_call(call)
+            seconds, _ = first_call(call)
             return Variant(work, finished, call, Quantity(seconds, "s"), log())
     except UnsupportedError:
         raise
@@ -96,7 +98,7 @@ def observed(applied: Applied, log: CompileLog) -> Applied:
     """The steps' effects, completed from what was compiled on the first call."""
 
     def complete(recipe, step):
-        effect = _recipe.ask(recipe, "observed", step.effect, log)
+        effect = ask(recipe, "observed", step.effect, log)
         return step if effect is None else replace(step, effect=effect)
 
     if not applied.works or applied.works[-1].inputs is None:

@@ -13,7 +13,7 @@ from perfkit._errors import InvalidInputError
 from perfkit.parallel.world import ALONE, World
 
 if TYPE_CHECKING:
-    from perfkit.backends import Backend
+    from perfkit.backends.adapter import Backend
     from perfkit.parallel.layout import Layout
     from perfkit.parallel.spread import Spread
 

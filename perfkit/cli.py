@@ -184,7 +184,7 @@ main.add_command(_cli_profile.profile)
 @click.option("--multiple-of", type=click.IntRange(min=1), help="Try multiples only.  [default: of micro-batches]")
 def max_batch(model, framework, mode, recipe, limit_mb, multiple_of) -> None:
     """Find the largest batch of the reference model MODEL that fits into memory."""
-    from perfkit._recipe import chain_of
+    from perfkit._chain import chain_of
     from perfkit.reference._train_run import suited
 
     with common.status() as progress:
@@ -238,7 +238,9 @@ def demo(html, budget) -> None:
 
 def lesson(recipe: str) -> None:
     """What `python -m perfkit.recipes.NAME` runs: one recipe on one reference model, before and after."""
-    kind = perfkit._recipe.recipe_class(recipe)
+    from perfkit._recipe_files import recipe_class
+
+    kind = recipe_class(recipe)
 
     @click.command(cls=click.Command, help=kind.__doc__, context_settings={"help_option_names": ["-h", "--help"]})
     @click.option("--model", default="cnn", show_default=True, help="A reference model.")

@@ -17,7 +17,7 @@ __path__ += filter(None, os.environ.get("PERFKIT_RECIPES", "").split(os.pathsep)
 class _Recipes(types.ModuleType):
     def __call__(self):
         """Every recipe there is: name, one line, stage, frameworks, options."""
-        from perfkit._recipe import catalog
+        from perfkit._recipe_files import catalog
 
         return catalog()
 

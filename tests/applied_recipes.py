@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from perfkit import Effect, backends
+from perfkit._chain import chain_of
 from perfkit._proof import Settings, check_numbers
-from perfkit._recipe import chain_of
 from perfkit._report import Fidelity
 from perfkit._variant import apply, observed, ready
 

@@ -7,7 +7,8 @@ import math
 import random
 from collections.abc import Callable, Iterator
 
-from perfkit._report import Environment, Latency, Quantity
+from perfkit._quantity import Latency, Quantity
+from perfkit._report import Environment
 from perfkit.profiling._memory_data import Allocation, Memory, MemoryPoint
 from perfkit.profiling._profile import Ceilings, DeviceState, Energy, Finding, Profile, Series
 from perfkit.profiling._time_data import Module, Op, Span, Time

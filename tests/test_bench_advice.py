@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from bench import advice
-from perfkit._recipe import chain_of
-from perfkit._report import Quantity
+from bench import advice, pages
+from perfkit._chain import chain_of
+from perfkit._quantity import Quantity
 from perfkit.profiling._profile import Finding
 
 FINDING = Finding(
@@ -63,6 +63,5 @@ def test_what_was_recorded_can_be_read(path):
 
 
 def test_the_page_holds_what_was_recorded():
-    page = advice.PAGE.read_text()
-    written = page.partition(advice.BEGIN)[2].partition(advice.END)[0]
+    written = pages.between(advice.PAGE, advice.MARKS)
     assert written.strip("\n") == "\n".join(advice.measured()).strip("\n")

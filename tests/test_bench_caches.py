@@ -7,14 +7,14 @@ import json
 
 import pytest
 
-from bench import caches, caches_page
+from bench import caches, caches_page, caches_worker, pages
 
 OPTIONS = argparse.Namespace(framework="torch", steps=2, rounds=1, batch_size=2)
 MACHINE = {"accelerators": [], "cpu": "a processor", "cores": 2}
 
 
 def test_the_page_holds_what_was_recorded():
-    written = caches_page.PAGE.read_text().partition(caches_page.BEGIN)[2].partition(caches_page.END)[0]
+    written = pages.between(caches_page.PAGE, caches_page.MARKS)
     assert written.strip() == "\n".join(caches_page.measured()).strip(), "run python -m bench.caches --page"
 
 
@@ -22,7 +22,7 @@ def test_trimming_gives_back_what_the_next_step_must_fetch_again():
     """In a process of its own, as all cases are."""
     pytest.importorskip("torch")
     row = caches._run("small blocks", "torch", OPTIONS)
-    blocks = caches.SMALL_BLOCKS * caches.SMALL_BYTES
+    blocks = caches_worker.SMALL_BLOCKS * caches_worker.SMALL_BYTES
     assert row["held_bytes"] >= blocks
     assert row["trimmed_bytes"] < row["freed_bytes"] - blocks / 2
     assert row["again_faults"][1] > row["again_faults"][0] + blocks / 2 / 4096
@@ -62,7 +62,7 @@ def test_what_is_shown(monkeypatch, tmp_path):
     ]  # fmt: skip
     path = tmp_path / "caches-a-processor.json"
     path.write_text(json.dumps({"environment": MACHINE, "batch_size": 64, "rows": rows}))
-    monkeypatch.setattr(caches_page, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
     told = "\n".join(caches_page.measured())
     assert "| mapped above 64 KiB `MALLOC_MMAP_THRESHOLD_=65536` | torch | 12 ms | 45 | 1.00 MiB |" in told
     assert "12 ms with 300 page faults, in place of 10 ms with 1" in told

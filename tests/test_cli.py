@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from perfkit import _cli_common, cli
-from perfkit._recipe import names
+from perfkit._recipe_files import names
 
 
 @pytest.fixture

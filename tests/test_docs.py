@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from perfkit import cli
-from perfkit._recipe import names
+from perfkit._recipe_files import names
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -61,22 +61,22 @@ def test_the_example_of_jax_trains_with_its_flag():
 
 
 def test_the_pages_show_what_was_recorded():
-    from bench import compression, plan_pages
+    from bench import compression, pages, plan_pages
 
     for page in LESSONS:
         assert page.stem in names()
         if page in plan_pages.SPREAD.values():
             continue  # written by another benchmark, and looked at in tests/parallel/test_planning.py
-        shown = page.read_text().partition(compression.BEGIN)[2].partition(compression.END)[0]
+        shown = pages.between(page, compression.MARKS)
         assert shown.strip() == "\n".join(compression.measured(page.stem)).strip(), (
             "run python -m bench.compression --pages"
         )
 
 
 def test_the_page_on_profiles_shows_what_was_recorded():
-    from bench import profiling_page
+    from bench import pages, profiling_page
 
-    shown = PROFILES.partition(profiling_page.BEGIN)[2].partition(profiling_page.END)[0]
+    shown = pages.between(profiling_page.PAGE, profiling_page.MARKS)
     assert shown.strip() == profiling_page.example(), "run python -m bench.profiling_page --page"
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of conv2d on torch tensors: which calls they take, how they are tiled, and their launches.
+"""The Triton kernels of conv2d on torch tensors: which calls they take, how they are tiled, and calls of them.
 
     refusal(problem), slower(problem) -> str | None
     forward(problem, x, weight, bias, configuration=()) -> y, argmax
@@ -17,21 +17,17 @@ import torch
 from torch import Tensor
 
 from perfkit.kernels import _triton
-from perfkit.kernels._launch import Launch, power_of_2
+from perfkit.kernels._launch import power_of_2
 from perfkit.kernels._triton import Compilation
-from perfkit.kernels.conv2d.problem import DEAD, Problem
+from perfkit.kernels.conv2d import triton_launch as launch
+from perfkit.kernels.conv2d.problem import Problem
+from perfkit.kernels.conv2d.triton_launch import FEW_CHANNELS, PROGRAMS, is_flat
 
 Configuration = Sequence[tuple[str, int]]
 
 MOST_TAPS = 576
 """Longer sums cost more in these kernels than the pass through memory that they save costs cuDNN: an estimate from half
 of cuDNN's arithmetic rate, and an H100's arithmetic and bandwidth."""
-
-FEW_CHANNELS = 16
-"""With fewer input channels in a group, taps and channels are summed as one index: a product sums 16 at least."""
-
-PROGRAMS = 264
-"""About so many sum the weight's gradient: two for each processor of an H100, on any device, for the same bits."""
 
 
 def refusal(problem: Problem) -> str | None:
@@ -73,7 +69,7 @@ def configure(problem: Problem) -> dict[str, int]:
 
 def _float32(problem: Problem, width: int) -> dict[str, int]:
     inputs, outputs = problem.inputs // problem.groups, problem.outputs // problem.groups
-    flat = _flat(problem)
+    flat = is_flat(problem)
     # shorter sums where more would take more registers than there are: sums kept over rounds, uneven addresses
     deep = 16 if not flat and (width == 1 or inputs % 16 or outputs % 16) else 32
     return {
@@ -94,7 +90,7 @@ def _float32(problem: Problem, width: int) -> dict[str, int]:
 
 def _half(problem: Problem, width: int) -> dict[str, int]:
     inputs, outputs = problem.inputs // problem.groups, problem.outputs // problem.groups
-    flat = _flat(problem)
+    flat = is_flat(problem)
     # more warps, and so registers, for sums kept over rounds and for addresses that are not side by side
     wide = width == 1 or (problem.taps > 16 if flat else inputs % 16 or not problem.channels_last)
     uneven = not flat and (inputs % 16 or outputs % 16)
@@ -139,9 +135,11 @@ def forward(
     problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None, configuration: Configuration = ()
 ) -> tuple[Tensor, Tensor | None]:
     """y and argmax; see the package's head."""
-    y = _empty(problem, x, problem.outputs, problem.out_size, x.dtype)
-    argmax = _empty(problem, x, problem.outputs, problem.out_size, torch.uint8) if problem.saves_argmax else None
-    _forward(problem, _pixels(problem, x), _rows(problem, weight), bias, y, argmax, configuration).run()
+    chosen = configure(problem) | dict(configuration)
+    y = launch.empty(problem, x, problem.outputs, problem.out_size, x.dtype)
+    argmax = launch.empty(problem, x, problem.outputs, problem.out_size, torch.uint8) if problem.saves_argmax else None
+    x, weight = launch.as_pixels(problem, x), launch.as_rows(problem, weight)
+    launch.forward(problem, chosen, x, weight, bias, y, argmax).run()
     return y, argmax
 
 
@@ -155,16 +153,17 @@ def backward(
     configuration: Configuration = (),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, weight and bias; see the package's head."""
+    chosen = configure(problem) | dict(configuration)
     d_x = d_weight = d_bias = None
-    d_y, argmax = _pixels(problem, d_y), argmax if argmax is None else _pixels(problem, argmax)
+    d_y, argmax = launch.as_pixels(problem, d_y), argmax if argmax is None else launch.as_pixels(problem, argmax)
     if wanted[0]:
-        d_x = _empty(problem, x, problem.inputs, (problem.height, problem.width), x.dtype)
-        _input(problem, d_y, argmax, _rows(problem, weight), d_x, configuration).run()
+        d_x = launch.empty(problem, x, problem.inputs, (problem.height, problem.width), x.dtype)
+        launch.input_gradient(problem, chosen, d_y, argmax, launch.as_rows(problem, weight), d_x).run()
     if wanted[1] or (wanted[2] and problem.bias):
-        weights, biases = _partial(problem, x, wanted[2], configuration)
-        _weight(problem, _pixels(problem, x), d_y, argmax, weights, biases, configuration).run()
+        weights, biases = launch.partial_sums(problem, chosen, x, wanted[2])
+        launch.weight_gradient(problem, chosen, launch.as_pixels(problem, x), d_y, argmax, weights, biases).run()
         if wanted[1]:
-            d_weight = _columns(problem, weights.sum(0)).to(weight.dtype)
+            d_weight = launch.from_rows(problem, weights.sum(0)).to(weight.dtype)
         if biases is not None:
             d_bias = biases.sum(0).to(weight.dtype)
     return d_x, d_weight, d_bias
@@ -205,183 +204,21 @@ def compilations() -> list[Compilation]:
 
 
 def _compiled(problem: Problem, name: str, precision: str) -> Iterable[Compilation]:
-    dtype = getattr(torch, problem.dtype)
+    chosen, dtype = configure(problem), getattr(torch, problem.dtype)
     x = torch.empty(0, dtype=dtype, device="meta")
     weight, bias = x, torch.empty(problem.outputs, dtype=dtype, device="meta")
-    x = _empty(problem, x, problem.inputs, (problem.height, problem.width), dtype)
-    y = _empty(problem, x, problem.outputs, problem.out_size, dtype)
-    argmax = _empty(problem, x, problem.outputs, problem.out_size, torch.uint8)
+    x = launch.empty(problem, x, problem.inputs, (problem.height, problem.width), dtype)
+    y = launch.empty(problem, x, problem.outputs, problem.out_size, dtype)
+    argmax = launch.empty(problem, x, problem.outputs, problem.out_size, torch.uint8)
     cores = problem.dtype != "float32" or precision == "tf32"
     targets = ("sm_80", "sm_90", "sm_100") if precision == "tf32" else None
-    read_x, d_y, saved = (_pixels(problem, image) for image in (x, y, argmax))
+    read_x, d_y, saved = (launch.as_pixels(problem, image) for image in (x, y, argmax))
+    sums = launch.partial_sums(problem, chosen, x, True)
     launches = {
-        "forward": _forward(problem, read_x, weight, bias, y, argmax, (), precision),
-        "inference": _forward(problem, read_x, weight, bias, y, None, (), precision),
-        "weight gradient": _weight(problem, read_x, d_y, saved, *_partial(problem, x, True, ()), (), precision),
-        "input gradient": _input(problem, d_y, saved, weight, x, (), precision),
+        "forward": launch.forward(problem, chosen, read_x, weight, bias, y, argmax, precision),
+        "inference": launch.forward(problem, chosen, read_x, weight, bias, y, None, precision),
+        "weight gradient": launch.weight_gradient(problem, chosen, read_x, d_y, saved, *sums, precision),
+        "input gradient": launch.input_gradient(problem, chosen, d_y, saved, weight, x, precision),
     }
-    for part, launch in launches.items():
-        yield launch.compilation(f"conv2d {part} {name}", tensor_cores=cores, targets=targets)
-
-
-def _forward(problem, x, weight, bias, y, argmax, configuration, precision=None):
-    from perfkit.kernels.conv2d.triton_forward import conv_pool
-
-    chosen = configure(problem) | dict(configuration)
-    outputs, (height, width) = problem.outputs // problem.groups, problem.out_size
-    positions = problem.batch * height * width
-    return Launch(
-        conv_pool,
-        _tiles(positions, chosen["block_m"]) * _tiles(outputs, chosen["block_n"]) * problem.groups,
-        {"x": x, "weight": weight, "bias": bias, "y": y, "argmax": argmax, **_sizes(problem, x, y)},
-        {
-            **_constants(problem, precision),
-            "RELU": problem.activation == "relu",
-            "DEAD": DEAD,
-            "WIDTH": chosen["width"],
-            **_blocks(chosen),
-        },
-        _options(chosen),
-    )
-
-
-def _weight(problem, x, d_y, argmax, d_weight, d_bias, configuration, precision=None):
-    from perfkit.kernels.conv2d.triton_backward import conv_pool_weight
-
-    chosen = configure(problem) | dict(configuration)
-    slabs, slab = _slabs(problem, chosen)
-    return Launch(
-        conv_pool_weight,
-        slabs * _weight_tiles(problem, chosen),
-        {
-            "x": x,
-            "d_y": d_y,
-            "argmax": argmax,
-            "d_weight": d_weight,
-            "d_bias": d_bias,
-            **_sizes(problem, x, d_y),
-            "slab": slab,
-        },
-        {**_constants(problem, precision), **_blocks(chosen, "weight_")},
-        _options(chosen, "weight_"),
-    )
-
-
-def _input(problem, d_y, argmax, weight, d_x, configuration, precision=None):
-    from perfkit.kernels.conv2d.triton_backward import conv_pool_input
-
-    chosen = configure(problem) | dict(configuration)
-    stride_h, stride_w = problem.stride
-    positions = problem.batch * _tiles(problem.height, stride_h) * _tiles(problem.width, stride_w)
-    tiles = _tiles(problem.inputs // problem.groups, chosen["input_block_n"])
-    return Launch(
-        conv_pool_input,
-        _tiles(positions, chosen["input_block_m"]) * stride_h * stride_w * problem.groups * tiles,
-        {"d_y": d_y, "argmax": argmax, "weight": weight, "d_x": d_x, **_sizes(problem, d_x, d_y)},
-        {**_constants(problem, precision), **_blocks(chosen, "input_")},
-        _options(chosen, "input_"),
-    )
-
-
-def _sizes(problem: Problem, x: Tensor, y: Tensor) -> dict[str, int]:
-    """The kernels' integers: sizes, and strides of tensors like x and like y."""
-    names = ("image", "channel", "row", "column")
-    return {
-        "batch": problem.batch,
-        "out_channels": problem.outputs // problem.groups,
-        "groups": problem.groups,
-        "height": problem.height,
-        "width": problem.width,
-        "pooled_height": problem.out_size[0],
-        "pooled_width": problem.out_size[1],
-        **{f"x_{name}": stride for name, stride in zip(names, x.stride(), strict=True)},
-        **{f"y_{name}": stride for name, stride in zip(names, y.stride(), strict=True)},
-    }
-
-
-def _constants(problem: Problem, precision: str | None) -> dict[str, int | str]:
-    return {
-        "CHANNELS": problem.inputs // problem.groups,
-        "KERNEL_H": problem.kernel_height,
-        "KERNEL_W": problem.kernel_width,
-        "STRIDE_H": problem.stride[0],
-        "STRIDE_W": problem.stride[1],
-        "PADDING_H": problem.padding[0],
-        "PADDING_W": problem.padding[2],
-        "DILATION_H": problem.dilation[0],
-        "DILATION_W": problem.dilation[1],
-        "POOL": problem.pool,
-        "FLAT": _flat(problem),
-        "PRECISION": precision or _precision(problem),
-    }
-
-
-def _blocks(chosen: dict[str, int], part: str = "") -> dict[str, int]:
-    return {f"BLOCK_{letter}": chosen[f"{part}block_{letter.lower()}"] for letter in "MNK"}
-
-
-def _options(chosen: dict[str, int], part: str = "") -> dict[str, int]:
-    return {name: chosen[f"{part}{name}"] for name in ("num_warps", "num_stages")}
-
-
-def _precision(problem: Problem) -> str:
-    if problem.dtype != "float32" or problem.device != "cuda" or torch.version.hip:
-        return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-
-
-def _flat(problem: Problem) -> bool:
-    return problem.inputs // problem.groups < FEW_CHANNELS
-
-
-def _rows(problem: Problem, weight: Tensor) -> Tensor:
-    """The weight as the kernels read it: each output channel's numbers, channels last unless there are few."""
-    return (weight if _flat(problem) else weight.permute(0, 2, 3, 1)).contiguous()
-
-
-def _pixels(problem: Problem, image: Tensor) -> Tensor:
-    """x, or what is like y, as the kernels read it: channels last unless there are few, to load several at once."""
-    return image if _flat(problem) else image.contiguous(memory_format=torch.channels_last)
-
-
-def _columns(problem: Problem, rows: Tensor) -> Tensor:
-    """The inverse of `_rows`: (O, I, H, W), contiguous."""
-    kernel, inputs = (problem.kernel_height, problem.kernel_width), problem.inputs // problem.groups
-    if _flat(problem):
-        return rows.view(problem.outputs, inputs, *kernel)
-    return rows.view(problem.outputs, *kernel, inputs).permute(0, 3, 1, 2).contiguous()
-
-
-def _partial(
-    problem: Problem, x: Tensor, with_bias: bool, configuration: Configuration
-) -> tuple[Tensor, Tensor | None]:
-    """Room for each slab's sums: of weight, and of bias where there is one."""
-    slabs, _ = _slabs(problem, configure(problem) | dict(configuration))
-    weights = x.new_empty((slabs, problem.outputs, problem.taps), dtype=torch.float32)
-    return weights, x.new_empty((slabs, problem.outputs), dtype=torch.float32) if with_bias and problem.bias else None
-
-
-def _slabs(problem: Problem, chosen: dict[str, int]) -> tuple[int, int]:
-    """How many programs share a tile of the weight's gradient, and how many places before the pool each sums over."""
-    places = problem.batch * problem.out_size[0] * problem.out_size[1] * problem.pool**2
-    step = chosen["weight_block_k"]
-    count = max(1, min(PROGRAMS // _weight_tiles(problem, chosen), places // (8 * step)))
-    slab = _tiles(_tiles(places, count), step) * step
-    return _tiles(places, slab), slab
-
-
-def _weight_tiles(problem: Problem, chosen: dict[str, int]) -> int:
-    """Tiles of the weight's gradient, of all groups."""
-    inputs, block = problem.inputs // problem.groups, chosen["weight_block_n"]
-    columns = _tiles(problem.taps, block) if _flat(problem) else problem.taps // inputs * _tiles(inputs, block)
-    return _tiles(problem.outputs // problem.groups, chosen["weight_block_m"]) * columns * problem.groups
-
-
-def _empty(problem: Problem, like: Tensor, channels: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    layout = torch.channels_last if problem.channels_last else torch.contiguous_format
-    shape = (problem.batch, channels, *size)
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
-
-
-def _tiles(size: int, block: int) -> int:
-    return -(-size // block)
+    for part, prepared in launches.items():
+        yield prepared.compilation(f"conv2d {part} {name}", tensor_cores=cores, targets=targets)

@@ -15,9 +15,11 @@ import numpy as np
 from flax import nnx
 
 from perfkit._errors import InvalidInputError, PerfkitWarning, UnsupportedError
-from perfkit._report import NO_OPTIMIZER, Quantity
+from perfkit._quantity import Quantity
+from perfkit._report import NO_OPTIMIZER
 from perfkit._workload import Inputs, Training, Workload
-from perfkit.backends import Backend, Finished, Rounds, Traffic, check_loss, does_not_run
+from perfkit.backends.adapter import Backend, Finished, Rounds, Traffic
+from perfkit.backends.checks import check_loss, does_not_run
 from perfkit.backends.jax_autocast_rules import primitives
 from perfkit.backends.jax_bind import check_outputs, device_of, model_of, with_numbers_read
 from perfkit.backends.jax_compile import WITHOUT_YNNPACK, persistent_cache, watching

@@ -12,7 +12,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from perfkit._errors import UnsupportedError
-from perfkit.backends import CompileLog
+from perfkit.backends.adapter import CompileLog
 from perfkit.backends.jax_inputs import tracing
 
 _STAGES = (

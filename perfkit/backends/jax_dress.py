@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.backends.jax_compile import Program
 from perfkit.backends.jax_inputs import with_settings
 from perfkit.backends.jax_model import Function, JaxModel, LinenModel, NnxModel, nnx_function

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import inspect
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from perfkit._errors import InvalidInputError
-from perfkit._report import NO_OPTIMIZER, Quantity
+from perfkit._quantity import Quantity
+from perfkit._report import NO_OPTIMIZER
 from perfkit._workload import Inputs, Training, Workload
-from perfkit.backends import Backend, CompileLog, Finished, Rounds, Traffic, check_loss, does_not_run
+from perfkit.backends.adapter import Backend, CompileLog, Finished, Rounds, Traffic
+from perfkit.backends.checks import check_loss, does_not_run
+from perfkit.backends.torch_bind import as_inputs, device_of, optimizer_of
 from perfkit.backends.torch_checks import (
     check_inputs,
     check_module,
@@ -30,8 +30,8 @@ from perfkit.backends.torch_checks import (
     warn_of_hidden_modules,
     writes_to_inputs,
 )
+from perfkit.backends.torch_peak import peak_during
 from perfkit.backends.torch_state import keeping_state
-from perfkit.backends.torch_stderr import without_lines
 from perfkit.backends.torch_surgery import (
     ELSEWHERE,
     cast,
@@ -55,7 +55,7 @@ class TorchBackend(Backend):
         if params is not None:
             raise InvalidInputError("params= is for JAX functions and flax linen modules: a torch module holds its own")
         inputs = None if example_inputs is None else own_inputs(as_inputs(model, example_inputs))
-        device = _device(model, inputs)
+        device = device_of(model, inputs)
         check_surroundings(device)
         check_module(model)
         warn_of_hidden_modules(model)
@@ -63,7 +63,7 @@ class TorchBackend(Backend):
             check_inputs(inputs)
         training = None
         if mode == "training":
-            training = Training(loss, targets, _optimizer(model, optimizer))
+            training = Training(loss, targets, optimizer_of(model, optimizer))
         work = self.copy(Workload(self, model, inputs, mode, device, training, seed))
         settle_forward(work.model)
         check_on_its_own(work.model, model)
@@ -144,7 +144,7 @@ class TorchBackend(Backend):
         if work.trains:
             call()  # the optimizer makes its state in its first step, and holds it from then on
             work.training.optimizer.zero_grad(set_to_none=True)
-        return _cuda_peak(call) if work.device == "cuda" else _profiled_peak(call, work.device)
+        return peak_during(call, work.device)
 
     def optimizer_state(self, work: Workload, finished: Finished) -> Quantity:
         if not work.trains:
@@ -160,12 +160,10 @@ class TorchBackend(Backend):
 
         return traffic(self.caller(work, finished), work.period)
 
-    @contextmanager
-    def watching_compiles(self) -> Iterator[Callable[[], CompileLog]]:
-        from torch._dynamo.utils import counters
+    def watching_compiles(self) -> AbstractContextManager[Callable[[], CompileLog]]:
+        from perfkit.backends.torch_compile_log import watching  # which loads Dynamo
 
-        before = {group: Counter(counters[group]) for group in _COUNTERS}
-        yield lambda: _compile_log({group: Counter(counters[group]) - before[group] for group in _COUNTERS})
+        return watching()
 
     def compiled_baseline(self, work: Workload) -> Workload | None:
         return None  # torch.compile costs seconds to minutes: recipe="auto" tries it as a candidate instead
@@ -221,91 +219,6 @@ class TorchBackend(Backend):
                     raise writes_to_inputs(name, f"and does not run on them again: {error!r}") from error
                 if written:
                     raise writes_to_inputs(name, "at each call")
-
-
-def as_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
-    """A tuple as positional arguments, a dict as keywords if its keys are forward's parameters, else one argument."""
-    if isinstance(example_inputs, Inputs):
-        return example_inputs
-    if isinstance(example_inputs, tuple) and not hasattr(example_inputs, "_fields"):
-        return Inputs(example_inputs)
-    if isinstance(example_inputs, Mapping):
-        called = model.forward if type(model).__call__ is nn.Module.__call__ else model.__call__
-        parameters = inspect.signature(called).parameters.values()
-        names = {parameter.name for parameter in parameters}
-        if set(example_inputs) <= names or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return Inputs((), dict(example_inputs))
-    return Inputs((example_inputs,))
-
-
-def _optimizer(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        if not callable(optimizer):
-            raise InvalidInputError(
-                f"optimizer is a {type(optimizer).__name__}: pass a torch optimizer over the model's parameters, "
-                "or a function of the parameters such as functools.partial(torch.optim.Adam, lr=1e-3)"
-            )
-        try:
-            optimizer = optimizer(model.parameters())
-        except Exception as error:
-            raise InvalidInputError(f"optimizer(model.parameters()) raised {type(error).__name__}: {error}") from error
-    own = {id(parameter) for parameter in model.parameters()}
-    foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
-    if foreign:
-        raise InvalidInputError(
-            f"optimizer holds {len(foreign)} parameter(s) that are not the model's: build it on this model"
-        )
-    return optimizer
-
-
-def _device(model: nn.Module, inputs: Inputs | None) -> str:
-    held = [*model.parameters(), *model.buffers(), *(tensors_in((inputs.args, inputs.kwargs)) if inputs else ())]
-    kinds = {tensor.device.type for tensor in held} or {"cpu"}
-    if "meta" in kinds:
-        raise InvalidInputError("the model is on the meta device and has no values: materialize it first")
-    return next(iter(kinds - {"cpu"}), "cpu")
-
-
-def _cuda_peak(call: Callable[[], Any]) -> Quantity:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    call()
-    peak = torch.cuda.max_memory_allocated() - held
-    return Quantity(peak, "B", method="CUDA allocator: peak during one call above what was held before it")
-
-
-def _profiled_peak(call: Callable[[], Any], device: str) -> Quantity:
-    if device != "cpu":
-        return Quantity.missing("B", f"no tensor memory accounting for device {device!r}")
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with without_lines("USDT:"), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        kept = call()  # noqa: F841 - the outputs count until the profile ends
-    try:
-        events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-        changes = [event.nbytes() for event in events if event.name() == "[memory]"]
-    except AttributeError as error:
-        return Quantity.missing("B", f"this torch's profiler does not tell allocations ({error})")
-    if not changes:
-        return Quantity.missing("B", "torch's profiler recorded no allocation")
-    return Quantity(
-        float(np.cumsum(changes).max(initial=0)),
-        "B",
-        method="torch.profiler allocations: peak during one call above what was held before it",
-    )
-
-
-_COUNTERS = ("stats", "graph_break", "unimplemented", "inductor", "aot_autograd")
-
-
-def _compile_log(counts: dict[str, Counter]) -> CompileLog:
-    reasons = [*counts["graph_break"], *counts["unimplemented"]]
-    return CompileLog(
-        graphs=counts["stats"]["unique_graphs"],
-        breaks=tuple(dict.fromkeys(reason.strip().splitlines()[0] for reason in reasons)),
-        cached=counts["inductor"]["fxgraph_cache_hit"],
-        integer_kernels=sum(counts["inductor"][f"{op}_weight_prepack_matcher_count"] for op in ("qlinear", "qconv")),
-    )
 
 
 _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [

@@ -15,10 +15,11 @@ from torch import nn
 
 from perfkit._report import Effect
 from perfkit._workload import Workload
+from perfkit.backends import torch_conv_forwards as forwards
 from perfkit.backends import torch_fused_conv as convolutions
 from perfkit.backends import torch_fused_rnn as recurrent
 from perfkit.backends.fused_layers import LEFT, UNKNOWN, Layer, effect
-from perfkit.backends.torch_regroup import Unreadable
+from perfkit.backends.torch_source import Unreadable
 from perfkit.backends.torch_surgery import copied, derive
 from perfkit.kernels._op import trace
 
@@ -147,7 +148,7 @@ def _rewritten(
         kind = f"{type(module).__name__}.forward"
         reason = f"nothing that could run together with it directly follows it in {kind}, or it is not called there"
         try:
-            if rewritten := convolutions.rewritten(module, run(name)):
+            if rewritten := forwards.rewritten(module, run(name)):
                 found[name] = rewritten
         except Unreadable as error:
             reason = f"{kind}: {error}"

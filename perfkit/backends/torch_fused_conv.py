@@ -1,14 +1,12 @@
 """Convolutions with the batch norm, ReLU and max-pool that follow them, as one call of `perfkit.kernels.conv2d`.
 
-Where a module calls a convolution, its forward hands over what follows as one group (`torch_regroup.py`; the forward of
-`nn.Sequential` is known). A group looks at what it was given each time it runs: what it knows runs together, anything
-else (hooks, a norm that trains, another padding, a module that was replaced since) as it was written.
+Where a module calls a convolution, its forward hands over what follows as one group (`torch_conv_forwards.py`). A group
+looks at what it was given each time it runs: what it knows runs together, anything else (hooks, a norm that trains,
+another padding, a module that was replaced since) as it was written.
 """
 
 from __future__ import annotations
 
-import itertools
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
-from perfkit.backends.torch_regroup import METHODS, Unreadable, regrouped
+from perfkit.backends.torch_regroup import METHODS
 from perfkit.backends.torch_surgery import INTEGER, ROUNDS, derive
 from perfkit.kernels.conv2d import conv2d
 
@@ -26,7 +24,6 @@ FUSES = "_perfkit_fuses"
 WATCHES = "_perfkit_watches"
 """Marks hooks that only look which module runs: what they see may run together as without them."""
 
-_ROOMS = tuple(f"perfkit.{room}." for room in ("backends", "recipes", "quantization", "pruning"))
 FOLDED = "_perfkit_folded"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda")
@@ -65,7 +62,8 @@ def may_begin(thing: Any) -> bool:
 
 
 def may_follow(thing: Any) -> bool:
-    return _kind(thing) in _MODULES or (callable(thing) and not isinstance(thing, nn.Module) and _is_in(thing, _KNOWN))
+    """Whether it is a module or a function that may run together with a convolution before it."""
+    return _kind(thing) in _MODULES or (not isinstance(thing, nn.Module) and callable(thing) and _is_in(thing, _KNOWN))
 
 
 def group(links: tuple, x: Any) -> Any:
@@ -260,75 +258,6 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     if norm.bias is not None:
         shift = shift + norm.bias
     return (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype), shift.to(conv.weight.dtype)
-
-
-def sequential(run: Callable[[tuple, Any], Any]) -> Callable:
-    """The forward of `nn.Sequential`, with its groups handed to `run`."""
-
-    def forward(self: nn.Sequential, input: Any) -> Any:
-        modules = tuple(self._modules.values())
-        at = 0
-        while at < len(modules):
-            end = at + 1
-            if isinstance(modules[at], nn.Conv2d):
-                while end < len(modules) and _kind(modules[end]) in _MODULES:
-                    end += 1
-            input = modules[at](input) if end == at + 1 else run(modules[at:end][::-1], input)
-            at = end
-        return input
-
-    return forward
-
-
-def rewritten(owner: nn.Module, run: Callable[[tuple, Any], Any]) -> tuple[Callable, list[nn.Module]] | None:
-    """The forward of a module with its groups handed to `run`, and the convolutions that they are known to begin with.
-
-    None where it has no groups.
-
-    Raises:
-        Unreadable: its source is not there, or is not what runs.
-    """
-    own = written(owner)
-    if own is nn.Sequential.forward:
-        pairs = itertools.pairwise(owner)
-        begun = [one for one, other in pairs if may_begin(one) and _kind(other) in _MODULES]
-        found = (sequential(run), begun) if begun else None
-    else:
-        found = regrouped(owner, own, may_begin, may_follow, run)
-    if found is None:
-        return None
-    if (forward := _replaced(type(owner).forward, own, found[0])) is None:
-        raise Unreadable("its forward is wrapped")
-    return forward, found[1]
-
-
-def written(owner: nn.Module) -> Callable:
-    """The forward that the caller's class has, below what perfkit put around it."""
-    forwards = [vars(kind)["forward"] for kind in type(owner).__mro__ if "forward" in vars(kind)]
-    return next(each for each in forwards if not _is_ours(each))
-
-
-def _is_ours(function: Any) -> bool:
-    return (getattr(function, "__module__", None) or "").startswith(_ROOMS)
-
-
-def _replaced(function: Any, old: Callable, new: Callable) -> Callable | None:
-    """`function`, one of ours around `old`, around `new`; None where it is not around `old`."""
-    if function is old:
-        return new
-    if not (isinstance(function, types.FunctionType) and _is_ours(function) and function.__closure__):
-        return None
-    cells = [cell.cell_contents for cell in function.__closure__]
-    for at, value in enumerate(cells):
-        if (inside := _replaced(value, old, new)) is not None:
-            cells[at] = inside
-            closure = tuple(map(types.CellType, cells))
-            copy = types.FunctionType(
-                function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
-            )
-            copy.__kwdefaults__ = function.__kwdefaults__
-            return copy
-    return None
 
 
 def fuse(conv: nn.Conv2d) -> None:

@@ -4,31 +4,23 @@
 
 `group` may run the calls as they stand or together: the value in between is nobody else's. That holds for calls
 written inside of each other, and for statements that follow each other where the second one is the last to read the
-variable. The rest of the function stays Python, so branches, loops and attributes go on meaning what they mean. A
-function is rewritten only where compiling its source as it is gives the code that runs.
+variable. The rest of the function stays Python, so branches, loops and attributes go on meaning what they mean; which
+functions can be read at all, `torch_source.py` says.
 """
 
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-FUTURE = 0x1FF0000
-"""The bits of a code object's flags that `from __future__ import` sets."""
+from perfkit.backends.torch_source import arguments, remade, source
 
 _GROUP = "_perfkit_group"
-_OUTER = "_perfkit_outer"
 _MODULE = types.ModuleType
-
-
-class Unreadable(Exception):
-    """Why a function cannot be rewritten."""
 
 
 class Method:
@@ -65,9 +57,7 @@ def regrouped(
     Raises:
         Unreadable: its source is not there, or is not what runs.
     """
-    if not isinstance(function, types.FunctionType):
-        raise Unreadable("its forward is no plain function")
-    tree, imports = _source(function)
+    tree, imports = source(function)
 
     def leads(path: ast.expr, to: Callable[[Any], bool]) -> bool:
         found = _found(path, tree, owner, function.__globals__)
@@ -77,12 +67,7 @@ def regrouped(
     tree = finder.visit(tree)
     if not finder.found:
         return None
-    code = _compiled(tree, imports, function, (_GROUP, *_METHODS_BY_NAME))
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    cells |= {name: types.CellType(value) for name, value in {_GROUP: group, **_METHODS_BY_NAME}.items()}
-    closure = tuple(cells[name] for name in code.co_freevars)
-    new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
-    new.__kwdefaults__ = function.__kwdefaults__
+    new = remade(function, tree, imports, {_GROUP: group, **_METHODS_BY_NAME})
     begun = [_found(path, tree, owner, function.__globals__) for path in finder.found]
     return new, [each for each in begun if isinstance(each, nn.Module)]
 
@@ -101,81 +86,6 @@ def _found(path: ast.expr, tree: ast.FunctionDef, owner: nn.Module, names: dict[
     if isinstance(held, (nn.ModuleList, nn.Sequential)) and isinstance(index, int) and index < len(held):
         return held[index]
     return held[index] if isinstance(held, nn.ModuleDict) and index in held else None
-
-
-def _source(function: types.FunctionType) -> tuple[ast.FunctionDef, list[ast.stmt]]:
-    """The function's source as a tree, with the line numbers of its file, and the imports of that file.
-
-    Python compiles a call of what is imported in the same file in another way than one of what is not.
-    """
-    try:
-        lines, start = inspect.getsourcelines(function)
-        tree = ast.parse(textwrap.dedent("".join(lines))).body[0]
-        file = ast.parse("".join(inspect.findsource(function)[0]))
-    except (OSError, TypeError, SyntaxError, IndexError) as error:
-        raise Unreadable(f"the source of its forward cannot be read ({type(error).__name__})") from error
-    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
-        raise Unreadable("its forward is decorated, asynchronous or no plain function")
-    ast.increment_lineno(tree, start - 1)
-    if any(isinstance(node, (ast.NamedExpr, ast.Yield, ast.YieldFrom, ast.Await)) for node in ast.walk(tree)):
-        raise Unreadable("its forward assigns inside of expressions, or is a generator")
-    for argument in _arguments(tree):
-        argument.annotation = None
-    tree.returns = None
-    tree.args.defaults = [ast.Constant(None) for _ in tree.args.defaults]  # the function's own are put back
-    tree.args.kw_defaults = [default and ast.Constant(None) for default in tree.args.kw_defaults]
-    imports = list(_imports(file.body))
-    if not _same(_compiled(tree, imports, function), function.__code__):
-        raise Unreadable("the source of its forward is not the code that runs")
-    return tree, imports
-
-
-def _imports(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The imports outside of classes and functions."""
-    for statement in statements:
-        if isinstance(statement, (ast.Import, ast.ImportFrom)):
-            if getattr(statement, "module", None) != "__future__":
-                yield statement
-        elif not isinstance(statement, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            for field in ("body", "orelse", "finalbody", "handlers"):
-                yield from _imports(getattr(statement, field, []))
-
-
-def _arguments(tree: ast.FunctionDef) -> list[ast.arg]:
-    """All parameters, the first one first."""
-    given = tree.args
-    return [*filter(None, (*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg))]
-
-
-def _compiled(
-    tree: ast.FunctionDef, imports: list[ast.stmt], function: types.FunctionType, names: tuple[str, ...] = ()
-) -> types.CodeType:
-    """The code of the function, with its own free variables and those in `names`."""
-    free = [ast.arg(name) for name in (*function.__code__.co_freevars, *names)]
-    empty: dict[str, Any] = {"posonlyargs": [], "kwonlyargs": [], "kw_defaults": [], "defaults": []}
-    outer = ast.FunctionDef(_OUTER, ast.arguments(args=free, **empty), [tree], [])
-    if "type_params" in ast.FunctionDef._fields:
-        outer.type_params = []
-    module = ast.fix_missing_locations(ast.Module([*imports, ast.copy_location(outer, tree)], []))
-    flags = function.__code__.co_flags & FUTURE
-    code = compile(module, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
-    return _inner(_inner(code, _OUTER), tree.name)
-
-
-def _inner(code: types.CodeType, name: str) -> types.CodeType:
-    return next(part for part in code.co_consts if isinstance(part, types.CodeType) and part.co_name == name)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two code objects compute the same; of other constants whether they are equal."""
-    if not isinstance(one, types.CodeType):
-        return type(one) is type(other) and repr(one) == repr(other)
-    if not isinstance(other, types.CodeType):
-        return False
-    return all(
-        getattr(one, field) == getattr(other, field)
-        for field in ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount")
-    ) and all(map(_same, one.co_consts, other.co_consts)) and len(one.co_consts) == len(other.co_consts)  # fmt: skip
 
 
 class _Groups(ast.NodeTransformer):
@@ -199,7 +109,7 @@ class _Groups(ast.NodeTransformer):
         calls = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
         self.joins = not any(isinstance(node, apart) for node in nodes if node is not tree)
         self.joins &= not calls & {"locals", "vars", "eval", "exec", "dir"}
-        self.local = {*self.stored, *(argument.arg for argument in _arguments(tree)[1:])}
+        self.local = {*self.stored, *(argument.arg for argument in arguments(tree)[1:])}
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         looping = isinstance(node, (ast.For, ast.While))

@@ -9,7 +9,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 
 # As Linux names them in /proc/cpuinfo, "neon" apart.
 X86_INSTRUCTIONS = (

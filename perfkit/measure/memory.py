@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 
 
 def process_high_water(call: Callable[[], Any], repeats: int = 3, proc: str | Path = "/proc/self") -> Quantity:

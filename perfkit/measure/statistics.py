@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from perfkit._report import Comparison, Latency, Quantity, Verdict
+from perfkit._quantity import Comparison, Latency, Quantity, Verdict
 
 KEPT_SAMPLES = 2000
 RESAMPLES = 2000

@@ -1,43 +1,29 @@
-"""Timing plain callables: first call, warm-up, and two variants interleaved in one run.
-
-A callable makes one whole call: it returns when the result is there (synchronized), not when the work is queued.
-"""
+"""Timing two variants of a call interleaved in one run, and whether one of them is faster."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from perfkit._errors import PerfkitWarning
-from perfkit._report import Comparison, Latency, Quantity, Verdict
+from perfkit._quantity import Comparison, Latency, Quantity, Verdict
 from perfkit.measure import statistics
 from perfkit.measure._scheduler import Interruptions, waited_s
+from perfkit.measure.calls import BLOCK_S, MOST_CALLS, Call, milliseconds, quickest_s, quiet_gc, timed, warm_up
 from perfkit.parallel.world import ALONE, World
 
-Call = Callable[[], Any]
-
 CONFIDENCE = 0.99
-BLOCK_S = 0.002
-"""A block lasts at least this long: shorter ones drown in timer ticks."""
-
-MOST_CALLS = 1000
-"""Calls per block at most: what is quicker than 2 µs is no model, and calibration may have been wrong."""
 
 UNWARMED_S = 0.1
 """A call that lasts longer is timed as it comes: what the other side did to the caches is small against it."""
-
-CALIBRATION_CALLS = 3
-CALIBRATION_S = 0.1
 
 SETTLED = 0.01
 """Sampling ends before the budget does once the half-width of the ratio's interval is below this."""
@@ -51,10 +37,6 @@ PATIENCE_S = 20.0
 
 CONTENDED = 0.5
 """Threads that wait for a processor for longer than this share of the time measure the scheduler, not the model."""
-
-ALONE_CALLS = 3
-WARM_WINDOW = 5
-WARM_SPREAD = 1.05
 
 
 @dataclass(frozen=True)
@@ -79,37 +61,6 @@ class Paired:
     waited: Quantity
     seconds: float
     shortfall: str = ""
-
-
-def first_call(call: Call) -> tuple[float, Any]:
-    """Make the first call, compilation and lazy set-up included; return its seconds and its result."""
-    start = time.perf_counter_ns()
-    result = call()
-    return (time.perf_counter_ns() - start) / 1e9, result
-
-
-def warm_up(call: Call, *, budget_s: float, world: World = ALONE) -> int:
-    """Call until the rolling median is stable or `budget_s` seconds are spent, at least twice; return how often.
-
-    Stable: the medians of the last three windows of five calls lie within 5 % of each other.
-    """
-    times: list[int] = []
-    clock = time.perf_counter_ns
-    end = clock() + int(budget_s * 1e9)
-    while True:
-        start = clock()
-        call()
-        now = clock()
-        times.append(now - start)
-        if world.agree((len(times) >= 2 and now >= end) or _stable(times)):
-            return len(times)
-
-
-def _stable(times: list[int]) -> bool:
-    if len(times) < 3 * WARM_WINDOW:
-        return False
-    recent = np.median(np.reshape(times[-3 * WARM_WINDOW :], (3, WARM_WINDOW)), axis=1)
-    return recent.max() <= WARM_SPREAD * recent.min()
 
 
 def paired(
@@ -160,23 +111,6 @@ def paired(
     return world.agree((before, after, comparison))
 
 
-def alone(call: Call, *, budget_s: float) -> Latency:
-    """Warm up and time one variant by itself, for what a step takes; to compare two there is `paired`.
-
-    Sampling ends when p99 is supported or three quarters of `budget_s` seconds are spent, but not before three calls
-    are timed.
-    """
-    warm_up(call, budget_s=budget_s / 4)
-    block = max(1, min(int(BLOCK_S / _quickest(call)), MOST_CALLS))
-    times: list[int] = []
-    with _quiet_gc():
-        end = time.perf_counter() + 0.75 * budget_s
-        while len(times) < ALONE_CALLS or (time.perf_counter() < end and len(times) < statistics.samples_needed(99)):
-            times += _timed(call, block)
-            gc.collect()
-    return statistics.latency(_milliseconds(times))
-
-
 def interleave(
     original: Call,
     variant: Call,
@@ -203,7 +137,7 @@ def interleave(
     """
     began, waited_before = time.perf_counter(), waited_s()
     sides = (original, variant)
-    quickest = world.agree([_quickest(call, world) for call in sides])
+    quickest = world.agree([quickest_s(call, world) for call in sides])
     calls = _calls_per_block(quickest, block_s)
     warms = [seconds < UNWARMED_S for seconds in quickest]
     medians: tuple[list[float], list[float]] = ([], [])
@@ -215,8 +149,8 @@ def interleave(
     late = False
     patience = max(OVERRUN * budget_s, PATIENCE_S)
 
-    with _quiet_gc(), Interruptions() as interruptions:
-        for order in _orders(seed):
+    with quiet_gc(), Interruptions() as interruptions:
+        for order in orders(seed):
             for side in order:
                 world.barrier()
                 before = interruptions.count()
@@ -238,10 +172,10 @@ def interleave(
         method = interruptions.method
 
     return Paired(
-        original_ms=_milliseconds(medians[0]),
-        variant_ms=_milliseconds(medians[1]),
-        original_samples_ms=_milliseconds(samples[0]),
-        variant_samples_ms=_milliseconds(samples[1]),
+        original_ms=milliseconds(medians[0]),
+        variant_ms=milliseconds(medians[1]),
+        original_samples_ms=milliseconds(samples[0]),
+        variant_samples_ms=milliseconds(samples[1]),
         contaminated=_contaminated(contaminated, method),
         waited=_waited(waited_before, elapsed),
         seconds=time.perf_counter() - began,
@@ -257,18 +191,7 @@ def _block(call: Call, calls: int, warms: bool) -> list[int]:
     """
     if warms:
         call()
-    return _timed(call, calls)
-
-
-def _timed(call: Call, calls: int) -> list[int]:
-    """Nanoseconds of each of `calls` calls. The loop holds nothing that is not needed: models can take 50 µs."""
-    clock = time.perf_counter_ns
-    times = [0] * calls
-    for i in range(calls):
-        start = clock()
-        call()
-        times[i] = clock() - start
-    return times
+    return timed(call, calls)
 
 
 def _calls_per_block(quickest: list[float], block_s: float) -> int:
@@ -280,15 +203,7 @@ def _calls_per_block(quickest: list[float], block_s: float) -> int:
     return max(1, min(math.ceil(block_s / quick), int(10 * block_s / slow), MOST_CALLS))
 
 
-def _quickest(call: Call, world: World = ALONE) -> float:
-    """Seconds of the quickest of a few calls: the others may have been interrupted."""
-    times: list[int] = []
-    while world.agree(len(times) < CALIBRATION_CALLS and sum(times) < CALIBRATION_S * 1e9):
-        times += _timed(call, 1)
-    return max(min(times), 1) / 1e9
-
-
-def _orders(seed: int) -> Iterator[tuple[int, int, int, int]]:
+def orders(seed: int) -> Iterator[tuple[int, int, int, int]]:
     """Quadruples of sides (0 original, 1 variant): as many ABBA as BAAB, which of two comes first drawn at random."""
     draw = random.Random(seed)
     while True:
@@ -302,11 +217,6 @@ def _settled(medians: tuple[list[float], list[float]]) -> bool:
     ratios = np.log(np.maximum(medians[0], 1)) - np.log(np.maximum(medians[1], 1))
     low, high = statistics.order_statistic_interval(ratios, CONFIDENCE)
     return (high - low) / 2 < SETTLED and statistics.autocorrelation(ratios) <= statistics.AUTOCORRELATED
-
-
-def _milliseconds(nanoseconds: list[int] | list[float]) -> tuple[float, ...]:
-    # A call below the timer's resolution reads 0, which has no logarithm.
-    return tuple(max(value, 1) / 1e6 for value in nanoseconds)
 
 
 def _contaminated(blocks: int, method: str) -> Quantity:
@@ -332,25 +242,3 @@ def _shortfall(pairs: int, needed: int, seconds: float) -> str:
         f"{pairs} pairs of calls took {seconds:.0f} s, and a verdict needs {needed}: "
         f"give a budget_s of {math.ceil(seconds / pairs * needed)}, or a smaller example batch"
     )
-
-
-@contextlib.contextmanager
-def _quiet_gc() -> Iterator[None]:
-    """Collect once, then keep the collector out of the measurement; give it back as it was, also on a raise.
-
-    Freezing makes the collections between quadruples cheap: they visit only what was allocated since.
-    """
-    enabled = gc.isenabled()
-    # What the caller froze could not be told from what is frozen here, and would be thawed with it.
-    freeze = gc.get_freeze_count() == 0
-    try:
-        gc.collect()
-        gc.disable()
-        if freeze:
-            gc.freeze()
-        yield
-    finally:
-        if freeze:
-            gc.unfreeze()
-        if enabled:
-            gc.enable()

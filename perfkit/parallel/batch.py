@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from perfkit._batch import sliced
-from perfkit._recipe import Chain, ParallelRecipe
+from perfkit._chain import Chain
+from perfkit._recipe import ParallelRecipe
 from perfkit._workload import Inputs, Workload
 from perfkit.parallel import world
 from perfkit.parallel.layout import layout

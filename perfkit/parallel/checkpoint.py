@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from perfkit._errors import InvalidInputError
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.parallel import world
 
 KEPT = 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from perfkit._chain import Chain, chain_of
 from perfkit._errors import InvalidInputError
-from perfkit._recipe import Chain, ParallelRecipe, chain_of
+from perfkit._recipe import ParallelRecipe
 from perfkit._variant import Variant, apply, ready
 from perfkit._workload import Workload
 from perfkit.parallel import world

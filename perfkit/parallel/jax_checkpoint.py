@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 
 
 def write(folder: Path, finished: Finished) -> None:

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from perfkit._errors import InvalidInputError
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.backends.jax_compile import Program
 from perfkit.backends.jax_dress import DressedFunction, changing, keeping_variables, run_by, writer
 from perfkit.backends.jax_model import JaxModel, LinenModel, NnxModel

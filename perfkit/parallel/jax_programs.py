@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit._recipe import Chain, chain_of, check
 from perfkit._variant import apply, first_line
 from perfkit.backends.jax_compile import persistent_cache
 from perfkit.backends.jax_training import Trainer

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from perfkit._chain import Chain
 from perfkit._errors import ChainError, InvalidInputError
-from perfkit._recipe import Chain, ParallelRecipe
+from perfkit._recipe import ParallelRecipe
 from perfkit.parallel.world import World
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perfkit import backends
+from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit._recipe import Chain, Recipe, chain_of, check
+from perfkit._recipe import Recipe
+from perfkit._showing import InTerminal
 from perfkit._variant import apply
 from perfkit._workload import Workload, check_mode
 from perfkit.parallel import world
@@ -23,7 +25,7 @@ BUDGET_S, ROUNDS = 6.0, 7
 
 
 @dataclass(frozen=True)
-class Layouts:
+class Layouts(InTerminal):
     """What a training step is expected to take, by layout.
 
     Args:
@@ -33,6 +35,8 @@ class Layouts:
         predictions: the quickest first.
         refused: layouts that cannot be, with the reason (JAX, where each was compiled).
     """
+
+    _terminal, _width = "layouts", 120
 
     model: str
     device: str
@@ -47,16 +51,6 @@ class Layouts:
     def best(self) -> Prediction:
         """The quickest."""
         return self.predictions[0]
-
-    def __rich__(self):
-        from perfkit.reporting import layouts
-
-        return layouts.render(self)
-
-    def __str__(self) -> str:
-        from perfkit.reporting import layouts
-
-        return layouts.plain(self)
 
 
 def layouts(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from perfkit._recipe import names
+from perfkit._recipe_files import names
 from perfkit._workload import Workload
 from perfkit.parallel import planning, torch_world
 from perfkit.parallel.gathering import trained

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 """The optimizer's state and settings by parameter: processes may hold different ones, as the stages of a pipeline."""

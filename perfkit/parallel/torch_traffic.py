@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from perfkit._report import Quantity
-from perfkit.backends import Traffic
+from perfkit._quantity import Quantity
+from perfkit.backends.adapter import Traffic
 from perfkit.backends.torch_stderr import without_lines
 
 _OPERATION = re.compile(r"(?:gloo|nccl|xccl|mpi|ucc):(\w+)(?: .*)?")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from perfkit._report import Latency, Quantity
+from perfkit._quantity import Latency, Quantity
 from perfkit.profiling._time_data import Time
 
 

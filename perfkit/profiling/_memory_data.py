@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 
 CATEGORIES = ("parameters", "gradients", "optimizer state", "inputs", "activations", "temporaries", "other")
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from perfkit._report import Environment, Quantity, plain, written
+from perfkit._quantity import Quantity
+from perfkit._report import Environment
+from perfkit._showing import AsJson, AsPage, InTerminal, written
 from perfkit.profiling._memory_data import Memory
 from perfkit.profiling._time_data import Time
 
@@ -106,7 +108,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(AsJson, InTerminal, AsPage):
     """Where the time, the memory and the energy of a model go.
 
     Args:
@@ -119,6 +121,8 @@ class Profile:
         command: what optimizes the same model, but for the recipe: "perfkit optimize cnn --mode training"; empty where
             the model was not named on the command line.
     """
+
+    _terminal, _page = "profile_terminal", "profile_html"
 
     model: str
     framework: str
@@ -161,39 +165,8 @@ class Profile:
 
         return diff.diff(self, after)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The profile as JSON-ready data; numbers that are not finite become None."""
-        return plain(self)
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The profile as canonical JSON (sorted keys); written to `path` if one is given."""
-        import json
-
-        return written(json.dumps(self.to_dict(), sort_keys=True, indent=1, allow_nan=False) + "\n", path)
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """The profile as one self-contained HTML page: no network is needed to view it."""
-        from perfkit.reporting import profile_html
-
-        return written(profile_html.render(self), path)
-
     def to_trace(self, path: str | Path | None = None) -> str:
         """The profiled step as a Chrome trace, which ui.perfetto.dev and chrome://tracing open."""
         from perfkit.profiling import trace
 
         return written(trace.render(self), path)
-
-    def __rich__(self):
-        from perfkit.reporting import profile_terminal
-
-        return profile_terminal.render(self)
-
-    def __str__(self) -> str:
-        from perfkit.reporting import profile_terminal
-
-        return profile_terminal.plain(self)
-
-    def _repr_html_(self) -> str:
-        from perfkit.reporting import profile_html
-
-        return profile_html.embedded(self)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from perfkit._errors import InvalidInputError
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling._profile import SCHEMA_VERSION, Profile
 from perfkit.profiling._step_data import SCHEMA_VERSION as STEPS_VERSION
 from perfkit.profiling._step_data import Steps

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import perfkit
-from perfkit import _recipe, backends
+from perfkit import backends
+from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import DoesNotRunError, InvalidInputError, PerfkitError, UnsupportedError
 from perfkit._measurement import compile_seconds
-from perfkit._recipe import Chain, ParallelRecipe, Recipe
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
+from perfkit._recipe import ParallelRecipe, Recipe
 from perfkit._variant import Variant, apply, first_line
 from perfkit._workload import Workload, calibrated, check_mode
-from perfkit.measure import timing
+from perfkit.backends.adapter import Backend
+from perfkit.measure.calls import alone, first_call
 from perfkit.measure.environment import environment
 from perfkit.profiling import advice, ceilings, energy, telemetry
 from perfkit.profiling._basics import Basics, unprofiled
@@ -142,7 +144,7 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
         seconds = _first_call(call, lambda error: time_room.by_operation(finished, error))
         first = Variant(work, finished, call, Quantity(seconds, "s"), log())
         kept.doing("timing its steps")
-        step = timing.alone(call, budget_s=budget_s)
+        step = alone(call, budget_s=budget_s)
         basics = Basics(step, first.first_call_s, compile_seconds(first, step), log().graphs - first.log.graphs)
     kept.keep(time=unprofiled(basics, "the run ended before the operations were profiled"))
     with telemetry.watching(work.device) as watched:  # not while steps are timed: looking takes time
@@ -169,18 +171,18 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
 def _first_call(call: Callable[[], Any], runs_otherwise: Callable[[Exception], bool]) -> float:
     """Seconds of the first call; of one that works, where it cannot be compiled and runs otherwise."""
     try:
-        return timing.first_call(call)[0]
+        return first_call(call)[0]
     except Exception as error:
         if not runs_otherwise(error):
             raise
-        return timing.first_call(call)[0]
+        return first_call(call)[0]
 
 
 def _applied(chain: Chain, work: Workload, kept: _Kept) -> Workload:
     if not len(chain):
         return work
     kept.doing(f"applying {chain}")
-    _recipe.check(chain, work)
+    check(chain, work)
     applied = apply(chain, work)
     kept.note(f"profiled: what {chain} makes of the model")
     kept.doing("running the model for the first time")
@@ -192,7 +194,7 @@ def _chain(recipe: str | Recipe | Chain | list | None) -> Chain:
         return Chain(())
     if recipe == "auto":
         raise InvalidInputError("recipe='auto' searches: call optimize first, and profile with the recipe it reports")
-    chain = _recipe.chain_of(recipe)
+    chain = chain_of(recipe)
     if spread := [str(part) for part in chain if isinstance(part, ParallelRecipe)]:
         raise UnsupportedError(
             f"{', '.join(spread)} spreads the model over several processes, and profile looks at one: "
@@ -210,7 +212,7 @@ def _check(example_inputs: Any, budget_s: Any, progress: Any) -> None:
         raise InvalidInputError(f"progress={progress!r}: expected a function")
 
 
-def _empty(model: Any, backend: backends.Backend, mode: str) -> Profile:
+def _empty(model: Any, backend: Backend, mode: str) -> Profile:
     return Profile(
         model=getattr(model, "__name__", type(model).__name__),
         framework=backend.name,

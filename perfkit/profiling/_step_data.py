@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from perfkit._report import Environment, Latency, Quantity, plain, written
+from perfkit._quantity import Latency, Quantity
+from perfkit._report import Environment
+from perfkit._showing import AsJson
 from perfkit.profiling._profile import Finding
 from perfkit.reporting._format import counted, format_ms, format_quantity
 
@@ -34,20 +34,8 @@ class StepTime:
     items: int | None
 
 
-class _Written:
-    """Plain data that shows itself."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The data, JSON-ready; numbers that are not finite become None."""
-        return plain(self)
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Canonical JSON (sorted keys); written to `path` if one is given."""
-        return written(json.dumps(self.to_dict(), sort_keys=True, indent=1, allow_nan=False) + "\n", path)
-
-
 @dataclass(frozen=True)
-class Steps(_Written):
+class Steps(AsJson):
     """The steps of one process' training loop, after warm-up.
 
     Args:
@@ -119,7 +107,7 @@ class Steps(_Written):
 
 
 @dataclass(frozen=True)
-class MergedSteps(_Written):
+class MergedSteps(AsJson):
     """The steps of all processes of one loop.
 
     Args:

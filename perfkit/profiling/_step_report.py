@@ -13,7 +13,7 @@ import numpy as np
 
 import perfkit
 from perfkit._errors import InvalidInputError
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.measure import statistics as measured
 from perfkit.measure.environment import environment
 from perfkit.profiling._profile import Finding

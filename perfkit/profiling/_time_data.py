@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from perfkit._report import Latency, Quantity
+from perfkit._quantity import Latency, Quantity
 
 PHASES = ("forward", "loss", "backward", "optimizer", "other")
 

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable
 
-from perfkit import _recipe
+from perfkit._recipe_files import names
 from perfkit.profiling import (
     advice_calls,
     advice_compile,
@@ -66,7 +66,7 @@ def _appliable(finding: Finding, facts: Facts) -> Finding:
     if finding.recipe and facts.read_at:
         advice = f"{finding.advice}; recipes need a model in which no value is read in Python"
         return dataclasses.replace(finding, recipe="", advice=advice)
-    return finding if names_in(finding.recipe) <= set(_recipe.names()) else dataclasses.replace(finding, recipe="")
+    return finding if names_in(finding.recipe) <= set(names()) else dataclasses.replace(finding, recipe="")
 
 
 def _disturbed(finding: Finding, facts: Facts) -> Finding:

@@ -6,7 +6,7 @@ import re
 import statistics
 from collections.abc import Iterator
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling._profile import Finding
 from perfkit.profiling._time_data import Op, Span
 from perfkit.profiling.advice_compile import after_compiling, compiled_how

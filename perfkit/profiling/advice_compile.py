@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling._profile import Finding
 from perfkit.profiling._time_data import Op
 from perfkit.profiling.facts import Facts, is_host, names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling._profile import Finding
 from perfkit.profiling._time_data import Op
 from perfkit.profiling.advice_compile import after_compiling

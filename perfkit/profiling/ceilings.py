@@ -15,7 +15,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from perfkit._report import Quantity, plain, written
+from perfkit._quantity import Quantity
+from perfkit._showing import plain, written
 from perfkit.kernels._cache import cache_folder
 from perfkit.measure.environment import environment
 from perfkit.profiling._profile import Ceilings

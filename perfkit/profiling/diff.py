@@ -11,12 +11,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from perfkit._errors import InvalidInputError
-from perfkit._report import plain, written
+from perfkit._showing import AsJson, AsPage, InTerminal
 from perfkit.measure.statistics import order_statistic_interval
 from perfkit.profiling import _reading, _views
 from perfkit.profiling._align import Change, Part, aligned, ranked, status
@@ -45,7 +44,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class ProfileDiff:
+class ProfileDiff(AsJson, InTerminal, AsPage):
     """What changed between two profiles.
 
     Args:
@@ -57,6 +56,8 @@ class ProfileDiff:
         categories: memory at the peak by category; adds up to the difference of the peaks. Empty where one is unknown.
         cautions: why the two may not be comparable.
     """
+
+    _terminal, _page = "profile_diff", "profile_diff_html"
 
     before: Side
     after: Side
@@ -74,37 +75,6 @@ class ProfileDiff:
     @property
     def saved_ms(self) -> float:
         return self.before.step_ms - self.after.step_ms
-
-    def to_dict(self) -> dict[str, Any]:
-        """The difference as JSON-ready data."""
-        return plain(self)
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The difference as canonical JSON (sorted keys); written to `path` if one is given."""
-        import json
-
-        return written(json.dumps(self.to_dict(), sort_keys=True, indent=1, allow_nan=False) + "\n", path)
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """The difference as one self-contained HTML page."""
-        from perfkit.reporting import profile_diff_html
-
-        return written(profile_diff_html.render(self), path)
-
-    def __rich__(self):
-        from perfkit.reporting import profile_diff
-
-        return profile_diff.render(self)
-
-    def __str__(self) -> str:
-        from perfkit.reporting import profile_diff
-
-        return profile_diff.plain(self)
-
-    def _repr_html_(self) -> str:
-        from perfkit.reporting import profile_diff_html
-
-        return profile_diff_html.embedded(self)
 
 
 def diff(before: Profile | Mapping | str | Path, after: Profile | Mapping | str | Path) -> ProfileDiff:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling import nvml, telemetry
 from perfkit.profiling._profile import Energy
 from perfkit.profiling.counter import Counter, NvmlCounter, Unavailable

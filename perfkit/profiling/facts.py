@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling._profile import Profile
 from perfkit.profiling._time_data import Op
 from perfkit.profiling.roofline import Placed, place

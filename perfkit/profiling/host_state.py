@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.measure.environment import environment
 
 SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")

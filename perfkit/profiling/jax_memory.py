@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit._workload import Workload
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.measure import memory
 from perfkit.profiling import jax_program_memory, jax_results_memory
 from perfkit.profiling._memory_data import Memory, MemoryPoint

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 
 from perfkit._errors import UnsupportedError
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling import jax_hlo, jax_trace
 from perfkit.profiling._memory_data import Allocation
 from perfkit.profiling.jax_buffers import Buffer, Buffers, buffers

@@ -27,7 +27,7 @@ from jax.extend.core import (
     take_current_trace,
 )
 
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.backends.jax_compile import Program
 
 _LIBRARIES = frozenset(["jax", "jaxlib", "numpy", "flax", "optax", "perfkit"])

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.extend.core import Literal
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling._memory_data import Allocation
 from perfkit.profiling.jax_held import Moment, argument, argument_names, described
 from perfkit.profiling.jax_run import Run

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from perfkit._workload import Workload
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.backends.jax_inputs import READS_VALUES
 from perfkit.profiling import jax_flops, jax_recorded
 from perfkit.profiling.jax_scopes import Called, Place, marked, place

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 from perfkit._errors import UnsupportedError
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit._workload import Workload
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.backends.jax_inputs import READS_VALUES
 from perfkit.profiling import jax_flops, jax_hlo, jax_ops, jax_recorded, jax_shares, jax_trace
 from perfkit.profiling._basics import Basics, unprofiled

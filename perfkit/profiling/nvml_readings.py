@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling.nvml import Card, Refused, Source
 
 # Numbers of nvml.h, which never change: the replay of a recording must not need the binding.

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling import host_state, nvml
 from perfkit.profiling._profile import DeviceState, Series
 from perfkit.profiling.nvml import Card, Refused, Source

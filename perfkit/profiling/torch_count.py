@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perfkit._workload import Workload
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.backends.torch_surgery import tensors_in
 from perfkit.profiling import torch_flops
 from perfkit.profiling.torch_where import Where

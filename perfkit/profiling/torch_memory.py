@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit._workload import Workload
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.measure import memory
 from perfkit.profiling import torch_snapshot
 from perfkit.profiling._memory_data import Allocation, Memory, MemoryPoint

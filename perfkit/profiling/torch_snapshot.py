@@ -14,7 +14,7 @@ import torch
 
 from perfkit._errors import InvalidInputError
 from perfkit._workload import Workload
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.profiling.torch_trace import BEFORE, Block, Trace, traced
 
 MOST_ENTRIES = 200_000

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit._variant import first_line
 from perfkit._workload import Workload
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.backends.torch_stderr import without_lines
 from perfkit.profiling._basics import Basics, unprofiled
 from perfkit.profiling._time_data import Op, Time

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from perfkit._workload import Workload
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.backends.torch_stderr import without_lines
 from perfkit.backends.torch_surgery import local, tensors_in
 from perfkit.profiling.torch_count import described

@@ -20,7 +20,7 @@ from torch.nn.modules import module as registry
 from torch.profiler import record_function
 
 from perfkit._workload import Workload
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.backends.torch_fused_conv import WATCHES
 
 STEP, PHASE, MODULE = "perfkit/step", "perfkit/phase/", "perfkit/module/"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling._profile import Ceilings
 from perfkit.profiling._time_data import Time
 

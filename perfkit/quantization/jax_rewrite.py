@@ -17,7 +17,8 @@ from jax.extend.core import Literal
 from perfkit.backends import jax_autocast_rules as rules
 from perfkit.backends.jax_autocast_casting import bind
 from perfkit.backends.jax_autocast_rewrite import context_of
-from perfkit.quantization.jax_views import Faked, PackedView, View, is_view, moved, plain, sliced
+from perfkit.quantization.jax_moves import moved
+from perfkit.quantization.jax_views import Faked, PackedView, View, is_view, plain, sliced
 
 MARK = "perfkit_fake_"
 """How the names of the functions begin that stand for a quantization to come: see jax_fake."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from perfkit import backends
+from perfkit._chain import Chain, chain_of
 from perfkit._optimize import optimize
-from perfkit._recipe import Chain, chain_of
 from perfkit._report import Report
-from perfkit.backends import Finished
+from perfkit.backends.adapter import Finished
 from perfkit.parallel import heartbeat, world
 from perfkit.parallel.batch import dealer
 from perfkit.parallel.checkpoint import Checkpoints

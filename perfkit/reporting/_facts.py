@@ -9,7 +9,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from perfkit._report import Comparison, Fidelity, Report, Step, Verdict
+from perfkit._quantity import Comparison, Verdict
+from perfkit._report import Fidelity, Report, Step
 from perfkit.reporting._format import (
     NOT_FINITE,
     counted,

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from perfkit._report import Comparison, Quantity
+from perfkit._quantity import Comparison, Quantity
 
 NOT_FINITE = "not finite"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from perfkit._report import Quantity, Report
+from perfkit._quantity import Quantity
+from perfkit._report import Report
 from perfkit.reporting._format import counted, format_bytes, format_percent, format_quantity, with_reason
 
 

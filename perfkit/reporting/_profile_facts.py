@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
-from perfkit._report import Latency, Quantity
+from perfkit._quantity import Latency, Quantity
 from perfkit.profiling._memory_data import Memory
 from perfkit.profiling._profile import Finding, Profile
 from perfkit.profiling._time_data import Time

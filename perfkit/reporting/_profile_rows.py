@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling import _views, roofline
 from perfkit.profiling._memory_data import CATEGORIES, Memory
 from perfkit.profiling._profile import DeviceState, Profile

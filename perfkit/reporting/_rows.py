@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from perfkit._report import Comparison
+from perfkit._quantity import Comparison
 from perfkit.reporting import _svg
 from perfkit.reporting._svg import Canvas, Scale
 

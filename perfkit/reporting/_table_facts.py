@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from perfkit._report import Quantity, Report
+from perfkit._quantity import Quantity
+from perfkit._report import Report
 from perfkit.reporting._format import format_bytes, format_change, format_count, format_quantity
 
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 
 from perfkit.reporting._environment_facts import environment_rows
 from perfkit.reporting._format import format_quantity
-from perfkit.reporting.terminal import cell, line, text_table, to_text
+from perfkit.reporting.terminal import cell, line, text_table
 
 if TYPE_CHECKING:
     from perfkit._doctor import Diagnosis, Readiness
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 def render(diagnosis: Diagnosis) -> RenderableType:
     """The diagnosis as something rich can print."""
     return Group(*_parts(diagnosis))
-
-
-def plain(diagnosis: Diagnosis, width: int = 100) -> str:
-    """The diagnosis as text without colour."""
-    return to_text(render(diagnosis), width)
 
 
 def _parts(diagnosis: Diagnosis) -> Iterator[RenderableType]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 
 from perfkit.reporting._format import format_bytes, format_ms, format_ratio
-from perfkit.reporting.terminal import cell, line, text_table, to_text
+from perfkit.reporting.terminal import cell, line, text_table
 
 if TYPE_CHECKING:
     from perfkit.parallel.planning_layouts import Layouts
@@ -19,11 +19,6 @@ COLUMNS = ("step", "speed-up", "computing", "sending", "waiting", "framework", "
 def render(found: Layouts) -> RenderableType:
     """The layouts as something rich can print."""
     return Group(*_parts(found))
-
-
-def plain(found: Layouts, width: int = 120) -> str:
-    """The layouts as text without colour."""
-    return to_text(render(found), width)
 
 
 def _parts(found: Layouts) -> Iterator[RenderableType]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 
 from perfkit.reporting._format import counted, listing
-from perfkit.reporting.terminal import cell, line, text_table, to_text
+from perfkit.reporting.terminal import cell, line, text_table
 
 if TYPE_CHECKING:
     from perfkit._optimize import Plan, PlannedStep
@@ -19,11 +19,6 @@ MOST_NAMES = 6
 def render(plan: Plan) -> RenderableType:
     """The plan as something rich can print."""
     return Group(*_parts(plan))
-
-
-def plain(plan: Plan, width: int = 100) -> str:
-    """The plan as text without colour."""
-    return to_text(render(plan), width)
 
 
 def _parts(plan: Plan) -> Iterator[RenderableType]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from perfkit._report import Candidate, Comparison, Latency, Quantity, Report
+from perfkit._quantity import Comparison, Latency, Quantity
+from perfkit._report import Candidate, Report
 from perfkit.reporting import _facts, _rows, _svg
 from perfkit.reporting._format import (
     counted,

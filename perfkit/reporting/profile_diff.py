@@ -13,7 +13,7 @@ from perfkit.profiling._align import Change
 from perfkit.profiling.diff import ProfileDiff
 from perfkit.reporting import _diff_facts
 from perfkit.reporting._format import clean, shorten
-from perfkit.reporting.terminal import cell, line, text_table, to_text
+from perfkit.reporting.terminal import cell, line, text_table
 
 MOST_OPS, MOST_MODULES, MOST_NAME = 16, 8, 36
 
@@ -21,11 +21,6 @@ MOST_OPS, MOST_MODULES, MOST_NAME = 16, 8, 36
 def render(diff: ProfileDiff) -> RenderableType:
     """The difference as something rich can print at any width."""
     return _Screen(diff)
-
-
-def plain(diff: ProfileDiff, width: int = 100) -> str:
-    """The difference as text without colour."""
-    return to_text(render(diff), width)
 
 
 @dataclass(frozen=True)

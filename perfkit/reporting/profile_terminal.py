@@ -22,7 +22,7 @@ from perfkit.reporting._format import (
     format_quantity,
     shorten,
 )
-from perfkit.reporting.terminal import BAR_CELLS, bar, cell, indented, line, text_table, to_text
+from perfkit.reporting.terminal import BAR_CELLS, bar, cell, indented, line, text_table
 
 MOST_FINDINGS, MOST_MODULES, MOST_OPS, MOST_ALLOCATIONS = 5, 8, 10, 3
 MOST_NAME, MOST_OP, MOST_TOLD = 40, 32, 300
@@ -34,11 +34,6 @@ WITH_BACKWARD, WITHOUT_BACKWARD = 67, 54
 def render(profile: Profile) -> RenderableType:
     """The profile as something rich can print at any width."""
     return _Screen(profile)
-
-
-def plain(profile: Profile, width: int = 100) -> str:
-    """The profile as text without colour."""
-    return to_text(render(profile), width)
 
 
 @dataclass(frozen=True)

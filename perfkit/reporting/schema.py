@@ -15,7 +15,8 @@ import types
 import typing
 from typing import Any
 
-from perfkit._report import Quantity, Report
+from perfkit._quantity import Quantity
+from perfkit._report import Report
 from perfkit.profiling._profile import Profile
 
 # Set by optimize itself, so never NaN or infinite; every other float is measured, and one that is not finite is null.

@@ -30,17 +30,13 @@ def render(report: Report) -> RenderableType:
     return _Proof(report)
 
 
-def plain(report: Report, width: int = 100) -> str:
-    """The report as text without colour."""
-    return to_text(render(report), width)
-
-
 def summary_table(rows: Sequence[tuple[str, Report]]) -> RenderableType:
     """One line for each (label, report); on a narrow screen two, with the intervals below their ratios."""
     return _Summary(tuple(rows))
 
 
 def to_text(renderable: RenderableType, width: int) -> str:
+    """What rich would print, as text without colour."""
     # Everything that rich would find out about the terminal is said here, so that the text is the same everywhere.
     written = io.StringIO()
     console = Console(

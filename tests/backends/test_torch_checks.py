@@ -15,7 +15,7 @@ from torch import nn
 
 import perfkit
 from perfkit import InvalidInputError, PerfkitWarning, UnsupportedError
-from perfkit.backends.torch_backend import as_inputs
+from perfkit.backends.torch_bind import as_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from perfkit._report import Verdict
+from perfkit._quantity import Verdict
 from perfkit.measure import statistics
 from perfkit.measure.statistics import compare, latency, median_interval, percentile
 

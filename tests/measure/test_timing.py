@@ -1,50 +1,15 @@
-"""Timing on a clock that only the calls themselves advance: what is sampled, in which order, and when it ends."""
+"""Two variants timed on a clock that only their calls advance: what is sampled, in which order, and when it ends."""
 
 import gc
 import math
-import types
 
 import numpy as np
 import pytest
+from simulated_machine import Machine, use, without_collector
 
 from perfkit._errors import PerfkitWarning
-from perfkit._report import Quantity, Verdict
+from perfkit._quantity import Quantity, Verdict
 from perfkit.measure import timing
-
-
-class Machine:
-    """A clock and calls that take time on it; `slow_down(t)` is how much slower it is at time t."""
-
-    def __init__(self, slow_down=lambda _: 1.0):
-        self.now_s = 0.0
-        self.slow_down = slow_down
-        self.log = []
-
-    def perf_counter(self):
-        return self.now_s
-
-    def perf_counter_ns(self):
-        return round(self.now_s * 1e9)
-
-    def call(self, name, seconds):
-        def call():
-            self.log.append(name)
-            self.now_s += seconds * self.slow_down(self.now_s)
-            return name
-
-        return call
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    return use(monkeypatch, Machine())
-
-
-def use(monkeypatch, machine):
-    monkeypatch.setattr(timing, "time", machine)
-    # What this process really waits for a processor is no part of the simulation.
-    monkeypatch.setattr(timing, "waited_s", lambda: 0.0)
-    return machine
 
 
 def runs(log):
@@ -56,29 +21,6 @@ def runs(log):
         else:
             found.append([name, 1])
     return found
-
-
-# First call and warm-up
-
-
-def test_first_call_returns_its_seconds_and_its_result(machine):
-    assert timing.first_call(machine.call("compiling", 3.0)) == (3.0, "compiling")
-
-
-def test_warm_up_calls_at_least_twice_and_ends_with_the_budget(machine):
-    assert timing.warm_up(machine.call("slow", 10.0), budget_s=1.0) == 2
-    assert timing.warm_up(machine.call("slow", 10.0), budget_s=45.0) == 5
-
-
-def test_warm_up_ends_once_the_median_is_stable(machine):
-    assert timing.warm_up(machine.call("steady", 0.001), budget_s=60.0) == 3 * timing.WARM_WINDOW
-
-
-def test_warm_up_goes_on_while_calls_get_faster(monkeypatch):
-    machine = use(monkeypatch, Machine(lambda now: 1 + 9 * math.exp(-now)))
-    calls = timing.warm_up(machine.call("settling", 0.02), budget_s=60.0)
-    assert calls > 3 * timing.WARM_WINDOW
-    assert machine.slow_down(machine.now_s) < 1.3
 
 
 # What is sampled
@@ -154,33 +96,11 @@ def test_calls_per_block(original_s, variant_s, calls):
     assert timing._calls_per_block([variant_s, original_s], 0.002) == calls
 
 
-def test_an_interrupted_calibration_call_does_not_count(monkeypatch):
-    machine = use(monkeypatch, Machine(lambda now: 100.0 if now == 0 else 1.0))
-    call = machine.call("A", 0.0005)
-    assert timing._quickest(call) == pytest.approx(0.0005)
-
-
 def test_a_call_below_the_timers_resolution_has_a_time_all_the_same(machine, monkeypatch):
     # Nothing advances the clock but the untimed garbage collection.
-    monkeypatch.setattr(timing, "gc", collector(machine))
+    without_collector(monkeypatch, machine)
     timed = timing.interleave(lambda: None, lambda: None, budget_s=0.01, block_s=1e-9)
     assert set(timed.original_ms) == {1e-6}
-
-
-def collector(machine=None):
-    def collect():
-        if machine is not None:
-            machine.now_s += 0.001
-
-    return types.SimpleNamespace(
-        collect=collect,
-        freeze=lambda: None,
-        unfreeze=lambda: None,
-        enable=lambda: None,
-        disable=lambda: None,
-        isenabled=lambda: False,
-        get_freeze_count=lambda: 0,
-    )
 
 
 # When it ends
@@ -362,7 +282,7 @@ def noisy_machine(monkeypatch, seed):
         burst = state["by"] if now < state["until"] else 1.0
         return burst * math.exp(drift * now + 0.05 * math.sin(5 * now + phase) + state["wander"])
 
-    monkeypatch.setattr(timing, "gc", collector())
+    without_collector(monkeypatch)
     return use(monkeypatch, Machine(slow_down))
 
 
@@ -391,20 +311,3 @@ def test_real_calls_on_the_real_clock():
     assert before.median_ms < after.median_ms
     assert comparison.pairs >= 8
     assert isinstance(before.p90_ms, Quantity)
-
-
-def test_one_variant_alone_is_timed_until_its_percentiles_are_supported(machine):
-    latency = timing.alone(machine.call("a", 0.001), budget_s=100)
-    assert latency.median_ms == pytest.approx(1)
-    assert latency.p99_ms.value == pytest.approx(1)
-    assert machine.now_s < 2
-
-
-def test_one_variant_alone_ends_with_its_budget(machine):
-    latency = timing.alone(machine.call("a", 0.1), budget_s=2)
-    assert 15 <= len(latency.samples_ms) <= 16
-    assert latency.p90_ms.value is None
-
-
-def test_a_slow_variant_alone_is_timed_three_times(machine):
-    assert len(timing.alone(machine.call("a", 60), budget_s=1).samples_ms) == timing.ALONE_CALLS == 3

@@ -8,7 +8,7 @@ from sample_models import training
 
 import perfkit
 from perfkit import Effect, InvalidInputError, Recipe, Stage, UnsupportedError, backends
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit._variant import apply
 
 
@@ -156,7 +156,7 @@ def test_packed_sequences_are_refused():
 @pytest.mark.parametrize("number", [1, 0, 2.5])
 def test_fewer_than_two_is_no_recipe(number):
     with pytest.raises(InvalidInputError, match="2 or more"):
-        perfkit._recipe.chain_of(f"accumulate({number})")
+        chain_of(f"accumulate({number})")
 
 
 def test_a_loss_that_is_in_the_outputs_needs_no_targets():

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from perfkit import backends
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit._variant import apply
 from perfkit.memory import jax_checkpoint
 from perfkit.memory.jax_segments import Cut, in_segments

@@ -11,7 +11,7 @@ import optax
 from jax_workers import result, start
 
 from perfkit import UnsupportedError, backends
-from perfkit._recipe import chain_of, check
+from perfkit._chain import chain_of, check
 from perfkit._variant import apply
 from perfkit.memory.jax_low_bit import wrapped
 from perfkit.memory.jax_stretches import is_held

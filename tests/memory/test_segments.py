@@ -3,7 +3,7 @@
 import pytest
 
 from perfkit import InvalidInputError
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit.memory.segments import Segment, choose
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from perfkit import backends
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit._variant import apply
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from perfkit import UnsupportedError, backends
-from perfkit._recipe import chain_of, check, refusal
+from perfkit._chain import chain_of, check
+from perfkit._recipe import refusal
 from perfkit._variant import apply
 from perfkit.memory import torch_offload
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax_on_four_devices import applied, bound, normal, squared
 
 import perfkit
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit.parallel import jax_checkpoint
 
 STEPS, WIDTH, BATCH = 7, 6, 8

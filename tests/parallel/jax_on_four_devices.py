@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 import perfkit
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit.backends import backend
 from perfkit.parallel.gathering import gathered
 from perfkit.reference._in_jax import binary_cross_entropy, cross_entropy

@@ -16,7 +16,7 @@ from flax import nnx
 from jax_on_four_devices import CASES, STEPS, WIDTH, applied, bound, integers, normal, off, params_of, squared, trained
 
 import perfkit
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit.backends import backend
 from perfkit.parallel import jax_checkpoint
 from perfkit.parallel.gathering import gathered

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jax_on_four_devices import CASES, applied, bound, normal, off, params_of, trained
 
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit.backends import backend
 
 CHAINS = {"tensor": "tensor_parallel", "both": "data_parallel(2)+tensor_parallel(2)"}

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from perfkit import backends
-from perfkit._recipe import chain_of, check
+from perfkit._chain import chain_of, check
 from perfkit._variant import apply
 from perfkit.backends.torch_surgery import tensors_in
 from perfkit.parallel.gathering import gathered

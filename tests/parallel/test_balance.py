@@ -6,7 +6,7 @@ import random
 import pytest
 
 from perfkit import InvalidInputError
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit.parallel.balance import SLACK, Costs, balanced, bubble, spans
 
 

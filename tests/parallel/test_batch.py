@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from perfkit._recipe import Chain, chain_of
+from perfkit._chain import Chain, chain_of
 from perfkit.parallel import batch
 from perfkit.parallel.layout import Layout
 

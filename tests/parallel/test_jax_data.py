@@ -10,8 +10,8 @@ pytest.importorskip("flax")
 
 from jax_workers import result, start
 
+from perfkit._chain import chain_of
 from perfkit._errors import InvalidInputError
-from perfkit._recipe import chain_of
 
 MODELS, ENGINES = ("cnn2", "text_lstm", "transformer"), ("jit", "shard", "pmap")
 ROUNDING = 2.0**-24

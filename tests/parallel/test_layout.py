@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from perfkit import ChainError, InvalidInputError, ParallelRecipe, Stage
-from perfkit._recipe import Chain, chain_of
+from perfkit._chain import Chain, chain_of
 from perfkit.parallel.layout import Layout, layout
 from perfkit.parallel.torch_traffic import covered
 from perfkit.parallel.world import Alone

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from perfkit import InvalidInputError, UnsupportedError, cli
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit.parallel.links import Measured, Ring
 from perfkit.parallel.planning import balanced_units, candidates, predict, ranked, ways
 from perfkit.parallel.planning_messages import BUCKET, FIRST_BUCKET, buckets
@@ -360,12 +360,12 @@ def test_the_example_of_the_page_runs(capsys):
 
 
 def test_the_pages_show_what_was_recorded():
-    from bench import plan_pages
+    from bench import pages, plan_pages
 
     expected = {plan_pages.PLANNING: (plan_pages.PREDICTIONS, plan_pages.predictions())}
     expected |= {page: (plan_pages.SCALING, plan_pages.scaling(name)) for name, page in plan_pages.SPREAD.items()}
-    for page, ((begin, end), lines) in expected.items():
-        shown = page.read_text().partition(begin)[2].partition(end)[0]
+    for page, (marks, lines) in expected.items():
+        shown = pages.between(page, marks)
         assert shown.strip() == "\n".join(lines).strip(), "run python -m bench.plan --page"
 
 

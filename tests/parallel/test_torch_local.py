@@ -3,7 +3,7 @@
 import pytest
 from torch_workers import together
 
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 
 EXACT = ("every step", "every third", "warm-up", "weights", "state")
 OUTER = ("diloco", "diloco after warm-up")
@@ -108,9 +108,9 @@ def test_what_cannot_work_is_refused_with_the_reason(axes, recipe, told):
 
 
 def test_the_page_shows_the_loss_curves_that_were_recorded():
-    from bench import local_sgd
+    from bench import local_sgd, pages
 
-    shown = local_sgd.PAGE.read_text().partition(local_sgd.BEGIN)[2].partition(local_sgd.END)[0]
+    shown = pages.between(local_sgd.PAGE, local_sgd.MARKS)
     assert shown.strip() == "\n".join(local_sgd.measured()).strip(), "run python -m bench.local_sgd --page"
 
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch_workers import together
 
 from perfkit import UnsupportedError
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit._workload import Inputs
 from perfkit.backends import backend
 from perfkit.backends.torch_compile import compiled, uncompiled

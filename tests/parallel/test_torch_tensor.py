@@ -9,7 +9,7 @@ from sample_models import torch_models
 from torch import nn
 from torch_workers import together
 
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit.backends.torch_backend import BACKEND
 from perfkit.parallel.torch_flow import Flow
 from perfkit.parallel.torch_mesh import follow

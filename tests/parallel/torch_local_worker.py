@@ -14,7 +14,7 @@ from torch_data_worker import Block
 
 import perfkit
 from perfkit import reference
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit.backends import backend
 from perfkit.parallel import torch_world, world
 from perfkit.parallel.gathering import gathered

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import sample_profiles as samples
 
-from perfkit import _recipe
-from perfkit._recipe import chain_of
-from perfkit._report import Quantity
+from perfkit._chain import chain_of
+from perfkit._quantity import Quantity
+from perfkit._recipe_files import names
 from perfkit.profiling._profile import Ceilings, Profile
 from perfkit.profiling._time_data import Module, Op, Span
 from perfkit.profiling.advice import LEAST_GAIN, findings, names_in
@@ -76,7 +76,7 @@ def test_every_profile_can_be_advised_on(name):
         assert 0 <= finding.share <= 1
         assert finding.told
         assert finding.advice
-        assert names_in(finding.recipe) <= set(_recipe.names())
+        assert names_in(finding.recipe) <= set(names())
         if finding.recipe:
             assert finding.predicted.value is None or finding.predicted.value >= LEAST_GAIN
             assert len(chain_of(finding.recipe)) == len(names_in(finding.recipe))

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling import ceilings
 from perfkit.profiling._profile import Ceilings
 from perfkit.profiling._time_data import Op

@@ -13,7 +13,7 @@ import optax
 from flax import linen
 from profile_jax_models import compiled, loaded, work_of
 
-from perfkit._report import Latency, Quantity
+from perfkit._quantity import Latency, Quantity
 from perfkit.profiling import flops, jax_memory, jax_ops, jax_time
 from perfkit.profiling._basics import Basics
 from perfkit.profiling._time_data import PHASES

@@ -11,7 +11,7 @@ import sample_profiles
 from jsonschema import Draft202012Validator
 
 from perfkit._errors import InvalidInputError
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling import _memory_data, _profile, _time_data
 from perfkit.profiling._profile import Profile
 from perfkit.reporting.schema import schema

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from perfkit._report import Quantity
+from perfkit._quantity import Quantity
 from perfkit.profiling._profile import Ceilings
 from perfkit.profiling._time_data import Op
 from perfkit.profiling.roofline import exceeded, place, placed

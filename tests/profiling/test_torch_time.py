@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules import module as registry
 from torch.utils.checkpoint import checkpoint
 
-from perfkit._report import Latency, Quantity
+from perfkit._quantity import Latency, Quantity
 from perfkit.backends.torch_surgery import compile_in_place
 from perfkit.profiling import flops
 from perfkit.profiling._basics import Basics

@@ -9,7 +9,7 @@ from sample_models import arguments, training
 
 import perfkit
 from perfkit import UnsupportedError
-from perfkit._recipe import names, recipe_class
+from perfkit._recipe_files import names, recipe_class
 
 # What a recipe for memory saves is no matter here either.
 pytestmark = [

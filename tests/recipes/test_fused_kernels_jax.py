@@ -13,7 +13,7 @@ from jax import lax
 
 import perfkit
 from perfkit import InvalidInputError, reference
-from perfkit._recipe import chain_of
+from perfkit._chain import chain_of
 from perfkit._variant import apply
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.jax_backend import BACKEND

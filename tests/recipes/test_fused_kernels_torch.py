@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-from perfkit import _recipe, reference
-from perfkit._recipe import chain_of
+from perfkit import reference
+from perfkit._chain import chain_of
+from perfkit._recipe_files import recipe_class
 from perfkit._variant import apply
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import torch_fused_conv, torch_fused_rnn
@@ -35,7 +36,7 @@ def swapped(model, inputs, *, trains=False, recipe="fused_kernels", **options):
     work = Workload(BACKEND, model, inputs and Inputs(inputs), mode, "cpu", training)
     work = BACKEND.copy(work)
     work.model.train(trains)
-    result, effect = _recipe.recipe_class(recipe)(**options).torch(work)
+    result, effect = recipe_class(recipe)(**options).torch(work)
     return result.model, effect
 
 

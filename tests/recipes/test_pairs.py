@@ -8,7 +8,8 @@ from sample_models import arguments, training
 
 import perfkit
 from perfkit import ChainError
-from perfkit._recipe import chain_of, names, recipe_class
+from perfkit._chain import chain_of
+from perfkit._recipe_files import names, recipe_class
 
 pytestmark = pytest.mark.usefixtures("hasty")
 

@@ -9,21 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from perfkit._quantity import Comparison, Latency, Quantity, Verdict
 from perfkit._report import (
     Candidate,
-    Comparison,
     Effect,
     Environment,
     Fidelity,
-    Latency,
     LossCurves,
     Measurement,
     Metric,
-    Quantity,
     Report,
     Skipped,
     Step,
-    Verdict,
 )
 
 MIB = 2**20

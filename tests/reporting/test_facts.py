@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from perfkit._report import Candidate, Quantity, Verdict
+from perfkit._quantity import Quantity, Verdict
+from perfkit._report import Candidate
 from perfkit.reporting import _environment_facts, _facts, _table_facts
 
 

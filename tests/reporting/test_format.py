@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from perfkit._report import Quantity, Verdict
+from perfkit._quantity import Quantity, Verdict
 from perfkit.reporting import _format
 
 

@@ -8,7 +8,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from perfkit._report import LossCurves, Quantity
+from perfkit._quantity import Quantity
+from perfkit._report import LossCurves
 from perfkit.reporting import _svg, plots
 from perfkit.reporting.html import NARROW, WIDE
 

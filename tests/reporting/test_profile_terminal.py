@@ -11,13 +11,13 @@ import sample_profiles
 from rich.console import Console
 
 from perfkit.profiling.diff import diff
-from perfkit.reporting import profile_terminal
+from perfkit.reporting.terminal import to_text
 
 
 @pytest.mark.parametrize("name", sample_profiles.FACTORIES)
 @pytest.mark.parametrize("width", [40, 100])
 def test_shows_every_profile_at_any_width(name, width):
-    text = profile_terminal.plain(sample_profiles.FACTORIES[name](), width)
+    text = to_text(sample_profiles.FACTORIES[name](), width)
     assert max(map(len, text.splitlines())) <= width
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f]", text)
     assert len(text.splitlines()) < 400
@@ -58,7 +58,7 @@ def test_the_command_line_is_named_where_the_model_was():
     profile = dataclasses.replace(sample_profiles.cnn(), command="perfkit optimize cnn --mode training")
     assert "perfkit optimize cnn --mode training --recipe bf16  1.34× smaller peak" in str(profile)
     odd = dataclasses.replace(profile.findings[0], recipe="compile(mode='max-autotune')")
-    command = profile_terminal.plain(dataclasses.replace(profile, findings=(odd,)), 200)
+    command = to_text(dataclasses.replace(profile, findings=(odd,)), 200)
     assert """--recipe 'compile(mode='"'"'max-autotune'"'"')'""" in command, "quoted for a shell"
 
 
@@ -145,8 +145,6 @@ def test_names_of_modules_are_not_broken_where_bars_can_be_left_out(width):
         dataclasses.replace(item, path=f"encoder.{item.path}.dense" if item.path else "")
         for item in profile.time.modules
     )
-    text = profile_terminal.plain(
-        dataclasses.replace(profile, time=dataclasses.replace(profile.time, modules=modules)), width
-    )
+    text = to_text(dataclasses.replace(profile, time=dataclasses.replace(profile.time, modules=modules)), width)
     assert "encoder.conv1.dense  Conv2d" in text
     assert ("█" in text) == (width == 140)

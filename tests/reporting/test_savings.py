@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from perfkit._recipe import chain_of
-from perfkit._report import Quantity, Verdict
+from perfkit._chain import chain_of
+from perfkit._quantity import Quantity, Verdict
 from perfkit.reporting import _facts
 
 from .conftest import comparison, fast, measurement

@@ -28,14 +28,14 @@ def printed(renderable, width: int, **options) -> str:
 
 @pytest.mark.parametrize("width", [60, 80, 100, 140])
 def test_fits_every_width(report, width):
-    lines = terminal.plain(report, width).splitlines()
+    lines = terminal.to_text(report, width).splitlines()
     assert len(lines) > 10
     assert max(map(cell_len, lines)) <= width
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
 def test_tells_the_proof(reports, width):
-    told = words(terminal.plain(reports["fast"], width))
+    told = words(terminal.to_text(reports["fast"], width))
     for fact in (
         "MnistCNN · torch · inference · cpu",
         "1.84× [1.80, 1.88] faster",
@@ -61,20 +61,20 @@ def test_tells_the_proof(reports, width):
 
 
 def test_unavailable_is_never_zero(reports):
-    told = terminal.plain(reports["unavailable"])
+    told = str(reports["unavailable"])
     assert re.search(r"tensor peak +unavailable +unavailable", told)
     assert "unavailable: tensor peak (after): no tensor_peak_bytes on after" in told
     assert not re.search(r"\b0 (B|s|ms|items/s)\b", told)
 
 
 def test_outcomes_other_than_success_lead(reports):
-    told = terminal.plain(reports["original_returned"])
+    told = str(reports["original_returned"])
     assert told.index("Original returned") < told.index("measured 0.71× [0.70, 0.72] slower") < told.index("before")
-    assert "Not measured: no example_inputs were given" in terminal.plain(reports["not_measured"])
+    assert "Not measured: no example_inputs were given" in str(reports["not_measured"])
 
 
 def test_failures_and_simulations_stand_above_the_numbers(reports):
-    told = terminal.plain(reports["failed_fidelity"])
+    told = str(reports["failed_fidelity"])
     top = told[: told.index("before  ")]
     assert "! Fidelity failed: output 0 holds inf where the original is finite" in top
     assert "! Simulated" in top
@@ -83,7 +83,7 @@ def test_failures_and_simulations_stand_above_the_numbers(reports):
 
 
 def test_search_shows_every_candidate_with_its_fate(reports):
-    told = words(terminal.plain(reports["auto"], 140))
+    told = words(terminal.to_text(reports["auto"], 140))
     for fact in (
         "channels_last + bf16 + prune + compile won 1.84× [1.80, 1.88] ok, 3.1e-3",
         "int8 lost 2.20× [2.16, 2.24] failed, 3.1e-3 relative error 0.2, at most 0.01 allowed",
@@ -95,13 +95,13 @@ def test_search_shows_every_candidate_with_its_fate(reports):
 
 
 def test_long_lists_are_cut_and_say_so(reports):
-    told = terminal.plain(reports["huge_names"])
+    told = str(reports["huge_names"])
     assert "297 more reasons" in told
     assert "60 more candidates in the HTML and JSON reports" in told
 
 
 def test_bars_grow_with_the_ratio(reports):
-    told = terminal.plain(reports["twelve_steps"])
+    told = str(reports["twelve_steps"])
     lengths = [line.count("█") for line in told.splitlines() if "×" in line and "█" in line]
     assert len(lengths) == 13
     assert lengths[-1] == terminal.BAR_CELLS == max(lengths)
@@ -109,7 +109,7 @@ def test_bars_grow_with_the_ratio(reports):
 
 
 def test_training_shows_losses_and_metric(reports):
-    told = words(terminal.plain(reports["training"]))
+    told = words(str(reports["training"]))
     assert "loss last of 400 steps: 0.01075 → 0.01068" in told
     assert "metric ok: 0.981 → 0.979" in told
 
@@ -121,17 +121,17 @@ def test_names_are_neither_markup_nor_control_sequences(reports):
     assert not CONTROL.search(text)
     assert "[bold red]" in text
     assert "\ufffd[31m" in text
-    wide = terminal.plain(reports["hostile"], 1000)
+    wide = terminal.to_text(reports["hostile"], 1000)
     assert wide.count("<script>alert") == wide.count("[bold red]") > 10
     assert not CONTROL.search(wide)
-    assert not CONTROL.search(terminal.plain(reports["unicode_names"]))
+    assert not CONTROL.search(str(reports["unicode_names"]))
 
 
 def test_plain_is_the_same_whatever_the_terminal(reports, monkeypatch):
-    expected = terminal.plain(reports["auto"])
+    expected = str(reports["auto"])
     for name, value in {"FORCE_COLOR": "1", "COLUMNS": "40", "TERM": "dumb"}.items():
         monkeypatch.setenv(name, value)
-    assert terminal.plain(reports["auto"]) == expected == str(reports["auto"])
+    assert str(reports["auto"]) == expected
     assert "\x1b" not in expected
 
 
