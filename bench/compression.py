@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import perfkit
-from bench import memory
+from bench import memory, threads
 from bench.record import RESULTS, device_slug
 from perfkit import PerfkitError, PerfkitWarning, backends, reference
 from perfkit._recipe import chain_of
@@ -199,7 +199,7 @@ def write(page: Path) -> None:
 
 
 def measured(recipe: str) -> list[str]:
-    lines = memory.measured(recipe)
+    lines = memory.measured(recipe) + (threads.measured() if recipe == "threads" else [])
     for path in sorted(RESULTS.glob("compression-*.json")):
         recorded = json.loads(path.read_text())
         rows = [row for row in recorded["rows"] if recipe in names_in(row["recipe"])]

@@ -103,8 +103,6 @@ def _readiness(name: str, framework: str, device: str | None, where: str) -> Rea
         return Readiness(name, framework, False, f"cannot be imported: {type(error).__name__}: {error}")
     if device is None:
         return Readiness(name, framework, False, where)
-    if not _recipe.supports(recipe, framework):
-        return Readiness(name, framework, False, f"it is not there for {framework}")
-    if reason := _recipe.ask(recipe, "unavailable", framework, device):
+    if reason := _recipe.unavailable(recipe, framework, device):
         return Readiness(name, framework, False, reason)
     return Readiness(name, framework, True, _recipe.ask(recipe, "unprofitable", framework, device) or "")

@@ -24,6 +24,9 @@ SIMPLER_WITHIN = 0.98
 def search(work: Workload, settings: Settings) -> Result:
     """Try chains within the budget, one at least, re-time the best one afresh, and return it only if it still wins.
 
+    What is set around a program (Stage.RUNTIME) is tried once, on the best of them, whatever the budget: it depends on
+    what runs.
+
     The ratio that a candidate was chosen by is biased upwards (the luckiest of many), so it is never the one reported.
 
     Raises:
@@ -38,7 +41,10 @@ def search(work: Workload, settings: Settings) -> Result:
     best: list[tuple[Candidate, Applied, Variant]] = []
     left = 0
     for number, chain in enumerate(chains, 1):
-        if number > 1 and time.perf_counter() - began > settings.budget_s * (1 - FINAL_SHARE):
+        last = _around(chain)
+        if last and best:
+            chain = best[0][1].chain | chain
+        if number > 1 and not last and time.perf_counter() - began > settings.budget_s * (1 - FINAL_SHARE):
             left += 1
             log.append(Candidate(str(chain), "not tried", f"the budget of {settings.budget_s:g} s was used up"))
             continue
@@ -66,10 +72,11 @@ def search(work: Workload, settings: Settings) -> Result:
 def sensible(work: Workload) -> tuple[list[Chain], list[Candidate]]:
     """The chains worth trying on this model and machine, most promising first, and why other recipes are not.
 
-    One setting at most of each kind (precision, layout, compiler, …), in every combination.
+    One setting at most of each kind (precision, layout, compiler, …), in every combination; at the end, each by itself,
+    what is to be tried on the best of those.
     """
     kinds: dict[str, list[Recipe | None]] = {}
-    left_out = []
+    last, left_out = [], []
     for name in _recipe.names():
         try:
             recipe = _recipe.recipe_class(name)()
@@ -80,17 +87,24 @@ def sensible(work: Workload) -> tuple[list[Chain], list[Candidate]]:
             left_out.append(Candidate(name, "refused", reason))
         elif recipe.aim != "speed":
             left_out.append(Candidate(name, "not tried", f"its aim is {recipe.aim}: choose it by name"))
-        elif (
-            (reason := _recipe.ask(recipe, "unsought", work))
-            or (reason := _recipe.ask(recipe, "unprofitable", work.framework, work.device))
-            or (reason := _idle(recipe, work))
+        elif (reason := _recipe.ask(recipe, "unsought", work)) or (
+            reason := _recipe.ask(recipe, "unprofitable", work.framework, work.device)
         ):
+            left_out.append(Candidate(name, "not tried", reason))
+        elif recipe.stage == Stage.RUNTIME:
+            last.append(Chain((recipe,)))
+        elif reason := _idle(recipe, work):
             left_out.append(Candidate(name, "not tried", reason))
         else:
             variants = _recipe.ask(recipe, "variants", work) or (recipe,)
             kinds.setdefault(recipe.provides or name, [None]).extend(variants)
     chains = [Chain(tuple(filter(None, choice))) for choice in itertools.product(*kinds.values())]
-    return sorted(filter(len, chains), key=_promise), left_out
+    return [*sorted(filter(len, chains), key=_promise), *last], left_out
+
+
+def _around(chain: Chain) -> bool:
+    """Whether it only sets something around a program."""
+    return all(recipe.stage == Stage.RUNTIME for recipe in chain)
 
 
 def _promise(chain: Chain) -> tuple:
@@ -116,9 +130,11 @@ def _tried(original: Variant, chain: Chain, settings: Settings) -> tuple[Candida
         applied = apply(chain, original.work)
         variant = ready(applied.works[-1], str(chain))
         applied = observed(applied, variant.log)
-        idle = [step.recipe for step in applied.steps if step.effect.status == "NO_EFFECT"]
+        idle = [step for step in applied.steps if step.effect.status == "NO_EFFECT"]
         if idle:
-            return candidate("lost", f"{' and '.join(idle)} had no effect"), None, None
+            names = " and ".join(step.recipe for step in idle)
+            why = "; ".join(note for step in idle for note in step.effect.notes)
+            return candidate("lost", f"{names} had no effect" + (f": {why}" if why else "")), None, None
         close, _ = check_numbers(original, variant, chain, settings)
         if not close.ok:
             return candidate("lost", close.reason, close=close), None, None
