@@ -1,7 +1,7 @@
 """`python -m bench.threads`: which number of threads the recipe `threads` chooses on this machine, and what it gives.
 
 Kept in results/threads-<device>.json, and from there in docs/recipes/threads.md. Each row tells every number that was
-tried against what torch is set to, by itself the whole chain against the model as it was.
+tried against what torch is set to, and the whole chain against the model as it was.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import timeit
 import warnings
 from typing import Any
 
@@ -48,7 +49,7 @@ def record() -> None:
                 rows.append(row(model, batch_size, mode, chain))
                 print(rows[-1], flush=True)
     path = RESULTS / f"threads-{device_slug()}.json"
-    found = {"environment": dataclasses.asdict(environment()), "rows": rows}
+    found = {"environment": dataclasses.asdict(environment()), "rows": rows, "setting_us": setting_us()}
     path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     print(f"wrote {path}")
 
@@ -68,6 +69,21 @@ def row(model: str, batch_size: int, mode: str, chain: str) -> dict[str, Any]:
     return about | speedup | {"verdict": str(report.speedup.verdict), "median_ms": medians, "notes": list(notes)}
 
 
+def setting_us() -> float:
+    """What each call costs on top: the number set and put back, in µs."""
+    import torch
+
+    from perfkit.backends.torch_threads import Computing
+
+    count = torch.get_num_threads() + 1
+
+    def once() -> None:
+        with Computing(count):
+            pass
+
+    return min(timeit.repeat(once, number=10_000, repeat=9)) / 10_000 * 1e6
+
+
 def measured() -> list[str]:
     """What was recorded, as Markdown, machine by machine."""
     lines = []
@@ -76,7 +92,8 @@ def measured() -> list[str]:
         machine = recorded["environment"]
         lines += [
             "",
-            f"{machine['cpu']}, {machine['cores']} cores; source: `bench/results/{path.name}`.",
+            f"{machine['cpu']}, {machine['cores']} cores; source: `bench/results/{path.name}`. Setting the number and "
+            f"putting it back takes {recorded['setting_us']:.1f} µs of each call.",
             "",
             "| model, batch | recipe | chosen, and what was tried | the whole chain |",
             "|---|---|---|---|",

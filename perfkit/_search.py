@@ -17,6 +17,8 @@ from perfkit._workload import Workload
 
 QUICK_BUDGET_S = 1.0
 FINAL_SHARE = 0.2
+AROUND_SHARE = 0.1
+"""Of the budget, for what is set around the best program, where there is such a recipe."""
 SIMPLER_WITHIN = 0.98
 """A shorter chain is kept if it reaches this share of the best ratio: the difference is not worth a recipe."""
 
@@ -24,8 +26,7 @@ SIMPLER_WITHIN = 0.98
 def search(work: Workload, settings: Settings) -> Result:
     """Try chains within the budget, one at least, re-time the best one afresh, and return it only if it still wins.
 
-    What is set around a program (Stage.RUNTIME) is tried once, on the best of them, whatever the budget: it depends on
-    what runs.
+    What is set around a program (Stage.RUNTIME) depends on what runs, and is tried once, on the best of them.
 
     The ratio that a candidate was chosen by is biased upwards (the luckiest of many), so it is never the one reported.
 
@@ -35,16 +36,17 @@ def search(work: Workload, settings: Settings) -> Result:
     if work.inputs is None:
         raise InvalidInputError("recipe='auto' measures what it tries: pass example_inputs")
     chains, log = sensible(work)
+    last = [chain for chain in chains if _around(chain)]
+    until_s = settings.budget_s * (1 - FINAL_SHARE - (AROUND_SHARE if last else 0.0))
     settings.progress("running the original")
     original = ready(work, "nothing")
     began = time.perf_counter()  # kernels that are built once, and the first call, are not the search
     best: list[tuple[Candidate, Applied, Variant]] = []
     left = 0
     for number, chain in enumerate(chains, 1):
-        last = _around(chain)
-        if last and best:
-            chain = best[0][1].chain | chain
-        if number > 1 and not last and time.perf_counter() - began > settings.budget_s * (1 - FINAL_SHARE):
+        if chain in last:
+            chain = best[0][1].chain | chain if best else chain
+        elif number > 1 and time.perf_counter() - began > until_s:
             left += 1
             log.append(Candidate(str(chain), "not tried", f"the budget of {settings.budget_s:g} s was used up"))
             continue

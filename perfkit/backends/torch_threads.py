@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,9 @@ from perfkit._report import Comparison, Effect, Verdict
 from perfkit._workload import Workload
 from perfkit.backends.torch_surgery import around_call
 from perfkit.measure import timing
+
+LONGEST_S = 30.0
+"""After so many seconds no other number is begun: where the model is compiled, each takes some."""
 
 
 class Computing:
@@ -78,7 +82,7 @@ def quickest(work: Workload, most: int, budget_s: float) -> tuple[Workload, Effe
     """The workload with the number of threads that it is the fastest with, if that is not what torch is set to.
 
     Time over the number of threads has one valley: the work of each shrinks, and what it takes to meet grows. So either
-    way ends at the first number that is slower than the best before it.
+    way ends at the first number that is slower than the best before it. What is not tried within `LONGEST_S` is told.
 
     Args:
         most: the largest number of threads.
@@ -87,8 +91,12 @@ def quickest(work: Workload, most: int, budget_s: float) -> tuple[Workload, Effe
     now = torch.get_num_threads()
     best = work, Effect(notes=(f"no number is faster than the {now} that torch is set to",))
     ratio, low, told = 1.0, 1.0, []
+    began = time.perf_counter()
     for counts in others(most):
         for count in counts:
+            if told and time.perf_counter() - began > LONGEST_S:
+                told.append(f"{threads(count)}: not tried, {LONGEST_S:g} s were over")
+                continue
             tried = computing(work.backend.copy(work), count)
             found = _compared(work, tried[0], (threads(now), threads(count)), budget_s)
             told.append(f"{threads(count)} against {threads(now)}: {found}")

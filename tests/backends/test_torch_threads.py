@@ -270,6 +270,16 @@ def test_none_is_chosen_where_none_is_faster(valley):
     assert all(note.endswith("slower") for note in each)
 
 
+def test_what_there_was_no_time_for_is_told(valley, monkeypatch):
+    monkeypatch.setattr(torch_threads, "LONGEST_S", 0.0)
+    torch.set_num_threads(16)
+    (step,) = perfkit.plan(Telling(), "threads", example_inputs=X).steps
+    assert valley == [8], "one is tried however long it takes"
+    assert step.effect.notes[2:] == tuple(
+        f"{told}: not tried, 0 s were over" for told in ("4 threads", "2 threads", "1 thread")
+    )
+
+
 def test_the_clock_decides():
     report = perfkit.optimize(Waiting(), "threads", example_inputs=X).report
     assert report.steps[0].effect.notes[0] == "computes with 2 threads; torch is set to 3"
