@@ -20,7 +20,7 @@ import torch
 
 from perfkit._report import Comparison, Effect, Verdict
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import around_call
+from perfkit.backends.torch_surgery import COMPILED_WITH, around_call, around_forward
 from perfkit.measure import timing
 
 LONGEST_S = 30.0
@@ -88,8 +88,7 @@ def quickest(work: Workload, most: int, budget_s: float) -> tuple[Workload, Effe
         most: the largest number of threads.
         budget_s: seconds of timing for each number.
     """
-    now = torch.get_num_threads()
-    best = work, Effect(notes=(f"no number is faster than the {now} that torch is set to",))
+    now = chosen = torch.get_num_threads()
     ratio, low, told = 1.0, 1.0, []
     began = time.perf_counter()
     for counts in others(most):
@@ -97,15 +96,27 @@ def quickest(work: Workload, most: int, budget_s: float) -> tuple[Workload, Effe
             if told and time.perf_counter() - began > LONGEST_S:
                 told.append(f"{threads(count)}: not tried, {LONGEST_S:g} s were over")
                 continue
-            tried = computing(work.backend.copy(work), count)
-            found = _compared(work, tried[0], (threads(now), threads(count)), budget_s)
+            found = _compared(work, computing(_anew(work), count)[0], (threads(now), threads(count)), budget_s)
             told.append(f"{threads(count)} against {threads(now)}: {found}")
             if found.verdict == Verdict.FASTER and found.ratio > ratio:
-                best, ratio, low = tried, found.ratio, found.low
+                chosen, ratio, low = count, found.ratio, found.low
             elif found.high < low:
                 break
-    work, effect = best
+    if chosen == now:
+        return _anew(work), Effect(notes=(f"no number is faster than the {now} that torch is set to", *told))
+    work, effect = computing(_anew(work), chosen)
     return work, replace(effect, notes=(*effect.notes, *told))
+
+
+def _anew(work: Workload) -> Workload:
+    """A copy that has not been called yet, and is compiled when it is: it shares no program with the original.
+
+    torch.compile keeps programs by the code that they are made of, and a copy has the original's.
+    """
+    work = work.backend.copy(work)
+    if hasattr(type(work.model), COMPILED_WITH):
+        around_forward(work.model, lambda forward: lambda module, *args, **kwargs: forward(module, *args, **kwargs))
+    return work
 
 
 def threads(count: int) -> str:
@@ -143,4 +154,5 @@ def _mkl() -> Callable[[int], int] | None:
     return getattr(ctypes.PyDLL(path and str(path)), "MKL_Set_Num_Threads_Local", None)
 
 
-_SET_OPENMP, _SET_MKL = _openmp(), _mkl()
+_SET_OPENMP = _openmp()
+_SET_MKL = _SET_OPENMP and _mkl()

@@ -16,8 +16,9 @@ from torch import nn
 import perfkit
 from perfkit import UnsupportedError
 from perfkit._proof import Settings
-from perfkit._recipe import Chain
+from perfkit._recipe import Chain, chain_of
 from perfkit._search import search, sensible
+from perfkit._variant import apply, observed, ready
 from perfkit._workload import Inputs, Workload
 from perfkit.backends import torch_threads
 from perfkit.backends.torch_backend import BACKEND
@@ -268,6 +269,29 @@ def test_none_is_chosen_where_none_is_faster(valley):
     told, *each = step.effect.notes
     assert told == "no number is faster than the 2 that torch is set to"
     assert all(note.endswith("slower") for note in each)
+
+
+@pytest.mark.parametrize(("now", "chosen"), [(3, 2), (2, 2)])
+def test_what_was_compiled_while_choosing_is_no_part_of_the_result(now, chosen, monkeypatch):
+    """The report looks at what the first call of the result compiles."""
+
+    def paired(*calls, baseline, variant_name, **_):
+        for call in calls:
+            call()
+        faster = variant_name == f"{chosen} threads"
+        ratio, verdict = (2.0, "faster") if faster else (0.5, "slower")
+        told = (ratio, ratio / 1.01, ratio * 1.01, 0.99, perfkit.Verdict(verdict), 20, 0.01)
+        return None, None, perfkit.Comparison(baseline, variant_name, *told)
+
+    torch.set_num_threads(now)
+    with monkeypatch.context() as planted:
+        planted.setattr(torch_threads.timing, "paired", paired)
+        work = Workload(BACKEND, nn.Linear(4, 2).eval(), Inputs((X,)), "inference", "cpu")
+        steps = apply(chain_of("compile(freezing=False)+threads"), work)
+    result = ready(steps.works[-1], "both")
+    compiled, set_to = observed(steps, result.log).steps
+    assert compiled.effect.touched == ("Linear",), compiled.effect.notes
+    assert set_to.effect.touched == (("Linear",) if now != chosen else ())
 
 
 def test_what_there_was_no_time_for_is_told(valley, monkeypatch):
