@@ -116,7 +116,7 @@ def test_other_threads_compute_with_what_they_had():
 
 def test_calls_in_several_threads_at_once_keep_their_own():
     model = optimized("threads(1)").model
-    both = threading.Barrier(2)
+    both = threading.Barrier(2, timeout=60)
 
     def note(self):
         both.wait()  # each is inside of its call while the other is
