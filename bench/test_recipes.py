@@ -18,6 +18,7 @@ ELSEWHERE = {
     "bench/memory.py": ("accumulate", "checkpoint", "donate", "low_bit_optimizer", "offload"),
     "bench/plan.py": ("data_parallel", "pipeline_parallel", "tensor_parallel"),
     "bench/local_sgd.py": ("local_sgd",),
+    "bench/threads.py": ("threads",),
 }  # fmt: skip
 """Recipes with a benchmark of their own; every other one there is, is measured here."""
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from perfkit import backends
-from perfkit._recipe import ask, supports
+from perfkit._recipe import ask, unavailable
 from perfkit._recipe_files import names, recipe_class
 from perfkit._report import Environment
 from perfkit._showing import InTerminal
@@ -98,8 +98,6 @@ def _readiness(name: str, framework: str, device: str | None, where: str) -> Rea
         return Readiness(name, framework, False, f"cannot be imported: {type(error).__name__}: {error}")
     if device is None:
         return Readiness(name, framework, False, where)
-    if not supports(recipe, framework):
-        return Readiness(name, framework, False, f"it is not there for {framework}")
-    if reason := ask(recipe, "unavailable", framework, device):
+    if reason := unavailable(recipe, framework, device):
         return Readiness(name, framework, False, reason)
     return Readiness(name, framework, True, ask(recipe, "unprofitable", framework, device) or "")

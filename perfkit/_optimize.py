@@ -160,7 +160,9 @@ def plan(
     calibration: Iterable | None = None,
     seed: int = 0,
 ) -> Plan:
-    """What `optimize` would apply where, in which order, and what it would refuse and why. Nothing is timed or changed.
+    """What `optimize` would apply where, in which order, and what it would refuse and why. The model is not changed.
+
+    Timed is only what a recipe must know to say what it does: where to cut a pipeline, how many threads to take.
 
     Args:
         model, recipe, …: as for `optimize`.

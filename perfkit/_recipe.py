@@ -47,9 +47,10 @@ class Stage(enum.IntEnum):
     KERNELS = 4
     MEMORY = 5
     COMPILE = 6
-    PIPELINE = 7
-    TENSOR = 8
-    DATA = 9
+    RUNTIME = 7
+    PIPELINE = 8
+    TENSOR = 9
+    DATA = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +177,10 @@ def ask(recipe: Recipe, question: str, *args: Any) -> Any:
 
 def refusal(recipe: Recipe, work: Workload) -> str | None:
     """Why `recipe` cannot be applied to `work`; None where it can."""
-    if not supports(recipe, work.framework):
-        return f"it is not there for {work.framework}"
-    return ask(recipe, "unavailable", work.framework, work.device) or ask(recipe, "refusal", work)
+    return unavailable(recipe, work.framework, work.device) or ask(recipe, "refusal", work)
+
+
+def unavailable(recipe: Recipe, framework: str, device: str) -> str | None:
+    """Why `recipe` cannot run on this machine, whatever the model; None where it can."""
+    reason = ask(recipe, "unavailable", framework, device)
+    return reason or (None if supports(recipe, framework) else f"it is not there for {framework}")

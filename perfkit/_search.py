@@ -19,12 +19,16 @@ from perfkit._workload import Workload
 
 QUICK_BUDGET_S = 1.0
 FINAL_SHARE = 0.2
+AROUND_SHARE = 0.1
+"""Of the budget, for what is set around the best program, where there is such a recipe."""
 SIMPLER_WITHIN = 0.98
 """A shorter chain is kept if it reaches this share of the best ratio: the difference is not worth a recipe."""
 
 
 def search(work: Workload, settings: Settings) -> Result:
     """Try chains within the budget, one at least, re-time the best one afresh, and return it only if it still wins.
+
+    What is set around a program (Stage.RUNTIME) depends on what runs, and is tried once, on the best of them.
 
     The ratio that a candidate was chosen by is biased upwards (the luckiest of many), so it is never the one reported.
 
@@ -34,13 +38,17 @@ def search(work: Workload, settings: Settings) -> Result:
     if work.inputs is None:
         raise InvalidInputError("recipe='auto' measures what it tries: pass example_inputs")
     chains, log = sensible(work)
+    last = [chain for chain in chains if _around(chain)]
+    until_s = settings.budget_s * (1 - FINAL_SHARE - (AROUND_SHARE if last else 0.0))
     settings.progress("running the original")
     original = ready(work, "nothing")
     began = time.perf_counter()  # kernels that are built once, and the first call, are not the search
     best: list[tuple[Candidate, Applied, Variant]] = []
     left = 0
     for number, chain in enumerate(chains, 1):
-        if number > 1 and time.perf_counter() - began > settings.budget_s * (1 - FINAL_SHARE):
+        if chain in last:
+            chain = best[0][1].chain | chain if best else chain
+        elif number > 1 and time.perf_counter() - began > until_s:
             left += 1
             log.append(Candidate(str(chain), "not tried", f"the budget of {settings.budget_s:g} s was used up"))
             continue
@@ -68,10 +76,11 @@ def search(work: Workload, settings: Settings) -> Result:
 def sensible(work: Workload) -> tuple[list[Chain], list[Candidate]]:
     """The chains worth trying on this model and machine, most promising first, and why other recipes are not.
 
-    One setting at most of each kind (precision, layout, compiler, …), in every combination.
+    One setting at most of each kind (precision, layout, compiler, …), in every combination; at the end, each by itself,
+    what is to be tried on the best of those.
     """
     kinds: dict[str, list[Recipe | None]] = {}
-    left_out = []
+    last, left_out = [], []
     for name in names():
         try:
             recipe = recipe_class(name)()
@@ -82,17 +91,24 @@ def sensible(work: Workload) -> tuple[list[Chain], list[Candidate]]:
             left_out.append(Candidate(name, "refused", reason))
         elif recipe.aim != "speed":
             left_out.append(Candidate(name, "not tried", f"its aim is {recipe.aim}: choose it by name"))
-        elif (
-            (reason := ask(recipe, "unsought", work))
-            or (reason := ask(recipe, "unprofitable", work.framework, work.device))
-            or (reason := _idle(recipe, work))
+        elif (reason := ask(recipe, "unsought", work)) or (
+            reason := ask(recipe, "unprofitable", work.framework, work.device)
         ):
+            left_out.append(Candidate(name, "not tried", reason))
+        elif recipe.stage == Stage.RUNTIME:
+            last.append(Chain((recipe,)))
+        elif reason := _idle(recipe, work):
             left_out.append(Candidate(name, "not tried", reason))
         else:
             variants = ask(recipe, "variants", work) or (recipe,)
             kinds.setdefault(recipe.provides or name, [None]).extend(variants)
     chains = [Chain(tuple(filter(None, choice))) for choice in itertools.product(*kinds.values())]
-    return sorted(filter(len, chains), key=_promise), left_out
+    return [*sorted(filter(len, chains), key=_promise), *last], left_out
+
+
+def _around(chain: Chain) -> bool:
+    """Whether it only sets something around a program."""
+    return all(recipe.stage == Stage.RUNTIME for recipe in chain)
 
 
 def _promise(chain: Chain) -> tuple:
@@ -118,9 +134,11 @@ def _tried(original: Variant, chain: Chain, settings: Settings) -> tuple[Candida
         applied = apply(chain, original.work)
         variant = ready(applied.works[-1], str(chain))
         applied = observed(applied, variant.log)
-        idle = [step.recipe for step in applied.steps if step.effect.status == "NO_EFFECT"]
+        idle = [step for step in applied.steps if step.effect.status == "NO_EFFECT"]
         if idle:
-            return candidate("lost", f"{' and '.join(idle)} had no effect"), None, None
+            names = " and ".join(step.recipe for step in idle)
+            why = "; ".join(note for step in idle for note in step.effect.notes)
+            return candidate("lost", f"{names} had no effect" + (f": {why}" if why else "")), None, None
         close, _ = check_numbers(original, variant, chain, settings)
         if not close.ok:
             return candidate("lost", close.reason, close=close), None, None

@@ -12,6 +12,9 @@ SETTINGS = {
     "perfkit._search.QUICK_BUDGET_S": 0.01,
     "perfkit._search.FINAL_SHARE": 0.0,  # of the budget; two seconds at least
     "perfkit.measure.timing.CONFIDENCE": 0.5,  # one quadruple of blocks is enough for a verdict: chance may decide it
+    "perfkit.recipes.threads.CHOOSING_S": 0.01,
+    "perfkit.measure.environment.cores_allowed": lambda: 2,  # also where the run gives each of its workers one
+    "perfkit.measure.environment.threads_allowed": lambda: 2,
 }
 
 

@@ -116,6 +116,18 @@ def has(instruction: str) -> bool:
     return instruction in _hardware.cpu()[1]
 
 
+def cores_allowed() -> int:
+    """Processors that this process can keep busy: those that it may run on, within the container's quota."""
+    usable, quota = _hardware.usable_cores(), _quota_cores()
+    return usable if quota is None else min(usable, quota)
+
+
+def threads_allowed() -> int:
+    """Threads that the process may compute with: one for each core, unless OMP_NUM_THREADS asks for fewer."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores_allowed(), int(asked))) if asked.isdecimal() else cores_allowed()
+
+
 def compilers() -> dict[str, str | None]:
     """The version line of each compiler that the frameworks may call; None where it is not there."""
     found = {name: _version(name) for name in ("c++", "g++", "clang++")}

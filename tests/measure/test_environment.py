@@ -294,6 +294,26 @@ def test_thread_settings_are_numbers(monkeypatch):
     assert "MKL_NUM_THREADS" not in threads
 
 
+@pytest.mark.parametrize(
+    ("usable", "quota", "asked", "cores", "threads"),
+    [
+        (8, None, None, 8, 8),
+        (8, 2, None, 2, 2),
+        (8, 16, "4", 8, 4),
+        (8, None, "64", 8, 8),
+        (8, None, "4,2", 8, 8),
+        (8, None, "0", 8, 1),
+    ],
+)
+def test_threads_stay_within_cores_quota_and_what_is_asked(monkeypatch, usable, quota, asked, cores, threads):
+    monkeypatch.setattr(_hardware, "usable_cores", lambda: usable)
+    monkeypatch.setattr(module, "_quota_cores", lambda: quota)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert (module.cores_allowed(), module.threads_allowed()) == (cores, threads)
+
+
 # Compilers
 
 

@@ -110,10 +110,15 @@ def test_the_report_is_of_both(found):
         ("odd", "a batch of 7 rows (dimension 0) cannot be shared by 2 devices evenly"),
         ("other model", "the processes differ: 0.weight is float32[8, 8] on rank 0, and float32[9, 8] on rank 1"),
         ("other seed", "the processes differ: seed is 0 on rank 0, and 1 on rank 1"),
+        ("threads to choose", "in training give the number, 'threads(1)'"),
     ],
 )
 def test_what_cannot_work_is_refused_on_every_process(found, case, message):
     assert message in found[case]
+
+
+def test_a_number_of_threads_holds_in_the_steps_of_every_process(found):
+    assert found["threads"] == [2, 1]
 
 
 def test_one_process_is_told_how_to_start_several():

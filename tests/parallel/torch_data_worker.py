@@ -94,6 +94,22 @@ def compared(name, recipe):
     }
 
 
+def threads_of(recipe):
+    """How many threads compute the loss in a step of both processes, and how many torch is set to after it."""
+    seen = []
+
+    def loss(outputs, targets):
+        seen.append(torch.get_num_threads())
+        return nn.functional.mse_loss(outputs, targets)
+
+    given = task("shared") | {"loss": loss}
+    result = perfkit.optimize(**given, recipe=recipe, mode="training", tolerance=1.0)
+    seen.clear()
+    rank = dist.get_rank()
+    result.train_step(((given["example_inputs"][0].chunk(2)[rank],), given["targets"].chunk(2)[rank]))
+    return [*seen, torch.get_num_threads()]
+
+
 def refused(name, recipe, **changes):
     try:
         perfkit.optimize(**(task(name) | changes), recipe=recipe, mode="training")
@@ -119,6 +135,8 @@ def main():
         "block in parts": compared("block", "accumulate(2)+data_parallel"),
         "block sharded in parts": compared("block", "accumulate(2)+data_parallel(shard=True)"),
         "shared": compared("shared", "data_parallel(shard=True)"),
+        "threads": threads_of("threads(2)+data_parallel"),
+        "threads to choose": refused("shared", "threads+data_parallel"),
         "three": refused("shared", "data_parallel(3)"),
         "odd": refused("shared", "data_parallel", example_inputs=odd[:1], targets=odd[1]),
         "other model": refused("shared", "data_parallel", model=other, optimizer=torch.optim.SGD),
