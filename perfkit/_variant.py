@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,16 +17,24 @@ from perfkit._workload import Workload
 from perfkit.backends import CompileLog, Finished
 from perfkit.measure import timing
 
+NO_INPUTS = "no example_inputs were given to run the model on"
+
 
 @dataclass(frozen=True)
 class Variant:
-    """A workload in usable form, called once."""
+    """A workload in usable form, called once.
+
+    Args:
+        call: what is measured; None where nothing is.
+        unmeasured: why nothing is; empty where there is a `call`.
+    """
 
     work: Workload
     finished: Finished
     call: Callable[[], Any] | None
     first_call_s: Quantity
     log: CompileLog
+    unmeasured: str = ""
 
     @property
     def measurable(self) -> bool:
@@ -62,6 +71,8 @@ def apply(chain: Chain, work: Workload) -> Applied:
             raise UnsupportedError(
                 f"recipe {str(recipe)!r} failed on {work.backend.model_name(work)}: {type(error).__name__}: {error}"
             ) from error
+        if not (effect.touched or effect.skipped or effect.notes):
+            effect = replace(effect, notes=("it found nothing in this model that it works on",))
         works.append(work)
         steps.append(Step(str(recipe), recipe.stage.name, effect, time.perf_counter() - start))
     return Applied(chain, tuple(works), tuple(steps))
@@ -77,7 +88,7 @@ def ready(work: Workload, name: str) -> Variant:
     try:
         finished = backend.finish(work)
         if work.inputs is None:
-            return Variant(work, finished, None, no_inputs("s"), CompileLog())
+            return idle(work, finished, NO_INPUTS)
         call = backend.caller(work, finished)
         with backend.watching_compiles() as log, finished.keeping_state():
             backend.seed(work.seed)
@@ -90,6 +101,11 @@ def ready(work: Workload, name: str) -> Variant:
             f"{name} was applied to {backend.model_name(work)}, but the result does not run: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
+
+
+def idle(work: Workload, finished: Finished, reason: str) -> Variant:
+    """A workload in usable form that nothing is measured on."""
+    return Variant(work, finished, None, Quantity.missing("s", reason), CompileLog(), reason)
 
 
 def observed(applied: Applied, log: CompileLog) -> Applied:
@@ -134,9 +150,7 @@ def _repeated(call: Callable[[], Any], times: int) -> Callable[[], Any]:
     return repeated
 
 
-def no_inputs(unit: str) -> Quantity:
-    return Quantity.missing(unit, "no example_inputs were given")
-
-
 def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """What an error says, in one line; what it says again and again ("Error dispatching computation: " in XLA) once."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"(\S[^:]*: )\1+", r"\1", line)[:300]
