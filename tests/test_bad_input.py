@@ -113,6 +113,7 @@ def test_an_optimizer_that_cannot_be_made():
 
 def test_jax():
     jnp = pytest.importorskip("jax.numpy")
+    import jax
     from flax import linen, nnx
 
     x = jnp.ones((3, 4))
@@ -125,6 +126,7 @@ def test_jax():
         ({"model": nan, "example_inputs": (x,)}, "'bias.value' holds 2 NaN or infinite"),
         ({"model": nnx.Linear(5, 2, rngs=nnx.Rngs(0)), "example_inputs": (x,)}, "does not run on example_inputs"),
         ({"model": jnp.sin, "example_inputs": (jnp.ones((0, 4)),)}, "empty array"),
+        ({"model": jax.jit(jnp.sin).lower(x).compile(), "example_inputs": (x,)}, "compiled already"),
         ({"model": lambda x: None, "example_inputs": (np.ones(3),)}, "without any array"),
     ):
         with pytest.raises(InvalidInputError) as raised:
