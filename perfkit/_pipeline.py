@@ -65,7 +65,7 @@ def run(chain: Chain, work: Workload, settings: Settings) -> Result:
     """Apply, check, measure and report one chain on a workload that holds a copy of the caller's model."""
     if settings.measure:
         settings.progress("running the original")
-        original = ready(work, "nothing")
+        original = ready(work, NOTHING)
     else:
         original = idle(work, work.backend.finish(work), UNASKED)
     settings.progress(f"applying {chain}")

@@ -10,7 +10,7 @@ from perfkit import _recipe
 from perfkit._errors import FidelityError, InvalidInputError, PerfkitError
 from perfkit._pipeline import Result, concluded, unchanged
 from perfkit._proof import Settings, check_numbers
-from perfkit._recipe import Chain, Recipe, Stage
+from perfkit._recipe import NOTHING, Chain, Recipe, Stage
 from perfkit._report import Candidate, Comparison, Verdict
 from perfkit._variant import Applied, Variant, apply, compared, first_line, observed, ready
 from perfkit._workload import Workload
@@ -33,7 +33,7 @@ def search(work: Workload, settings: Settings) -> Result:
         raise InvalidInputError("recipe='auto' measures what it tries: pass example_inputs")
     chains, log = sensible(work)
     settings.progress("running the original")
-    original = ready(work, "nothing")
+    original = ready(work, NOTHING)
     began = time.perf_counter()  # kernels that are built once, and the first call, are not the search
     best: list[tuple[Candidate, Applied, Variant]] = []
     left = 0

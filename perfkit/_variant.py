@@ -11,7 +11,7 @@ from typing import Any
 
 from perfkit import _recipe
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit._recipe import Chain
+from perfkit._recipe import NOTHING, Chain
 from perfkit._report import Comparison, Latency, Quantity, Step
 from perfkit._workload import Workload
 from perfkit.backends import CompileLog, Finished
@@ -97,10 +97,10 @@ def ready(work: Workload, name: str) -> Variant:
     except UnsupportedError:
         raise
     except Exception as error:
-        raise UnsupportedError(
-            f"{name} was applied to {backend.model_name(work)}, but the result does not run: "
-            f"{type(error).__name__}: {first_line(error)}"
-        ) from error
+        model, does = backend.model_name(work), "train" if work.trains else "run"
+        told = f"{model} itself does not {does}" if name == NOTHING else None
+        told = told or f"{name} was applied to {model}, but the result does not {does}"
+        raise UnsupportedError(f"{told}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def idle(work: Workload, finished: Finished, reason: str) -> Variant:

@@ -5,7 +5,7 @@ import pytest
 from sample_models import training
 
 import perfkit
-from perfkit import InvalidInputError, UnknownRecipeError
+from perfkit import InvalidInputError, UnknownRecipeError, UnsupportedError
 
 torch = pytest.importorskip("torch")
 
@@ -96,6 +96,19 @@ def test_training(framework, changes, said):
     with pytest.raises(InvalidInputError) as raised:
         perfkit.optimize(**(training(framework) | changes), recipe="half", mode="training")
     assert said in str(raised.value)
+
+
+def test_nothing_to_train():
+    given = training("torch")
+    given["model"].requires_grad_(False)
+    with pytest.raises(InvalidInputError, match=r"no parameter of .* requires a gradient"):
+        perfkit.optimize(**given, recipe="half", mode="training")
+
+
+def test_a_step_of_the_originals_that_fails_is_told_as_its_own():
+    given = training("torch") | {"loss": lambda outputs, targets: outputs.detach().mean()}
+    with pytest.raises(UnsupportedError, match="itself does not train: RuntimeError"):
+        perfkit.optimize(**given, recipe="half", mode="training")
 
 
 def test_an_optimizer_of_another_model():
