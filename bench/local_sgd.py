@@ -132,12 +132,9 @@ def measured() -> list[str]:
     if not path.exists():
         return ["", "Not measured yet.", ""]
     recorded = json.loads(path.read_text())
-    where = "The machine was not written down; losses and bytes do not depend on its speed"
-    if "device" in recorded:
-        where = f"{recorded['device']}, {recorded['date']}"
     return [
         "",
-        f"{where}; source: `bench/results/{path.name}`.",
+        f"{recorded['device']}, {recorded['date']}; source: `bench/results/{path.name}`.",
         "",
         f"{recorded['processes']} processes, batches of 64 rows, torch {recorded['libraries']['torch']}. Losses are of",
         f"averaged models, the mean of the last {AVERAGED} up to each quarter of the steps; bytes are those given to",
