@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,14 @@ def record() -> None:
         if ended := launch(["-m", "bench.local_sgd", "--worker", str(file)], Launch(processes=PROCESSES)):
             sys.exit(told(ended))
         rows = json.loads(file.read_text())
-    found = {"libraries": dict(environment().libraries), "processes": PROCESSES, "rows": rows}
+    here = environment()
+    found = {
+        "device": f"{here.cpu}, {here.cores} cores",
+        "date": datetime.now(UTC).date().isoformat(),
+        "libraries": dict(here.libraries),
+        "processes": PROCESSES,
+        "rows": rows,
+    }
     path = RESULTS / "local_sgd.json"
     path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     print(f"wrote {path}")
@@ -125,9 +133,11 @@ def measured() -> list[str]:
     recorded = json.loads(path.read_text())
     return [
         "",
+        f"{recorded['device']}, {recorded['date']}; source: `bench/results/{path.name}`.",
+        "",
         f"{recorded['processes']} processes, batches of 64 rows, torch {recorded['libraries']['torch']}. Losses are of",
         f"averaged models, the mean of the last {AVERAGED} up to each quarter of the steps; bytes are those given to",
-        f"all-reduces. Source: `bench/results/{path.name}`.",
+        "all-reduces.",
         "",
         "| model, steps | recipe | bytes a step | loss at ¼, ½, ¾ and the end | held-out |",
         "|---|---|---|---|---|",

@@ -16,6 +16,9 @@ from perfkit._recipe_files import recipe_class
 if TYPE_CHECKING:
     from perfkit._workload import Workload
 
+NOTHING = "nothing"
+"""How a chain without recipes is written."""
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -28,7 +31,7 @@ class Chain:
         object.__setattr__(self, "recipes", tuple(sorted(self.recipes, key=lambda recipe: recipe.stage)))
 
     def __str__(self) -> str:
-        return "+".join(map(str, self.recipes)) or "nothing"
+        return "+".join(map(str, self.recipes)) or NOTHING
 
     def __iter__(self):
         return iter(self.recipes)
@@ -122,7 +125,8 @@ def _from_ast(node: ast.expr, text: str) -> Iterable[Recipe]:
         yield from _from_ast(node.left, text)
         yield from _from_ast(node.right, text)
     elif isinstance(node, ast.Name):
-        yield _made(node.id)
+        if node.id != NOTHING:
+            yield _made(node.id)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         try:
             options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 import warnings
@@ -40,6 +41,12 @@ recipe_option = click.option(
 MODEL_HELP = """MODEL is a reference model (cnn, cnn2, rnn, lstm, text_rnn, text_lstm) or PACKAGE.MODULE:FACTORY, a
 function that returns the model and its example inputs, or a dict of the arguments of perfkit.optimize."""
 EXIT_HELP = "Exit codes: 0 done, 1 refused or failed, 2 bad input, 3 the result is slower, 4 too noisy to tell."
+
+
+def telling_of_models(command: click.Command) -> click.Command:
+    """The command, whose help says what MODEL may be."""
+    command.help = f"{inspect.cleandoc(command.help or '')}\n\n{MODEL_HELP}"
+    return command
 
 
 def load(model: str, framework: Any, mode: str, batch_size: int | None) -> dict[str, Any]:

@@ -18,7 +18,10 @@ timeout_option = click.option(
 )
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(
+    short_help="Run a script in several processes.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
 @click.option("--nproc", type=click.IntRange(min=1), required=True, help="Processes on this machine.")
 @click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
 @click.option("--node-rank", type=click.IntRange(min=0), default=0, show_default=True, help="Which one this is.")
@@ -34,7 +37,8 @@ def launch(nproc, nnodes, node_rank, address, port, framework, timeout, module, 
 
     \b
     perfkit launch --nproc 2 train.py --epochs 3
-    perfkit launch --nproc 8 --nnodes 2 --node-rank 0 --address gpu01 --port 29500 train.py
+    perfkit launch --nproc 8 --nnodes 2 --node-rank 0 \\
+        --address gpu01 --port 29500 train.py
     """
     from perfkit.parallel.launching import Launch
 

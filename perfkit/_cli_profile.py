@@ -27,9 +27,11 @@ def _file(name: str, about: str) -> Callable:
     return click.option(name, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help=about)
 
 
+@common.telling_of_models
 @click.command(
+    short_help="Tell where time, memory and energy go, and what addresses it.",
     epilog="Exit codes: 0 done, 1 refused or the profile failed, 2 bad input, 130 interrupted; with --optimize those "
-    "of perfkit optimize. What was collected before a failure or an interrupt is shown and written all the same."
+    "of perfkit optimize. What was collected before a failure or an interrupt is shown and written all the same.",
 )
 @click.argument("model", required=False)
 @common.framework_option
@@ -47,8 +49,8 @@ def profile(model, framework, mode, batch_size, recipe, budget, html, json, trac
     """Where the time, the memory and the energy of MODEL go, and which recipe addresses it.
 
     \b
-    perfkit profile cnn --mode training --html profile.html --json before.json
-    perfkit profile cnn --mode training --recipe compile --json after.json
+    perfkit profile cnn --html profile.html --json before.json
+    perfkit profile cnn --recipe compile --json after.json
     perfkit profile --diff before.json after.json
     """
     common.check_writable(html, json if json != STDOUT else None, trace, snapshot)
@@ -74,9 +76,6 @@ def profile(model, framework, mode, batch_size, recipe, budget, html, json, trac
     if code or not optimize:
         sys.exit(code)
     _optimize(found, arguments, mode)
-
-
-profile.help += f"\n\n{common.MODEL_HELP}"
 
 
 def _collected(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Profile, int]:

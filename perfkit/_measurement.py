@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from perfkit._quantity import Comparison, Latency, Quantity, Verdict
 from perfkit._report import Measurement, Parallel
-from perfkit._variant import Variant, no_inputs
+from perfkit._variant import Variant
 from perfkit.backends.adapter import Traffic
 from perfkit.measure import memory
 
@@ -17,7 +17,7 @@ def measurement(name: str, variant: Variant, latency: Latency | None, anew: bool
     """
     work, backend = variant.work, variant.work.backend
     model_bytes, parameters = backend.size(work)
-    peak = high_water = optimizer = no_inputs("B")
+    peak = high_water = optimizer = Quantity.missing("B", variant.unmeasured)
     if variant.measurable:
         with variant.finished.keeping_state():
             peak = backend.tensor_peak(work, variant.finished, anew=anew)
@@ -43,12 +43,13 @@ def parallel(result: Variant, speedup: Comparison | None) -> Parallel | None:
     if work.spread is None:
         return None
     model_bytes, _ = work.backend.size(work)
-    traffic, peak = Traffic(no_inputs("B"), no_inputs("ratio")), no_inputs("B")
+    peak, ratio = (Quantity.missing(unit, result.unmeasured) for unit in ("B", "ratio"))
+    traffic = Traffic(peak, ratio)
     if result.measurable:
         with result.finished.keeping_state():
             traffic = work.backend.traffic(work, result.finished)
             peak = work.backend.tensor_peak(work, result.finished)
-    efficiency = no_inputs("ratio")
+    efficiency = ratio
     if speedup is not None:
         method = f"speed-up {speedup.ratio:.2f} / {world.devices} devices"
         efficiency = Quantity(speedup.ratio / world.devices, "ratio", method=method)
@@ -71,7 +72,7 @@ def parallel(result: Variant, speedup: Comparison | None) -> Parallel | None:
 def payback(optimizing_s: float, before: Measurement, after: Measurement, speedup: Comparison | None) -> Quantity:
     """After how many calls the cost of optimizing is earned back."""
     if speedup is None:
-        return no_inputs("calls")
+        return Quantity.missing("calls", before.throughput.unavailable)
     if speedup.verdict != Verdict.FASTER:
         return Quantity.missing("calls", f"nothing is earned back: {speedup.verdict}")
     saved_s = (before.latency.median_ms - after.latency.median_ms) / 1e3
@@ -82,7 +83,7 @@ def payback(optimizing_s: float, before: Measurement, after: Measurement, speedu
 
 def _throughput(variant: Variant, latency: Latency | None) -> Quantity:
     if latency is None:
-        return no_inputs("items/s")
+        return Quantity.missing("items/s", variant.unmeasured)
     batch = variant.work.backend.batch_size(variant.work.inputs)
     if batch is None:
         return Quantity.missing("items/s", "the inputs have no batch dimension")
@@ -93,7 +94,7 @@ def _throughput(variant: Variant, latency: Latency | None) -> Quantity:
 def compile_seconds(variant: Variant, latency: Latency | None) -> Quantity:
     """What of the first call was compilation."""
     if latency is None:
-        return no_inputs("s")
+        return Quantity.missing("s", variant.unmeasured)
     if variant.log.seconds is not None:
         return Quantity(variant.log.seconds, "s", method="the framework's own compile events during the first call")
     if variant.log.graphs == 0:

@@ -1,4 +1,4 @@
-"""`optimize` and `plan`: the way in."""
+"""`optimize`, `apply` and `plan`: the way in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perfkit import _pipeline, _search, backends
+from perfkit import _pipeline, _search, _variant, backends
 from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._pipeline import Result
@@ -15,7 +15,6 @@ from perfkit._proof import Settings
 from perfkit._recipe import Recipe, ask, refusal
 from perfkit._report import Candidate, Effect
 from perfkit._showing import InTerminal
-from perfkit._variant import apply
 from perfkit._workload import Workload, calibrated, check_mode
 from perfkit.parallel.gathering import gathered
 
@@ -111,6 +110,57 @@ def optimize(
     return result
 
 
+def apply(
+    model: Any,
+    recipe: str | Recipe | Chain | list,
+    *,
+    example_inputs: Any = None,
+    params: Any = None,
+    mode: str = "inference",
+    loss: Callable[[Any, Any], Any] | None = None,
+    targets: Any = None,
+    optimizer: Any = None,
+    calibration: Iterable | None = None,
+    strict: bool = False,
+    seed: int = 0,
+    progress: Callable[[str], Any] | None = None,
+) -> Result:
+    """Make of a model what `optimize` made of it elsewhere, and measure nothing.
+
+    For a deployment: `optimize` proves a chain once, and `result.recipe` names it. The same chain on the same model,
+    inputs and calibration gives the same model; with example inputs it is called once, so that it is compiled. A recipe
+    that touches nothing on this machine is a warning.
+
+    Args:
+        recipe: as for `optimize`, but not "auto": `result.recipe` of what was measured.
+        model, example_inputs, …: as for `optimize`.
+
+    Returns:
+        The optimized model, with a report of what was touched.
+
+    Raises:
+        InvalidInputError, UnsupportedError, NoEffectError: as `optimize`. Numbers are compared with nothing.
+
+    Example:
+        >>> fast = perfkit.apply(model, "bf16+compile", example_inputs=(x,)).model
+    """
+    if recipe == AUTO:
+        raise InvalidInputError(
+            "recipe='auto' measures what it tries: optimize with it once, and apply its result.recipe"
+        )
+    chain = chain_of(recipe)
+    check_mode(mode, loss, targets, optimizer, example_inputs)
+    settings = _settings(chain, None, None, None, None, strict, "warn", progress)
+    backend = backends.of(model, example_inputs)
+    with backend.preserved():
+        work = backend.bind(
+            model, params, example_inputs, mode=mode, loss=loss, targets=targets, optimizer=optimizer, seed=seed
+        )
+        work = gathered(calibrated(work, calibration), chain)
+        check(chain, work)
+        return _pipeline.run(chain, work, replace(settings, measure=False))
+
+
 @dataclass(frozen=True)
 class PlannedStep:
     """What a recipe would do.
@@ -196,7 +246,7 @@ def _planned(chain: Chain, work: Workload) -> list[PlannedStep]:
         effect = None
         if not reason:
             try:
-                applied = apply(Chain((recipe,)), work)
+                applied = _variant.apply(Chain((recipe,)), work)
                 work, effect = applied.works[0], applied.steps[0].effect
             except UnsupportedError as error:
                 reason = str(error)

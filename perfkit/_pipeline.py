@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perfkit import _proof
-from perfkit._chain import Chain
+from perfkit._chain import NOTHING, Chain
 from perfkit._errors import FidelityError, NoEffectError, PerfkitWarning, SlowerError
 from perfkit._proof import Settings
 from perfkit._repair import Missed, repairable, repaired
 from perfkit._report import Candidate, Effect, Report
-from perfkit._variant import Applied, Variant, apply, observed, ready
+from perfkit._variant import Applied, Variant, apply, idle, observed, ready
 from perfkit._workload import Workload
 from perfkit.backends.adapter import Finished
+
+UNASKED = "perfkit.apply measures nothing"
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,16 @@ class Result:
         model: takes the place of the original: a true `nn.Module`, flax module, or function of the same signature.
         report: what was measured and decided.
         train_step: in training, `train_step((inputs, targets)) -> loss`; else None.
+        recipe: what `perfkit.apply` makes the same of the same model with: a chain, or "nothing" for the original.
     """
 
     model: Any
     report: Report
     finished: Finished
+
+    @property
+    def recipe(self) -> str:
+        return self.report.recipe if self.report.outcome == "optimized" else NOTHING
 
     @property
     def train_step(self) -> Callable[[Any], Any] | None:
@@ -56,14 +63,22 @@ class Result:
 
 def run(chain: Chain, work: Workload, settings: Settings) -> Result:
     """Apply, check, measure and report one chain on a workload that holds a copy of the caller's model."""
-    settings.progress("running the original")
-    original = ready(work, "nothing")
+    if settings.measure:
+        settings.progress("running the original")
+        original = ready(work, NOTHING)
+    else:
+        original = idle(work, work.backend.finish(work), UNASKED)
     settings.progress(f"applying {chain}")
     applied = apply(chain, work)
     result = ready(applied.works[-1] if applied.works else work.backend.copy(work), str(chain))
     applied = observed(applied, result.log)
-    if settings.strict:
-        _require_effects(applied)
+    if not settings.measure:
+        result = replace(result, call=None, unmeasured=UNASKED)
+    if idlers := _without_effect(applied):
+        if settings.strict:
+            raise NoEffectError(f"strict=True, and these touched nothing: {idlers}")
+        if not settings.measure:
+            warnings.warn(f"these touched nothing: {idlers}", PerfkitWarning, stacklevel=4)
     if not work.trains and original.measurable and repairable(applied):
         missed = _judge(original, settings)
         if (miss := missed(result, chain)).by > 0:
@@ -134,11 +149,10 @@ def unchanged(original: Variant, candidates: tuple[Candidate, ...], explanation:
     return Result(original.finished.model, report, original.finished)
 
 
-def _require_effects(applied: Applied) -> None:
-    idle = [step for step in applied.steps if step.effect.status == "NO_EFFECT"]
-    if idle:
-        told = [f"{step.recipe} ({'; '.join(_reasons(step.effect)) or 'no reason known'})" for step in idle]
-        raise NoEffectError(f"strict=True, and these touched nothing: {'; '.join(told)}")
+def _without_effect(applied: Applied) -> str:
+    """The steps that touched nothing, with the reasons."""
+    found = [step for step in applied.steps if step.effect.status == "NO_EFFECT"]
+    return "; ".join(f"{step.recipe} ({'; '.join(_reasons(step.effect)) or 'no reason known'})" for step in found)
 
 
 def _reasons(effect: Effect) -> list[str]:

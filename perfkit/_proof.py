@@ -48,6 +48,7 @@ class Settings:
     evaluate: Callable[[Any], float] | None = None
     max_drop: float = 0.0
     strict: bool = False
+    measure: bool = True
     on_slower: str = "warn"
     progress: Callable[[str], Any] = str  # a function that does nothing with the message
 
@@ -60,7 +61,7 @@ def prove(original: Variant, result: Variant, applied: Applied, settings: Settin
             original,
             result,
             applied,
-            not_measured="no example_inputs were given to run the model on",
+            not_measured=original.unmeasured,
             steps=applied.steps,
         )
     settings.progress("comparing the outputs")

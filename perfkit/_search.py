@@ -6,7 +6,7 @@ import itertools
 import time
 from dataclasses import replace
 
-from perfkit._chain import Chain
+from perfkit._chain import NOTHING, Chain
 from perfkit._errors import FidelityError, InvalidInputError, PerfkitError
 from perfkit._pipeline import Result, concluded, unchanged
 from perfkit._proof import Settings, check_numbers
@@ -41,7 +41,7 @@ def search(work: Workload, settings: Settings) -> Result:
     last = [chain for chain in chains if _around(chain)]
     until_s = settings.budget_s * (1 - FINAL_SHARE - (AROUND_SHARE if last else 0.0))
     settings.progress("running the original")
-    original = ready(work, "nothing")
+    original = ready(work, NOTHING)
     began = time.perf_counter()  # kernels that are built once, and the first call, are not the search
     best: list[tuple[Candidate, Applied, Variant]] = []
     left = 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perfkit._chain import Chain
+from perfkit._chain import NOTHING, Chain
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._quantity import Comparison, Latency, Quantity
 from perfkit._recipe import ask
@@ -18,16 +19,24 @@ from perfkit.backends.adapter import CompileLog, Finished
 from perfkit.measure import timing
 from perfkit.measure.calls import first_call
 
+NO_INPUTS = "no example_inputs were given to run the model on"
+
 
 @dataclass(frozen=True)
 class Variant:
-    """A workload in usable form, called once."""
+    """A workload in usable form, called once.
+
+    Args:
+        call: what is measured; None where nothing is.
+        unmeasured: why nothing is; empty where there is a `call`.
+    """
 
     work: Workload
     finished: Finished
     call: Callable[[], Any] | None
     first_call_s: Quantity
     log: CompileLog
+    unmeasured: str = ""
 
     @property
     def measurable(self) -> bool:
@@ -64,6 +73,8 @@ def apply(chain: Chain, work: Workload) -> Applied:
             raise UnsupportedError(
                 f"recipe {str(recipe)!r} failed on {work.backend.model_name(work)}: {type(error).__name__}: {error}"
             ) from error
+        if not (effect.touched or effect.skipped or effect.notes):
+            effect = replace(effect, notes=("it found nothing in this model that it works on",))
         works.append(work)
         steps.append(Step(str(recipe), recipe.stage.name, effect, time.perf_counter() - start))
     return Applied(chain, tuple(works), tuple(steps))
@@ -79,7 +90,7 @@ def ready(work: Workload, name: str) -> Variant:
     try:
         finished = backend.finish(work)
         if work.inputs is None:
-            return Variant(work, finished, None, no_inputs("s"), CompileLog())
+            return idle(work, finished, NO_INPUTS)
         call = backend.caller(work, finished)
         with backend.watching_compiles() as log, finished.keeping_state():
             backend.seed(work.seed)
@@ -88,10 +99,15 @@ def ready(work: Workload, name: str) -> Variant:
     except UnsupportedError:
         raise
     except Exception as error:
-        raise UnsupportedError(
-            f"{name} was applied to {backend.model_name(work)}, but the result does not run: "
-            f"{type(error).__name__}: {first_line(error)}"
-        ) from error
+        model, does = backend.model_name(work), "train" if work.trains else "run"
+        told = f"{model} itself does not {does}" if name == NOTHING else None
+        told = told or f"{name} was applied to {model}, but the result does not {does}"
+        raise UnsupportedError(f"{told}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def idle(work: Workload, finished: Finished, reason: str) -> Variant:
+    """A workload in usable form that nothing is measured on."""
+    return Variant(work, finished, None, Quantity.missing("s", reason), CompileLog(), reason)
 
 
 def observed(applied: Applied, log: CompileLog) -> Applied:
@@ -136,9 +152,7 @@ def _repeated(call: Callable[[], Any], times: int) -> Callable[[], Any]:
     return repeated
 
 
-def no_inputs(unit: str) -> Quantity:
-    return Quantity.missing(unit, "no example_inputs were given")
-
-
 def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """What an error says, in one line; what it says again and again ("Error dispatching computation: " in XLA) once."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"(\S[^:]*: )\1+", r"\1", line)[:300]

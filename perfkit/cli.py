@@ -45,15 +45,17 @@ def main() -> None:
     """Make a PyTorch or JAX model faster with one call, and prove it.
 
     \b
-    perfkit demo                                   see it on the reference models
-    perfkit doctor                                 what this machine can do
-    perfkit profile cnn                            where time and memory go, and what addresses it
-    perfkit optimize cnn --batch-size 512          find the best recipe
-    perfkit optimize my.models:make --recipe bf16  on a model of your own
+    perfkit demo                             see it on the reference models
+    perfkit doctor                           what this machine can do
+    perfkit profile cnn                      where time and memory go
+    perfkit optimize cnn                     find the best recipe
+    perfkit optimize my.models:make          for a model of your own
+    perfkit optimize cnn --recipe bf16       what one recipe gives
     """
 
 
-@main.command(epilog=common.EXIT_HELP)
+@common.telling_of_models
+@main.command(short_help="Find or apply a recipe, and measure it.", epilog=common.EXIT_HELP)
 @click.argument("model")
 @common.framework_option
 @common.recipe_option
@@ -87,10 +89,8 @@ def optimize(model, framework, recipe, mode, batch_size, budget, tolerance, stri
     sys.exit(EXIT_CODES.get(report.speedup.verdict, 0) if report.speedup and not report.savings else 0)
 
 
-optimize.help += f"\n\n{common.MODEL_HELP}"
-
-
-@main.command()
+@common.telling_of_models
+@main.command(short_help="Show what a recipe would do, and what is refused.")
 @click.argument("model")
 @common.framework_option
 @common.recipe_option
@@ -125,7 +125,7 @@ def plan(model, framework, recipe, mode, batch_size, parallel, devices, link_gbp
     sys.exit(0 if found.ok else REFUSED)
 
 
-@main.command()
+@main.command(short_help="Train a reference model, and evaluate it.")
 @click.argument("model")
 @common.framework_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Over all processes.")
@@ -145,7 +145,7 @@ def train(
 
     \b
     perfkit train cnn --recipe data_parallel --nproc 2 --checkpoint run1
-    perfkit train cnn --recipe data_parallel --nproc 2 --checkpoint run1 --steps 800 --resume
+    perfkit train cnn --steps 800 --checkpoint run1 --resume
     """
     from perfkit import reference
 
@@ -175,7 +175,7 @@ main.add_command(_cli_parallel.launch)
 main.add_command(_cli_profile.profile)
 
 
-@main.command()
+@main.command(short_help="Find the largest batch that fits into memory.")
 @click.argument("model")
 @common.framework_option
 @common.mode_option("training")
@@ -215,7 +215,7 @@ def recipes() -> None:
     common.out.print(table)
 
 
-@main.command()
+@main.command(short_help="Tell what this machine can do.")
 def doctor() -> None:
     """Tell what this machine can do, and which recipes are ready on it. Exits with 1 if no framework is usable."""
     with common.status() as progress:
@@ -225,7 +225,7 @@ def doctor() -> None:
     sys.exit(0 if any(item.ready for item in found.recipes) else REFUSED)
 
 
-@main.command()
+@main.command(short_help="See it on the document's CNN and LSTM.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), default="report.html", show_default=True)
 @click.option("--budget", type=float, default=45.0, show_default=True, help="Seconds to search on each model.")
 def demo(html, budget) -> None:

@@ -37,6 +37,9 @@ class Qat(LayerRecipe):
     def refusal(self, work):
         return None if work.trains else "it is for mode='training'; the trained model is then converted with 'int8'"
 
+    def unsought(self, work):
+        return "it trains other weights, and none the faster: choose it by name"
+
     def torch(self, work):
         from perfkit.quantization.torch_quantize import qat
 

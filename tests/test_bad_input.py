@@ -5,7 +5,7 @@ import pytest
 from sample_models import training
 
 import perfkit
-from perfkit import InvalidInputError, UnknownRecipeError
+from perfkit import InvalidInputError, UnknownRecipeError, UnsupportedError
 
 torch = pytest.importorskip("torch")
 
@@ -98,6 +98,19 @@ def test_training(framework, changes, said):
     assert said in str(raised.value)
 
 
+def test_nothing_to_train():
+    given = training("torch")
+    given["model"].requires_grad_(False)
+    with pytest.raises(InvalidInputError, match=r"no parameter of .* requires a gradient"):
+        perfkit.optimize(**given, recipe="half", mode="training")
+
+
+def test_a_step_of_the_originals_that_fails_is_told_as_its_own():
+    given = training("torch") | {"loss": lambda outputs, targets: outputs.detach().mean()}
+    with pytest.raises(UnsupportedError, match="itself does not train: RuntimeError"):
+        perfkit.optimize(**given, recipe="half", mode="training")
+
+
 def test_an_optimizer_of_another_model():
     given = training("torch") | {"optimizer": torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)}
     with pytest.raises(InvalidInputError, match="not the model's"):
@@ -113,6 +126,7 @@ def test_an_optimizer_that_cannot_be_made():
 
 def test_jax():
     jnp = pytest.importorskip("jax.numpy")
+    import jax
     from flax import linen, nnx
 
     x = jnp.ones((3, 4))
@@ -125,6 +139,7 @@ def test_jax():
         ({"model": nan, "example_inputs": (x,)}, "'bias.value' holds 2 NaN or infinite"),
         ({"model": nnx.Linear(5, 2, rngs=nnx.Rngs(0)), "example_inputs": (x,)}, "does not run on example_inputs"),
         ({"model": jnp.sin, "example_inputs": (jnp.ones((0, 4)),)}, "empty array"),
+        ({"model": jax.jit(jnp.sin).lower(x).compile(), "example_inputs": (x,)}, "compiled already"),
         ({"model": lambda x: None, "example_inputs": (np.ones(3),)}, "without any array"),
     ):
         with pytest.raises(InvalidInputError) as raised:

@@ -58,6 +58,13 @@ def test_help_teaches(run, command):
     assert len(out.splitlines()) > 4
 
 
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.main.commands)], ids=lambda command: "".join(command))
+def test_help_fits_a_terminal(command):
+    text = CliRunner().invoke(cli.main, [*command, "--help"], terminal_width=80).stdout
+    assert not [line for line in text.splitlines() if len(line) > 80]
+    assert "..." not in text.partition("Commands:")[2], "no summary is cut"
+
+
 def test_recipes_lists_every_recipe(run):
     code, out, _ = run("recipes")
     assert code == 0

@@ -23,6 +23,8 @@ def model_of(model: Any, params: Any, mode: str) -> JaxModel:
     """
     if is_equinox(model):
         raise InvalidInputError(f"{type(model).__name__} is an equinox module, {TAKE_APART}")
+    if isinstance(model, jax.stages.Compiled):
+        raise InvalidInputError("the model is compiled already: pass the function as it was before .lower().compile()")
     if isinstance(model, nnx.Module):
         if params is not None:
             raise InvalidInputError("params= is for functions and flax linen modules: an nnx module holds its own")

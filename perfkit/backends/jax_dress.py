@@ -21,8 +21,8 @@ from perfkit.backends.jax_quantized import is_quantized
 from perfkit.backends.jax_trees import leaves
 
 NOT_PICKLED = (
-    "an optimized {} is a compiled or rewritten program, which cannot be pickled: save {}, and call optimize on the "
-    "original again where it is loaded"
+    "an optimized {} is a compiled or rewritten program, which cannot be pickled: save {} and the result's .recipe; "
+    "where they are loaded, perfkit.apply makes it of the original again, without measuring"
 )
 
 

@@ -64,6 +64,11 @@ class TorchBackend(Backend):
         training = None
         if mode == "training":
             training = Training(loss, targets, optimizer_of(model, optimizer))
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                raise InvalidInputError(
+                    f"mode='training', and no parameter of {type(model).__name__} requires a gradient: nothing is to "
+                    "be trained. Call requires_grad_(True) on those that shall learn"
+                )
         work = self.copy(Workload(self, model, inputs, mode, device, training, seed))
         settle_forward(work.model)
         check_on_its_own(work.model, model)

@@ -16,13 +16,13 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from perfkit._errors import InvalidInputError, PerfkitWarning
 from perfkit._workload import Inputs
-from perfkit.backends.torch_surgery import COMPILED_WITH, map_tensors, non_leaf_copies, tensors_in
+from perfkit.backends.torch_surgery import COMPILED_WITH, map_tensors, non_leaf_copies, parts, tensors_in
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, torch.dtype, torch.device)
 
 
 def check_module(model: nn.Module) -> None:
-    """Refuse what cannot be copied or rewritten: scripted, compiled, without values, or with values that are none.
+    """Refuse what cannot be copied or rewritten: scripted, exported, compiled, or without numbers.
 
     Raises:
         InvalidInputError: with what to do about it.
@@ -30,6 +30,11 @@ def check_module(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidInputError(
             f"{type(model).__name__} is a TorchScript module, which cannot be rewritten: pass the module it was made of"
+        )
+    if any(kind.__module__.startswith("torch.export") for kind in type(model).__mro__):
+        raise InvalidInputError(
+            f"{type(model).__name__} is the module of an exported program, which has no layers any more: pass the "
+            "module that was exported, and export the result where that is needed"
         )
     for name, module in model.named_modules():
         compiled = module._compiled_call_impl and not hasattr(type(module), COMPILED_WITH)
@@ -45,8 +50,8 @@ def check_module(model: nn.Module) -> None:
             "call the model once on its inputs, then pass it"
         )
     for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        bad = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
+        held = [part for part in parts(parameter.detach()) if part.is_floating_point()]
+        bad = sum(int((~torch.isfinite(part)).sum()) for part in held)
         if bad:
             raise InvalidInputError(
                 f"parameter {name!r} holds {bad} NaN or infinite of {parameter.numel()} values: repair them first"
@@ -109,7 +114,7 @@ def _functions(value: Any, depth: int = 3) -> Iterator[types.FunctionType]:
     if isinstance(value, types.FunctionType):
         yield value
     elif isinstance(value, types.MethodType):
-        yield value.__func__
+        yield from _functions(value.__func__, depth)
     elif isinstance(value, functools.partial):
         yield from _functions([value.func, *value.args, *value.keywords.values()], depth)
     elif depth and isinstance(value, Mapping):

@@ -48,10 +48,10 @@ def compiled(work: Workload, mode: str, freezing: bool, **settings: Any) -> tupl
     if settings.get("dynamic") is None and any(hasattr(type(part), FIXED_SHAPES) for part in work.model.modules()):
         settings["dynamic"] = False
     compile_in_place(work.model, options=options, **settings)
-    if freezing:
-        _compile_anew_with_new_weights(work.model)
     if not work.trains:
         around_call(work.model, _FrozenInference if freezing else torch.no_grad)
+    if freezing:
+        _compile_anew_with_new_weights(work.model)  # outermost: its reset takes away what _FrozenInference registers
     return work, Effect((work.backend.model_name(work),), tuple(_left_eager(work.model)), notes)
 
 

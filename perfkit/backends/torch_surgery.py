@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import pickle
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,6 +38,12 @@ WRAPPED = "_perfkit_wrapped"
 ROUNDS = "_perfkit_rounds"
 """On the classes of modules that round what comes in and what goes out: the function that does it."""
 
+NOT_PICKLED = (
+    "an optimized {} is of a class that was made at run time, which cannot be pickled: save its state_dict() and the "
+    "result's .recipe. Where they are loaded, perfkit.apply(model, recipe, …) makes it of the original again, without "
+    "measuring, and takes the state_dict"
+)
+
 _numbers = itertools.count()
 
 
@@ -52,8 +59,41 @@ def derive(module: nn.Module, **members: Any) -> type[nn.Module]:
         if isinstance(member, types.FunctionType):
             member.__code__ = member.__code__.replace(co_name=f"{name}_{next(_numbers)}")
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    module.__class__ = type(base.__name__, (base,), names | members)
+    copying = {"__reduce_ex__": _reduced}
+    if hasattr(base, "__deepcopy__"):
+        copying["__deepcopy__"] = _keeping_class(base.__deepcopy__)
+    module.__class__ = type(base.__name__, (base,), names | copying | members)
     return base
+
+
+class _Blank:
+    """Makes an empty module of a class made at run time, for deepcopy to fill; pickle is told of another way."""
+
+    def __init__(self, kind: type[nn.Module]):
+        self.kind = kind
+
+    def __call__(self) -> nn.Module:
+        return self.kind.__new__(self.kind)
+
+    def __reduce__(self):
+        raise pickle.PicklingError(NOT_PICKLED.format(self.kind.__name__))
+
+
+def _reduced(self: nn.Module, _protocol: int) -> tuple:
+    return _Blank(type(self)), (), self.__getstate__()
+
+
+def _keeping_class(deepcopy: Callable) -> Callable:
+    """A `__deepcopy__` of the model's own, that may make a module of the class that it knows."""
+
+    def __deepcopy__(self, memo):
+        twin = deepcopy(self, memo)
+        twin.__class__ = type(self)
+        if options := getattr(type(self), COMPILED_WITH, None):
+            twin.compile(**options)
+        return twin
+
+    return __deepcopy__
 
 
 def around_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
@@ -94,13 +134,17 @@ def around_call(module: nn.Module, context: Callable[[], AbstractContextManager]
 
 
 def compile_in_place(module: nn.Module, **options: Any) -> None:
-    """`module.compile(**options)` on a `forward` of its own, remembered on the class for `copied` to do it again."""
+    """`module.compile(**options)` on a `forward` of its own; what is copied from it is compiled again."""
     base = type(module)
 
     def forward(self, *args, **kwargs):
         return base.forward(self, *args, **kwargs)
 
-    derive(module, forward=forward, **{COMPILED_WITH: options})
+    def __setstate__(self, state):
+        base.__setstate__(self, state)
+        self.compile(**options)
+
+    derive(module, forward=forward, __setstate__=__setstate__, **{COMPILED_WITH: options})
     module.compile(**options)
 
 
@@ -121,8 +165,6 @@ def copied(*things: Any) -> Any:
     for thing, original in zip(copies, things, strict=True):
         if isinstance(thing, torch.optim.Optimizer):
             _copy_hooks(original, thing)
-        if options := getattr(type(thing), COMPILED_WITH, None):
-            thing.compile(**options)
     return copies if len(copies) > 1 else copies[0]
 
 
@@ -210,10 +252,15 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def is_composed(tensor: torch.Tensor) -> bool:
+    """Whether its numbers are computed from other tensors: a subclass such as a quantized one."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
 def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors that a tensor is made of: itself, or those within a subclass such as a quantized one."""
     tensor = local(tensor)
-    if not hasattr(tensor, "__tensor_flatten__"):
+    if not is_composed(tensor):
         return [tensor]
     return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
 

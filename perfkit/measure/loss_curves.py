@@ -85,6 +85,8 @@ def compare_ends(before: Sequence[float], after: Sequence[float], *, tolerance: 
         lost = ~np.isfinite(second)
         error = distance = math.inf
         reason = f"{lost.sum()} of {len(second)} losses are not finite, from step {int(np.argmax(lost))} on"
+        if not np.isfinite(first).all():
+            reason += "; nor are the original's: lower the learning rate"
     elif np.isfinite(first).any():
         highest = float(first[np.isfinite(first)].max())
         both = np.concatenate([first[np.isfinite(first)], second])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from perfkit._workload import Inputs
+from perfkit.backends.jax_inputs import tracing
 from perfkit.backends.jax_model import JaxModel
 from perfkit.pruning.jax_labels import Labels, given_axes
 from perfkit.pruning.jax_walk import walk
@@ -99,7 +100,8 @@ def anatomy(model: JaxModel, inputs: Inputs) -> Anatomy:
     """Follow every dimension of every parameter through the model's jaxpr."""
     state = model.params, model.rest
     leaves, names = jax.tree.leaves(state), layers(model.params)
-    traced, shapes = jax.make_jaxpr(model.function(), return_shape=True)(*state, *inputs.args, **inputs.kwargs)
+    with tracing():
+        traced, shapes = jax.make_jaxpr(model.function(), return_shape=True)(*state, *inputs.args, **inputs.kwargs)
     labels = Labels()
     axes = tuple([labels.fresh(size) for size in leaf.shape] for leaf in leaves)
     given = [given_axes(variable.aval.shape) for variable in traced.jaxpr.invars[len(leaves) :]]

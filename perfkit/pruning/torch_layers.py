@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
 from perfkit._workload import Inputs, Workload
-from perfkit.backends.torch_surgery import copied, tensors_in
+from perfkit.backends.torch_surgery import copied, is_composed, tensors_in
 from perfkit.pruning.torch_trace import Following, Labels, Unpacking
 from perfkit.pruning.torch_units import NONE, Structure, Units, spread
 
@@ -187,9 +187,10 @@ def _rule(module: nn.Module) -> Rule | None:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether it computes what its class does, with weights of its own: under weight_norm they come from others."""
+    """Whether it computes what its class does, with plain weights of its own: weight_norm makes them of others."""
     needed = {"weight_ih_l0", "weight_hh_l0"} if issubclass(kind, RECURRENT) else {"weight"}
-    return type(module).forward is kind.forward and module._parameters.keys() >= needed
+    own = type(module).forward is kind.forward and module._parameters.keys() >= needed
+    return own and not any(map(is_composed, module.parameters(recurse=False)))
 
 
 def _opaque(call: _Call) -> None:

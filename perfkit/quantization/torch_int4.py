@@ -63,7 +63,7 @@ def linear(module: nn.Linear, group_size: int) -> None:
         if missing := -self.in_features % self.group_size:
             rows = F.pad(rows, (0, missing))
         scales = self.weight_scale.to(input.dtype).transpose(0, 1).contiguous()
-        out = torch._weight_int4pack_mm_for_cpu(rows, self.weight_int4, self.group_size, scales)
+        out = torch._weight_int4pack_mm_for_cpu(rows.contiguous(), self.weight_int4, self.group_size, scales)
         out = out[:, : self.out_features].view(*input.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 

@@ -23,7 +23,7 @@ from perfkit._errors import missing
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.torch_stderr import without_lines
-from perfkit.backends.torch_surgery import leave_fast_path, unwrapped
+from perfkit.backends.torch_surgery import is_composed, leave_fast_path, unwrapped
 from perfkit.backends.torch_training import teacher
 from perfkit.measure.environment import has
 from perfkit.quantization import torch_int4, torch_layers, torch_qat, torch_rnn_int8
@@ -251,6 +251,8 @@ def _reason(module: nn.Module, kinds: tuple, recurrent: bool, dtypes: tuple[torc
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is no parameter of its own: quantized or computed already"
+    if is_composed(weight):
+        return f"its weight is a {type(weight).__name__}: quantized or spread already"
     if weight.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, and this works on {wanted}"

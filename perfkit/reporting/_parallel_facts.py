@@ -17,7 +17,7 @@ def parallel_rows(report: Report) -> tuple[tuple[str, str], ...]:
         ("layout", f"{found.layout}; {counted(found.devices, 'device')}, processes: {found.processes}"),
         *(("", part) for part in found.parts),
         ("efficiency", _share(found.efficiency)),
-        ("exchanged", f"{_told(found.sent_bytes)} a call by each device"),
+        ("exchanged", _told(found.sent_bytes, " a call by each device")),
         ("communicating", _share(found.communicating)),
         ("peak by process", peaks),
         ("model by process", ", ".join(map(format_bytes, found.rank_model_bytes))),
@@ -34,5 +34,7 @@ def _share(quantity: Quantity) -> str:
     return format_percent(quantity.value) + (f" ({quantity.method})" if quantity.method else "")
 
 
-def _told(quantity: Quantity) -> str:
-    return with_reason(quantity) + (f" ({quantity.method})" if quantity.method else "")
+def _told(quantity: Quantity, of: str) -> str:
+    if quantity.value is None:
+        return with_reason(quantity)
+    return format_quantity(quantity) + (f" ({quantity.method})" if quantity.method else "") + of

@@ -27,12 +27,19 @@ def _parts(plan: Plan) -> Iterator[RenderableType]:
         yield line("")
         yield _steps(plan.steps)
     if plan.candidates:
-        yield line("recipe='auto' would go through these, and return the original if none is faster:")
+        tried = [item.recipe for item in plan.candidates if not item.reason]
+        yield line(
+            f"recipe='auto' would try {counted(len(tried), 'chain')} in this order while its budget lasts, and return "
+            "the original if none is faster:"
+        )
         yield line("")
-        candidates = text_table("chain", ("outcome", "left"), ("why", "prose"))
+        yield from map(line, tried)
+        yield line("")
+        left_out = text_table("recipe", ("outcome", "left"), ("why", "prose"))
         for item in plan.candidates:
-            candidates.add_row(cell(item.recipe), cell(item.outcome), cell(item.reason))
-        yield candidates
+            if item.reason:
+                left_out.add_row(cell(item.recipe), cell(item.outcome), cell(item.reason))
+        yield left_out
 
 
 def _steps(steps: tuple[PlannedStep, ...]) -> RenderableType:

@@ -137,7 +137,7 @@ def _reading(params, x):
     return x @ params["w"] if x.sum() > -1e9 else x
 
 
-@pytest.mark.parametrize("recipe", ["compile", "bf16"])
+@pytest.mark.parametrize("recipe", ["compile", "bf16", "prune"])
 def test_code_that_reads_an_array_is_told_what_to_do(recipe):
     with pytest.raises(UnsupportedError, match=r"reads the value of an array.*jax\.lax\.cond"):
         _optimized(_reading, recipe, (X,))

@@ -258,3 +258,26 @@ def test_what_the_caller_has_is_left_as_it_is():
     applied(model, "half", torch.randn(3, 4))
     assert all(torch.equal(tensor, before[0][name]) for name, tensor in model.state_dict().items())
     assert [vars(module).keys() for module in model.modules()] == before[1]
+
+
+def test_an_exported_module_is_refused():
+    x = torch.randn(2, 4)
+    assert "exported" in refused(torch.export.export(nn.Linear(4, 4), (x,)).module(), x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_model_that_torchao_has_quantized_is_left_as_it_is_with_the_reason():
+    quantization = pytest.importorskip("torchao.quantization")
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.randn(2, 64)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    for recipe in ("int8", "int8_weight_only", "int4_weight_only", "prune", "low_rank"):
+        found = applied(model, recipe, x)
+        assert not found.effect.touched
+        assert {item.name for item in found.effect.skipped} == {"0", "2"}
+        torch.testing.assert_close(found.model(x), model(x))
+
+
+def test_nothing_to_work_on_is_said():
+    for recipe in ("int8", "prune", "low_rank"):
+        found = applied(nn.Tanh(), recipe, torch.randn(2, 4))
+        assert found.effect.notes == ("it found nothing in this model that it works on",)

@@ -1,5 +1,7 @@
 """torch.compile as perfkit calls it: weights really frozen, and nothing of the caller's settings changed."""
 
+import copy
+
 import pytest
 
 pytest.importorskip("torch")
@@ -44,6 +46,32 @@ def test_they_are_frozen_again_after_a_reset_and_for_other_shapes(model):
     torch.compiler.reset()
     result(torch.randn(7, 64))
     assert counters["inductor"][PACKED] == 6
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs the frozen weights")
+def test_they_are_frozen_again_with_new_weights(model):
+    result, x = compiled(model, "compile"), torch.randn(32, 64)
+    packed, weights = counters["inductor"][PACKED], {name: 2 * held for name, held in model.state_dict().items()}
+    result.load_state_dict(weights)
+    after = result(x)
+    assert counters["inductor"][PACKED] == packed + 2
+    model.load_state_dict(weights)
+    torch.testing.assert_close(after, model(x))
+
+
+def test_integer_weights_are_loaded(model):
+    result, x = compiled(model, "int8+compile"), torch.randn(32, 64)
+    before = result(x)
+    result.load_state_dict(result.state_dict())
+    assert torch.equal(result(x), before)
+
+
+def test_a_copy_is_compiled_too(model):
+    result = compiled(model, "compile")
+    twin, x = copy.deepcopy(result), torch.randn(32, 64)
+    before = counters["stats"]["unique_graphs"]
+    torch.testing.assert_close(twin(x), result(x))
+    assert counters["stats"]["unique_graphs"] > before
 
 
 def test_the_global_setting_and_other_compilations_are_left_alone(model):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from applied_recipes import applied
 from torch import nn
 
+import perfkit
+
 pytestmark = pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 
 
@@ -84,6 +86,70 @@ def test_half_takes_tensors_along_that_are_no_buffers():
     result = applied(Own(), "half", torch.randn(3, 4))
     assert result.model.table.dtype == torch.bfloat16
     assert result.fidelity.reference == "a float64 run of the original"
+
+
+def trained(model, x):
+    """What training in half makes of a model whose outputs shall become 0."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return applied(model, "half", x, loss=lambda y, _: y.square().mean(), targets=x, optimizer=optimizer)
+
+
+class Averaging(nn.Module):
+    """Keeps an average of its inputs, `above` a layer or by itself, from the given call on."""
+
+    def __init__(self, layer=None, since=0):
+        super().__init__()
+        self.layer, self.since, self.calls = layer or nn.Identity(), since, 0
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x):
+        self.calls += 1
+        if self.training and self.calls > self.since:
+            self.mean.lerp_(x.detach().mean(0).to(self.mean.dtype), 0.01)
+        return self.layer(x - self.mean)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm], ids=["new", "old"])
+def test_what_is_written_in_training_stays_in_float32(norm):
+    torch.manual_seed(0)
+    found = trained(nn.Sequential(norm(nn.Linear(16, 16)), Averaging(), nn.Linear(16, 4)), torch.randn(8, 16))
+    assert found.fidelity.ok
+    reasons = {item.name: item.reason for item in found.effect.skipped}
+    assert "mean" in reasons.pop("1")
+    assert all("float32" in reason for reason in reasons.values())
+    assert len(reasons) == 1
+    assert "2" in found.effect.touched
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_stay_in_float32(layer):
+    torch.manual_seed(0)
+    ids = torch.arange(12).reshape(4, 3)
+    found = trained(nn.Sequential(layer(12, 16, sparse=True), nn.Linear(16, 4)), ids)
+    assert found.fidelity.ok
+    assert "sparse" in found.effect.skipped[0].reason
+    assert found.effect.touched == ("1",)
+
+
+def test_constant_buffers_train_in_half():
+    """Beside them the next layer would get float32."""
+    torch.manual_seed(0)
+    model = Averaging(nn.Linear(16, 4), since=10**6)
+    found = trained(model, torch.randn(8, 16))
+    assert found.fidelity.ok
+    assert found.model.mean.dtype == torch.float32, "as it was, for state_dict"
+
+
+def test_half_says_why_it_cannot_train_a_model():
+    torch.manual_seed(0)
+    with pytest.raises(perfkit.UnsupportedError, match=r"stay in float32 .*'bf16'"):
+        trained(Averaging(nn.Linear(16, 4)), torch.randn(8, 16))
+
+
+def test_half_loses_nothing_that_is_written_later():
+    torch.manual_seed(0)
+    with pytest.raises(perfkit.UnsupportedError, match="mean was written to"):
+        trained(Averaging(nn.Linear(16, 4), since=20), torch.randn(8, 16))
 
 
 def test_tied_weights_train_in_half():

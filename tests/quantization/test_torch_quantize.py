@@ -119,6 +119,15 @@ def test_four_bits_in_groups(rows, features):
     torch.testing.assert_close(layer.weight, restored, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("recipe", QUANTIZERS)
+def test_inputs_in_any_order_of_dimensions(recipe):
+    """One token of each sequence, as a classifier takes it."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(64, 8), torch.randn(4, 5, 64).transpose(0, 1)[0]
+    assert not x.is_contiguous()
+    assert applied(nn.Sequential(model), recipe, x).fidelity.ok
+
+
 @pytest.mark.parametrize(("bits", "features"), [(8, 64), (4, 64), (4, 100), (4, 33)])
 def test_embedding_rows(bits, features):
     layer, ids = nn.Embedding(50, features, padding_idx=3), torch.randint(0, 50, (4, 7))

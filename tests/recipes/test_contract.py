@@ -78,6 +78,13 @@ def test_inference(recipe, framework, model):
     assert recipe_class(recipe)().tolerance <= loosest, "so loose that it would prove nothing"
 
 
+def test_auto_leaves_out_what_trains_other_weights(framework):
+    candidates = perfkit.plan(**training(framework), mode="training").candidates
+    for name in (name for name in names() if recipe_class(name).retrains):
+        assert [item.recipe for item in candidates if name in item.recipe] == [name]
+        assert next(item.reason for item in candidates if item.recipe == name)
+
+
 @pytest.mark.parametrize("recipe", names())
 def test_training(recipe, framework):
     given = training(framework)
