@@ -125,7 +125,7 @@ INLINE Floats load_part(const float* from, i64 count) {
 #endif
 }
 INLINE Halves load_part(const std::uint16_t* from, i64 count) {
-#if defined(__AVX512VL__) && defined(__AVX512BW__)
+#if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__)
     return Halves(_mm256_maskz_loadu_epi16(__mmask16((1 << count) - 1), from));
 #else
     Halves value{};
@@ -134,7 +134,7 @@ INLINE Halves load_part(const std::uint16_t* from, i64 count) {
 #endif
 }
 INLINE void store_part(std::uint16_t* to, Halves value, i64 count) {
-#if defined(__AVX512VL__) && defined(__AVX512BW__)
+#if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__)
     _mm256_mask_storeu_epi16(to, __mmask16((1 << count) - 1), __m256i(value));
 #else
     for (int lane = 0; lane < count; ++lane) to[lane] = value[lane];
