@@ -100,13 +100,15 @@ struct Shape : PerfkitConv2d {
     std::vector<float> pairs(const Numbers& from) const {
         static constexpr int FIRST[] = {0, 3, 6, 2, 8}, SECOND[] = {1, 4, 7, 5, -1};
         std::vector<float> found(outputs * I * PAIRS);
-        for (i64 at = 0; at < i64(found.size()); ++at) {
-            const i64 o = at / (I * PAIRS), i = at / PAIRS % I, k = at % PAIRS;
-            const auto half = [&](int tap) {
-                return tap < 0 ? 0u : unsigned(from.halves()[o * w_o + weight_place(9 * i + tap)]);
-            };
-            found[at] = bits<float>(half(FIRST[k]) | half(SECOND[k]) << 16);
-        }
+        float* to = found.data();
+        for (i64 o = 0; o < outputs; ++o)
+            for (i64 i = 0; i < I; ++i) {
+                const auto half = [&, of = from.halves() + o * w_o + i * w_i](int tap) {
+                    return tap < 0 ? 0u : unsigned(of[tap / 3 * w_h + tap % 3 * w_w]);
+                };
+#pragma GCC unroll 5
+                for (int k = 0; k < PAIRS; ++k) *to++ = bits<float>(half(FIRST[k]) | half(SECOND[k]) << 16);
+            }
         return found;
     }
 
