@@ -56,6 +56,17 @@ INLINE Floats largest(Floats a, Floats b) {
 #endif
 }
 
+INLINE Floats largest(Floats a, Floats b, Floats c, Floats d) {
+#if defined(__AVX512F__)
+    const __m512 most = _mm512_max_ps(_mm512_max_ps(__m512(a), __m512(b)), _mm512_max_ps(__m512(c), __m512(d)));
+    const __mmask16 spoilt = _mm512_cmp_ps_mask(__m512(a), __m512(b), _CMP_UNORD_Q) |
+                             _mm512_cmp_ps_mask(__m512(c), __m512(d), _CMP_UNORD_Q);
+    return Floats(_mm512_mask_mov_ps(most, spoilt, _mm512_set1_ps(__builtin_nanf(""))));
+#else
+    return largest(largest(a, b), largest(c, d));
+#endif
+}
+
 template <class V>
 INLINE V shuffled(V a, V b, Ints from) {
 #if defined(__clang__)

@@ -105,15 +105,15 @@ def _watched(work: Workload, layers: dict[str, Part]) -> set[str]:
         if isinstance(layer.module, nn.RNNBase) and not layer.refused:
             _watch(recurrent.fuse, parts[layer.name], layer)
         elif isinstance(layer.module, nn.Linear) and not layer.refused:
-            _watch(linears.fuse, parts[layer.name], layer)
+            _watch(linears.fuse, parts[layer.name], layer, " (unless compiled)")
     with torch.random.fork_rng(), torch.set_grad_enabled(work.trains):
         torch.manual_seed(work.seed)
         twin(*work.inputs.args, **work.inputs.kwargs)
     return owners
 
 
-def _watch(fuse: Callable[[Any], None], module: nn.Module, layer: Part) -> None:
-    """Let the kernels have a layer whose module is all of it, and note what takes its calls."""
+def _watch(fuse: Callable[[Any], None], module: nn.Module, layer: Part, unless: str = "") -> None:
+    """Let the kernels have a layer whose module is all of it, and note what takes its calls, and when it does not."""
     fuse(module)
     forward = type(module).forward
 
@@ -122,7 +122,7 @@ def _watch(fuse: Callable[[Any], None], module: nn.Module, layer: Part) -> None:
             results = forward(self, *args, **kwargs)
         if not choices:
             layer.misses["the kernels do not take what it is called with"] = None
-        layer.saw(module._get_name(), choices)
+        layer.saw(module._get_name() + unless, choices)
         return results
 
     derive(module, forward=watched)
