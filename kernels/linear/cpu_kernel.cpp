@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #define PERFKIT_LANES 16
@@ -33,7 +34,7 @@ using namespace perfkit;
 
 using Halves = std::uint16_t __attribute__((vector_size(2 * L)));
 
-constexpr bool WIDE = L == 16;               // AVX-512, which has 32 registers; else there are 16
+constexpr bool WIDE = L == 16;        // AVX-512, which has 32 registers; else there are 16
 constexpr int ROWS = WIDE ? 6 : 2;    // of x, whose sums
 constexpr int OUTPUTS = 4;            // with so many of w are in registers;
 constexpr int FEW = 2;                // of so few rows
@@ -162,7 +163,8 @@ INLINE void multiply(const typename T::Number* x, const typename T::Number* w, i
         }
     };
     i64 k = 0;
-    for (; k + T::STEP <= K; k += T::STEP) go([](const typename T::Number* at) INLINE_LAMBDA { return T::take(at); }, k);
+    for (; k + T::STEP <= K; k += T::STEP)
+        go([](const typename T::Number* at) INLINE_LAMBDA { return T::take(at); }, k);
     if (k < K)
         go([left = K - k](const typename T::Number* at) INLINE_LAMBDA { return T::take_part(at, left); }, k);
 #pragma GCC unroll 8
@@ -237,7 +239,8 @@ void linear(const PerfkitLinear& p, const Pass<T>& pass, Threads threads) {
     };
     ThreadPool::run(
         across * down, {useful, threads.parallel},
-        [](void* context, long index) { (*static_cast<decltype(task)*>(context))(index); }, const_cast<void*>(static_cast<const void*>(&task)));
+        [](void* context, long index) { (*static_cast<decltype(task)*>(context))(index); },
+        const_cast<void*>(static_cast<const void*>(&task)));
 }
 
 }  // namespace
@@ -248,7 +251,8 @@ extern "C" int perfkit_linear(const PerfkitLinear* p, void* x, void* w, void* bi
     const auto run = [&](auto type) {
         using T = decltype(type);
         using Number = typename T::Number;
-        linear<T>(*p, {*p, static_cast<Number*>(x), static_cast<Number*>(w), static_cast<Number*>(bias), static_cast<Number*>(y)}, threads);
+        const auto at = [](void* given) { return static_cast<Number*>(given); };
+        linear<T>(*p, {*p, at(x), at(w), at(bias), at(y)}, threads);
     };
     p->bfloat16 ? run(Bfloat16()) : run(Float32());
     return 0;
