@@ -43,7 +43,7 @@ INLINE void reduce(const Floats (&sums)[N], i64 w, Floats& value, Ints& window) 
     if (!SAVE) {
         Floats most = sums[0];
         if constexpr (N == 4)
-            most = largest(largest(sums[0], sums[1]), largest(sums[2], sums[3]));
+            most = largest(sums[0], sums[1], sums[2], sums[3]);
         else
             for (int n = 1; n < N; ++n) most = largest(most, sums[n]);
         value = w == 0 ? most : largest(value, most);
@@ -59,33 +59,62 @@ INLINE void reduce(const Floats (&sums)[N], i64 w, Floats& value, Ints& window) 
     }
 }
 
+// The same in bfloat16, two taps at once: the weights of `PAIRS` pairs, in the order of `Planes::pair`.
+template <int C>
+INLINE void multiply_pairs(const Floats (&seen)[16], const float* weights, i64 T, Floats (&sums)[C][4]) {
+#pragma GCC unroll 5
+    for (int t = 0; t < PAIRS; ++t)
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) {
+            const Ints weight = Ints{} + load<std::int32_t>(weights + c * T + t);
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n) {
+                const int across = 2 * (n / 2 + t) + n % 2, rest = 4 * (t - 1) + n;
+                sums[c][n] = add_pairs(sums[c][n], bits<Ints>(seen[t < 3 ? across : rest]), weight);
+            }
+        }
+}
+
+// `count` channels of a vector of outputs, where `near`; PAIRED: planes and weights are pairs.
+template <bool SAVE, bool PAIRED>
+void convolve_near(const Shape& p, const float* x, const float* weights, const float* bias, i64 count, Tile& tile) {
+    constexpr i64 TAPS_SEEN = PAIRED ? PAIRS : 9;
+    const i64 T = p.I * TAPS_SEEN;
+    const auto sum = [&](const Floats(&seen)[16], const float* of, i64 step, auto& sums) INLINE_LAMBDA {
+        constexpr int C = std::extent<std::remove_reference_t<decltype(sums)>>();
+        if constexpr (PAIRED)
+            multiply_pairs<C>(seen, of, step, sums);
+        else
+            multiply_near<C>(seen, of, step, sums);
+    };
+    Floats seen[16];
+    see(x, p.plane, seen);
+    for (i64 o = 0; p.I == 1 && o < count; ++o) {
+        Floats sums[1][4];
+        for (int n = 0; n < 4; ++n) sums[0][n] = same(bias[o]);
+        sum(seen, weights + o * T, T, sums);
+        reduce<SAVE>(sums[0], 0, tile.values[0][o], tile.windows[0][o]);
+    }
+    for (i64 o = 0; p.I > 1 && o < count; o += 2) {
+        Floats sums[2][4];
+        const i64 second = o + 1 < count;  // the last one stands in for a channel that is not there
+        for (int n = 0; n < 4; ++n) sums[0][n] = same(bias[o]), sums[1][n] = same(bias[o + second]);
+        const float* of = weights + o * T;
+        for (i64 i = 0; i < p.I; ++i) {
+            see(x + i * 16 * p.plane, p.plane, seen);
+            sum(seen, of + i * TAPS_SEEN, second * T, sums);
+        }
+        reduce<SAVE>(sums[0], 0, tile.values[0][o], tile.windows[0][o]);
+        reduce<SAVE>(sums[1], 0, tile.values[0][o + second], tile.windows[0][o + second]);
+    }
+}
+
 // `count` channels of `vectors` of outputs; there is one vector unless there is no pool.
 template <bool SAVE>
 void convolve(const Shape& p, const float* x, i64 vectors, const float* weights, const float* bias, i64 count,
               Tile& tile) {
-    if (WIDE && p.near) {
-        Floats seen[16];
-        see(x, p.plane, seen);
-        for (i64 o = 0; p.I == 1 && o < count; ++o) {
-            Floats sums[1][4];
-            for (int n = 0; n < 4; ++n) sums[0][n] = same(bias[o]);
-            multiply_near<1>(seen, weights + o * p.T, p.T, sums);
-            reduce<SAVE>(sums[0], 0, tile.values[0][o], tile.windows[0][o]);
-        }
-        for (i64 o = 0; p.I > 1 && o < count; o += 2) {
-            Floats sums[2][4];
-            const i64 second = o + 1 < count;  // the last one stands in for a channel that is not there
-            for (int n = 0; n < 4; ++n) sums[0][n] = same(bias[o]), sums[1][n] = same(bias[o + second]);
-            const float* of = weights + o * p.T;
-            for (i64 i = 0; i < p.I; ++i) {
-                see(x + i * 16 * p.plane, p.plane, seen);
-                multiply_near<2>(seen, of + i * 9, second * p.T, sums);
-            }
-            reduce<SAVE>(sums[0], 0, tile.values[0][o], tile.windows[0][o]);
-            reduce<SAVE>(sums[1], 0, tile.values[0][o + second], tile.windows[0][o + second]);
-        }
-        return;
-    }
+    if (p.paired) return convolve_near<SAVE, true>(p, x, weights, bias, count, tile);
+    if (WIDE && p.near) return convolve_near<SAVE, false>(p, x, weights, bias, count, tile);
     for (i64 o = 0; o < count; o += CHANNELS)
         counted<CHANNELS>(std::min<i64>(CHANNELS, count - o), [&](auto channels) INLINE_LAMBDA {
             constexpr int C = decltype(channels)::value;
@@ -111,7 +140,7 @@ void convolve(const Shape& p, const float* x, i64 vectors, const float* weights,
 struct Forward {
     const Shape& p;
     Numbers x, y;
-    const float *weights, *bias;  // (O, T) and (O) of all groups
+    const float *weights, *bias;  // (O, T), or (O, I * PAIRS) where `paired`, and (O) of all groups
     std::uint8_t* argmax;
 
     template <bool SAVE>
@@ -120,11 +149,14 @@ struct Forward {
         Tile tile;
         for (i64 group = 0; group < p.groups; ++group) {
             const i64 all = planes.fill(x, group, chunk), most = p.W == 1 ? STREAMS : 1;
+            const i64 numbers = p.paired ? p.I * PAIRS : p.T;
+            if (p.paired) planes.pair(all);
             for (i64 v = 0; v < all; v += most)
                 for (i64 o = 0; o < p.O; o += L) {
                     const i64 first = group * p.O + o, count = std::min<i64>(L, p.O - o);
                     const i64 vectors = std::min(most, all - v);
-                    convolve<SAVE>(p, &planes.planes[v * L], vectors, weights + first * p.T, bias + first, count, tile);
+                    convolve<SAVE>(p, &planes.planes[v * L], vectors, weights + first * numbers, bias + first, count,
+                                   tile);
                     for (i64 n = 0; n < vectors; ++n)
                         put<SAVE>(tile.values[n], tile.windows[n], chunk.image, first, count, done + (v + n) * L,
                                   std::min<i64>(L, outputs - (v + n) * L));

@@ -17,7 +17,9 @@ extern "C" int perfkit_conv2d_forward(const PerfkitConv2d* problem, void* x, voi
     const bool half = p.bfloat16;
     std::vector<float> own, biases(p.outputs);
     for (i64 o = 0; bias && o < p.outputs; ++o) biases[o] = Numbers{bias, half}[o];
-    const Forward pass{p, {x, half}, {y, half}, p.weights({weight, half}, own), biases.data(), argmax};
+    if (p.paired) own = p.pairs({weight, half});
+    const float* weights = p.paired ? own.data() : p.weights({weight, half}, own);
+    const Forward pass{p, {x, half}, {y, half}, weights, biases.data(), argmax};
     const i64 chunks = p.batch * p.chunks, useful = std::min(threads.count, p.work() / WORTH + 1);
     const i64 slices = std::min(chunks, useful > 1 ? 4 * useful : 1);
     std::vector<Planes> planes;

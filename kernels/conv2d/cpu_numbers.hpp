@@ -34,6 +34,7 @@ constexpr int DEAD = 255;
 constexpr bool WIDE = L == 16;          // AVX-512, which has 32 registers; else there are 16
 constexpr int STREAMS = 4;              // vectors of outputs, or windows of one, that are summed at once,
 constexpr int CHANNELS = WIDE ? 4 : 2;  // of so many output channels
+constexpr int PAIRS = 5;                // of 3x3 taps, the last one of a tap and zero
 constexpr int TAPS = 9;                 // whose gradients are summed at once,
 constexpr int PAIRED = WIDE ? 2 : 1;    // of so many output channels
 constexpr i64 CACHED = 1 << 16;         // floats of planes made at a time: they stay in the second-level cache
@@ -52,6 +53,17 @@ INLINE Floats largest(Floats a, Floats b) {
     return Floats(_mm512_mask_add_ps(most, spoilt, __m512(a), __m512(b)));
 #else
     return (b > a) | (b != b) ? b : a;
+#endif
+}
+
+INLINE Floats largest(Floats a, Floats b, Floats c, Floats d) {
+#if defined(__AVX512F__)
+    const __m512 most = _mm512_max_ps(_mm512_max_ps(__m512(a), __m512(b)), _mm512_max_ps(__m512(c), __m512(d)));
+    const __mmask16 spoilt = _mm512_cmp_ps_mask(__m512(a), __m512(b), _CMP_UNORD_Q) |
+                             _mm512_cmp_ps_mask(__m512(c), __m512(d), _CMP_UNORD_Q);
+    return Floats(_mm512_mask_mov_ps(most, spoilt, _mm512_set1_ps(__builtin_nanf(""))));
+#else
+    return largest(largest(a, b), largest(c, d));
 #endif
 }
 
@@ -87,12 +99,29 @@ INLINE void transpose(V (&rows)[L]) {
     }
 }
 
-// To the nearest, ties to even; a NaN stays one.
+// To the nearest, ties to even; a NaN stays one. The processor's own instruction makes zeros of denormal numbers.
 INLINE Halves halved(Floats x) {
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+    return bits<Halves>(_mm512_cvtneps_pbh(__m512(x)));
+#endif
     const Ints whole = bits<Ints>(x);
     const Ints rounded = (whole + 0x7fff + ((whole >> 16) & 1)) >> 16;
     return __builtin_convertvector((x != x ? Ints{} + 0x7fc0 : rounded) & 0xffff, Halves);
 }
+
+// Pairs of bfloat16 numbers in 32 bits: what they are made of, in float32, and sum + a_low b_low + a_high b_high.
+INLINE Floats paired(Floats low, Floats high) {
+    return bits<Floats>((bits<Ints>(low) >> 16 & 0xffff) | (bits<Ints>(high) & ~0xffff));
+}
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+constexpr bool MULTIPLIES_PAIRS = true;
+INLINE Floats add_pairs(Floats sum, Ints a, Ints b) {
+    return Floats(_mm512_dpbf16_ps(__m512(sum), bits<__m512bh>(a), bits<__m512bh>(b)));
+}
+#else
+constexpr bool MULTIPLIES_PAIRS = false;
+INLINE Floats add_pairs(Floats sum, Ints, Ints) { return sum; }
+#endif
 
 INLINE float widened(std::uint16_t half) { return bits<float>(std::uint32_t(half) << 16); }
 
@@ -104,6 +133,22 @@ INLINE Floats load_part(const float* from, i64 count) {
     Floats value{};
     for (int lane = 0; lane < count; ++lane) value[lane] = from[lane];
     return value;
+#endif
+}
+INLINE Halves load_part(const std::uint16_t* from, i64 count) {
+#if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+    return Halves(_mm256_maskz_loadu_epi16(__mmask16((1 << count) - 1), from));
+#else
+    Halves value{};
+    for (int lane = 0; lane < count; ++lane) value[lane] = from[lane];
+    return value;
+#endif
+}
+INLINE void store_part(std::uint16_t* to, Halves value, i64 count) {
+#if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+    _mm256_mask_storeu_epi16(to, __mmask16((1 << count) - 1), __m256i(value));
+#else
+    for (int lane = 0; lane < count; ++lane) to[lane] = value[lane];
 #endif
 }
 INLINE void store_part(float* to, Floats value, i64 count) {
@@ -134,7 +179,7 @@ struct Numbers {
         if (bfloat16) {
             const Halves rounded = halved(value);
             if (count >= L) return store(halves() + i, rounded);
-            for (int lane = 0; lane < count; ++lane) halves()[i + lane] = rounded[lane];
+            store_part(halves() + i, rounded, count);
         } else if (count >= L) {
             store(floats() + i, value);
         } else {
@@ -143,11 +188,7 @@ struct Numbers {
     }
     INLINE Floats take(i64 i, i64 count) const {  // zeros beyond
         if (!bfloat16) return count >= L ? load<Floats>(floats() + i) : load_part(floats() + i, count);
-        Halves taken{};
-        if (count >= L)
-            taken = load<Halves>(halves() + i);
-        else
-            for (int lane = 0; lane < count; ++lane) taken[lane] = halves()[i + lane];
+        const Halves taken = count >= L ? load<Halves>(halves() + i) : load_part(halves() + i, count);
         return bits<Floats>(__builtin_convertvector(taken, Ints) << 16);
     }
 };

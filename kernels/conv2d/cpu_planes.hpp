@@ -28,6 +28,7 @@ struct Shape : PerfkitConv2d {
     i64 streams;
     std::vector<i64> offsets;        // of tap t's plane in window w, in floats: [t * streams + w]; of one: in vector w
     bool near;                       // 3x3 taps in 2x2 windows: sixteen places
+    bool paired;                     // the same in bfloat16, multiplied two taps at once
     i64 chunk_rows, chunk_columns, chunks;  // the largest chunk, and how many of them an image has
     i64 high, wide;                         // what it sees of x
     i64 most;                               // its outputs, in whole vectors
@@ -39,7 +40,8 @@ struct Shape : PerfkitConv2d {
           downs(seen(kernel_height, stride_h, dilation_h)),
           rights(seen(kernel_width, stride_w, dilation_w)), places(downs.size() * rights.size()), Q(I * places),
           streams(W == 1 ? STREAMS : W), offsets(T * streams),
-          near(kernel_height == 3 && kernel_width == 3 && pool == 2 && downs.back() == 3 && rights.back() == 3) {
+          near(kernel_height == 3 && kernel_width == 3 && pool == 2 && downs.back() == 3 && rights.back() == 3),
+          paired(MULTIPLIES_PAIRS && near && bfloat16) {
         chunk_columns = std::min(out_width, std::max<i64>(L, CACHED / Q / L * L));
         chunk_rows = chunk_columns < out_width ? 1 : std::min(out_height, std::max<i64>(1, CACHED / Q / out_width));
         chunks = parts(out_height, chunk_rows) * parts(out_width, chunk_columns);
@@ -94,6 +96,22 @@ struct Shape : PerfkitConv2d {
         return own.data();
     }
 
+    // Of bfloat16 weights where `paired`: (O, I, PAIRS), each two numbers in the order of `Planes::pair`.
+    std::vector<float> pairs(const Numbers& from) const {
+        static constexpr int FIRST[] = {0, 3, 6, 2, 8}, SECOND[] = {1, 4, 7, 5, -1};
+        std::vector<float> found(outputs * I * PAIRS);
+        float* to = found.data();
+        for (i64 o = 0; o < outputs; ++o)
+            for (i64 i = 0; i < I; ++i) {
+                const auto half = [&, of = from.halves() + o * w_o + i * w_i](int tap) {
+                    return tap < 0 ? 0u : unsigned(of[tap / 3 * w_h + tap % 3 * w_w]);
+                };
+#pragma GCC unroll 5
+                for (int k = 0; k < PAIRS; ++k) *to++ = bits<float>(half(FIRST[k]) | half(SECOND[k]) << 16);
+            }
+        return found;
+    }
+
     i64 weight_place(i64 t) const {
         const i64 taps = kernel_height * kernel_width;
         return t / taps * w_i + t % taps / kernel_width * w_h + t % kernel_width * w_w;
@@ -109,6 +127,12 @@ using Lines = std::unique_ptr<float[], Release>;
 
 Lines lines(i64 floats) {
     return Lines(static_cast<float*>(::operator new(sizeof(float) * floats, std::align_val_t{64})));
+}
+
+// A vector of each of the sixteen planes that 3x3 taps in 2x2 windows see of an input channel.
+INLINE void see(const float* x, i64 plane, Floats (&seen)[16]) {
+#pragma GCC unroll 16
+    for (int k = 0; k < 16; ++k) seen[k] = load<Floats>(x + k * plane);
 }
 
 // What a chunk sees of one group's input channels.
@@ -140,6 +164,25 @@ struct Planes {
                 return found;
             });
         return Shape::parts(chunk.rows * chunk.columns, L);
+    }
+
+    // The sixteen places of each input channel, bfloat16 numbers, become sixteen pairs of them: beside each other in
+    // row r from column c (2 r + c: r < 4, c < 2), below each other in column 2 + c from row r (8 + 2 r + c: r, c < 2),
+    // and alone, in row 2 + r and column 2 + c. So three pairs of rows, one of the third column and its last make nine.
+    void pair(i64 vectors) {
+        for (i64 i = 0; i < p.I; ++i)
+            for (i64 v = 0; v < vectors; ++v) {
+                float* at = &planes[i * 16 * p.plane + v * L];
+                Floats seen[16];
+                see(at, p.plane, seen);
+#pragma GCC unroll 16
+                for (int k = 0; k < 16; ++k) {
+                    const int r = k / 2 % 4, c = k % 2, low = k < 8 ? 4 * r + c : 4 * (r % 2) + 2 + c;
+                    const Floats pair = k < 12 ? paired(seen[low], seen[k < 8 ? low + 1 : low + 4])
+                                               : paired(seen[low + 8], Floats{});
+                    store(at + k * p.plane, pair);
+                }
+            }
     }
 
   private:
@@ -184,11 +227,5 @@ struct Planes {
             }
     }
 };
-
-// A vector of each of the sixteen planes that 3x3 taps in 2x2 windows see of an input channel.
-INLINE void see(const float* x, i64 plane, Floats (&seen)[16]) {
-#pragma GCC unroll 16
-    for (int k = 0; k < 16; ++k) seen[k] = load<Floats>(x + k * plane);
-}
 
 }  // namespace

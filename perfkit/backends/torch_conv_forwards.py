@@ -1,4 +1,4 @@
-"""Forwards that call convolutions, rewritten so that each hands over what follows the convolution as one group.
+"""Forwards that call convolutions and linear layers, rewritten so that each hands over what follows as one group.
 
 The forward of `nn.Sequential` is known; others are read (`torch_regroup.py`).
 """
@@ -27,7 +27,7 @@ def sequential(run: Callable[[tuple, Any], Any]) -> Callable:
         at = 0
         while at < len(modules):
             end = at + 1
-            if isinstance(modules[at], nn.Conv2d):
+            if isinstance(modules[at], (nn.Conv2d, nn.Linear)):
                 while end < len(modules) and may_follow(modules[end]):
                     end += 1
             input = modules[at](input) if end == at + 1 else run(modules[at:end][::-1], input)

@@ -17,6 +17,7 @@ from perfkit._report import Effect
 from perfkit._workload import Workload
 from perfkit.backends import torch_conv_forwards as forwards
 from perfkit.backends import torch_fused_conv as convolutions
+from perfkit.backends import torch_fused_linear as linears
 from perfkit.backends import torch_fused_rnn as recurrent
 from perfkit.backends.fused_layers import LEFT, UNKNOWN, Layer, effect
 from perfkit.backends.torch_source import Unreadable
@@ -43,10 +44,11 @@ def fused(work: Workload, recipe: FusedKernels) -> tuple[Workload, Effect]:
     Raises:
         InvalidInputError: a pattern of include or exclude matches no layer.
     """
+    kinds = _LAYERS if work.trains or work.device != "cpu" else (*_LAYERS, nn.Linear)
     layers = {
         name or type(module).__name__: Part(name=name, module=module)
         for name, module in work.model.named_modules()
-        if isinstance(module, _LAYERS)
+        if isinstance(module, kinds)
     }
     if not layers:
         return work, effect(layers)
@@ -62,6 +64,8 @@ def _refusal(module: nn.Module) -> str:
     """Why a layer cannot be swapped, whatever it is called with; empty where it can."""
     if isinstance(module, nn.RNNBase):
         return recurrent.refusal(module) or ""
+    if isinstance(module, nn.Linear):
+        return linears.refusal(module) or ""
     if not convolutions.may_begin(module):
         return f"this {module._get_name()} has a forward of its own, which would be lost"
     return ""
@@ -79,6 +83,11 @@ def _watched(work: Workload, layers: dict[str, Part]) -> set[str]:
             layer = layer_of.get(id(links[-1]))
             if layer is None:
                 return convolutions.apart(links, x)
+            if isinstance(layer.module, nn.Linear):
+                y = convolutions.apart(links, x)
+                if layer.runs and convolutions.rectified(links):
+                    owners.add(owner)
+                return y
             read = convolutions.reading(links, x)
             if isinstance(read, str):
                 layer.misses[read] = None
@@ -95,23 +104,26 @@ def _watched(work: Workload, layers: dict[str, Part]) -> set[str]:
         derive(twin.get_submodule(name), forward=forward)
     for layer in layers.values():
         if isinstance(layer.module, nn.RNNBase) and not layer.refused:
-            _watch_recurrent(parts[layer.name], layer)
+            _watch(recurrent.fuse, parts[layer.name], layer)
+        elif isinstance(layer.module, nn.Linear) and not layer.refused:
+            _watch(linears.fuse, parts[layer.name], layer, " (unless compiled)")
     with torch.random.fork_rng(), torch.set_grad_enabled(work.trains):
         torch.manual_seed(work.seed)
         twin(*work.inputs.args, **work.inputs.kwargs)
     return owners
 
 
-def _watch_recurrent(module: nn.RNNBase, layer: Part) -> None:
-    recurrent.fuse(module)
+def _watch(fuse: Callable[[Any], None], module: nn.Module, layer: Part, unless: str = "") -> None:
+    """Let the kernels have a layer whose module is all of it, and note what takes its calls, and when it does not."""
+    fuse(module)
     forward = type(module).forward
 
-    def watched(self, input, hx=None):
+    def watched(self, *args, **kwargs):
         with trace() as choices:
-            results = forward(self, input, hx)
+            results = forward(self, *args, **kwargs)
         if not choices:
             layer.misses["the kernels do not take what it is called with"] = None
-        layer.saw(module._get_name(), choices)
+        layer.saw(module._get_name() + unless, choices)
         return results
 
     derive(module, forward=watched)
@@ -123,7 +135,7 @@ def _unwatched(model: nn.Module, layers: dict[str, Part]) -> set[str]:
     rewritten = _rewritten(model, layers, lambda _: convolutions.group)
     begun = [conv for _, convs in rewritten.values() for conv in convs]
     for layer in layer_of.values():
-        if isinstance(layer.module, nn.RNNBase) or any(layer.module is conv for conv in begun):
+        if not isinstance(layer.module, nn.Conv2d) or any(layer.module is conv for conv in begun):
             layer.runs[UNKNOWN] = None
     return set(rewritten)
 
@@ -134,14 +146,14 @@ def _rewritten(
     """By each module that calls convolutions in groups: its forward with those handed to `run(its name)`."""
     callers: dict[str, list[Part]] = {}
     for layer in layers.values():
-        if isinstance(layer.module, nn.Conv2d) and not layer.refused:
+        if isinstance(layer.module, (nn.Conv2d, nn.Linear)) and not layer.refused:
             name = layer.name
             while name:
                 name = name.rpartition(".")[0]
                 callers.setdefault(name, [])
                 if not isinstance(model.get_submodule(name), (nn.ModuleList, nn.ModuleDict)):
                     break
-            callers[name].append(layer)
+            callers.setdefault(name, []).append(layer)
     found = {}
     for name, called in callers.items():
         module = model.get_submodule(name)
@@ -153,7 +165,8 @@ def _rewritten(
         except Unreadable as error:
             reason = f"{kind}: {error}"
         for layer in called:
-            layer.unseen = reason
+            if isinstance(layer.module, nn.Conv2d):
+                layer.unseen = reason
     return found
 
 
@@ -163,6 +176,8 @@ def _swap(model: nn.Module, layers: dict[str, Part], owners: set[str]) -> None:
             continue
         if isinstance(layer.module, nn.RNNBase):
             recurrent.fuse(layer.module)
+        elif isinstance(layer.module, nn.Linear):
+            linears.fuse(layer.module)
         else:
             convolutions.fuse(layer.module)
     for name, (forward, _) in _rewritten(model, layers, lambda _: convolutions.group).items():

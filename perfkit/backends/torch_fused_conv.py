@@ -1,5 +1,7 @@
 """Convolutions with the batch norm, ReLU and max-pool that follow them, as one call of `perfkit.kernels.conv2d`.
 
+Linear layers with the ReLU that follows them likewise (`torch_fused_linear.py`).
+
 Where a module calls a convolution, its forward hands over what follows as one group (`torch_conv_forwards.py`). A group
 looks at what it was given each time it runs: what it knows runs together, anything else (hooks, a norm that trains,
 another padding, a module that was replaced since) as it was written.
@@ -15,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
+from perfkit.backends import torch_fused_linear as linears
 from perfkit.backends.torch_regroup import METHODS
 from perfkit.backends.torch_surgery import INTEGER, ROUNDS, derive
-from perfkit.kernels.conv2d import conv2d
+from perfkit.kernels.conv2d.torch_call import conv2d
+from perfkit.kernels.linear.torch_call import linear
 
 FUSES = "_perfkit_fuses"
 """Marks the classes of the convolutions whose groups run together."""
@@ -56,7 +60,12 @@ class Group(NamedTuple):
 
 
 def may_begin(thing: Any) -> bool:
-    """Whether it is a convolution as torch has it, or on integer weights: of few channels, floats are faster."""
+    """Whether it is a convolution as torch has it, or on integer weights: of few channels, floats are faster.
+
+    Or a linear layer as torch has it.
+    """
+    if isinstance(thing, nn.Linear):
+        return linears.may_begin(thing)
     own = type(thing).forward is nn.Conv2d.forward if isinstance(thing, nn.Conv2d) else False
     return own or (isinstance(thing, nn.Conv2d) and getattr(type(thing), INTEGER, False))
 
@@ -69,7 +78,10 @@ def may_follow(thing: Any) -> bool:
 def group(links: tuple, x: Any) -> Any:
     """Run the links, outermost first, on `x`: together what can be, if the first convolution is marked `FUSES`."""
     conv = links[-1]
-    if getattr(type(conv), FUSES, False) and not isinstance(read := reading(links, x), str):
+    if isinstance(conv, nn.Linear):
+        if linears.is_fused(conv) and rectified(links):
+            x, links = linear(x, conv.weight, conv.bias, "relu"), links[:-2]
+    elif getattr(type(conv), FUSES, False) and not isinstance(read := reading(links, x), str):
         x = together(conv, read, x)
         links = links[: read.rest]
     return apart(links, x)
@@ -80,6 +92,11 @@ def apart(links: tuple, x: Any) -> Any:
     for link in reversed(links):
         x = link[0](x, *link[1], **link[2]) if isinstance(link, tuple) else link(x)
     return x
+
+
+def rectified(links: tuple) -> bool:
+    """Whether a group begins with a linear layer and a ReLU, and nobody sees what is between them."""
+    return len(links) > 1 and _step(links[-2])[0] == "relu" and not _seen(links[-1])
 
 
 def reading(links: tuple, x: Any) -> Group | str:
@@ -93,7 +110,7 @@ def reading(links: tuple, x: Any) -> Group | str:
         return "its input is empty"
     if conv.padding_mode != "zeros":
         return f"it pads with padding_mode={conv.padding_mode!r}, and the kernel with zeros"
-    if hooked(conv) or (any(_GLOBAL_HOOKS) and any(map(_looks_at_outputs, _GLOBAL_HOOKS))):
+    if _seen(conv):
         return "it has hooks, which see the convolution's own output"
     norm = activation = pool = rounds = None
     at, why = len(links) - 1, ""
@@ -120,17 +137,8 @@ def together(conv: nn.Conv2d, read: Group, x: Tensor) -> Tensor:
     weight, bias = conv.weight, conv.bias
     if read.norm is not None:
         weight, bias = folded(conv, read.norm)
-    y = conv2d(
-        x,
-        weight,
-        bias,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        activation=read.activation,
-        pool=read.pool,
-    )
+    options = conv.stride, conv.padding, conv.dilation, conv.groups, read.activation, read.pool
+    y = conv2d(x, weight, bias, *options, None)
     return y if read.rounds is None else read.rounds(y)
 
 
@@ -139,6 +147,11 @@ def hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _seen(module: nn.Module) -> bool:
+    """Whether hooks see its output."""
+    return hooked(module) or (any(_GLOBAL_HOOKS) and any(map(_looks_at_outputs, _GLOBAL_HOOKS)))
 
 
 def _looks_at_outputs(hooks: dict[int, Callable]) -> bool:

@@ -266,8 +266,10 @@ def _at_the_boundary(
     """
     expected = (torch.float32, *LOW, *held)
 
-    def bounded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = cast((args, kwargs), inside, only=expected)
+    def bounded(module: nn.Module, *given: Any, **named: Any) -> Any:
+        # each by itself: a small model takes microseconds, and a tree of all of them takes some
+        args = [cast(value, inside, only=expected) for value in given]
+        kwargs = {name: cast(value, inside, only=expected) for name, value in named.items()}
         outputs = forward(module, *args, **kwargs)
         return outputs if outside is None else cast(outputs, outside, only=(inside,))
 

@@ -8,6 +8,8 @@ from max_pool_calls import images
 from torch import nn
 
 from perfkit.kernels.conv2d import cases, conv2d
+from perfkit.kernels.linear import Problem as LinearProblem
+from perfkit.kernels.linear import cpu_kernel as linear_kernel
 from perfkit.kernels.max_pool_uint8.torch_op import max_pool_uint8
 from perfkit.kernels.rnn import cpu_kernel
 from perfkit.kernels.rnn.problem import Problem
@@ -84,6 +86,16 @@ def max_pool():
         yield
 
 
+def linear():
+    for rows, inputs, outputs in ((1, 1, 1), (2, 33, 9), (5, 130, 17), (13, 5408, 10), (70, 257, 131)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weight, bias = (torch.randn(size, dtype=dtype) for size in ((rows, inputs), (outputs, inputs), outputs))
+            problem = LinearProblem("cpu", str(dtype)[6:], rows, inputs, outputs, "relu")
+            for given in (bias, None):
+                linear_kernel.caller(problem, (rows,))(x, weight, given)
+        yield
+
+
 def main():
-    count = sum(1 for kernel in (rnn_int8, conv2d_and_gradients, rnn_and_gradients, max_pool) for _ in kernel())
+    count = sum(1 for kernel in (rnn_int8, conv2d_and_gradients, rnn_and_gradients, max_pool, linear) for _ in kernel())
     print(count, "cases, all of their calls under AddressSanitizer")
