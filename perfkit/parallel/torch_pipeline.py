@@ -41,7 +41,7 @@ def too_old() -> str | None:
 
     Up to 2.12 a stage raises where a value before it gets no gradient, while the processes beside it wait for one.
     """
-    if torch.__version__ < (2, 13):
+    if torch.__version__ < "2.13":  # compared as versions, not as text
         return f"training in stages needs torch 2.13 or newer, and this is {torch.__version__}: pip install -U torch"
     return None
 

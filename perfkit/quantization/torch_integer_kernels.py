@@ -17,7 +17,7 @@ from perfkit.backends.torch_stderr import without_lines
 
 def known() -> Iterator[str]:
     """From now on what is compiled in this process gets integer kernels; or why it does not, to tell the caller."""
-    if torch.__version__ < (2, 14):
+    if torch.__version__ < "2.14":  # compared as versions, not as text
         return
     if find_spec("torchao") is None:
         yield "integer kernels need torchao since torch 2.14, and it is not installed: pip install 'perfkit[torch]'"
