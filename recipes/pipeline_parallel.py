@@ -61,6 +61,11 @@ class PipelineParallel(ParallelRecipe):
             return "it times the layers on a batch: pass example_inputs"
         if reason := super().refusal(work):
             return reason
+        if work.framework == "torch" and work.trains:
+            from perfkit.parallel.torch_pipeline import too_old
+
+            if reason := too_old():
+                return reason
         plan = planned(work, self)
         if isinstance(plan, str):
             return plan

@@ -86,12 +86,29 @@ def _serve(pipe: Connection) -> None:
     warnings.simplefilter("error")
     # the interpreter computes masked elements too, and NumPy tells of their overflows
     warnings.simplefilter("ignore", RuntimeWarning)
+    _count_loops()
     while True:
         try:
             path, name, parameters = pipe.recv()
         except EOFError:
             return
         pipe.send(_outcome(path, name, parameters))
+
+
+def _count_loops() -> None:
+    """Triton 3.6 takes `int` of an array to count a loop's steps, which newer NumPy refuses and Triton 3.7 mended."""
+    import triton
+    from triton.runtime import interpreter
+
+    if not triton.__version__.startswith("3.6."):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
 
 
 def _outcome(path: str, name: str, parameters: dict[str, Any]) -> tuple[str, str]:

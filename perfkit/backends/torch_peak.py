@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from perfkit._quantity import Quantity
-from perfkit.backends.torch_stderr import without_lines
+from perfkit.backends.torch_profiler import profiled
 
 
 def peak_during(call: Callable[[], Any], device: str) -> Quantity:
@@ -30,7 +30,7 @@ def _profiled_peak(call: Callable[[], Any], device: str) -> Quantity:
     if device != "cpu":
         return Quantity.missing("B", f"no tensor memory accounting for device {device!r}")
     cpu = [torch.profiler.ProfilerActivity.CPU]
-    with without_lines("USDT:"), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+    with profiled(activities=cpu, profile_memory=True) as profile:
         kept = call()  # noqa: F841 - the outputs count until the profile ends
     try:
         events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())

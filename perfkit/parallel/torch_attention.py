@@ -60,12 +60,16 @@ class Heads:
 
     def taken(self, *whole: Tensor | None) -> list[Any]:
         """Tensors that every process has; what is computed of them here is a part of their gradients."""
-        learning = {id(one): one for one in whole if one is not None and one.requires_grad}
+        learning: list[Tensor] = []
+        for one in whole:  # `is`, since torch 2.11 compiles no `id` of what is computed on the way
+            if one is not None and one.requires_grad and not any(one is other for other in learning):
+                learning.append(one)
         if self.mesh is None or not learning or not torch.is_grad_enabled():
             return list(whole)
-        taken = _AddedUp.apply(self.mesh, *learning.values())
-        found = dict(zip(learning, taken, strict=True))
-        return [found.get(id(one), one) for one in whole]
+        taken = list(whole)
+        for old, new in zip(learning, _AddedUp.apply(self.mesh, *learning), strict=True):
+            taken = [new if one is old else one for one in taken]
+        return taken
 
     def dropped(self, weights_BHLS: Tensor, p: float) -> Tensor:
         """Of these heads; drawn for all of them alike on every process, as the whole attention would."""

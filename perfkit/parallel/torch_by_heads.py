@@ -77,6 +77,10 @@ class _ByHeads(TorchFunctionMode):
         name = name_of(function)
         if name in ("chunk", "split") and _blocks(args[0]):
             return self._three(function, *args, **kwargs)
+        if name in ("view", "reshape", "unflatten") and _blocks(args[0]):
+            return self._apart(function, *args, **kwargs)
+        if name in ("matmul", "__matmul__") and len(given) == 2 and _alike_by_heads(*given):
+            return self._multiplied(*given)
         if name == "scaled_dot_product_attention":
             return self._attended(*args, **kwargs)
         if name == "dropout":
@@ -96,7 +100,23 @@ class _ByHeads(TorchFunctionMode):
         pieces = function(torch.empty(x.shape, device="meta"), *args, **kwargs)
         if [piece.shape for piece in pieces] != [torch.Size([*x.shape[:-1], x.size(-1) // 3])] * 3:
             return function(x, *args, **kwargs)
-        return x.unflatten(-1, (3, -1)).unbind(-2)
+        return self._apart(Tensor.unflatten, x, -1, (3, -1)).unbind(-2)
+
+    def _apart(self, function: Callable, x: DTensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Queries, keys and values laid apart, as (..., 3, heads, ...): each process has its heads of all three.
+
+        torch 2.11 does not cut a dimension of which it holds some rows here and there; later versions do the same.
+        """
+        shape = function(torch.empty(x.shape, device="meta"), *args, **kwargs).shape
+        three, parts = x.dim() - 1, self.heads.parts
+        if shape[: three + 1] != (*x.shape[:-1], 3) or shape[three + 1] % parts:
+            return function(x, *args, **kwargs)
+        own = x.to_local().reshape(*shape[: three + 1], shape[three + 1] // parts, *shape[three + 2 :])
+        return DTensor.from_local(own, self.heads.mesh, [Shard(three + 1)], run_check=False)
+
+    def _multiplied(self, a: DTensor, b: DTensor) -> Tensor:
+        """Products of heads; torch 2.11 multiplies no batches of which a later dimension than the first is in parts."""
+        return DTensor.from_local(a.to_local() @ b.to_local(), self.heads.mesh, a.placements, run_check=False)
 
     def _attended(
         self,
@@ -145,3 +165,13 @@ class _ByHeads(TorchFunctionMode):
 
 def _blocks(x: Any) -> bool:
     return isinstance(x, DTensor) and x.placements == (_StridedShard(x.dim() - 1, split_factor=3),)
+
+
+def _alike_by_heads(a: Any, b: Any) -> bool:
+    return (
+        isinstance(a, DTensor)
+        and isinstance(b, DTensor)
+        and a.dim() == b.dim() == 4
+        and a.placements == b.placements == (Shard(1),)
+        and a.size(1) == b.size(1)
+    )

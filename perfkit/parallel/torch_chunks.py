@@ -16,7 +16,7 @@ import torch
 from torch.distributed import _state_dict_utils
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, _dtensor_spec
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from perfkit._errors import UnsupportedError
@@ -52,6 +52,25 @@ def taught() -> None:
 
     own.__create_write_items__, own.__create_chunk_list__, own.__get_tensor_shard__ = written, chunks, shard
     handing_out.compute_local_shape_and_global_offset = placed
+    if not hasattr(_dtensor_spec, "_StridedShardNotDecodableError"):  # torch 2.11
+        _rows_are_no_order()
+
+
+def _rows_are_no_order() -> None:
+    """torch 2.11 reads every `_StridedShard` as an order of the mesh's dimensions, and raises where it is none.
+
+    From now on it takes such a part for rows here and there, as torch does since 2.12.
+    """
+    spec: Any = _dtensor_spec.DTensorSpec
+    initialized = spec.__post_init__
+
+    def __post_init__(self) -> None:
+        if self.use_strided_shard_as_shard_order is None and self.shard_order is None:
+            order = self._maybe_convert_StridedShard_to_shard_order(tuple(self.placements), self.mesh)
+            self.use_strided_shard_as_shard_order = None if order else False
+        initialized(self)
+
+    spec.__post_init__ = __post_init__
 
 
 def _in_pieces(tensor: DTensor) -> bool:

@@ -36,6 +36,16 @@ if TYPE_CHECKING:
     from perfkit.recipes.pipeline_parallel import PipelineParallel
 
 
+def too_old() -> str | None:
+    """Why this torch cannot train a pipeline; None where it can.
+
+    Up to 2.12 a stage raises where a value before it gets no gradient, while the processes beside it wait for one.
+    """
+    if torch.__version__ < "2.13":  # compared as versions, not as text
+        return f"training in stages needs torch 2.13 or newer, and this is {torch.__version__}: pip install -U torch"
+    return None
+
+
 def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workload, Effect]:
     """Each process keeps its stages of the model, and the optimizer's part of them.
 

@@ -9,11 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-
 from perfkit._quantity import Quantity
 from perfkit.backends.adapter import Traffic
-from perfkit.backends.torch_stderr import without_lines
+from perfkit.backends.torch_profiler import profiled
 
 _OPERATION = re.compile(r"(?:gloo|nccl|xccl|mpi|ucc):(\w+)(?: .*)?")
 _BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long int": 8, "int": 4, "bool": 1}
@@ -27,7 +25,7 @@ def traffic(call: Callable[[], Any], steps: int = 1) -> Traffic:
     all-reduce, say), each from when it was asked for until it was done, the waiting for others included; what is
     received from one process is counted as sent there.
     """
-    with without_lines("USDT:"), torch.profiler.profile(record_shapes=True) as profile:
+    with profiled(record_shapes=True) as profile:
         began = time.perf_counter_ns()
         call()
         took = time.perf_counter_ns() - began

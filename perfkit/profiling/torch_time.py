@@ -8,14 +8,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity
 
 from perfkit._quantity import Quantity
 from perfkit._variant import first_line
 from perfkit._workload import Workload
 from perfkit.backends.adapter import Finished
-from perfkit.backends.torch_stderr import without_lines
+from perfkit.backends.torch_profiler import profiled
 from perfkit.profiling._basics import Basics, unprofiled
 from perfkit.profiling._time_data import Op, Time
 from perfkit.profiling.torch_count import Count, counted
@@ -99,8 +98,7 @@ def _profiled(work: Workload, finished: Finished, where: Where, steps: int) -> R
     with contextlib.ExitStack() as stack:
         stack.enter_context(finished.keeping_state())
         step()
-        stack.enter_context(without_lines("USDT:"))
-        profiler = stack.enter_context(torch.profiler.profile(activities=activities))
+        profiler = stack.enter_context(profiled(activities=activities))
         stack.enter_context(where.following())
         for _ in range(steps + 1):
             step()

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity
 
 from perfkit._workload import Workload
 from perfkit.backends.adapter import Finished
-from perfkit.backends.torch_stderr import without_lines
+from perfkit.backends.torch_profiler import profiled
 from perfkit.backends.torch_surgery import local, tensors_in
 from perfkit.profiling.torch_count import described
 from perfkit.profiling.torch_where import MODULE, PHASE, STEP, Where
@@ -75,9 +75,8 @@ def traced(work: Workload, finished: Finished, steps: int) -> Trace:
         stack.enter_context(finished.keeping_state())
         gc.collect()
         before = held(work)
-        stack.enter_context(without_lines("USDT:", "Memory block of unknown size"))
-        cpu = [ProfilerActivity.CPU]
-        profiler = stack.enter_context(torch.profiler.profile(activities=cpu, profile_memory=True))
+        unknown, cpu = "Memory block of unknown size", [ProfilerActivity.CPU]
+        profiler = stack.enter_context(profiled(unknown, activities=cpu, profile_memory=True))
         stack.enter_context(where.following())
         after = []
         for _ in range(steps):

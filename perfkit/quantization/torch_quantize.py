@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ from perfkit.backends.torch_stderr import without_lines
 from perfkit.backends.torch_surgery import is_composed, leave_fast_path, unwrapped
 from perfkit.backends.torch_training import teacher
 from perfkit.measure.environment import has
-from perfkit.quantization import torch_int4, torch_layers, torch_qat, torch_rnn_int8
+from perfkit.quantization import torch_int4, torch_integer_kernels, torch_layers, torch_qat, torch_rnn_int8
 from perfkit.quantization.torch_fold import fold_norms
 from perfkit.quantization.torch_layers import CONVS
 from perfkit.quantization.torch_ranges import calibrate, linked
@@ -102,7 +103,7 @@ def int8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
 def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     """Weights in 8 bits beforehand, the inputs of linear layers at each call."""
     if work.device == "cuda":
-        return _by_torchao(work, recipe, "Int8DynamicActivationInt8WeightConfig")
+        return _int8_by_torchao(work, recipe)
     layers, skipped = _layers(work.model, recipe, (nn.Linear,))
     leave_fast_path(work.model)
     for module in layers.values():
@@ -174,7 +175,7 @@ def qat(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
 
 
 def _int8_cuda(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
-    work, effect = _by_torchao(work, recipe, "Int8DynamicActivationInt8WeightConfig")
+    work, effect = _int8_by_torchao(work, recipe)
     note = "on CUDA the inputs' ranges are read at each call: calibration data is not used"
     return work, replace(effect, notes=(*effect.notes, note))
 
@@ -191,6 +192,11 @@ def torchao() -> Any:
         return importlib.import_module("torchao.quantization")
 
 
+def _int8_by_torchao(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
+    """The second version of torchao's integers: 0.17 takes the first one unasked, which 0.18 has no more."""
+    return _by_torchao(work, recipe, "Int8DynamicActivationInt8WeightConfig", {"version": 2})
+
+
 def _by_torchao(
     work: Workload,
     recipe: LayerRecipe,
@@ -205,7 +211,10 @@ def _by_torchao(
         skipped.append(Skipped(name, "on CUDA only linear layers are quantized"))
     leave_fast_path(work.model)
     chosen = {id(module) for module in layers.values()}
-    config = getattr(library, config)(**options)
+    with warnings.catch_warnings():
+        # torchao 0.17's own use of what it deprecates
+        warnings.filterwarnings("ignore", "Deprecation: PlainLayout", UserWarning)
+        config = getattr(library, config)(**options)
     library.quantize_(work.model, config, filter_fn=lambda module, _: id(module) in chosen)
     return work, Effect(tuple(layers), tuple(skipped), (f"torchao's {type(config).__name__}",))
 
@@ -274,6 +283,8 @@ def _effect(layers: Mapping[str, nn.Module], touched: Iterable[str], skipped: It
     """What was done; simulated where no touched layer runs on integers before the model is compiled."""
     touched = tuple(touched)
     rounding = [name for name in touched if _multiplies(layers[name])]
+    if rounding:
+        notes = (*notes, *torch_integer_kernels.known())
     simulated = bool(rounding) and not any(isinstance(layers[name], nn.RNNBase) for name in touched)
     if rounding and not simulated:
         notes = (*notes, f"{', '.join(rounding)}: on integers with '+compile' only")

@@ -9,10 +9,12 @@ pytest.importorskip("torch")
 import torch
 from sample_models import training
 from torch import fx, nn
+from torch.torch_version import TorchVersion
 from torch_workers import together
 
 from perfkit import UnsupportedError
 from perfkit._chain import chain_of
+from perfkit._recipe import ParallelRecipe
 from perfkit._workload import Inputs
 from perfkit.backends import backend
 from perfkit.backends.torch_compile import compiled, uncompiled
@@ -35,6 +37,8 @@ def launched(processes, *arguments):
     """What every process found, by rank."""
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
+    if torch.__version__ < (2, 13):
+        pytest.skip("pipelines train with torch 2.13 or newer")
     return together("pipeline_worker.py", processes, *arguments)
 
 
@@ -330,6 +334,15 @@ def test_any_number_of_inputs_is_refused():
 
     with pytest.raises(UnsupportedError, match="any number of arguments"):
         apart(Several(), torch.ones(2), torch.ones(2))
+
+
+def test_training_is_refused_with_a_torch_whose_stages_would_wait_for_ever(monkeypatch):
+    import perfkit
+
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1"))
+    monkeypatch.setattr(ParallelRecipe, "refusal", lambda self, work: None)
+    plan = perfkit.plan(**training("torch"), recipe="pipeline_parallel", mode="training")
+    assert plan.steps[0].refusal.startswith("training in stages needs torch 2.13 or newer, and this is 2.12.1: pip")
 
 
 def test_one_process_is_told_how_to_start_several():

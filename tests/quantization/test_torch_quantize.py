@@ -331,7 +331,7 @@ def test_the_way_through_torchao_touches_the_chosen_layers():
     work = perfkit.backends.of(model).bind(
         model, None, (x,), mode="inference", loss=None, targets=None, optimizer=None, seed=0
     )
-    work, effect = torch_quantize._by_torchao(work, Int8(exclude="2"), "Int8DynamicActivationInt8WeightConfig")
+    work, effect = torch_quantize._int8_by_torchao(work, Int8(exclude="2"))
     assert effect.touched == ("0",)
     assert type(work.model[0].weight) is not nn.Parameter
     assert type(work.model[2].weight) is nn.Parameter
