@@ -48,10 +48,11 @@ def caller(problem: Problem) -> Call:
     size = (problem.batch, problem.outputs, *problem.out_size)
     layout = torch.channels_last if problem.channels_last else torch.contiguous_format
     dtype, saves, threads = getattr(torch, problem.dtype), problem.saves_argmax, Threads.of_torch
+    there = {"memory_format": layout, "device": torch.device("cpu")}  # whatever the default device is
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        y = torch.empty(size, dtype=dtype, memory_format=layout)
-        argmax = torch.empty(size, dtype=torch.uint8, memory_format=layout) if saves else None
+        y = torch.empty(size, dtype=dtype, **there)
+        argmax = torch.empty(size, dtype=torch.uint8, **there) if saves else None
         if run(told, _at(x), _at(weight), _at(bias), _at(y), _at(argmax), threads()):
             raise MemoryError("the convolution kernel found no memory for its working space")
         return y, argmax
@@ -71,7 +72,7 @@ def backward(
     """d_x, d_weight, d_bias; see the package's head. Their sums do not depend on the number of threads."""
     d_x = torch.empty_like(x) if wanted[0] else None
     d_weight = torch.empty_like(weight, dtype=torch.float32) if wanted[1] else None
-    d_bias = torch.empty(problem.outputs) if wanted[2] and problem.bias else None
+    d_bias = x.new_empty(problem.outputs, dtype=torch.float32) if wanted[2] and problem.bias else None
     pointers = map(_at, (x, weight, argmax, d_y, d_x, d_weight, d_bias))
     if library().perfkit_conv2d_backward(_told(problem), *pointers, Threads.of_torch()):
         raise MemoryError("the convolution's backward kernel found no memory for its working space")

@@ -39,7 +39,7 @@ def sums(q_MK: Tensor, weight_NK: Tensor) -> Tensor:
         q_MK = q_MK.contiguous().as_strided((rows, inputs), (inputs, 1))
         weight_NK = weight_NK.contiguous().as_strided((outputs, inputs), (inputs, 1))
         return torch._int_mm(q_MK, weight_NK.t())
-    total = torch.zeros(rows, outputs, dtype=torch.int32)
+    total = q_MK.new_zeros((rows, outputs), dtype=torch.int32)
     for first in range(0, inputs, EXACT_INPUTS):
         piece = slice(first, first + EXACT_INPUTS)
         total += (q_MK[:, piece].float() @ weight_NK[:, piece].float().t()).int()

@@ -179,7 +179,7 @@ class Backward {
             }
             // GRU: the hidden part takes the last three.
             const Operand* hidden = of_step + (Cell::GRU ? HS_ : 0);
-            each_panel<1, V>(0, blocks_of(H_), [&](auto vectors, i64 block) INLINE_LAMBDA {
+            each_panel<1, V>(H_, 0, blocks_of(H_), [&](auto vectors, i64 block) INLINE_LAMBDA {
                 constexpr int N = decltype(vectors)::value;
                 float* to = &d_h[block * L];
                 product<N>(way.hh.panel(block), way.hh.columns, hidden, stride_, there, tiles_, to, padded_, to,
@@ -240,7 +240,7 @@ class Backward {
     void flush(Line& line, const Direction& way, Gathered& gathered, i64 steps) {
         if (way.d_x.data) {
             const float nothing[V * L] = {};
-            each_panel<1, V>(0, blocks_of(way.inputs), [&](auto vectors, i64 block) INLINE_LAMBDA {
+            each_panel<1, V>(way.inputs, 0, blocks_of(way.inputs), [&](auto vectors, i64 block) INLINE_LAMBDA {
                 constexpr int N = decltype(vectors)::value;
                 product<N>(way.ih.panel(block), way.ih.columns, gathered.gates.data(), stride_, gathered.rows, tiles_,
                            nothing, 0, gathered.found.data(), N * L);
@@ -264,7 +264,7 @@ class Backward {
     void weights(const Gathered& gathered, const std::vector<const Data*>& rows, i64 units, i64 slot,
                  const Array<float>& sums) {
         const i64 columns = round_up(gathered.rows, L * PAIR<Operand>);
-        each_panel<1, V>(0, blocks_of(units), [&](auto vectors, i64 block) INLINE_LAMBDA {
+        each_panel<1, V>(units, 0, blocks_of(units), [&](auto vectors, i64 block) INLINE_LAMBDA {
             constexpr int N = decltype(vectors)::value;
             pack_columns<Operand, V>(gathered.panel.data(), block, units, columns,
                                      [&](i64 k) { return k < gathered.rows ? rows[k] : nullptr; });

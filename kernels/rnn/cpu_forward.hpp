@@ -22,6 +22,8 @@ class Forward {
     // What a step adds to the gates' hidden parts, in vectors: G input parts with their biases; but GRU's n has its
     // hidden part's bias in the third place, and its input part in a fourth.
     static constexpr int KEPT = Cell::GRU ? 4 : G, WIDTH = V * KEPT * L;
+    // Where the g-th of them begins in a block of so many units: those with weights as in a packed matrix.
+    static constexpr i64 kept_at(int g, i64 units) { return g < G ? g * units : g * L; }
     // GRU needs its state in float32 too.
     static constexpr bool STATE = Cell::GRU && sizeof(Operand) < 4;
     // So many rows of input parts at a time: enough to reuse each weight, few enough to stay in the second-level cache.
@@ -166,7 +168,7 @@ class Forward {
     i64 chunk_of(const Line& line) const {
         // Above another layer that runs at the same time, few steps: it waits for all of them.
         const i64 rows = line.last - line.first;
-        if (!line.layer || !plan_.beside) return CHUNK;
+        if (!line.layer || !plan_.beside) return std::min(CHUNK, rows * p_.steps);
         return std::max(rows, std::min(CHUNK, rows * std::max<i64>(1, p_.steps / 8)));
     }
     void spread_row(const Array<float>& to, i64 b, i64 rows, const Data* from) const {
@@ -188,9 +190,9 @@ class Forward {
                 const auto bias = [&](int which) {
                     return get(static_cast<const Data*>(w[which]) + g * H_ + at * L, H_ - at * L);
                 };
-                float* to = &way.bias[(at * KEPT + g) * L];
+                float* to = &way.bias[at * KEPT * L + kept_at(g, units_of(H_, at))];
                 if (Cell::GRU && g == 2)
-                    store(to, bias(3)), store(to + L, bias(2));
+                    store(to, bias(3)), store(&way.bias[(at * KEPT + 3) * L], bias(2));
                 else
                     store(to, bias(2) + bias(3));
             }
@@ -264,18 +266,19 @@ class Forward {
                          space.x_stride);
         }
         const auto [from, to] = blocks_of_part(part);
-        each_panel<G, V>(from, to, [&](auto vectors, i64 block) INLINE_LAMBDA {
+        each_panel<G, V>(H_, from, to, [&](auto vectors, i64 block) INLINE_LAMBDA {
             constexpr int N = decltype(vectors)::value;
             float* sums = &space.sums[block / V * space.chunk * WIDTH];
             const float* bias = &way.bias[block * KEPT * L];
+            const i64 units = units_of(H_, block), n = kept_at(2, units);
             float of_input[N * L];
             std::memcpy(of_input, bias, sizeof of_input);
-            if constexpr (Cell::GRU) std::memcpy(of_input + 2 * L, bias + 3 * L, L * sizeof(float));
+            if constexpr (Cell::GRU) std::memcpy(of_input + n, bias + 3 * L, units * sizeof(float));
             product<N>(way.ih.panel(block), way.ih.columns, x.data(), space.x_stride, rows, tiles_, of_input, 0, sums,
                        WIDTH);
             if constexpr (Cell::GRU)
                 for (float* row = sums; row < sums + rows * WIDTH; row += WIDTH)
-                    store(row + 3 * L, load<Floats>(row + 2 * L)), store(row + 2 * L, load<Floats>(bias + 2 * L));
+                    store(row + 3 * L, load<Floats>(row + n)), store(row + n, load<Floats>(bias + n));
         });
     }
 
@@ -298,7 +301,7 @@ class Forward {
             const i64 unit = block * L, width = H_ - unit, own = (block * rows + b) * L;
             const float* from = sums_of(block) + b * WIDTH + block % V * KEPT * L;
             Floats a[KEPT], c{}, h_before{}, saved[S];
-            for (int g = 0; g < KEPT; ++g) a[g] = load<Floats>(from + g * L);
+            for (int g = 0; g < KEPT; ++g) a[g] = get(from + kept_at(g, std::min<i64>(L, width)), width);
             if constexpr (Cell::CELLS) c = load<Floats>(&space.c[own]);
             if constexpr (Cell::GRU)
                 h_before = STATE ? load<Floats>(&space.state[own]) : get(&before[b * space.h_stride + unit]);
@@ -324,7 +327,7 @@ class Forward {
         const i64 group = there < 8 ? last - first : V;
         for (i64 from = first; from < last; from += group) {
             const i64 to = std::min(from + group, last);
-            each_panel<G, V>(from, to, multiply);
+            each_panel<G, V>(H_, from, to, multiply);
             for (i64 block = from; block < to; ++block)
                 for (i64 b = 0; b < there; ++b) finish(block, b);
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,8 @@ class Stack(NamedTuple):
     inner: int
 
 
+Call = Callable[[Tensor, "Tensor | None", "Tensor | None", Sequence[Tensor]], "tuple[Tensor, Tensor, Tensor | None]"]
+
 _FORWARD = struct.Struct(f"{len(Stack._fields) + 2}q")
 _BACKWARD = struct.Struct(f"{len(Stack._fields) + 11}q")
 
@@ -64,7 +67,9 @@ def library() -> ctypes.CDLL:
     Raises:
         UnsupportedError: there is no C++ compiler, or it fails.
     """
-    return _native.load(SOURCE, FLAGS)
+    found = _native.load(SOURCE, FLAGS)
+    found.perfkit_rnn_forward_in_line.argtypes = (ctypes.c_char_p,)
+    return found
 
 
 def instructions() -> str:
@@ -97,6 +102,42 @@ def forward(problem: Problem, x, rows, h0, c0, weights, batch_first, gates, cell
     return y, hn, cn
 
 
+def caller(problem: Problem, batch_first: bool, bias: bool) -> Call | None:
+    """`forward` of one problem without rows, nothing kept: what does not depend on numbers and addresses is worked out.
+
+    Addresses are asked for at each call: a parameter may be replaced, written to or moved at any time.
+
+    Returns:
+        `call(x, h0, c0, weights) -> y, hn, cn` for contiguous tensors, of which no copy is made. States may be
+        None, for zeros; the weights are in one sequence. None where the kernel reads other dtypes.
+    """
+    if DTYPES[problem.dtype] != getattr(torch, problem.dtype) or problem.ragged != "no":
+        return None
+    run, address = library().perfkit_rnn_forward_in_line, Tensor.data_ptr
+    count, lstm = problem.layers * problem.directions, problem.mode == "LSTM"
+    sizes = (problem.batch, problem.steps) if batch_first else (problem.steps, problem.batch)
+    of_y, of_states = (*sizes, problem.hidden * problem.directions), (count, problem.batch, problem.hidden)
+
+    def strides(width: int) -> tuple[int, int]:
+        return (width, sizes[1] * width) if batch_first else (sizes[1] * width, width)
+
+    of_x, past_y = strides(problem.inputs), (*strides(of_y[2]), 0, 0, 0)
+    fill, about = struct.Struct(f"{_FORWARD.size // 8 + 4 * count}q").pack, (*_about(problem), 0)
+    threads, lent = torch.get_num_threads, parallel()
+
+    def call(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]):
+        y, hn = x.new_empty(of_y), x.new_empty(of_states)
+        cn = torch.empty_like(hn) if lstm else None
+        places = [*map(address, weights)]
+        if not bias:
+            places = [place for at in range(0, len(places), 2) for place in (*places[at : at + 2], 0, 0)]
+        given = threads(), lent, 0, _pointer(h0), _pointer(c0), address(x), *of_x, address(y), *past_y
+        _call(run, fill(*about, *given, address(hn), _pointer(cn), *places))
+        return y, hn, cn
+
+    return call
+
+
 def backward(problem: Problem, x, rows, h0, c0, weights, batch_first, y, gates, cells, inner, d_y, d_hn, d_cn):
     """The gradients of `forward`, in x's dtype, float32 for float16; those of the weights in float32.
 
@@ -110,8 +151,8 @@ def backward(problem: Problem, x, rows, h0, c0, weights, batch_first, y, gates, 
     weights, pointers = _weights(weights, dtype)
     rows = None if rows is None else _dense(rows, torch.int64)
     d_x, d_h0, d_c0 = torch.empty_like(x), torch.empty_like(h0), torch.empty_like(h0) if lstm else None
-    d_x = d_x if d_x.stride(-1) == 1 else torch.empty(x.shape, dtype=dtype)
-    d_weights = [[torch.empty(weight.shape) for weight in direction] for direction in weights]
+    d_x = d_x if d_x.stride(-1) == 1 else x.new_empty(x.shape)
+    d_weights = [[x.new_empty(weight.shape, dtype=torch.float32) for weight in direction] for direction in weights]
     d_pointers = _pointers(d_weights)
     stack = _stack(problem, rows, pointers, h0, c0, x, y, batch_first, gates, cells if lstm else None, inner)
     of_y = d_y.data_ptr(), *_strides(d_y, batch_first), d_hn.data_ptr(), _pointer(d_cn)
@@ -123,15 +164,7 @@ def backward(problem: Problem, x, rows, h0, c0, weights, batch_first, y, gates, 
 def _stack(problem, rows, weights, h0, c0, x, y, batch_first, gates, cells, inner) -> Stack:
     """What forward and backward are both told."""
     return Stack(
-        MODES.index(problem.mode),
-        int(x.dtype == torch.bfloat16),
-        problem.steps,
-        problem.batch,
-        problem.inputs,
-        problem.hidden,
-        problem.layers,
-        problem.directions,
-        RAGGED.index(problem.ragged),
+        *_about(problem),
         _pointer(rows),
         torch.get_num_threads(),
         parallel(),
@@ -146,6 +179,12 @@ def _stack(problem, rows, weights, h0, c0, x, y, batch_first, gates, cells, inne
         _pointer(cells),
         _pointer(inner),
     )
+
+
+def _about(problem: Problem) -> tuple[int, ...]:
+    """The members of `Stack` from `cell` to `ragged`."""
+    sizes = problem.steps, problem.batch, problem.inputs, problem.hidden, problem.layers, problem.directions
+    return MODES.index(problem.mode), int(problem.dtype == "bfloat16"), *sizes, RAGGED.index(problem.ragged)
 
 
 def _weights(weights, dtype: torch.dtype) -> tuple[list[list[Tensor]], ctypes.Array]:

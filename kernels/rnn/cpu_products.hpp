@@ -51,7 +51,16 @@ INLINE Floats added(Bf16, Floats sum, Floats a, Floats b) {
 // ---- Packing --------------------------------------------------------------------------------------------------------
 //
 // A matrix of G gates times H units (rows) and K columns, as panels of V blocks of L units, the last perhaps of fewer:
-// for each word of columns, for each block, for each gate: the words of the L units. Zeros beyond H and K.
+// for each word of columns, for each block, for each gate: the words of its units. The gates of a last block of fewer
+// units lie side by side, in as few vectors as hold them: of 50 units, 2 are in one vector and not in four. Zeros
+// beyond G H and K.
+
+// The units of a block, and the vectors that hold their gates.
+constexpr i64 units_of(i64 H, i64 block) { return std::min<i64>(L, H - block * L); }
+template <int G>
+constexpr i64 vectors_of(i64 units) {
+    return (G * units + L - 1) / L;
+}
 
 template <class Operand, int G, int V>
 struct Matrix {
@@ -99,30 +108,43 @@ INLINE Floats words(const Data* from, i64 count) {
         return count > 0 ? get(from, count) : Floats{};
     } else {
         if (count >= 2 * L) return load<Floats>(from);
+        if (count <= 0) return Floats{};
+#if MASKED
+        return bits<Floats>(_mm512_maskz_loadu_epi16(__mmask32((1u << count) - 1), from));
+#else
         Floats value{};
-        if (count > 0) std::memcpy(&value, from, count * sizeof(Data));
+        std::memcpy(&value, from, count * sizeof(Data));
         return value;
+#endif
     }
 }
 
 // The panel that begins at `block` of w (G H, K).
 template <class Operand, int G, int V, class Data>
 void pack(const Matrix<Operand, G, V>& to, i64 block, const Data* w, i64 K) {
-    const i64 H = to.units, blocks = std::min<i64>(V, blocks_of(H) - block), N = blocks * G;
+    static_assert(G == 1 || V == 1);
+    const i64 H = to.units, blocks = std::min<i64>(V, blocks_of(H) - block);
+    const i64 N = (blocks - 1) * G + vectors_of<G>(units_of(H, block + blocks - 1));
     const i64 all_words = to.columns / PAIR<Operand>;
-    for (i64 v = 0; v < blocks; ++v)
-        for (int g = 0; g < G; ++g) {
-            const i64 first = (block + v) * L, there = std::min<i64>(L, H - first);
-            float* at = reinterpret_cast<float*>(to.panel(block)) + (v * G + g) * L;
+    float* at = reinterpret_cast<float*>(to.panel(block));
+    for (i64 v = 0; v < blocks; ++v) {
+        const i64 first = (block + v) * L, units = units_of(H, block + v);
+        i64 gate = 0, unit = 0;
+        for (i64 n = vectors_of<G>(units); n > 0; --n, at += L) {
+            const Data* from[L];
+            for (int u = 0; u < L; ++u) {
+                from[u] = gate < G ? w + (gate * H + first + unit) * K : nullptr;
+                if (++unit == units) ++gate, unit = 0;
+            }
             for (i64 word = 0; word < all_words; word += L) {
                 const i64 k = word * PAIR<Operand>, wide = std::min<i64>(L, all_words - word);
                 Floats rows[L];
-                for (int u = 0; u < L; ++u)
-                    rows[u] = u < there ? words<Operand>(w + (g * H + first + u) * K + k, K - k) : Floats{};
+                for (int u = 0; u < L; ++u) rows[u] = from[u] ? words<Operand>(from[u] + k, K - k) : Floats{};
                 transpose<L / 2>(rows);
                 for (i64 j = 0; j < wide; ++j) store(at + (word + j) * N * L, rows[j]);
             }
         }
+    }
 }
 
 // The panel that begins at `block` of a matrix of `columns` columns, units: row(k) is where column k's units are, null
@@ -314,17 +336,22 @@ void product(const Operand* w, i64 columns, const Operand* x, i64 stride, i64 ro
     if (rows) next(dot<1, N, Operand>, 1);
 }
 
-// Calls body(vectors, block) for each panel of V blocks in [first, last), `vectors` a constant: G times its blocks.
+// Calls body(vectors, block) for each panel of V blocks in [first, last), `vectors` a constant: G times its blocks, or
+// the fewer of a last block of few units of the H.
 template <int G, int V, class Body>
-INLINE void each_panel(i64 first, i64 last, Body body) {
+INLINE void each_panel(i64 H, i64 first, i64 last, Body body) {
     i64 block = first;
-    for (; block + V <= last; block += V) body(std::integral_constant<int, G * V>{}, block);
-    if constexpr (V > 3)
-        if (last - block == 3) return body(std::integral_constant<int, G * 3>{}, block);
-    if constexpr (V > 2)
-        if (last - block == 2) return body(std::integral_constant<int, G * 2>{}, block);
-    if constexpr (V > 1)
-        if (last - block == 1) return body(std::integral_constant<int, G>{}, block);
+    const i64 whole = G > 1 ? std::min(last, H / L) : last;
+    for (; block + V <= whole; block += V) body(std::integral_constant<int, G * V>{}, block);
+    if (block == last) return;
+    const i64 rest = G > 1 ? vectors_of<G>(units_of(H, block)) : last - block;
+    if constexpr (G * V > 3)
+        if (rest == 4) return body(std::integral_constant<int, 4>{}, block);
+    if constexpr (G * V > 2)
+        if (rest == 3) return body(std::integral_constant<int, 3>{}, block);
+    if constexpr (G * V > 1)
+        if (rest == 2) return body(std::integral_constant<int, 2>{}, block);
+    body(std::integral_constant<int, 1>{}, block);
 }
 
 }  // namespace perfkit

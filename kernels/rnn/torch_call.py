@@ -7,7 +7,7 @@ and tensor subclasses. A small model's call takes microseconds: what a kind of c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from perfkit._errors import InvalidInputError, UnsupportedError
+from perfkit.kernels import _autotune, _op
 from perfkit.kernels import rnn as op
 from perfkit.kernels._op import Choice
 from perfkit.kernels._torch import Known, autocasts, cast, observer
@@ -25,6 +26,9 @@ from perfkit.kernels.rnn.torch_problem import check_rows, problem_of
 
 _form = attrgetter("shape", "dtype", "device", "layout")
 _known = Known(op.OP)
+_MOST_KNOWN = 4096
+_direct: dict[Any, Callable[..., tuple[Tensor, Tensor, Tensor | None]] | None] = {}
+"""By kind of call on a CPU: the kernel's call that is made at once; None where there is none."""
 
 
 def run(
@@ -43,6 +47,39 @@ def run(
     implementation: str | None,
 ) -> tuple[Any, Tensor, Tensor | None]:
     """y, hn and cn; see `perfkit.kernels.rnn.lstm`."""
+    kind = None
+    if lengths is None and key is None:
+        flat = [weight for direction in weights for weight in direction]
+        tensors = [x, *(state for state in (h0, c0) if state is not None), *flat]
+        if _nothing_on(tensors) and x.is_cpu:
+            of_call = mode, tuple(map(len, weights)), h0 is None, batch_first, bidirectional, dropout, training
+            kind = tuple(map(_form, tensors)), of_call, implementation, _autotune.state()
+            at_once = _direct.get(kind)
+            if at_once is not None and all(map(Tensor.is_contiguous, tensors)):
+                return at_once(x, h0, c0, flat)
+    found = _checked(x, mode, weights, h0, c0, lengths, batch_first, bidirectional, dropout, training, key, recompute,
+                     implementation)  # fmt: skip
+    if kind is not None and kind not in _direct:
+        form = mode, len(weights[0]) == 4, bidirectional, batch_first, False
+        problem, choice = _picked(x, None, h0, c0, flat, form, implementation)
+        whole = choice.implementation == "cpu" and not (dropout and training and problem.layers > 1)
+        if len(_direct) >= _MOST_KNOWN:
+            _direct.clear()
+        _direct[kind] = torch_stack.module("cpu").caller(problem, batch_first, form[1]) if whole else None
+    return found
+
+
+def _nothing_on(tensors: list[Tensor]) -> bool:
+    """Numbers are wanted of plain tensors, and no more: no gradient, autocast, trace, mode or transformation."""
+    if observer(tensors) or torch._C._is_any_autocast_enabled() or _op.tracing():
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _checked(
+    x, mode, weights, h0, c0, lengths, batch_first, bidirectional, dropout, training, key, recompute, implementation
+):
+    """The same for any call, checked."""
     if key is not None:
         raise InvalidInputError("key is for JAX: torch draws from its own generator, see torch.manual_seed")
     if not 0 <= dropout <= 1:

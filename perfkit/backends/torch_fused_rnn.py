@@ -12,7 +12,7 @@ from torch._dynamo.callback import callback_handler
 from torch.nn.utils.rnn import PackedSequence
 
 from perfkit.backends.torch_surgery import around_call, derive
-from perfkit.kernels.rnn import gru, lstm, rnn
+from perfkit.kernels.rnn.torch_call import run
 
 FORWARDS = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,19 +67,10 @@ def _forward(module: nn.RNNBase, given: Any, hx: Any, weights: list, own: Any) -
         if not packed and _usual(x, weights[0][0], 2):
             return _unbatched(module, x, hx)
         return own(module, given, hx)
-    options = {
-        "batch_first": module.batch_first,
-        "bidirectional": module.bidirectional,
-        "dropout": module.dropout,
-        "training": module.training,
-    }
-    if module.mode == "LSTM":
-        h0, c0 = (None, None) if hx is None else hx
-        y, hn, cn = lstm(given, weights, h0, c0, **options)
-        return y, (hn, cn)
-    if module.mode == "GRU":
-        return gru(given, weights, hx, **options)
-    return rnn(given, weights, hx, nonlinearity=module.nonlinearity, **options)
+    h0, c0 = (hx, None) if module.mode != "LSTM" else (None, None) if hx is None else hx
+    layout = module.batch_first, module.bidirectional, module.dropout, module.training
+    y, hn, cn = run(given, module.mode, weights, h0, c0, None, *layout, None, False, None)
+    return y, (hn, cn) if module.mode == "LSTM" else hn
 
 
 def _usual(x: Any, weight: Tensor, dims: int) -> bool:

@@ -223,6 +223,10 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
     """`tree` with `function` applied to each tensor: through tuples, lists, dicts, dataclasses and packed sequences."""
     if isinstance(tree, torch.Tensor):
         return function(tree)
+    if type(tree) in (tuple, list):  # at once: what else it may be takes microseconds to find out
+        return type(tree)([map_tensors(function, value) for value in tree])
+    if type(tree) is dict:
+        return {key: map_tensors(function, value) for key, value in tree.items()}
     if isinstance(tree, PackedSequence):
         return tree._replace(data=function(tree.data))
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):

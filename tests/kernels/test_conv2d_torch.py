@@ -255,6 +255,22 @@ def test_who_computes(monkeypatch, tmp_path):
 
 
 @needs_compiler
+def test_nothing_about_it_is_of_the_default_device():
+    tensors = [each.requires_grad_() for each in numbers(FUSED)]
+
+    def run():
+        y = conv2d(*tensors, activation="relu", pool=2, implementation="cpu")
+        return y, *torch.autograd.grad(y.sum(), tensors)
+
+    wanted = run()
+    with torch.device("meta"):
+        assert_equal(run(), wanted)
+    for device in ("cpu", "meta"):  # what is remembered of the first call asks for memory too
+        with torch.no_grad(), torch.device(device):
+            assert torch.equal(conv2d(*tensors, activation="relu", pool=2, implementation="cpu"), wanted[0])
+
+
+@needs_compiler
 def test_where_the_library_is_faster():
     """Many products for an output, or no pool: the kernel is passed over, says why, and can be forced."""
     few, many = (torch.zeros(1, inputs, 8, 8) for inputs in (3, 40))

@@ -19,7 +19,6 @@ from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends import torch_fused_conv, torch_fused_rnn
 from perfkit.backends.torch_backend import BACKEND
 from perfkit.kernels import trace
-from perfkit.kernels.rnn import lstm
 
 SUMS = 1024
 """Above the number of terms in any sum here."""
@@ -553,15 +552,15 @@ def test_a_convolution_on_integer_weights_keeps_them_and_the_grid_of_its_pool():
 def test_bf16_reaches_the_kernels():
     _, inputs, _ = small("lstm")
     done = apply(chain_of("bf16+fused_kernels"), workload(reference.load("lstm")[0].eval(), inputs))
-    seen = []
+    seen, run = [], torch_fused_rnn.run
 
-    def noted(*args, **kwargs):
-        y, hn, cn = lstm(*args, **kwargs)
+    def noted(*args):
+        y, hn, cn = run(*args)
         seen.append(y.dtype)
         return y, hn, cn
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(torch_fused_rnn, "lstm", noted)
+        patch.setattr(torch_fused_rnn, "run", noted)
         done.works[-1].model(*inputs)
     assert seen == [torch.bfloat16]
 
