@@ -43,7 +43,7 @@ INLINE void reduce(const Floats (&sums)[N], i64 w, Floats& value, Ints& window) 
     if (!SAVE) {
         Floats most = sums[0];
         if constexpr (N == 4)
-            most = largest(largest(sums[0], sums[1]), largest(sums[2], sums[3]));
+            most = largest(sums[0], sums[1], sums[2], sums[3]);
         else
             for (int n = 1; n < N; ++n) most = largest(most, sums[n]);
         value = w == 0 ? most : largest(value, most);

@@ -55,6 +55,17 @@ INLINE Floats largest(Floats a, Floats b) {
 #endif
 }
 
+// The same of four.
+INLINE Floats largest(Floats a, Floats b, Floats c, Floats d) {
+#if defined(__AVX512F__)
+    const __mmask16 spoilt = _mm512_kor(_mm512_cmp_ps_mask(__m512(a), __m512(b), _CMP_UNORD_Q),
+                                        _mm512_cmp_ps_mask(__m512(c), __m512(d), _CMP_UNORD_Q));
+    if (__builtin_expect(spoilt == 0, 1))
+        return Floats(_mm512_max_ps(_mm512_max_ps(__m512(a), __m512(b)), _mm512_max_ps(__m512(c), __m512(d))));
+#endif
+    return largest(largest(a, b), largest(c, d));
+}
+
 template <class V>
 INLINE V shuffled(V a, V b, Ints from) {
 #if defined(__clang__)
@@ -87,11 +98,15 @@ INLINE void transpose(V (&rows)[L]) {
     }
 }
 
-// To the nearest, ties to even; a NaN stays one.
+// To the nearest, ties to even; a NaN stays one. (The instruction takes numbers below 2^-126 for zero.)
 INLINE Halves halved(Floats x) {
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+    return bits<Halves>(_mm512_cvtneps_pbh(__m512(x)));
+#else
     const Ints whole = bits<Ints>(x);
     const Ints rounded = (whole + 0x7fff + ((whole >> 16) & 1)) >> 16;
     return __builtin_convertvector((x != x ? Ints{} + 0x7fc0 : rounded) & 0xffff, Halves);
+#endif
 }
 
 INLINE float widened(std::uint16_t half) { return bits<float>(std::uint32_t(half) << 16); }
