@@ -2,7 +2,7 @@
 //
 // A vector of weights times one number of x, for the windows of some outputs at a time, whose sums are in registers.
 // Nothing is transposed, and x needs no copy but one with its padding around it. The numbers that a row of taps sees lie
-// side by side ("run"): in bfloat16 two of them are multiplied and added to a sum in one instruction.
+// side by side: in bfloat16 two of them are multiplied and added to a sum in one instruction.
 #pragma once
 
 #include "cpu_forward.hpp"
@@ -28,7 +28,7 @@ INLINE bool by_channels(const Shape& p) {
 // What is multiplied at a time: one tap, or two that are neighbours in x, as those of a row of the kernel are.
 struct Steps {
     struct Taps {
-        i64 offset;                    // of the first one's number, from an output's
+        i64 offset;          // of the first one's number, from an output's
         i64 weight, second;  // where their weights lie, of the first output channel; -1 where there is no second
     };
     std::vector<Taps> all;
