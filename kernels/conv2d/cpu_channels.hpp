@@ -153,7 +153,7 @@ struct ByChannels {
 
     static constexpr bool PAIRED = sizeof(Number) == 2;
 
-    // Chunks of as many rows as fit into the cache, and at least `chunks` of them altogether if there are so many rows.
+    // Chunks of as many rows as fit into the cache, and at least `least` of them altogether if there are so many rows.
     ByChannels(const Shape& shape, Numbers x_, Numbers weight, const float* bias_, Numbers y_, std::uint8_t* argmax_,
                i64 least)
         : p(shape), x(x_), y(y_), bias(bias_), argmax(argmax_),
@@ -251,14 +251,16 @@ struct ByChannels {
         for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v)
-                if (v * L < channels) put<SAVE>(values[q][v], windows[q][v], (place + done + q) * p.outputs + first + v * L,
-                          channels - v * L);
+                if (v * L < channels)
+                    put<SAVE>(values[q][v], windows[q][v], (place + done + q) * p.outputs + first + v * L,
+                              channels - v * L);
     }
 
-    // Sums of W windows from w on, and the largest of them and of what there was before.
+    // Sums of W windows from w on, and the largest of them and of what there was before. A function of its own, in which
+    // all registers are the sums'.
     template <bool SAVE, int V, int Q, int W>
-    __attribute__((noinline)) void sum(const Number* const (&at)[Q], const float* from, i64 first, i64 w, Floats (&values)[Q][V],
-                    Ints (&windows)[Q][V]) const {
+    __attribute__((noinline)) void sum(const Number* const (&at)[Q], const float* from, i64 first, i64 w,
+                                       Floats (&values)[Q][V], Ints (&windows)[Q][V]) const {
         const Number* seen[Q * W];
         __m512 sums[Q * W][V];
 #pragma GCC unroll 8
