@@ -4,7 +4,7 @@
 
 - `problem.py`: sizes and options, checked once.
 - `reference.py`: the same in plain operations.
-- `cpu_kernel.cpp`: the kernel for CPU, in three headers; `cpu_kernel.py` and `cpu_ffi.cpp` bind it to torch and JAX.
+- `cpu_kernel.cpp`: the kernel for CPU, in headers; `cpu_kernel.py` and `cpu_ffi.cpp` bind it to torch and JAX.
 - `cpu_shape.py`: which calls it takes, where it pays, and what it is told.
 - `triton_kernel.py`, `pallas_kernel.py`: for GPU and TPU; `triton_launch.py`: how the former's kernels are launched.
 - `torch_call.py`: the way of a call in torch; `torch_problem.py`, `torch_run.py`, `torch_op.py`, `torch_batch.py`: its

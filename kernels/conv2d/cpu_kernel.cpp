@@ -8,15 +8,21 @@
 // and windows that look at the same place share a plane: 3x3 taps in 2x2 windows have 16 planes, not 36. Padding,
 // strides, dilation, layout and dtype are all dealt with by that copy.
 #include "cpu_backward.hpp"
-#include "cpu_forward.hpp"
+#include "cpu_channels.hpp"
 
 // bias may be null. argmax is null, or is filled for the backward pass. Returns 1 where memory is short, else 0.
 extern "C" int perfkit_conv2d_forward(const PerfkitConv2d* problem, void* x, void* weight, void* bias, void* y,
                                       std::uint8_t* argmax, perfkit::Threads threads) try {
     const Shape p(*problem);
     const bool half = p.bfloat16;
-    std::vector<float> own, biases(p.outputs);
+    std::vector<float> own, biases(p.outputs + L);
     for (i64 o = 0; bias && o < p.outputs; ++o) biases[o] = Numbers{bias, half}[o];
+#if defined(__AVX512F__)
+    if (by_channels(p)) {
+        forward_by_channels(p, {x, half}, {weight, half}, biases.data(), {y, half}, argmax, threads);
+        return 0;
+    }
+#endif
     if (p.paired) own = p.pairs({weight, half});
     const float* weights = p.paired ? own.data() : p.weights({weight, half}, own);
     const Forward pass{p, {x, half}, {y, half}, weights, biases.data(), argmax};

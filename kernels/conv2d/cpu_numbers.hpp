@@ -56,6 +56,7 @@ INLINE Floats largest(Floats a, Floats b) {
 #endif
 }
 
+// The same of four.
 INLINE Floats largest(Floats a, Floats b, Floats c, Floats d) {
 #if defined(__AVX512F__)
     const __m512 most = _mm512_max_ps(_mm512_max_ps(__m512(a), __m512(b)), _mm512_max_ps(__m512(c), __m512(d)));
@@ -99,14 +100,15 @@ INLINE void transpose(V (&rows)[L]) {
     }
 }
 
-// To the nearest, ties to even; a NaN stays one. The processor's own instruction makes zeros of denormal numbers.
+// To the nearest, ties to even; a NaN stays one. (The instruction takes numbers below 2^-126 for zero.)
 INLINE Halves halved(Floats x) {
 #if defined(__AVX512F__) && defined(__AVX512BF16__)
     return bits<Halves>(_mm512_cvtneps_pbh(__m512(x)));
-#endif
+#else
     const Ints whole = bits<Ints>(x);
     const Ints rounded = (whole + 0x7fff + ((whole >> 16) & 1)) >> 16;
     return __builtin_convertvector((x != x ? Ints{} + 0x7fc0 : rounded) & 0xffff, Halves);
+#endif
 }
 
 // Pairs of bfloat16 numbers in 32 bits: what they are made of, in float32, and sum + a_low b_low + a_high b_high.

@@ -65,8 +65,17 @@ def problem_of(x: Array, weight: Array, bias: Array | None, given: Options) -> P
 
 def _by_library(made: Problem, x: Array, weight: Array, bias: Array | None) -> Array:
     """XLA's operations. ReLU after the pool is the same in value and gradient, and less work."""
+    y = _convolved(made, x, weight)
+    y = y if bias is None else y + bias
+    if made.pool > 1:
+        window = (1, made.pool, made.pool, 1)
+        y = lax.reduce_window(y, np.array(-np.inf, y.dtype), lax.max, window, window, "VALID")
+    return jax.nn.relu(y) if made.activation == "relu" else y
+
+
+def _convolved(made: Problem, x: Array, weight: Array) -> Array:
     top, bottom, left, right = made.padding
-    y = lax.conv_general_dilated(
+    return lax.conv_general_dilated(
         x,
         weight,
         made.stride,
@@ -75,11 +84,6 @@ def _by_library(made: Problem, x: Array, weight: Array, bias: Array | None) -> A
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=made.groups,
     )
-    y = y if bias is None else y + bias
-    if made.pool > 1:
-        window = (1, made.pool, made.pool, 1)
-        y = lax.reduce_window(y, np.array(-np.inf, y.dtype), lax.max, window, window, "VALID")
-    return jax.nn.relu(y) if made.activation == "relu" else y
 
 
 # ---- Kernels ---------------------------------------------------------------------------------------------------------
@@ -154,11 +158,34 @@ def _cpu_forward(made: Problem, x: Array, weight: Array, bias: Array | None) -> 
 
 
 def _cpu_backward(made, _choice, x, weight, bias, argmax, d_y):
+    if cpu_shape.slower_backward(made):
+        return _library_backward(made, x, weight, bias, argmax, d_y)
     arguments = x, weight, _there(argmax, jnp.uint8), d_y
     (d_x,) = _call("image", made, (_like(x.shape, x.dtype),), *arguments)
     results = _like(weight.shape, jnp.float32), _like((0,) if bias is None else bias.shape, jnp.float32)
     d_weight, d_bias = _call("weight", made, results, *arguments)
     return d_x, d_weight.astype(weight.dtype), None if bias is None else d_bias.astype(bias.dtype)
+
+
+def _library_backward(made, x, weight, bias, argmax, d_y):
+    """XLA's gradients of the convolution, of what comes back to the places that won their windows."""
+    back = _unpooled(made, argmax, d_y)
+    _, pull = jax.vjp(lambda x, weight: _convolved(made, x, weight), x, weight)
+    d_bias = None if bias is None else back.sum((0, 1, 2), dtype=jnp.float32).astype(bias.dtype)
+    return *pull(back), d_bias
+
+
+def _unpooled(made: Problem, argmax: Array | None, d_y: Array) -> Array:
+    """The gradient of the convolution's output: d_y where `argmax` says that it came from, else 0."""
+    if argmax is None:
+        return d_y
+    windows = jnp.arange(made.pool**2, dtype=jnp.uint8).reshape(made.pool, 1, made.pool, 1)
+    at_NHPWPO = argmax[:, :, None, :, None] == windows
+    batch, height, width, outputs = d_y.shape
+    back = jnp.where(at_NHPWPO, d_y[:, :, None, :, None], 0)
+    back = back.reshape(batch, height * made.pool, width * made.pool, outputs)
+    over = [size - made_of for size, made_of in zip(made.conv_size, back.shape[1:3], strict=True)]
+    return jnp.pad(back, ((0, 0), (0, over[0]), (0, over[1]), (0, 0)))
 
 
 def _call(handler: str, made: Problem, results: tuple[jax.ShapeDtypeStruct, ...], *arguments: Array) -> tuple:

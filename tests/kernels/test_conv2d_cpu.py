@@ -72,6 +72,52 @@ def test_large_images_are_done_in_chunks(case, layout):
     assert_equal(run(made, *tensors), expected(made, *tensors))
 
 
+CHANNELS = (
+    cases.Case(2, 1, 13, 11, 32, (3, 3), {"activation": "relu", "pool": 2}),
+    cases.Case(3, 3, 12, 9, 80, (3, 3), {"activation": "relu", "pool": 2, "padding": 1}),
+    cases.Case(1, 6, 17, 15, 45, (3, 4), {"padding": (1, 2), "dilation": (1, 2)}),
+    cases.Case(2, 8, 10, 14, 96, (2, 3), {"activation": "relu", "pool": 3, "groups": 2}, bias=False),
+    cases.Case(2, 5, 19, 21, 112, (5, 5), {"activation": "relu", "stride": 2, "padding": "same"}),
+    cases.Case(1, 2, 16, 18, 13, (3, 3), {"stride": (2, 1), "pool": 4, "padding": 3}),
+    cases.Case(1, 7, 9, 8, 16, (1, 1)),
+    cases.Case(1, 18, 70, 130, 16, (3, 3), {"activation": "relu", "padding": 1}),
+)
+"""So many channels that they are the lanes of an NHWC image's vectors: one to four of them, whole and in part; runs of
+taps of even and odd length; the last image is more than the cache is taken to hold."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CHANNELS, ids=lambda case: case.name)
+def test_lanes_of_channels(case, dtype):
+    """With what the backward pass wants, and without; bfloat16 results are those of exact sums, rounded once."""
+    tensors = whole(case, torch.channels_last)
+    made, wanted = problem_of(case, tensors), expected(problem_of(case, tensors), *tensors)
+    low = [None if each is None else each.to(dtype) for each in tensors]
+    made = dataclasses.replace(made, dtype=str(dtype)[6:], channels_last=True)
+    assert_equal(run(made, *low), wanted)
+    unsaved, _ = cpu_kernel.forward(dataclasses.replace(made, needs_grad=False), *low)
+    assert_equal([unsaved], wanted[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_no_number_stays_in_its_windows_with_lanes_of_channels(dtype):
+    """An infinite number beside a row of taps is none of theirs: it must not be multiplied, not even by zero."""
+    x, weight = torch.ones(1, 1, 6, 34, dtype=dtype), torch.ones(16, 1, 3, 3, dtype=dtype)
+    x[0, 0, 0, ::9], x[0, 0, 3, 4::7], x[0, 0, 5, 2::9] = math.inf, -math.inf, math.nan
+    x = x.to(memory_format=torch.channels_last)
+    for options in ({"padding": 1}, {"activation": "relu", "pool": 2}):
+        case = cases.Case(1, 1, 6, 34, 16, (3, 3), options, bias=False)
+        made = dataclasses.replace(problem_of(case, (x, weight, None)), channels_last=True)
+        wide = x.float(), weight.float(), None
+        y = torch.nn.functional.conv2d(*wide[:2], padding=options.get("padding", 0))
+        y = torch.nn.functional.max_pool2d(y.relu(), 2) if "pool" in options else y
+        for needs_grad in (True, False):
+            found, _ = cpu_kernel.forward(dataclasses.replace(made, needs_grad=needs_grad), x, weight, None)
+            assert y.isnan().any()
+            assert y.isfinite().any()
+            assert_equal([found], [y])
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
@@ -79,11 +125,13 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("batch", [1, 9])
-def test_any_number_of_threads_gives_the_same_bits(batch, threads):
+def test_any_number_of_threads_gives_the_same_bits(batch, layout, threads):
     torch.manual_seed(0)
-    case = cases.Case(batch, 9, 70, 45, 21, (3, 3), {"activation": "relu", "pool": 2})
+    case = cases.Case(batch, 9, 70, 45, 30, (3, 3), {"activation": "relu", "pool": 2})
     tensors = torch.randn(case.image), torch.randn(case.weight), torch.randn(case.outputs)
+    tensors = tensors[0].to(memory_format=layout), *tensors[1:]
     made, d_y = problem_of(case, tensors), None
     found = []
     for count in (1, 2, 3):
@@ -97,15 +145,18 @@ def test_any_number_of_threads_gives_the_same_bits(batch, threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [cases.CASES[1], cases.CASES[3], cases.CASES[8]], ids=lambda case: case.name)
-def test_rounding(case, dtype):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    "case", [cases.CASES[1], cases.CASES[3], cases.CASES[8], CHANNELS[1]], ids=lambda case: case.name
+)
+def test_rounding(case, layout, dtype):
     """A float32 sum of n terms is within n 2^-24 of the sum of their magnitudes; then it is rounded once to x's dtype.
 
     bfloat16 has eight bits. The largest of a window is as close as the largest bound in it.
     """
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(size).to(dtype) for size in (case.image, case.weight, case.outputs))
-    bias = bias if case.bias else None
+    x, bias = x.to(memory_format=layout), bias if case.bias else None
     made = problem_of(case, (x, weight, bias))
     y, _ = cpu_kernel.forward(made, x, weight, bias)
     wanted = expected(made, x, weight, bias)[0]

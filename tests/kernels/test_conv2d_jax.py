@@ -58,6 +58,26 @@ def test_it_is_the_library(implementation, name):
     assert_equal(jax.jit(lambda *arrays: with_gradients(run(case, implementation), arrays))(*arrays), wanted)
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(
+    "options", [{"pool": 2}, {"activation": "relu", "pool": 3, "padding": 1}, {"stride": 2}], ids=str
+)
+def test_gradients_of_many_products_are_the_librarys(options, dtype):
+    """The kernel's forward pass, XLA's gradients: of places that the kernel saved, and of those that no pool sees."""
+    case = cases.Case(2, 20, 12, 9, 16, (3, 3), options)
+    arrays, wide = numbers(case, dtype), numbers(case)
+    gradients = jax.jit(
+        lambda implementation, arrays: with_gradients(run(case, implementation), arrays), static_argnums=0
+    )
+    made = jax_op.problem_of(*arrays, jax_op.options(1, 0, 1, 1, None, 2))
+    assert cpu_shape.slower_backward(made)
+    text = gradients.lower("cpu", arrays).compile().as_text()
+    assert "perfkit_conv2d_xla_forward" in text
+    assert "perfkit_conv2d_xla_weight" not in text
+    assert_equal(gradients("cpu", arrays), [each.astype(dtype) for each in gradients("reference", wide)])
+
+
 def test_the_library_is_torchs():
     """The reference is tested against torch's layers where torch is; here the layouts of both."""
     torch = pytest.importorskip("torch")
