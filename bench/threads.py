@@ -14,7 +14,7 @@ import warnings
 from typing import Any
 
 import perfkit
-from bench.pages import RESULTS, device_slug
+from bench.pages import RESULTS, device_slug, machine, recorded
 from perfkit import PerfkitError, PerfkitWarning, reference
 from perfkit.measure.environment import environment
 
@@ -87,17 +87,15 @@ def setting_us() -> float:
 def measured() -> list[str]:
     """What was recorded, as Markdown, machine by machine."""
     lines = []
-    for path in sorted(RESULTS.glob("threads-*.json")):
-        recorded = json.loads(path.read_text())
-        machine = recorded["environment"]
+    for path, found in recorded("threads"):
         lines += [
             "",
-            f"{machine['cpu']}, {machine['cores']} cores; source: `bench/results/{path.name}`. Setting the number and "
-            f"putting it back takes {recorded['setting_us']:.1f} µs of each call.",
+            f"{machine(found)}; source: `bench/results/{path.name}`. Setting the number and "
+            f"putting it back takes {found['setting_us']:.1f} µs of each call.",
             "",
             "| model, batch | recipe | chosen, and what was tried | the whole chain |",
             "|---|---|---|---|",
-            *map(line, recorded["rows"]),
+            *map(line, found["rows"]),
             "",
         ]
     return lines
