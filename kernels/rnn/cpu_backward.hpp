@@ -25,7 +25,7 @@ class Backward {
     Backward(const PerfkitRnnBackward& call, bool tiles)
         : call_(call), p_(call.stack), order_(p_), H_(p_.hidden), HS_(round_up(H_, GRAIN<Operand>)), stride_(S * HS_),
           padded_(round_up(H_, L)), W_(p_.layers * p_.directions), tiles_(tiles && sizeof(Operand) < 4),
-          plan_(p_, order_, G, false, 1), slices_(i64(plan_.cuts.size()) - 1), ways_(W_), lines_(W_ * slices_),
+          plan_(p_, order_, G, false, 1, TILE), slices_(i64(plan_.cuts.size()) - 1), ways_(W_), lines_(W_ * slices_),
           added_(W_) {
         for (i64 W = 0; W < W_; ++W) {
             Direction& way = ways_[W];

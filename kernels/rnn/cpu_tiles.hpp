@@ -40,7 +40,7 @@ inline bool tiles_are_right() {
     const float nothing[N * L] = {};
     for (int row = 0; row < TILE; ++row) dot<1, N>(x + row * K, K, w, K, nothing, 0, expected[row], N * L);
     const TileShape shape(true);
-    dot_tiles<N>(TILE, x, K, w, K, nothing, 0, found[0], N * L);
+    dot_tiles<1, N>(x, K, w, K, nothing, 0, found[0], N * L);
     return std::memcmp(expected, found, sizeof found) == 0;
 }
 #endif
