@@ -112,7 +112,8 @@ struct Plan {
     i64 parts;
     bool beside;  // lines of one slice run at the same time
 
-    Plan(const PerfkitRnn& p, const Order& order, int gates, bool may_share, i64 panels, i64 rows_of_products) {
+    // `rows`: as many as a product takes at a time.
+    Plan(const PerfkitRnn& p, const Order& order, int gates, bool may_share, i64 panels, i64 rows) {
         // Rows of a slice share each load of the weights; beyond 64 of them there is nothing to gain.
         constexpr i64 FEWEST = 4, MOST = 64;
         const double row = double(gates) * double(p.hidden * p.hidden);
@@ -122,7 +123,7 @@ struct Plan {
         count = work < WORTH_WAKING ? 1 : std::max<i64>(1, count);
         const i64 lines = p.layers * p.directions;
         i64 slices = (p.batch + MOST * count - 1) / (MOST * count) * count;
-        if (p.batch >= 2 * rows_of_products * count && slices == count) slices *= 2;  // one that is held up can be helped
+        if (p.batch >= 2 * rows * count && slices == count) slices *= 2;  // one that is held up can be helped
         if (count == 1) slices = (p.batch + MOST - 1) / MOST;
         slices = std::clamp<i64>(p.batch / (lines > 1 ? FEWEST : FEWEST / 2), 1, slices);
         beside = slices < count;

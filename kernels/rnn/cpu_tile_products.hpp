@@ -45,8 +45,8 @@ class TileShape {
     alignas(64) std::uint8_t before_[64];
 };
 
-// Of R tiles of rows, the sums of vectors FIRST and FIRST + 1 of a panel's N: what lies at `starts` plus the products of
-// all factors. The processor adds tiles up beside its other work: `meanwhile` is called after every four tiles' products.
+// Of R tiles of rows, the sums of vectors FIRST and FIRST + 1 of a panel of N: `starts` plus the products of
+// all factors. The processor multiplies tiles beside its other work: `meanwhile` is called after each 32 columns.
 template <int R, int N, int FIRST, class Meanwhile>
 INLINE void tile_sums(const Factors<Bf16>* from, const Factors<Bf16>* to, const float* starts, i64 starts_stride,
                       float* sums, i64 sums_stride, Meanwhile meanwhile) {

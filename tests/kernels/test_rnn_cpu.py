@@ -321,6 +321,8 @@ ON_PATHS = [
     Case(5, 9, 7, 17, 2, 2, "lengths", batch_first=True),
     Case(2, 1, 3, 70, 1, 2),
     Case(2, 40, 40, 40, threads=1),
+    Case(4, 45, 7, 18, 2, 1, "lengths", threads=1),
+    Case(3, 83, 3, 33, 1, 2, "packed", threads=1, bias=False),
 ]
 
 
