@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu_cases import Conv, Linear, Rnn, Subject
+from bench.gpu_cases import Conv, Linear, Rnn
+from bench.gpu_subject import Subject
 from perfkit.kernels import _autotune, _tune
 from perfkit.kernels.conv2d import cases as conv2d_cases
 from perfkit.kernels.linear_int8 import cases as linear_cases

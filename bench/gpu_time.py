@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch._functorch.config
 
-from bench.gpu_cases import Conv, Linear, Rnn, Subject
+from bench.gpu_cases import Conv, Linear, Rnn
 from bench.gpu_rows import Row, wide_first
+from bench.gpu_subject import Subject
 from perfkit._quantity import Comparison
 from perfkit.kernels import conv2d, rnn, trace
 from perfkit.kernels._clock import Call, block_ms, calls_per_block

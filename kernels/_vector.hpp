@@ -1,4 +1,5 @@
-// Vectors of PERFKIT_LANES 32-bit numbers, which whoever includes this defines, and what recurrent cells do with them.
+// Vectors of PERFKIT_LANES 32-bit numbers, a register of them unless whoever includes this says how many, and what
+// recurrent cells do with them.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,12 @@
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+
+#if !defined(PERFKIT_LANES) && defined(__AVX512F__)
+#define PERFKIT_LANES 16
+#elif !defined(PERFKIT_LANES)
+#define PERFKIT_LANES 8
 #endif
 
 #define INLINE inline __attribute__((always_inline))

@@ -1,4 +1,4 @@
-"""As many threads as the model is the fastest with."""
+"""The number of CPU threads that the model is fastest with."""
 
 from dataclasses import dataclass
 

@@ -10,18 +10,8 @@
 #include <utility>
 #include <vector>
 
-#if defined(__AVX512F__)
-#define PERFKIT_LANES 16
-#else
-#define PERFKIT_LANES 8
-#endif
-
 #include "_thread_pool.hpp"
 #include "_vector.hpp"
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 namespace {
 

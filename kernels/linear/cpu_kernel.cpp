@@ -11,18 +11,8 @@
 #include <new>
 #include <type_traits>
 
-#if defined(__AVX512F__)
-#define PERFKIT_LANES 16
-#else
-#define PERFKIT_LANES 8
-#endif
-
 #include "_thread_pool.hpp"
 #include "_vector.hpp"
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 extern "C" struct PerfkitLinear {
     std::int64_t rows, outputs, inputs, relu, bfloat16;

@@ -16,7 +16,7 @@ are int32, everything else float32. An infinite or NaN number makes the rest of 
 
 - `weights.py`: quantizing weights, and the layout in which the kernel reads them.
 - `reference.py`: the same in plain torch operations, bit for bit.
-- `cpu_kernel.cpp`: the kernel: AVX512-VNNI, AVX-VNNI, AVX2, or plain C++.
+- `cpu_kernel.cpp`: the kernel; `cpu_products.hpp`: its integer products: AVX512-VNNI, AVX-VNNI, AVX2, or plain C++.
 - `torch_op.py`: `torch.ops.perfkit.rnn_int8`, all layers and directions.
 
 Source: https://arxiv.org/abs/1609.08144 (section 6, integer LSTM inference)

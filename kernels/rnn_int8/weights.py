@@ -35,7 +35,7 @@ def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(q_NK: Tensor, gates: int) -> Tensor:
-    """The layout that the kernel reads, and the only form in which weights are kept; see `cpu_kernel.cpp`.
+    """The layout that the kernel reads, and the only form in which weights are kept; see `cpu_products.hpp`.
 
     Panels of 16 units, the last as wide as is left; in each, for every gate, every 4 columns (zeros fill the last) and
     every unit, 4 bytes. 64 zero bytes follow.

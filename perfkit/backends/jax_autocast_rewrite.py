@@ -15,8 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Literal, jaxpr_as_fun
+from jax.extend.core import Literal
 
 from perfkit.backends import jax_autocast_rules as rules
 from perfkit.backends.jax_autocast_casting import (
@@ -28,9 +27,9 @@ from perfkit.backends.jax_autocast_casting import (
     remapped,
     restore,
     restore_all,
-    to,
 )
-from perfkit.backends.jax_autocast_rules import FLOAT32
+from perfkit.backends.jax_autocast_derivatives import custom_jvp, custom_vjp
+from perfkit.backends.jax_autocast_rules import FLOAT32, runs
 
 # Give back the number they are given, once or many times.
 _REPEATS = frozenset({"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "stop_gradient"})
@@ -119,9 +118,14 @@ class Rewriter:
         # a low result it still accumulates in float32: cuDNN and TPU inside the convolution, XLA's CPU by widening it.
         return bind(eqn, [lhs, rhs], preferred_element_type=self.low)[0]
 
+    @functools.cached_property
+    def of_derivatives(self) -> Rewriter:
+        """The one for what differentiating gave, whose products may be transposed."""
+        return self if self.transposable else Rewriter(self.low, transposable=True)
+
     # Control: the inner jaxprs are rewritten for the dtypes that arrive.
 
-    def _rewrite(self, jaxpr: Any, operands: Sequence[Operand], *, as_written: bool = False) -> Any:
+    def rewrite(self, jaxpr: Any, operands: Sequence[Operand], *, as_written: bool = False) -> Any:
         """A jaxpr under autocast, closed, for operands of these dtypes; outputs in their own dtypes if `as_written`."""
         dtypes = tuple(operand.value.dtype if operand.castable else None for operand in operands)
         bends = tuple(operand.bends for operand in operands)
@@ -145,26 +149,26 @@ class Rewriter:
         """jit, checkpoint, plain calls: the same call, with its name, donation and policy, of the rewritten jaxpr."""
         (name,) = rules.CONTROL[eqn.primitive.name]
         original = eqn.params[name]
-        rewritten = self._rewrite(original, operands)
+        rewritten = self.rewrite(original, operands)
         if not hasattr(original, "consts"):  # an open jaxpr, before JAX 0.11
             assert not rewritten.consts, "an open jaxpr receives its constants as arguments"
             rewritten = rewritten.jaxpr
         return bind(eqn, [operand.value for operand in operands], **{name: rewritten})
 
     def _cond(self, eqn: Any, operands: list[Operand]) -> Sequence[Any]:
-        branches = tuple(self._rewrite(branch, operands[1:], as_written=True) for branch in eqn.params["branches"])
+        branches = tuple(self.rewrite(branch, operands[1:], as_written=True) for branch in eqn.params["branches"])
         return bind(eqn, [operand.value for operand in operands], branches=branches)
 
     def _while(self, eqn: Any, operands: list[Operand]) -> Sequence[Any]:
         test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-        test_consts, body_consts, carry = _split(operands, eqn.params["cond_nconsts"], eqn.params["body_nconsts"])
+        test_consts, body_consts, carry = runs(operands, eqn.params["cond_nconsts"], eqn.params["body_nconsts"])
         test_consts, body_consts = self._cast_outside(test, test_consts), self._cast_outside(body, body_consts)
         carry = [Operand(restore(operand.value, operand.aval), operand.aval) for operand in carry]
         return bind(
             eqn,
             [operand.value for operand in (*test_consts, *body_consts, *carry)],
-            cond_jaxpr=self._rewrite(test, [*test_consts, *carry], as_written=True),
-            body_jaxpr=self._rewrite(body, [*body_consts, *carry], as_written=True),
+            cond_jaxpr=self.rewrite(test, [*test_consts, *carry], as_written=True),
+            body_jaxpr=self.rewrite(body, [*body_consts, *carry], as_written=True),
         )
 
     def _cast_outside(self, body: Any, operands: list[Operand]) -> list[Operand]:
@@ -176,7 +180,7 @@ class Rewriter:
 
     def _scan(self, eqn: Any, operands: list[Operand]) -> Sequence[Any]:
         params, body = eqn.params, eqn.params["jaxpr"]
-        consts, carry, xs = _split(operands, *rules.scan_sizes(params))
+        consts, carry, xs = runs(operands, *rules.scan_sizes(params))
         feeds = rules.feeds_only_products(body, self.low)
         read_consts = [self._loop_constant(operand, only) for operand, only in zip(consts, feeds, strict=False)]
         only_xs = feeds[len(consts) + len(carry) :]
@@ -207,74 +211,6 @@ class Rewriter:
         body = eqn.params["jaxpr"]
         return remapped(eqn, lambda *args: self.evaluate(body, args), (operand.value for operand in operands))
 
-    # The caller's derivative rules are reached by differentiating the original call, and rewritten like anything else.
-
-    @functools.cached_property
-    def _of_rules(self) -> Rewriter:
-        return self if self.transposable else Rewriter(self.low, transposable=True)
-
-    def _custom_jvp(self, eqn: Any, operands: list[Operand]) -> Sequence[Any]:
-        inner = eqn.params["call_jaxpr"]
-        rewritten = self._rewrite(inner, operands)
-        call = jax.custom_jvp(jaxpr_as_fun(rewritten))
-
-        @functools.partial(call.defjvp, symbolic_zeros=True)
-        def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-            moving = [at for at, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
-
-            def pushforward(primals: Sequence[Any], directions: Sequence[Any]) -> list[Any]:
-                along, start = _along(eqn, primals, moving)
-                _, moved, outputs = jax.jvp(along, start, list(directions), has_aux=True)
-                return [*outputs, *moved]
-
-            traced = jax.make_jaxpr(pushforward)(inner.in_avals, [inner.in_avals[at] for at in moving])
-            results = self._of_rules.evaluate(traced, [*primals, *(tangents[at] for at in moving)])
-            outputs, moved = _split(results, len(rewritten.out_avals))
-            outputs = [to(value, aval.dtype) for value, aval in zip(outputs, rewritten.out_avals, strict=True)]
-            rest = iter(moved)
-            return outputs, [to(next(rest), o.dtype) if _is_real(o) else _no_tangent(o) for o in outputs]
-
-        return call(*(operand.value for operand in operands))
-
-    def _custom_vjp(self, eqn: Any, operands: list[Operand]) -> Sequence[Any]:
-        inner, closed_over = eqn.params["call_jaxpr"], eqn.params["num_consts"]
-        rewritten = self._rewrite(inner, operands)
-        # Values that the caller's function closed over stay closed over, so that differentiating them raises as before.
-        outer, values = _split([operand.value for operand in operands], closed_over)
-        call = jax.custom_vjp(lambda *args: jaxpr_as_fun(rewritten)(*outer, *args))
-        moving = [at for at in range(closed_over, len(operands)) if _is_real(operands[at].aval)]
-        real_outputs = [at for at, aval in enumerate(inner.out_avals) if _is_real(aval)]
-
-        @functools.cache
-        def rules_as_written() -> tuple[Any, Any]:
-            """The jaxprs of the caller's forward and backward rules, at the dtypes they were written for."""
-
-            def forward(*primals: Any) -> tuple[list[Any], Any]:
-                along, start = _along(eqn, primals, moving)
-                _, pullback, outputs = jax.vjp(along, *start, has_aux=True)
-                return outputs, pullback
-
-            going, (_, pullback) = jax.make_jaxpr(forward, return_shape=True)(*inner.in_avals)
-            structure = jax.tree.structure(pullback)
-            residuals = going.out_avals[len(inner.out_avals) :]
-            cotangents = [inner.out_avals[at] for at in real_outputs]
-            backward = jax.make_jaxpr(lambda leaves, cts: jax.tree.unflatten(structure, leaves)(cts))
-            return going, backward(residuals, cotangents)
-
-        def forward(*args: Any) -> tuple[list[Any], list[Any]]:
-            results = self.evaluate(rules_as_written()[0], [*outer, *args])
-            outputs, residuals = _split(results, len(inner.out_avals))
-            return [to(value, aval.dtype) for value, aval in zip(outputs, rewritten.out_avals, strict=True)], residuals
-
-        def backward(residuals: list[Any], cotangents: Sequence[Any]) -> tuple[Any, ...]:
-            given = [*residuals, *(cotangents[at] for at in real_outputs)]
-            gradients = dict(zip(moving, self.evaluate(rules_as_written()[1], given), strict=True))
-            wanted = range(closed_over, len(operands))
-            return tuple(to(gradients[at], operands[at].value.dtype) if at in gradients else None for at in wanted)
-
-        call.defvjp(forward, backward)
-        return call(*values)
-
 
 _CONTROL_RULES: dict[str, Callable[[Rewriter, Any, list[Operand]], Sequence[Any]]] = {
     "jit": Rewriter._call,
@@ -286,8 +222,8 @@ _CONTROL_RULES: dict[str, Callable[[Rewriter, Any, list[Operand]], Sequence[Any]
     "cond": Rewriter._cond,
     "while": Rewriter._while,
     "scan": Rewriter._scan,
-    "custom_jvp_call": Rewriter._custom_jvp,
-    "custom_vjp_call": Rewriter._custom_vjp,
+    "custom_jvp_call": custom_jvp,
+    "custom_vjp_call": custom_vjp,
     "shard_map": Rewriter._shard_map,
 }
 
@@ -298,37 +234,3 @@ def context_of(eqn: Any):
     names = str(eqn.source_info.name_stack)
     with jax.named_scope(names) if names else contextlib.nullcontext(), eqn.ctx.manager:
         yield
-
-
-def _along(eqn: Any, primals: Sequence[Any], moving: Sequence[int]) -> tuple[Callable, list[Any]]:
-    """An equation as a function of the operands at `moving` alone, and their values.
-
-    The function returns the outputs that have a derivative, and all outputs beside them.
-    """
-
-    def along(*moved: Any) -> tuple[list[Any], list[Any]]:
-        full = list(primals)
-        for at, value in zip(moving, moved, strict=True):
-            full[at] = value
-        outputs = list(bind(eqn, full))
-        return [output for output in outputs if _is_real(output)], outputs
-
-    return along, [primals[at] for at in moving]
-
-
-def _is_real(value: Any) -> bool:
-    """Whether the value has a derivative."""
-    return jax.numpy.issubdtype(value.dtype, jax.numpy.inexact)
-
-
-def _no_tangent(value: Any) -> np.ndarray:
-    return np.zeros(value.shape, jax.dtypes.float0)
-
-
-def _split(items: Sequence[Any], *sizes: int) -> list[list[Any]]:
-    """The items in runs of the given sizes, and what is left."""
-    runs, start = [], 0
-    for size in sizes:
-        runs.append(list(items[start : start + size]))
-        start += size
-    return [*runs, list(items[start:])]

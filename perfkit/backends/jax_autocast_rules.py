@@ -187,6 +187,15 @@ def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
     return len(constants), len(carried)
 
 
+def runs(items: Sequence[Any], *sizes: int) -> list[list[Any]]:
+    """The items in runs of the given sizes, and what is left."""
+    found, start = [], 0
+    for size in sizes:
+        found.append(list(items[start : start + size]))
+        start += size
+    return [*found, list(items[start:])]
+
+
 def feeds_only_products(jaxpr: Any, low: np.dtype) -> list[bool | None]:
     """For each input of a jaxpr: is every use of it an operand of a product that will run in the low dtype?
 

@@ -8,9 +8,6 @@ Qwix does the same for flax layers, by patching the functions that they call. It
 over plain functions and over cells inside a scan that carries its own weights, and because it ties the state to its
 own modules; the arithmetic is the same.
 
-Layers are named by the paths of their parameters: "conv1" for "conv1.kernel", the whole path where a layer has several
-weights ("cell.w_i", "cell.w_h").
-
 Source: https://arxiv.org/abs/2004.09602 (what is quantized, and how), https://qwix.readthedocs.io
 """
 
@@ -18,8 +15,8 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -28,14 +25,15 @@ import numpy as np
 
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._recipe import LayerRecipe
-from perfkit._report import Effect, Skipped
-from perfkit._workload import Inputs, Workload
+from perfkit._report import Effect
+from perfkit._workload import Workload
 from perfkit.backends.jax_autocast import trace
-from perfkit.backends.jax_quantized import FLOAT8, GROUP, Packed, Quantized, is_quantized, range_scale
-from perfkit.backends.jax_trees import leaves, leaves_with_names, with_leaves
+from perfkit.backends.jax_quantized import FLOAT8, GROUP, Packed, Quantized, range_scale
+from perfkit.backends.jax_trees import leaves_with_names, with_leaves
+from perfkit.quantization.jax_choice import Choice, choose, example, float8_reason, stored_reason
 from perfkit.quantization.jax_fake import fake_quantized
 from perfkit.quantization.jax_products import quantized
-from perfkit.quantization.jax_study import Uses, candidates, ranges, uses
+from perfkit.quantization.jax_study import Uses, candidates, ranges
 
 FP8_CAPABILITY = 8.9
 FP8_TPUS = ("TPU7", "TPU v7")
@@ -55,7 +53,7 @@ def int8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
         InvalidInputError: there is nothing to calibrate on, or the activations are not finite.
         UnsupportedError: the model is trained, or is quantized already.
     """
-    chosen = _chosen(work, recipe, _stored_reason)
+    chosen = choose(work, recipe, stored_reason)
     bits, trained = getattr(recipe, "weight_bits", 8), any(use.bits for use in chosen.weights.values())
     if trained:
         note = "trained with fake quantization: activations keep one scale per row, computed at each call, as trained"
@@ -82,7 +80,7 @@ def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]
         UnsupportedError: the model is trained, or is quantized already.
     """
     bits = getattr(recipe, "weight_bits", 8)
-    chosen = _chosen(work, recipe, _stored_reason)
+    chosen = choose(work, recipe, stored_reason)
     return _in_low(work, chosen, lambda weight, use: _int8(weight, use, use.bits or bits))
 
 
@@ -100,7 +98,7 @@ def weight_only(work: Workload, recipe: LayerRecipe, bits: int) -> tuple[Workloa
     """
     if bits not in (4, 8):
         raise InvalidInputError(f"{recipe.name}: bits={bits!r}, expected 4 or 8")
-    chosen = _chosen(work, recipe, _stored_reason)
+    chosen = choose(work, recipe, stored_reason)
 
     def low(weight: Any, use: Uses) -> Quantized | Packed:
         return Packed.of(weight, use.axes) if bits == 4 else _int8(weight, use, 8, multiplies=False)
@@ -144,7 +142,7 @@ def fp8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
 
 def in_float8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     """`fp8` without asking the hardware."""
-    chosen = _chosen(work, recipe, _float8_reason)
+    chosen = choose(work, recipe, float8_reason)
     return _in_low(work, chosen, lambda weight, use: Quantized.of(weight, use.axes, dtype=FLOAT8))
 
 
@@ -171,7 +169,7 @@ def qat(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
         raise UnsupportedError(
             f"in JAX {recipe.name} stands alone in a chain: it does not see through what another recipe has rewritten"
         )
-    chosen = _chosen(work, recipe, _stored_reason, training=True)
+    chosen = choose(work, recipe, stored_reason, training=True)
     bits = getattr(recipe, "weight_bits", 8)
     axes = {name: use.axes for name, use in chosen.weights.items()}
     model = work.model.then(functools.partial(fake_quantized, axes=axes, bits=bits)) if axes else work.model
@@ -183,85 +181,12 @@ def qat(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     return work.replace(model=model), effect
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """The weights to quantize, the layers they belong to, and what is left alone."""
-
-    weights: Mapping[str, Uses]
-    layer_of: Mapping[str, str]
-    skipped: tuple[Skipped, ...]
-
-    @property
-    def touched(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.layer_of[name] for name in self.weights))
-
-    def without(self, reasons: Mapping[str, str]) -> _Chosen:
-        """Less the weights that there is a reason against."""
-        weights = {name: use for name, use in self.weights.items() if name not in reasons}
-        left = tuple(Skipped(self.layer_of[name], why) for name, why in reasons.items())
-        return _Chosen(weights, self.layer_of, (*self.skipped, *left))
-
-
-def _chosen(
-    work: Workload, recipe: LayerRecipe, reason: Callable[[Uses], str | None], *, training: bool = False
-) -> _Chosen:
-    """What the recipe shall work on, from what the model does with its weights."""
-    if work.trains and not training:
-        raise UnsupportedError(f"{recipe.name}: integers have no gradients; train with recipe='qat', then convert")
-    if any(map(is_quantized, leaves(work.model.params))):
-        raise UnsupportedError(f"{recipe.name}: the model is quantized already; start from the original")
-    if work.inputs is None and not work.calibration:
-        raise InvalidInputError(
-            f"{recipe.name} sees from a call what the model does with its weights: pass example_inputs"
-        )
-    found = uses(work.model, _example(work))
-    trained = any(use.bits for use in found.values())
-    layer_of = layers(found)
-    reasons = {
-        name: "it was not trained with fake quantization" if trained and not use.bits else reason(use)
-        for name, use in found.items()
-    }
-    usable = {name: use for name, use in found.items() if reasons[name] is None}
-    wanted = recipe.selected(dict.fromkeys(layer_of[name] for name in usable))
-    for name in usable:
-        if layer_of[name] not in wanted:
-            reasons[name] = "left alone by include or exclude"
-    return _Chosen(found, layer_of, ()).without({name: why for name, why in reasons.items() if why})
-
-
-def layers(names: Iterable[str]) -> dict[str, str]:
-    """Parameter → layer: the path without its last part, where that part is all that tells two weights of it apart."""
-    names = list(names)
-    count = collections.Counter(name.rpartition(".")[0] for name in names)
-    return {name: (head if (head := name.rpartition(".")[0]) and count[head] == 1 else name) for name in names}
-
-
-def _stored_reason(use: Uses) -> str | None:
-    if use.products or use.looked_up:
-        return None
-    if use.reasons:
-        return use.reasons[0]
-    if use.others:
-        return f"it enters {', '.join(dict.fromkeys(use.others))}, not a product"
-    return "it is not used when the model is called with these inputs"
-
-
-def _float8_reason(use: Uses) -> str | None:
-    if "conv_general_dilated" in use.products:
-        return "there are no float8 convolutions"
-    return _stored_reason(use) if use.products or not use.looked_up else "it is looked up, not multiplied"
-
-
 def _int8(weight: Any, use: Uses, bits: int, **options: Any) -> Quantized:
     return Quantized.of(weight, use.axes, bits=bits, **options)
 
 
-def _example(work: Workload) -> Inputs:
-    return work.calibration[0] if work.inputs is None else work.inputs
-
-
 def _in_low(
-    work: Workload, chosen: _Chosen, low: Callable[[Any, Uses], Any], notes: tuple[str, ...] = ()
+    work: Workload, chosen: Choice, low: Callable[[Any, Uses], Any], notes: tuple[str, ...] = ()
 ) -> tuple[Workload, Effect]:
     """The workload with its chosen weights made `low`, and what became of each."""
     if not chosen.weights:
@@ -285,13 +210,13 @@ def _replaced(work: Workload, small: Mapping[str, Any]) -> Any:
 def _products_in_float(work: Workload, small: Mapping[str, Any]) -> dict[str, str]:
     """The weights that, so stored, would enter no product as they are, though they are meant to; and why."""
     outcomes: dict[str, list[str]] = collections.defaultdict(list)
-    inputs, model = _example(work), _replaced(work, small)
+    inputs, model = example(work), _replaced(work, small)
     function = quantized(work.model.function(), lambda name, reason: outcomes[name].append(reason))
     trace(function, (model.params, model.rest, *inputs.args), inputs.kwargs)
     return {name: reasons[0] for name, reasons in outcomes.items() if all(reasons)}
 
 
-def _calibrated(work: Workload, chosen: _Chosen) -> tuple[Mapping[str, float], tuple[str, ...]]:
+def _calibrated(work: Workload, chosen: Choice) -> tuple[Mapping[str, float], tuple[str, ...]]:
     """The range of the activations that each weight meets, and what the caller should know of it."""
     own = bool(work.calibration)
     observed = ranges(work.model, work.calibration or (work.inputs,)).largest
@@ -316,7 +241,7 @@ def _calibrated(work: Workload, chosen: _Chosen) -> tuple[Mapping[str, float], t
     )
 
 
-def _ranged(chosen: _Chosen, observed: Mapping[str, float]) -> tuple[_Chosen, tuple[str, ...]]:
+def _ranged(chosen: Choice, observed: Mapping[str, float]) -> tuple[Choice, tuple[str, ...]]:
     """With the ranges of their activations; less the layers that have none, since they met nothing or only zeros."""
     why = {}
     for name, use in chosen.weights.items():

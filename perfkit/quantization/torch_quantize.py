@@ -1,4 +1,4 @@
-"""Quantization of torch modules, layer by layer: which layers, on which grid, and what the caller is told.
+"""Quantization of torch modules, layer by layer: how, on which grid, and what the caller is told.
 
 On CPU no graph is exported. Each layer's `forward` does what torchao's PT2E flow with its X86 quantizer would write
 into an exported graph (round the input, round the weight, multiply), and Inductor turns that pattern into integer
@@ -9,7 +9,6 @@ kernels when the model is compiled. Working on layers, it does not matter how `f
 from __future__ import annotations
 
 import importlib
-import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -24,10 +23,11 @@ from perfkit._errors import missing
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.torch_stderr import without_lines
-from perfkit.backends.torch_surgery import is_composed, leave_fast_path, unwrapped
+from perfkit.backends.torch_surgery import leave_fast_path
 from perfkit.backends.torch_training import teacher
 from perfkit.measure.environment import has
 from perfkit.quantization import torch_int4, torch_integer_kernels, torch_layers, torch_qat, torch_rnn_int8
+from perfkit.quantization.torch_choice import FLOATS, choose
 from perfkit.quantization.torch_fold import fold_norms
 from perfkit.quantization.torch_layers import CONVS
 from perfkit.quantization.torch_ranges import calibrate, linked
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from perfkit._recipe import LayerRecipe
 
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FULL, REDUCED = 255, 127
 
 
@@ -69,7 +68,7 @@ def int8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     """
     if work.device == "cuda":
         return _int8_cuda(work, recipe)
-    layers, skipped = _layers(work.model, recipe, (nn.Linear, *CONVS))
+    layers, skipped = choose(work.model, recipe, (nn.Linear, *CONVS))
     trained = {name for name, module in layers.items() if torch_qat.is_trained(module)}
     folded = fold_norms(work, {name: m for name, m in layers.items() if isinstance(m, CONVS) and name not in trained})
     leave_fast_path(work.model)
@@ -104,7 +103,7 @@ def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]
     """Weights in 8 bits beforehand, the inputs of linear layers at each call."""
     if work.device == "cuda":
         return _int8_by_torchao(work, recipe)
-    layers, skipped = _layers(work.model, recipe, (nn.Linear,))
+    layers, skipped = choose(work.model, recipe, (nn.Linear,))
     leave_fast_path(work.model)
     for module in layers.values():
         if isinstance(module, nn.Linear):
@@ -116,7 +115,7 @@ def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]
 
 def weight_only(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     """Weights in 8 bits in memory; everything is computed in the input's precision."""
-    layers, skipped = _layers(work.model, recipe, (nn.Linear, *CONVS), recurrent=False, dtypes=FLOATS)
+    layers, skipped = choose(work.model, recipe, (nn.Linear, *CONVS), recurrent=False, dtypes=FLOATS)
     leave_fast_path(work.model)
     for module in layers.values():
         if isinstance(module, nn.Embedding):
@@ -135,7 +134,7 @@ def int4_weight_only(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Eff
     if work.device == "cuda":
         options = {"group_size": recipe.group_size}
         return _by_torchao(work, recipe, "Int4WeightOnlyConfig", options, torch.bfloat16)
-    layers, skipped = _layers(work.model, recipe, (nn.Linear,), recurrent=False, dtypes=FLOATS)
+    layers, skipped = choose(work.model, recipe, (nn.Linear,), recurrent=False, dtypes=FLOATS)
     leave_fast_path(work.model)
     touched = []
     for name, module in layers.items():
@@ -164,7 +163,7 @@ def qat(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     """
     if recipe.distill:
         work = work.replace(training=replace(work.training, teacher=teacher(work)))
-    layers, skipped = _layers(work.model, recipe, (nn.Linear, *CONVS), trains=True)
+    layers, skipped = choose(work.model, recipe, (nn.Linear, *CONVS), trains=True)
     leave_fast_path(work.model)
     for name in [name for name, module in layers.items() if isinstance(module, nn.Embedding)]:
         del layers[name]
@@ -205,7 +204,7 @@ def _by_torchao(
     needs: torch.dtype | None = None,
 ) -> tuple[Workload, Effect]:
     library = torchao()
-    layers, skipped = _layers(work.model, recipe, (nn.Linear,), recurrent=False, dtypes=(needs,) if needs else FLOATS)
+    layers, skipped = choose(work.model, recipe, (nn.Linear,), recurrent=False, dtypes=(needs,) if needs else FLOATS)
     for name in [name for name, module in layers.items() if isinstance(module, nn.Embedding)]:
         del layers[name]
         skipped.append(Skipped(name, "on CUDA only linear layers are quantized"))
@@ -217,55 +216,6 @@ def _by_torchao(
         config = getattr(library, config)(**options)
     library.quantize_(work.model, config, filter_fn=lambda module, _: id(module) in chosen)
     return work, Effect(tuple(layers), tuple(skipped), (f"torchao's {type(config).__name__}",))
-
-
-def _layers(
-    model: nn.Module,
-    recipe: LayerRecipe,
-    kinds: tuple[type[nn.Module], ...],
-    recurrent: bool = True,
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
-    trains: bool = False,
-) -> tuple[dict[str, nn.Module], list[Skipped]]:
-    """The layers to quantize by name, embeddings included, and those that are not, with the reason."""
-    held = {name or type(model).__name__: module for name, module in model.named_modules() if _has_weights(module)}
-    reasons = {name: _reason(module, kinds, recurrent, dtypes, trains) for name, module in held.items()}
-    possible = [name for name, reason in reasons.items() if not reason]
-    chosen = recipe.selected(possible)
-    skipped = [Skipped(name, reasons[name] or "excluded") for name in held if name not in chosen]
-    return {name: held[name] for name in possible if name in chosen}, skipped
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return next(itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False)), None) is not None
-
-
-def _reason(module: nn.Module, kinds: tuple, recurrent: bool, dtypes: tuple[torch.dtype, ...], trains: bool) -> str:
-    """Why a module is left alone; empty where it is not."""
-    kind = type(module).__name__
-    if isinstance(module, nn.RNNBase):
-        if not recurrent:
-            return "recurrent layers are quantized by 'int8' and 'int8_dynamic'"
-        return "" if trains else torch_rnn_int8.refusal(module) or ""
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
-            return "an embedding with max_norm, sparse or scale_grad_by_freq changes its rows while it runs"
-    elif not isinstance(module, kinds):
-        return f"{kind}: this recipe leaves it in its precision"
-    plain = next(each for each in (nn.Embedding, *kinds) if isinstance(module, each))
-    if unwrapped(module)[0].forward is not plain.forward and not torch_qat.is_trained(module):
-        return f"this {kind} has a forward of its own, which would be lost"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weight and never calls it"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is no parameter of its own: quantized or computed already"
-    if is_composed(weight):
-        return f"its weight is a {type(weight).__name__}: quantized or spread already"
-    if weight.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, and this works on {wanted}"
-    return ""
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -6,8 +6,9 @@ Importing this package imports no framework; asking for a model imports the one 
 from . import data
 from ._catalog import MODELS
 from ._convert import to_jax, to_torch
+from ._evaluate import Evaluation, evaluate
 from ._load import Framework, Loaded, Task, calibration, load, task
-from ._train import Evaluation, Trained, batches, evaluate, train
+from ._train import Trained, batches, train
 
 __all__ = [
     "MODELS",

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from perfkit._report import Report, Step
-from perfkit.reporting import _environment_facts, _facts, _parallel_facts, _table_facts, plots
+from perfkit.reporting import _environment_facts, _facts, _parallel_facts, _search_facts, _table_facts, plots
 from perfkit.reporting._format import clean, counted, format_interval, format_quantity, format_seconds, shorten
 
 # The column's width on a desk and in a hand; the page shows the picture that fits.
@@ -38,7 +38,7 @@ def embedded(report: Report) -> str:
 def page(reports: Sequence[tuple[str, Report]]) -> str:
     """Several (label, report) on one page: a table of all, then each in full."""
     views = [_view(report, label=label, anchor=f"report-{index}") for index, (label, report) in enumerate(reports, 1)]
-    summary = [_facts.summary(label, report) for label, report in reports]
+    summary = [_search_facts.summary(label, report) for label, report in reports]
     title = f"{counted(len(views), 'report')} · perfkit"
     return templates().get_template("page.html").render(title=title, views=views, summary=summary)
 
@@ -88,7 +88,7 @@ class StepDetail:
 def _view(report: Report, label: str = "", anchor: str = "report") -> dict[str, Any]:
     """Everything the templates show, in words: they decide nothing."""
     head = _facts.headline(report)
-    candidates = _facts.candidate_facts(report)
+    candidates = _search_facts.candidate_facts(report)
     return {
         "anchor": anchor,
         "label": label,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from perfkit._report import Report
-from perfkit.reporting import _environment_facts, _facts, _parallel_facts, _table_facts
+from perfkit.reporting import _environment_facts, _facts, _parallel_facts, _search_facts, _table_facts
 from perfkit.reporting._format import clean, counted, shorten
 
 # A comment holds 65,536 characters; a reader holds fewer.
@@ -111,7 +111,7 @@ def _facts_list(report: Report) -> Iterator[str]:
 def _candidates(report: Report) -> Iterator[str]:
     if not report.candidates:
         return
-    facts = _facts.candidate_facts(report)
+    facts = _search_facts.candidate_facts(report)
     cells = (
         (code(item.recipe), text(item.outcome), item.speedup, item.fidelity, text(item.reason, 160))
         for item in facts[:MOST_CANDIDATES]

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perfkit._report import Report
-from perfkit.reporting import _environment_facts, _facts, _parallel_facts, _table_facts
+from perfkit.reporting import _environment_facts, _facts, _parallel_facts, _search_facts, _table_facts
 from perfkit.reporting._format import clean, counted, shorten
 
 STYLES = {"good": "bold green", "bad": "bold red", "neutral": "bold yellow"}
@@ -153,7 +153,7 @@ def _candidates(report: Report) -> Iterator[RenderableType]:
     table = text_table(
         "candidate", ("outcome", "left"), ("speedup", "left"), ("fidelity", "left"), ("why it lost", "prose")
     )
-    candidates = _facts.candidate_facts(report)
+    candidates = _search_facts.candidate_facts(report)
     for facts in candidates[:MOST_CANDIDATES]:
         cells = (facts.outcome, facts.speedup, facts.fidelity, shorten(clean(facts.reason), MOST_REASON_LENGTH))
         style = "bold" if facts.won else ""
@@ -177,7 +177,7 @@ class _Summary:
     rows: tuple[tuple[str, Report], ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        facts = [_facts.summary(label, report) for label, report in self.rows]
+        facts = [_search_facts.summary(label, report) for label, report in self.rows]
         one_line = _summary_table(facts, " ")
         natural = Extent.get(console, options.update(width=10_000), one_line).maximum
         if natural <= options.max_width:
@@ -189,7 +189,7 @@ class _Summary:
                 yield from _summary_lines(item)
 
 
-def _summary_table(facts: Iterable[_facts.SummaryFacts], join: str) -> Table:
+def _summary_table(facts: Iterable[_search_facts.SummaryFacts], join: str) -> Table:
     columns = (("recipe found", "prose"), ("speedup", "left"), ("vs compiler", "left"), ("tensor peak", "left"))
     table = text_table("model", *columns, ("error", "left"), ("tried and lost", "prose"))
     for item in facts:
@@ -207,7 +207,7 @@ def _summary_table(facts: Iterable[_facts.SummaryFacts], join: str) -> Table:
     return table
 
 
-def _summary_lines(item: _facts.SummaryFacts) -> Iterator[RenderableType]:
+def _summary_lines(item: _search_facts.SummaryFacts) -> Iterator[RenderableType]:
     """The same as the table's row, for a screen too narrow for a table."""
     label = line(shorten(clean(item.label), MOST_NAME_LENGTH), "bold")
     yield Text("  ").join((label, line(item.headline.text, STYLES[item.headline.tone])))

@@ -1,4 +1,4 @@
-"""The autocast of JAX functions, seen from outside: numerics, dtypes, transformations, whole models, counts."""
+"""The autocast of JAX functions, seen from outside: numerics, dtypes, counts."""
 
 from __future__ import annotations
 
@@ -11,39 +11,11 @@ pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
+from autocast_calls import LOW, convolve, dense, normal, run, traced
 from jax import lax
-from jaxpr_walk import assert_low_but_close, equations, operand_dtypes, relative_error, unit_roundoff
+from jaxpr_walk import assert_low_but_close, equations, operand_dtypes, unit_roundoff
 
 from perfkit.backends.jax_autocast import Kept, autocast, autocast_counts
-
-LOW = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-IMAGES = ("NHWC", "HWIO", "NHWC")
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}  # compiling takes the time here
-
-
-def normal(seed: int, *shape: int):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
-def dense(w, x):
-    return jax.nn.relu(x @ w)
-
-
-def convolve(x, kernel, **options):
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=IMAGES, **options)
-
-
-def traced(fn, dtype, *args):
-    return jax.make_jaxpr(autocast(fn, dtype))(*args)
-
-
-def run(fns, *args):
-    """The results of several functions of the same arguments, compiled together and quickly."""
-    return jax.jit(lambda *args: [fn(*args) for fn in fns], compiler_options=QUICK)(*args)
-
 
 # Numerics
 
@@ -107,13 +79,13 @@ def test_convolution_and_its_gradients(dtype, groups):
 
 @LOW
 def test_products_take_low_operands(dtype):
-    jaxpr = traced(lambda w, x: dense(w, x) @ w.T, dtype, normal(0, 4, 3), normal(1, 2, 4))
+    jaxpr = traced(lambda w, x: dense(w, x) @ w.T, normal(0, 4, 3), normal(1, 2, 4), dtype=dtype)
     assert operand_dtypes(jaxpr, "dot_general") == [(dtype, dtype)] * 2
     assert all(eqn.outvars[0].aval.dtype == jnp.float32 for eqn in equations(jaxpr, "dot_general"))
     (relu,) = equations(jaxpr, "max")
     assert relu.outvars[0].aval.dtype == dtype  # low precision flowed through the neutral operation
 
-    jaxpr = traced(convolve, dtype, normal(0, 1, 4, 4, 2), normal(1, 3, 3, 2, 3))
+    jaxpr = traced(convolve, normal(0, 1, 4, 4, 2), normal(1, 3, 3, 2, 3), dtype=dtype)
     assert operand_dtypes(jaxpr, "conv_general_dilated") == [(dtype, dtype)]
 
 
@@ -154,7 +126,7 @@ SENSITIVE = {
 
 @pytest.mark.parametrize("name", SENSITIVE)
 def test_sensitive_operations_run_in_float32(name):
-    jaxpr = traced(lambda x: SENSITIVE[name](x @ x), "bfloat16", normal(0, 3, 3))
+    jaxpr = traced(lambda x: SENSITIVE[name](x @ x), normal(0, 3, 3))
     eqns = list(equations(jaxpr, name))
     assert eqns
     for eqn in eqns:
@@ -179,7 +151,7 @@ NEUTRAL = {
 
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_neutral_operations_run_in_what_arrives(name):
-    jaxpr = traced(lambda x: NEUTRAL[name](x @ x), "bfloat16", normal(0, 3, 3))
+    jaxpr = traced(lambda x: NEUTRAL[name](x @ x), normal(0, 3, 3))
     eqns = list(equations(jaxpr, name))
     assert eqns
     assert all(str(eqn.outvars[0].aval.dtype) == "bfloat16" for eqn in eqns)
@@ -189,14 +161,14 @@ def test_widest_wins_and_elementwise_weights_stay_float32():
     def biased(w, b, x):
         return jnp.sin(x @ w + b)
 
-    jaxpr = traced(biased, "bfloat16", normal(0, 3, 4), normal(1, 4), normal(2, 2, 3))
+    jaxpr = traced(biased, normal(0, 3, 4), normal(1, 4), normal(2, 2, 3))
     assert operand_dtypes(jaxpr, "add") == [("float32", "float32")]
     casts = [eqn for eqn in equations(jaxpr, "convert_element_type") if eqn.outvars[0].aval.shape[-1:] == (4,)]
     assert {eqn.invars[0].aval.shape for eqn in casts} == {(3, 4), (2, 4)}  # the weight and the product, not the bias
 
 
 def test_separate_operands_keep_their_own_dtypes():
-    jaxpr = traced(lambda x, y: lax.optimization_barrier((x @ x, y)), "bfloat16", normal(0, 3, 3), normal(1, 3))
+    jaxpr = traced(lambda x, y: lax.optimization_barrier((x @ x, y)), normal(0, 3, 3), normal(1, 3))
     assert operand_dtypes(jaxpr, "optimization_barrier") == [("bfloat16", "float32")]
 
 
@@ -206,10 +178,10 @@ def test_constants_take_the_dtype_of_their_company_if_it_can_hold_them():
 
     x = -jnp.eye(3)
     for fill, dtype, expected in [(0.0, "float16", "float16"), (-1e9, "float16", "float32"), (-1e9, "bfloat16", None)]:
-        jaxpr = traced(functools.partial(masked, fill), dtype, x)
+        jaxpr = traced(functools.partial(masked, fill), x, dtype=dtype)
         assert operand_dtypes(jaxpr, "select_n")[0][1:] == (expected or dtype,) * 2
         assert np.all(np.isfinite(jax.jit(autocast(functools.partial(masked, fill), dtype))(x)))
-    small = traced(lambda x: x @ x + 1e-9, "float16", x)  # an epsilon must not become zero
+    small = traced(lambda x: x @ x + 1e-9, x, dtype="float16")  # an epsilon must not become zero
     assert operand_dtypes(small, "add") == [("float32", "float32")]
 
 
@@ -268,121 +240,10 @@ def test_dtype_objects_and_signature_are_accepted_and_kept():
     import inspect
 
     for dtype in (jnp.bfloat16, jnp.dtype("bfloat16"), "bfloat16"):
-        assert operand_dtypes(traced(jnp.matmul, dtype, jnp.eye(2), jnp.eye(2)), "dot_general") == [("bfloat16",) * 2]
+        assert operand_dtypes(traced(jnp.matmul, jnp.eye(2), jnp.eye(2), dtype=dtype), "dot_general") == [
+            ("bfloat16",) * 2
+        ]
     assert inspect.signature(autocast(dense, "bfloat16")) == inspect.signature(dense)
-
-
-# Transformations
-
-
-@LOW
-def test_transformations_before_and_after(dtype):
-    w, x, dw, dx = (normal(seed, *shape) for seed, shape in enumerate([(4, 5), (3, 4), (4, 5), (3, 4)]))
-
-    def loss(w, x):
-        return jnp.sum(jnp.tanh(dense(w, x)) ** 2)
-
-    low = autocast(loss, dtype)
-
-    def twice(fn):
-        return jax.grad(lambda *args: jnp.sum(jax.grad(fn)(*args) ** 2))
-
-    def tangent(fn):
-        return lambda *args: jax.jvp(fn, args, (dw, dx))[1]
-
-    low_and_exact = [
-        (autocast(low, dtype), loss, 1),
-        (jax.grad(low), jax.grad(loss), 3),
-        (autocast(jax.value_and_grad(loss), dtype), jax.value_and_grad(loss), 3),
-        (tangent(low), tangent(loss), 3),
-        (autocast(tangent(loss), dtype), tangent(loss), 3),
-        (twice(low), twice(loss), 9),
-    ]
-    results = run([fn for low, exact, _ in low_and_exact for fn in (low, exact)], w, x)
-    for (_, _, products), got, expected in zip(low_and_exact, results[::2], results[1::2], strict=True):
-        assert_low_but_close(got, expected, dtype, products)
-        assert jax.tree.map(lambda a: a.dtype, got) == jax.tree.map(lambda a: a.dtype, expected)
-
-
-@LOW
-def test_vmap_before_and_after(dtype):
-    w, xs = normal(0, 4, 5), normal(1, 6, 3, 4)
-
-    def gradient(fn):
-        return jax.grad(lambda w, x: jnp.sum(jnp.sin(fn(w, x))))
-
-    def batched(fn):
-        return jax.vmap(fn, (None, 0))
-
-    low = autocast(dense, dtype)
-    low_and_exact = [
-        (batched(low), batched(dense), 1),
-        (autocast(batched(dense), dtype), batched(dense), 1),
-        (batched(gradient(low)), batched(gradient(dense)), 3),
-        (gradient(batched(low)), gradient(batched(dense)), 3),
-    ]
-    results = run([fn for low, exact, _ in low_and_exact for fn in (low, exact)], w, xs)
-    for (_, _, products), got, expected in zip(low_and_exact, results[::2], results[1::2], strict=True):
-        assert_low_but_close(got, expected, dtype, products)
-
-
-def test_gradients_of_closed_over_weights():
-    def loss(w, x):
-        return jnp.sum(jnp.sin(dense(w, x)))
-
-    def low_loss(w, x):
-        return autocast(lambda x: loss(w, x), "bfloat16")(x)
-
-    low, exact = run((jax.grad(low_loss), jax.grad(loss)), normal(0, 4, 5), normal(1, 3, 4))
-    assert_low_but_close(low, exact, "bfloat16", 3)
-
-
-def test_a_changed_closure_is_seen():
-    scale = [2.0]
-    fn = autocast(lambda x: (x @ x) * scale[0], "bfloat16")
-    before = fn(jnp.eye(2))
-    scale[0] = 3.0
-    assert before[0, 0] == 2.0
-    assert fn(jnp.eye(2))[0, 0] == 3.0
-
-
-def test_captured_arrays_work_under_jit_and_eagerly():
-    w = normal(0, 3, 3)
-    fn = autocast(lambda x: x @ w, "bfloat16")
-    np.testing.assert_array_equal(fn(w), jax.jit(fn)(w))
-    assert_low_but_close(fn(w), w @ w, "bfloat16", 1)
-
-
-def test_named_scopes_reach_the_compiled_program():
-    def fn(x):
-        with jax.named_scope("encoder"):
-            return jnp.sin(x @ x)
-
-    text = jax.jit(autocast(fn, "bfloat16")).lower(jnp.eye(2)).compile().as_text()
-    assert "encoder/sin" in text
-
-
-def test_compiler_hints_reach_the_lowered_program():
-    from jax.experimental.xla_metadata import set_xla_metadata
-
-    def fn(x):
-        with set_xla_metadata(schedule="late"):
-            return jnp.sin(x @ x)
-
-    assert 'schedule = "late"' in jax.jit(autocast(fn, "bfloat16")).lower(jnp.eye(2)).as_text()
-
-
-def test_callbacks_see_the_dtypes_they_were_written_for():
-    seen = []
-
-    def fn(x):
-        product = x @ x
-        jax.debug.callback(lambda value: seen.append(value.dtype), product)
-        return jnp.max(product)
-
-    jax.jit(autocast(fn, "bfloat16"))(jnp.eye(2)).block_until_ready()
-    jax.effects_barrier()
-    assert seen == [jnp.float32]
 
 
 # Counts
@@ -405,7 +266,7 @@ def test_counts_match_the_rewritten_jaxpr():
         Kept("dot_general", "int32 operands", 1),
         Kept("dot_general", "precision=HIGHEST was asked for", 1),
     )
-    low = [dtypes for dtypes in operand_dtypes(traced(fn, "bfloat16", *args), "dot_general") if "bfloat16" in dtypes]
+    low = [dtypes for dtypes in operand_dtypes(traced(fn, *args), "dot_general") if "bfloat16" in dtypes]
     assert len(low) == counts.low["dot_general"] + 1  # and the one that was low already
 
 
@@ -432,111 +293,3 @@ def test_precision_asked_for_is_respected():
     a, b = normal(0, 5, 64), normal(1, 64, 5)
     exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     np.testing.assert_array_equal(autocast(exact, "bfloat16")(a, b), exact(a, b))
-
-
-# Whole models
-
-
-@pytest.fixture
-def nnx():
-    return pytest.importorskip("flax.nnx")
-
-
-def weight(leaf):
-    return normal(leaf.size, *leaf.shape) / 3
-
-
-def statistic(leaf):
-    return jnp.ones(leaf.shape, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.number) else jax.random.key(0)
-
-
-def cnn(nnx):
-    class Cnn(nnx.Module):
-        def __init__(self, rngs):
-            self.conv = nnx.Conv(1, 8, (3, 3), rngs=rngs)
-            self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
-            self.dense = nnx.Linear(4 * 4 * 8, 10, rngs=rngs)
-
-        def __call__(self, x):
-            x = nnx.max_pool(nnx.relu(self.norm(self.conv(x))), (2, 2), strides=(2, 2))
-            return self.dense(x.reshape(x.shape[0], -1))
-
-    return Cnn, normal(1, 3, 8, 8, 1), 2
-
-
-def lstm(nnx):
-    class Lstm(nnx.Module):
-        def __init__(self, rngs):
-            self.rnn = nnx.RNN(nnx.LSTMCell(4, 5, rngs=rngs))
-            self.dense = nnx.Linear(5, 1, rngs=rngs)
-
-        def __call__(self, x):
-            return self.dense(self.rnn(x)[:, -1])
-
-    return Lstm, normal(1, 3, 6, 4), 9
-
-
-def attention(nnx):
-    class Attention(nnx.Module):
-        def __init__(self, rngs):
-            self.attention = nnx.MultiHeadAttention(2, 8, rngs=rngs, decode=False)
-            self.norm = nnx.LayerNorm(8, rngs=rngs)
-
-        def __call__(self, x):
-            return self.norm(x + self.attention(x))
-
-    return Attention, normal(1, 2, 5, 8), 6
-
-
-@pytest.mark.parametrize(
-    ("build", "dtype"), [(cnn, "bfloat16"), (lstm, "bfloat16"), (lstm, "float16"), (attention, "bfloat16")]
-)
-def test_flax_models_and_their_gradients(nnx, build, dtype):
-    model, x, products = build(nnx)
-    # Shapes only, then numbers: running the initializers would take longer than the test.
-    definition, params, rest = nnx.split(nnx.eval_shape(lambda: model(nnx.Rngs(0))), nnx.Param, ...)
-    params, rest = jax.tree.map(weight, params), jax.tree.map(statistic, rest)
-
-    def forward(params, rest, x):
-        return nnx.merge(definition, params, jax.tree.map(jnp.asarray, rest))(x)  # new variables for this trace
-
-    def loss(params, rest, x):
-        return jnp.mean(forward(params, rest, x) ** 2)
-
-    assert autocast_counts(forward, dtype, params, rest, x).kept == ()
-    gradients = jax.grad(loss), jax.grad(autocast(loss, dtype)), autocast(jax.grad(loss), dtype)
-    exact, low, exact_gradient, *low_gradients = run((forward, autocast(forward, dtype), *gradients), params, rest, x)
-    assert_low_but_close(low, exact, dtype, products)
-    for gradient in low_gradients:
-        assert_low_but_close(gradient, exact_gradient, dtype, 3 * products)
-
-
-def test_training_under_autocast_converges():
-    optax = pytest.importorskip("optax")
-    target = normal(0, 4, 1)
-    x = normal(1, 64, 4)
-    y = jnp.tanh(x @ target)
-    params = {"first": normal(2, 4, 16) / 2, "bias": jnp.zeros(16), "last": normal(3, 16, 1) / 4}
-    optimizer = optax.adam(2e-2)
-
-    def loss(params, x, y):
-        return jnp.mean((jnp.tanh(x @ params["first"] + params["bias"]) @ params["last"] - y) ** 2)
-
-    def step(params, state, x, y):
-        value, gradients = jax.value_and_grad(loss)(params, x, y)
-        updates, state = optimizer.update(gradients, state)
-        return optax.apply_updates(params, updates), state, value
-
-    def train(step):
-        step, weights, state, losses = jax.jit(step, compiler_options=QUICK), params, optimizer.init(params), []
-        for _ in range(60):
-            weights, state, value = step(weights, state, x, y)
-            losses.append(float(value))
-        return weights, losses
-
-    exact, exact_losses = train(step)
-    weights, losses = train(autocast(step, "bfloat16"))
-    assert losses[-1] < losses[0] / 20
-    assert losses != exact_losses
-    assert jax.tree.map(lambda a: a.dtype, weights) == jax.tree.map(lambda a: a.dtype, exact)
-    assert relative_error(weights, exact) < 0.2

@@ -1,8 +1,7 @@
-"""Autocast through everything that holds an inner jaxpr: calls, loops, branches, checkpoints, custom derivatives."""
+"""Autocast through everything that holds an inner jaxpr: calls, loops, branches, checkpoints, shard_map."""
 
 from __future__ import annotations
 
-import functools
 import gc
 
 import numpy as np
@@ -12,47 +11,12 @@ pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
+from autocast_calls import check, normal, traced
 from jax import lax
 from jaxpr_walk import assert_low_but_close, equations, operand_dtypes
 
 from perfkit.backends import jax_autocast_rewrite
 from perfkit.backends.jax_autocast import autocast, autocast_counts
-
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}  # compiling takes the time here
-
-
-def normal(seed: int, *shape: int):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
-def traced(fn, *args, dtype="bfloat16"):
-    return jax.make_jaxpr(autocast(fn, dtype))(*args)
-
-
-def check(fn, *args, products: int, dtype="bfloat16", wrt=(0,)):
-    """Outputs, and gradients both ways, are close to float32 and not float32; and a product is in the jaxpr to be low.
-
-    Args:
-        products: the number of products in the longest chain of the forward pass. The backward pass has a chain twice
-            as long after it.
-        wrt: what to differentiate, or () for a function that has no gradient.
-    """
-
-    def loss(*args):
-        outputs = [leaf for leaf in jax.tree.leaves(fn(*args)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        return sum(jnp.sum(jnp.sin(output)) for output in outputs)
-
-    gradients = (jax.grad(loss, wrt), jax.grad(autocast(loss, dtype), wrt), autocast(jax.grad(loss, wrt), dtype))
-    fns = (fn, autocast(fn, dtype), *(gradients if wrt else ()))
-    exact, low, *rest = jax.jit(lambda *args: [fn(*args) for fn in fns], compiler_options=QUICK)(*args)
-    assert_low_but_close(low, exact, dtype, products)
-    assert jax.tree.map(lambda a: a.dtype, low) == jax.tree.map(lambda a: a.dtype, exact)
-    for gradient in rest[1:]:
-        assert_low_but_close(gradient, rest[0], dtype, 3 * products)
-        assert jax.tree.map(lambda a: a.dtype, gradient) == jax.tree.map(lambda a: a.dtype, rest[0])
 
 
 @pytest.mark.parametrize("looped", [False, True])
@@ -284,115 +248,6 @@ def test_checkpoint_policies_see_the_products():
 
     policies = jax.checkpoint_policies
     assert saved(policies.nothing_saveable) > saved(policies.dots_saveable)
-
-
-# Derivative rules of the caller's own
-
-
-@jax.custom_jvp
-def odd_jvp(x, w):
-    return jnp.sin(x @ w)
-
-
-@odd_jvp.defjvp
-def _(primals, tangents):
-    return odd_jvp(*primals), 7.0 * (tangents[0] @ primals[1])  # not the derivative: it must be this all the same
-
-
-@jax.custom_vjp
-def odd_vjp(x, count, w):
-    return jnp.sin(x @ w) * count, count
-
-
-odd_vjp.defvjp(
-    lambda x, count, w: (odd_vjp(x, count, w), (x, w)),
-    lambda residuals, ct: (5.0 * ct[0] @ residuals[1].T, None, 3.0 * residuals[0].T @ ct[0]),
-)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_custom_jvp_rule_is_used_and_rewritten(dtype):
-    x, w = normal(0, 3, 4), normal(1, 4, 4)
-    check(odd_jvp, x, w, products=2, dtype=dtype)
-    check(
-        lambda x, w: lax.scan(lambda c, _: (odd_jvp(c, w), None), x, None, length=2)[0], x, w, products=3, dtype=dtype
-    )
-    low = jax.jvp(lambda x: autocast(odd_jvp, dtype)(x, w), (x,), (x,))[1]
-    assert_low_but_close(low, 7.0 * (x @ w), dtype, 1)
-    jaxpr = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(autocast(odd_jvp, dtype)(x, w))))(x)
-    assert set(operand_dtypes(jaxpr, "dot_general")) == {(dtype, dtype)}
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_custom_vjp_rule_is_used_and_rewritten(dtype):
-    x, count, w = normal(0, 3, 4), jnp.int32(2), normal(1, 4, 4)
-    check(odd_vjp, x, count, w, products=2, dtype=dtype, wrt=(0, 2))
-    check(
-        lambda x, w: lax.scan(lambda c, _: (odd_vjp(c, 1, w)[0], None), x, None, length=2)[0],
-        x,
-        w,
-        products=3,
-        dtype=dtype,
-    )
-    jaxpr = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(autocast(odd_vjp, dtype)(x, count, w)[0])))(x)
-    assert set(operand_dtypes(jaxpr, "dot_general")) == {(dtype, dtype)}
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda x: autocast(odd_vjp, dtype)(x, count, w)[0], (x,), (x,))
-
-
-def test_custom_rules_under_vmap_and_inside_it():
-    xs, w = normal(0, 2, 3, 4), normal(1, 4, 4)
-
-    def both(x, w):
-        return odd_vjp(odd_jvp(x, w), 2, w)[0]
-
-    check(jax.vmap(both, (0, None)), xs, w, products=3)
-    low = jax.vmap(autocast(both, "bfloat16"), (0, None))(xs, w)
-    assert_low_but_close(low, jax.vmap(both, (0, None))(xs, w), "bfloat16", 3)
-
-
-def test_custom_jvp_with_an_integer_output():
-    @jax.custom_jvp
-    def fn(x):
-        return x @ x, jnp.int32(3)
-
-    @fn.defjvp
-    def _(primals, tangents):
-        return fn(*primals), (2.0 * tangents[0], np.zeros((), jax.dtypes.float0))
-
-    check(lambda x: fn(fn(x)[0])[0] * fn(x)[1], normal(0, 3, 3) / 2, products=3)
-
-
-def test_custom_vjp_with_nondifferentiable_function_and_symbolic_zeros():
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def apply(fn, x, w):
-        return fn(x @ w)
-
-    def forward(fn, x, w):
-        return apply(fn, x.value, w.value), (x.value, w.value)
-
-    def backward(fn, residuals, ct):
-        x, w = residuals
-        return (ct * fn(x @ w)) @ w.T, x.T @ ct
-
-    apply.defvjp(forward, backward, symbolic_zeros=True)
-    check(functools.partial(apply, jnp.cos), normal(0, 3, 4), normal(1, 4, 5), products=3, wrt=(0, 1))
-
-
-def test_differentiating_a_value_a_custom_vjp_closed_over_still_raises():
-    def fn(w, x):
-        @jax.custom_vjp
-        def product(x):
-            return jnp.sum(x @ w)
-
-        product.defvjp(lambda x: (jnp.sum(x), x), lambda x, ct: (2.0 * ct * x,))
-        return product(x)
-
-    w, x = normal(0, 3, 3), normal(1, 3, 3)
-    low = jax.jit(autocast(fn, "bfloat16"))
-    np.testing.assert_array_equal(jax.grad(low, 1)(w, x), 2.0 * x)
-    with pytest.raises(Exception, match="closed-over"):
-        jax.grad(low, 0)(w, x)
 
 
 # The rest

@@ -1,3 +1,5 @@
+"""What tests of measuring share."""
+
 import pytest
 from simulated_machine import Machine, use
 

@@ -7,8 +7,10 @@ import pytest
 
 from perfkit import reference
 
+MODULES = ("_load", "_train", "_evaluate", "_convert", "data._adding", "data._digits", "data._corpus")
 
-@pytest.mark.parametrize("module", ["_load", "_train", "_convert", "data._adding", "data._digits", "data._corpus"])
+
+@pytest.mark.parametrize("module", MODULES)
 def test_examples_run(module):
     public = {name: getattr(reference, name) for name in reference.__all__}
     result = doctest.testmod(importlib.import_module(f"perfkit.reference.{module}"), extraglobs=public)

@@ -6,7 +6,8 @@ import torch
 from flax import nnx
 
 from perfkit import reference
-from perfkit.reference._train import judge, shuffled
+from perfkit.reference._evaluate import judge
+from perfkit.reference._train import shuffled
 from perfkit.reference.data import Dataset, Split
 
 each_framework = pytest.mark.parametrize("framework", ["torch", "jax"])

@@ -8,7 +8,7 @@ import pytest
 
 from perfkit._quantity import Quantity, Verdict
 from perfkit._report import Candidate
-from perfkit.reporting import _environment_facts, _facts, _table_facts
+from perfkit.reporting import _environment_facts, _facts, _search_facts, _table_facts
 
 
 def test_headline_of_a_result(reports):
@@ -102,7 +102,7 @@ def test_baseline_and_payback(reports):
 
 
 def test_candidates_start_with_the_winner_and_then_the_fastest(reports):
-    facts = _facts.candidate_facts(reports["auto"])
+    facts = _search_facts.candidate_facts(reports["auto"])
     assert [item.outcome for item in facts[:2]] == ["won", "lost"]
     assert [item.recipe for item in facts[1:4]] == ["int8", "compile", "int8_dynamic"]
     assert facts[1].fidelity == "failed, 3.1e-3"
@@ -111,12 +111,12 @@ def test_candidates_start_with_the_winner_and_then_the_fastest(reports):
 
 def test_a_noisy_candidate_is_called_noisy(make):
     noisy = Candidate("bf16", "lost", "too noisy", make.comparison(1.1, verdict=Verdict.NOISY))
-    (facts,) = _facts.candidate_facts(make.report(candidates=(noisy,)))
+    (facts,) = _search_facts.candidate_facts(make.report(candidates=(noisy,)))
     assert facts.speedup == "1.10× [1.08, 1.12] too noisy"
 
 
 def test_summary_of_a_search_names_what_was_found_and_what_lost(reports):
-    facts = _facts.summary("CNN", reports["auto"])
+    facts = _search_facts.summary("CNN", reports["auto"])
     assert facts.recipe == "channels_last + bf16 + prune + compile"
     assert facts.speedup == ("1.84×", "[1.80, 1.88]")
     assert facts.compiled == ("1.21×", "[1.19, 1.23]")
@@ -134,7 +134,7 @@ def test_summary_of_a_search_names_what_was_found_and_what_lost(reports):
     ],
 )
 def test_summary_without_a_gain_says_so(reports, kind, speedup, recipe):
-    facts = _facts.summary("x", reports[kind])
+    facts = _search_facts.summary("x", reports[kind])
     assert (facts.speedup[0], facts.recipe) == (speedup, recipe)
 
 

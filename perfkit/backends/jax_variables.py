@@ -1,0 +1,101 @@
+"""The variables of an nnx module and its other arrays, found without splitting it.
+
+Splitting a module takes longer than running a small one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+
+@dataclass(frozen=True)
+class _Attribute:
+    """A module's array that is no variable: `holder.name`, or `holder[name]`."""
+
+    holder: Any
+    name: Any
+
+    def get_raw_value(self) -> Any:
+        return vars(self.holder)[self.name] if _is_node(self.holder) else self.holder[self.name]
+
+    def set_raw_value(self, value: Any) -> None:
+        if _is_node(self.holder):
+            setattr(self.holder, self.name, value)
+        else:
+            self.holder[self.name] = value
+
+
+def gather(module: nnx.Module) -> tuple[list[Any], list]:
+    """A module's variables, each once, its other arrays, and everything else that a compiled program depends on."""
+    variables: list[Any] = []
+    structure: list = []
+    _gather(module, variables, structure, {})
+    return variables, structure
+
+
+def _gather(node: Any, variables: list, structure: list, seen: dict[int, int]) -> None:
+    place = seen.get(id(node))
+    if place is not None:
+        structure.append(place)
+        return
+    if isinstance(node, nnx.Variable):
+        seen[id(node)] = len(seen)
+        variables.append(node)
+        structure.append(type(node))
+        return
+    if _is_node(node):
+        seen[id(node)] = len(seen)
+        structure.append(type(node))
+        items = [item for item in vars(node).items() if not item[0].startswith("_pytree__")]
+    elif isinstance(node, dict):
+        items = list(node.items())
+    elif isinstance(node, (list, tuple)):
+        structure.append(len(node))
+        items = list(enumerate(node))
+    else:
+        structure.append(node if isinstance(node, (bool, int, float, str, type(None))) else id(node))
+        return
+    for name, value in items:
+        structure.append(name)
+        if isinstance(value, (jax.Array, np.ndarray)):
+            variables.append(_Attribute(node, name))
+            structure.append(jax.Array)
+        else:
+            _gather(value, variables, structure, seen)
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, (nnx.Module, nnx.Pytree))
+
+
+def _place(variable: Any) -> Any:
+    """What tells a gathered variable or array from the others."""
+    return (id(variable.holder), str(variable.name)) if isinstance(variable, _Attribute) else id(variable)
+
+
+def indices(state: nnx.State, module: nnx.Module, variables: list[Any]) -> tuple[list[int], Any]:
+    """For each variable of `state`, which of the gathered ones it is; and the tree to put their values back into."""
+    index_of = {_place(variable): index for index, variable in enumerate(variables)}
+    order = []
+    for path, _ in nnx.to_flat_state(state):
+        holder, node = None, module
+        for key in path:
+            holder = node
+            node = vars(node)[str(key)] if _is_node(node) else node[key]
+        order.append(index_of[id(node) if isinstance(node, nnx.Variable) else (id(holder), str(path[-1]))])
+    whole = jax.tree.map(lambda leaf: leaf.replace(0) if _is_variable(leaf) else leaf, state, is_leaf=_is_variable)
+    return order, jax.tree.structure(whole)
+
+
+def values_of(state: nnx.State) -> list[Any]:
+    """The value of each variable: an array, or whatever tree of them it holds."""
+    return [leaf.get_raw_value() if _is_variable(leaf) else leaf for _, leaf in nnx.to_flat_state(state)]
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)

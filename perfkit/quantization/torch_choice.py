@@ -1,0 +1,67 @@
+"""Which layers of a torch module to quantize, and why the others are left alone."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from perfkit._report import Skipped
+from perfkit.backends.torch_surgery import is_composed, unwrapped
+from perfkit.quantization import torch_qat, torch_rnn_int8
+
+if TYPE_CHECKING:
+    from perfkit._recipe import LayerRecipe
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def choose(
+    model: nn.Module,
+    recipe: LayerRecipe,
+    kinds: tuple[type[nn.Module], ...],
+    recurrent: bool = True,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+    trains: bool = False,
+) -> tuple[dict[str, nn.Module], list[Skipped]]:
+    """The layers to quantize by name, embeddings included, and those that are not, with the reason."""
+    held = {name or type(model).__name__: module for name, module in model.named_modules() if _has_weights(module)}
+    reasons = {name: _reason(module, kinds, recurrent, dtypes, trains) for name, module in held.items()}
+    possible = [name for name, reason in reasons.items() if not reason]
+    chosen = recipe.selected(possible)
+    skipped = [Skipped(name, reasons[name] or "excluded") for name in held if name not in chosen]
+    return {name: held[name] for name in possible if name in chosen}, skipped
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False)), None) is not None
+
+
+def _reason(module: nn.Module, kinds: tuple, recurrent: bool, dtypes: tuple[torch.dtype, ...], trains: bool) -> str:
+    """Why a module is left alone; empty where it is not."""
+    kind = type(module).__name__
+    if isinstance(module, nn.RNNBase):
+        if not recurrent:
+            return "recurrent layers are quantized by 'int8' and 'int8_dynamic'"
+        return "" if trains else torch_rnn_int8.refusal(module) or ""
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
+            return "an embedding with max_norm, sparse or scale_grad_by_freq changes its rows while it runs"
+    elif not isinstance(module, kinds):
+        return f"{kind}: this recipe leaves it in its precision"
+    plain = next(each for each in (nn.Embedding, *kinds) if isinstance(module, each))
+    if unwrapped(module)[0].forward is not plain.forward and not torch_qat.is_trained(module):
+        return f"this {kind} has a forward of its own, which would be lost"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight and never calls it"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is no parameter of its own: quantized or computed already"
+    if is_composed(weight):
+        return f"its weight is a {type(weight).__name__}: quantized or spread already"
+    if weight.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, and this works on {wanted}"
+    return ""
