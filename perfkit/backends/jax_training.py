@@ -174,7 +174,7 @@ def _accumulated(gradients_of: Callable, training: Training) -> Callable:
     parts, batch_dim = training.micro_batches, training.batch_dim
 
     def of_batch(params, rest, scale, *batch):
-        rows = even_rows(jax.tree.leaves(batch[:2]), batch_dim, parts)
+        rows = even_rows(jax.tree.leaves(batch[:2]), batch_dim, parts, jax.tree.leaves(batch[2]))
 
         def micro_batch(index):
             def of(leaf):

@@ -137,6 +137,23 @@ def test_a_loss_that_is_no_mean_is_refused(framework):
         perfkit.optimize(**task, recipe="accumulate(4)", mode="training")
 
 
+@pytest.mark.parametrize("key", ["typed", "raw"])
+def test_a_key_before_the_data_is_no_batch(key):
+    """As haiku's functions take it, or, among inputs by name, wherever its name comes in the alphabet."""
+    jax = pytest.importorskip("jax")
+    task = dense("jax")
+    given, inner = (jax.random.key(0) if key == "typed" else jax.random.PRNGKey(0)), task["model"]
+    (batch,) = task.pop("example_inputs")
+    task |= {"model": lambda params, key, batch: inner(params, batch)}
+    losses = [
+        trained(task | {"example_inputs": inputs}, "accumulate(4)")[0]
+        for inputs in ((given, batch), {"key": given, "batch": batch})
+    ]
+    whole = trained(task | {"example_inputs": (given, batch)}, [])[0]
+    for found in losses:
+        np.testing.assert_allclose(found, whole, rtol=1e-5)
+
+
 def test_the_wrong_dimension_is_refused(framework):
     """Six time steps could be cut into two, and the loss would be that of half the sequence."""
     with pytest.raises(UnsupportedError, match="set batch_dim="):
