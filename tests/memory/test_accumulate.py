@@ -118,6 +118,15 @@ def test_what_looks_at_the_whole_batch_is_named(framework):
     assert "statistics" in " ".join(effect.notes)
 
 
+def test_numbers_that_micro_batches_draw_alike_are_named():
+    jax = pytest.importorskip("jax")
+    task = dense("jax")
+    (batch,), inner = task.pop("example_inputs"), task["model"]
+    task |= {"model": lambda params, key, batch: inner(params, batch) * jax.random.bernoulli(key, 0.5, (1, 3))}
+    plan = perfkit.plan(**task, example_inputs=(jax.random.key(0), batch), recipe="accumulate(4)", mode="training")
+    assert "the same in each micro-batch" in " ".join(plan.steps[0].effect.notes)
+
+
 def test_a_batch_that_cannot_be_cut_is_refused(framework):
     plan = perfkit.plan(**dense(framework), recipe="accumulate(5)", mode="training")
     assert "12 rows (dimension 0) cannot be cut into 5 micro-batches" in plan.steps[0].refusal
