@@ -90,16 +90,21 @@ def _from_factory(path: str) -> dict[str, Any]:
     taken = inspect.signature(perfkit.optimize).parameters.keys() - _OPTIONS
     if unknown := [name for name in made if name not in taken]:
         told = " (an option of the command)" if unknown[0] in _OPTIONS else ""
-        hint = nearest(str(unknown[0]), taken)
-        raise InvalidInputError(f"{path} returned a dict with {unknown[0]!r}{told}: {hint or _EXPECTED}")
+        raise InvalidInputError(f"{path} returned a dict with {unknown[0]!r}{told}: {nearest(str(unknown[0]), taken)}")
     if missing := [name for name in ("model", "example_inputs") if name not in made]:
         raise InvalidInputError(f"{path} returned a dict without {missing[0]!r}: {_EXPECTED}")
     return dict(made)
 
 
 _EXPECTED = "expected a function that returns (model, example_inputs), or a dict of perfkit.optimize's arguments"
-_OPTIONS = {"recipe", "mode", "budget_s", "tolerance", "strict", "progress"}
+_OPTIONS = {"recipe", "mode", "strict", "progress"}
 """What the command line says of a run, and no factory."""
+
+
+def taken_by(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a function takes: a factory may return what only optimize needs, a metric or a tolerance."""
+    taken = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in taken}
 
 
 def _found(path: str) -> Any:
@@ -109,13 +114,13 @@ def _found(path: str) -> Any:
     if not module.endswith(".py") and not all(map(str.isidentifier, module.split("."))):
         raise InvalidInputError(f"MODEL={path!r}: {module!r} is no module's name; {expected}")
     file = Path(module).absolute() if module.endswith(".py") else None
+    if file and not file.is_file():
+        raise InvalidInputError(f"MODEL={path!r}: there is no file {file}; {expected}")
     # To stay: what runs later may import what lies beside it.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
     if file and str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))  # where profile.py hides no module of Python's
-    if file and not file.is_file():
-        raise InvalidInputError(f"MODEL={path!r}: there is no file {file}; {expected}")
     try:
         held = _from_file(file) if file else importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -123,8 +128,9 @@ def _found(path: str) -> Any:
             raise  # something that the user's module imports
         raise InvalidInputError(f"MODEL={path!r}: {error}; {expected}") from error
     if not hasattr(held, name):
-        near = nearest(name, [key for key in vars(held) if not key.startswith("_")])
-        raise InvalidInputError(f"MODEL={path!r}: {held.__name__} has no {name!r}; {near or expected}")
+        functions = [key for key, value in vars(held).items() if inspect.isfunction(value)]
+        near = nearest(name, functions) if functions else expected
+        raise InvalidInputError(f"MODEL={path!r}: {held.__name__} has no {name!r}; {near}")
     return getattr(held, name)
 
 
@@ -132,6 +138,8 @@ def _from_file(file: Path) -> types.ModuleType:
     """The module that a file makes, under a name that is not another's."""
     name = f"{file.stem}_of_the_user" if file.stem in sys.modules else file.stem
     spec = spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None, "its name ends with .py"
     held = module_from_spec(spec)
     sys.modules[name] = held
     spec.loader.exec_module(held)

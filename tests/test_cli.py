@@ -31,7 +31,8 @@ import torch
 def pair():
     return torch.nn.Linear(4, 4), (torch.ones(2, 4),)
 def everything():
-    return {"model": torch.nn.Linear(4, 4), "example_inputs": (torch.ones(2, 4),), "seed": 3}
+    settled = {"seed": 3, "tolerance": 0.5, "evaluate": lambda model: 1.0}
+    return {"model": torch.nn.Linear(4, 4), "example_inputs": (torch.ones(2, 4),)} | settled
 def nothing():
     return None
 model = torch.nn.Linear(4, 4)

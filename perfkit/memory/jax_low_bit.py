@@ -59,7 +59,7 @@ def low_bit(work: Workload, bits: int) -> tuple[Workload, Effect]:
     moments = {name: leaf for tree in trees for name, leaf in leaves_with_names(tree)[0]}
     large = [name for name, leaf in moments.items() if _is_large(leaf)]
     if not large:
-        return work, Effect(notes=(f"no parameter has {LEAST} numbers or more",))
+        return work, Effect(notes=(f"no parameter that it keeps moments of has {LEAST} numbers or more",))
     fields = sorted({field for node in nodes for field in MOMENTS[type(node)]})
     share = sum(moments[name].size for name in large) / sum(leaf.size for leaf in moments.values())
     notes = [f"{', '.join(fields)} of {len(large)} of {len(moments)} parameters, {share:.1%} of the numbers"]
