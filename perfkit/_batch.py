@@ -29,16 +29,27 @@ def sliced(rows: int, parts: int, index: int, batch_dim: int) -> Callable[[Any],
     return of
 
 
-def even_rows(leaves: Iterable[Any], batch_dim: int, parts: int) -> int:
-    """Rows of a batch: the length of its first tensor along `batch_dim`.
+def rows_of(leaves: Iterable[Any], batch_dim: int, targets: Iterable[Any] = ()) -> int | None:
+    """Rows of a batch: the length of its first tensor along `batch_dim`; None where no tensor has that dimension.
+
+    Keys of random numbers, masks and tables may come before the data: the first one of a length that a target has, too,
+    is taken, where there is one.
+    """
+    lengths = [int(leaf.shape[batch_dim]) for leaf in leaves if hasattr(leaf, "shape") and len(leaf.shape) > batch_dim]
+    shapes = [tuple(leaf.shape) for leaf in targets if hasattr(leaf, "shape")]
+    shared = (rows for rows in lengths if any(axis_of(shape, rows, batch_dim) is not None for shape in shapes))
+    return next(shared, next(iter(lengths), None))
+
+
+def even_rows(leaves: Iterable[Any], batch_dim: int, parts: int, targets: Iterable[Any] = ()) -> int:
+    """See `rows_of`.
 
     Raises:
         InvalidInputError: they cannot be cut into `parts` of the same length.
     """
-    first = next((leaf for leaf in leaves if hasattr(leaf, "shape")), None)
-    if first is None or len(first.shape) <= batch_dim:
-        raise InvalidInputError(f"the first input has no dimension {batch_dim} to cut: set batch_dim=")
-    rows = int(first.shape[batch_dim])
+    rows = rows_of(leaves, batch_dim, targets)
+    if rows is None:
+        raise InvalidInputError(f"no input has a dimension {batch_dim} to cut: set batch_dim=")
     if rows % parts:
         raise InvalidInputError(
             f"a batch of {rows} rows (dimension {batch_dim}) cannot be cut into {parts} micro-batches of one size: "

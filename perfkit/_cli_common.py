@@ -6,9 +6,11 @@ import importlib
 import inspect
 import os
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import click
 from rich.console import Console
 
 import perfkit
-from perfkit._errors import InvalidInputError
+from perfkit._errors import InvalidInputError, nearest
 from perfkit._quantity import Verdict
 from perfkit._workload import MODES
 
@@ -38,8 +40,9 @@ batch_option = click.option("--batch-size", type=click.IntRange(min=1), help="Of
 recipe_option = click.option(
     "--recipe", default="auto", show_default=True, help="'auto', or names joined by '+': 'channels_last+bf16+compile'."
 )
-MODEL_HELP = """MODEL is a reference model (cnn, cnn2, rnn, lstm, text_rnn, text_lstm) or PACKAGE.MODULE:FACTORY, a
-function that returns the model and its example inputs, or a dict of the arguments of perfkit.optimize."""
+MODEL_HELP = """MODEL is a reference model (cnn, cnn2, rnn, lstm, text_rnn, text_lstm), or PACKAGE.MODULE:FACTORY or
+PATH/FILE.py:FACTORY, a function that returns the model and its example inputs, or a dict of the arguments of
+perfkit.optimize."""
 EXIT_HELP = "Exit codes: 0 done, 1 refused or failed, 2 bad input, 3 the result is slower, 4 too noisy to tell."
 
 
@@ -71,24 +74,76 @@ def load(model: str, framework: Any, mode: str, batch_size: int | None) -> dict[
 
 
 def _from_factory(path: str) -> dict[str, Any]:
-    module, _, name = path.partition(":")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's module lies where they are
+    factory = _found(path)
+    if not callable(factory) or "forward" in dir(factory):  # torch's modules can be called with anything
+        kind = "class" if isinstance(factory, type) else type(factory).__name__
+        raise InvalidInputError(f"{path} is a {kind}: {_EXPECTED}")
     try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InvalidInputError(
-            f"MODEL={path!r}: {error}; expected PACKAGE.MODULE:FACTORY, importable from here"
-        ) from error
-    finally:
-        sys.path.pop(0)
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise InvalidInputError(f"{path} cannot be called without arguments ({error}): {_EXPECTED}") from error
     made = factory()
-    if isinstance(made, Mapping) and "model" in made:
-        return dict(made)
     if isinstance(made, tuple) and len(made) == 2:
         return {"model": made[0], "example_inputs": made[1]}
-    raise InvalidInputError(
-        f"{path} returned a {type(made).__name__}: expected (model, example_inputs), or a dict of optimize's arguments"
-    )
+    if not isinstance(made, Mapping):
+        raise InvalidInputError(f"{path} returned a {type(made).__name__}: {_EXPECTED}")
+    taken = inspect.signature(perfkit.optimize).parameters.keys() - _OPTIONS
+    if unknown := [name for name in made if name not in taken]:
+        told = " (an option of the command)" if unknown[0] in _OPTIONS else ""
+        raise InvalidInputError(f"{path} returned a dict with {unknown[0]!r}{told}: {nearest(str(unknown[0]), taken)}")
+    if missing := [name for name in ("model", "example_inputs") if name not in made]:
+        raise InvalidInputError(f"{path} returned a dict without {missing[0]!r}: {_EXPECTED}")
+    return dict(made)
+
+
+_EXPECTED = "expected a function that returns (model, example_inputs), or a dict of perfkit.optimize's arguments"
+_OPTIONS = {"recipe", "mode", "strict", "progress"}
+"""What the command line says of a run, and no factory."""
+
+
+def taken_by(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a function takes: a factory may return what only optimize needs, a metric or a tolerance."""
+    taken = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in taken}
+
+
+def _found(path: str) -> Any:
+    """What `path` names, of a module by its name or of a file ending with .py."""
+    module, _, name = path.rpartition(":")
+    expected = "expected PACKAGE.MODULE:FACTORY, importable from here, or PATH/FILE.py:FACTORY"
+    if not module.endswith(".py") and not all(map(str.isidentifier, module.split("."))):
+        raise InvalidInputError(f"MODEL={path!r}: {module!r} is no module's name; {expected}")
+    file = Path(module).absolute() if module.endswith(".py") else None
+    if file and not file.is_file():
+        raise InvalidInputError(f"MODEL={path!r}: there is no file {file}; {expected}")
+    # To stay: what runs later may import what lies beside it.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+    if file and str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))  # where profile.py hides no module of Python's
+    try:
+        held = _from_file(file) if file else importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that the user's module imports
+        raise InvalidInputError(f"MODEL={path!r}: {error}; {expected}") from error
+    if not hasattr(held, name):
+        functions = [key for key, value in vars(held).items() if inspect.isfunction(value)]
+        near = nearest(name, functions) if functions else expected
+        raise InvalidInputError(f"MODEL={path!r}: {held.__name__} has no {name!r}; {near}")
+    return getattr(held, name)
+
+
+def _from_file(file: Path) -> types.ModuleType:
+    """The module that a file makes, under a name that is not another's."""
+    name = f"{file.stem}_of_the_user" if file.stem in sys.modules else file.stem
+    spec = spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None, "its name ends with .py"
+    held = module_from_spec(spec)
+    sys.modules[name] = held
+    spec.loader.exec_module(held)
+    return held
 
 
 @contextmanager

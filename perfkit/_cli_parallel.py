@@ -109,7 +109,7 @@ def plan_layouts(model: str, options: Mapping[str, Any]) -> None:
     with first_alone(common.status()) as progress:
         given = common.load(model, options["framework"], "training", options["batch_size"])
         found = layouts(
-            **given,
+            **common.taken_by(layouts, given),
             devices=options["devices"],
             link_gbps=options["link_gbps"],
             link_latency_us=options["link_latency_us"] or LATENCY_US,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -80,10 +79,8 @@ def profile(model, framework, mode, batch_size, recipe, budget, html, json, trac
 
 def _collected(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Profile, int]:
     """The profile as far as it came, and the exit code that tells how far that was."""
-    taken = inspect.signature(perfkit.profile).parameters
     try:
-        # A factory of the user's may return what only optimize needs: a metric, a tolerance.
-        found = perfkit.profile(**{name: value for name, value in arguments.items() if name in taken}, **options)
+        found = perfkit.profile(**(common.taken_by(perfkit.profile, arguments) | options))
     except KeyboardInterrupt as interrupt:
         if (kept := getattr(interrupt, "profile", None)) is None:
             raise

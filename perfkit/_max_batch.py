@@ -151,8 +151,9 @@ def _line(tried: list[tuple[int, float]], count: int) -> float:
 def _sized(work: Workload, rows: int, batch_dim: int) -> Workload:
     """The workload on `rows` rows, of its example's repeated."""
     backend, inputs, training = work.backend, work.inputs, work.training
-    there = even_rows(backend.leaves((inputs.args, dict(inputs.kwargs))), batch_dim, 1)
-    targets = [tuple(leaf.shape) for leaf in backend.leaves(() if training is None else training.targets)]
+    given = list(backend.leaves(() if training is None else training.targets))
+    there = even_rows(backend.leaves((inputs.args, dict(inputs.kwargs))), batch_dim, 1, given)
+    targets = [tuple(leaf.shape) for leaf in given]
     if any(targets) and all(axis_of(shape, there, batch_dim) is None for shape in targets):
         raise InvalidInputError(
             f"dimension {batch_dim} of the first input has {there} entries, and no target has that many, of shapes "

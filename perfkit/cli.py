@@ -73,16 +73,10 @@ def optimize(model, framework, recipe, mode, batch_size, budget, tolerance, stri
     with common.status() as progress:
         progress(f"loading {model}")
         arguments = common.load(model, framework, mode, batch_size)
+        given = {"budget_s": budget, "tolerance": tolerance}
+        arguments |= {name: value for name, value in given.items() if value is not None}
         with common.warnings_as_notes():
-            result = perfkit.optimize(
-                **arguments,
-                recipe=recipe,
-                mode=mode,
-                budget_s=budget,
-                tolerance=tolerance,
-                strict=strict,
-                progress=progress,
-            )
+            result = perfkit.optimize(**arguments, recipe=recipe, mode=mode, strict=strict, progress=progress)
     report = result.report
     click.echo(report.to_json(), nl=False) if as_json else common.out.print(report)
     write(report, html, save_report)
@@ -120,7 +114,8 @@ def plan(model, framework, recipe, mode, batch_size, parallel, devices, link_gbp
         raise InvalidInputError(f"{', '.join(given)}: about several devices, add --parallel")
     with common.status() as progress:
         progress(f"loading {model}")
-        found = perfkit.plan(**common.load(model, framework, mode, batch_size), recipe=recipe, mode=mode)
+        arguments = common.taken_by(perfkit.plan, common.load(model, framework, mode, batch_size))
+        found = perfkit.plan(**arguments, recipe=recipe, mode=mode)
     common.out.print(found)
     sys.exit(0 if found.ok else REFUSED)
 

@@ -16,7 +16,8 @@ class Accumulate(Recipe):
 
     Args:
         micro_batches: how many a batch is cut into; its length must be a multiple of it.
-        batch_dim: the dimension of the first input that is cut; of other tensors the same one, or the first.
+        batch_dim: the dimension that is cut, of the first input that has as many rows there as a target; of other
+            tensors the same one, or the first.
 
     Source: Huang et al., "GPipe" (2018), section 2.2; https://docs.pytorch.org/docs/stable/notes/amp_examples.html
     """

@@ -41,7 +41,7 @@ class Half(Recipe):
     def torch(self, work):
         import torch
 
-        from perfkit.backends.torch_cast_weights import cast_weights
+        from perfkit.backends.torch_half import cast_weights
 
         return cast_weights(self._scaled(work), getattr(torch, self.dtype))
 

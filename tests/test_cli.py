@@ -31,9 +31,20 @@ import torch
 def pair():
     return torch.nn.Linear(4, 4), (torch.ones(2, 4),)
 def everything():
-    return {"model": torch.nn.Linear(4, 4), "example_inputs": (torch.ones(2, 4),), "seed": 3}
+    settled = {"seed": 3, "tolerance": 0.5, "evaluate": lambda model: 1.0}
+    return {"model": torch.nn.Linear(4, 4), "example_inputs": (torch.ones(2, 4),)} | settled
 def nothing():
     return None
+model = torch.nn.Linear(4, 4)
+def needing(data):
+    return data
+def misspelt():
+    return {"model": model, "example_input": torch.ones(2, 4)}
+def optioned():
+    return {"model": model, "example_inputs": torch.ones(2, 4), "mode": "training"}
+def late():
+    import users_parts
+    return users_parts.pair()
 def wrong():
     return torch.nn.Linear(4, 4), (torch.ones(2, 5),)
 """
@@ -43,9 +54,13 @@ def wrong():
 def factory(tmp_path, monkeypatch):
     """A module of the user's in the current folder."""
     (tmp_path / "users_models.py").write_text(FACTORY)
+    (tmp_path / "users_parts.py").write_text(FACTORY)
+    (tmp_path / "users_broken.py").write_text("import no_such_library")
+    monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    sys.modules.pop("users_models", None)
+    for name in [name for name in sys.modules if name.startswith(("users_", "profile_of_the_user"))]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +116,23 @@ def test_a_factory_may_return_every_argument(run, factory):
     assert "Linear" in out
 
 
+@pytest.mark.parametrize("path", ["users_models.py", "./users_models.py", "sub/profile.py", "{absolute}"])
+def test_a_factory_is_named_by_its_file(run, factory, path):
+    """Also one that is named as a module of Python's, and that imports what lies beside it, when it is called."""
+    pytest.importorskip("torch")
+    (factory / "sub").mkdir()
+    (factory / "sub" / "profile.py").write_text(FACTORY)
+    path = path.format(absolute=factory / "users_models.py")
+    code, out, _ = run("plan", f"{path}:late", "--recipe", "bf16")
+    assert code == 0
+    assert "Linear" in out
+
+
+def test_what_a_users_module_does_not_find_is_its_own_error(run, factory):
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        run("plan", "users_broken:pair")
+
+
 def test_plan_exits_with_one_where_a_step_is_refused(run, factory):
     pytest.importorskip("torch")
     code, out, _ = run("plan", "users_models:pair", "--recipe", "tf32")
@@ -121,6 +153,13 @@ def test_plan_exits_with_one_where_a_step_is_refused(run, factory):
         (("optimize", "users_models:wrong", "--recipe", "half"), cli.BAD_INPUT, "does not run on example_inputs"),
         (("optimize", "users_models:absent"), cli.BAD_INPUT, "absent"),
         (("optimize", "no_such_module:make"), cli.BAD_INPUT, "no_such_module"),
+        (("optimize", "./no_such_file.py:make"), cli.BAD_INPUT, "no file"),
+        (("optimize", "../models:make"), cli.BAD_INPUT, "no module's name"),
+        (("optimize", "users_models:paiir"), cli.BAD_INPUT, "'pair'"),
+        (("optimize", "users_models:model"), cli.BAD_INPUT, "is a Linear"),
+        (("optimize", "users_models:needing"), cli.BAD_INPUT, "'data'"),
+        (("profile", "users_models:misspelt"), cli.BAD_INPUT, "'example_inputs'"),
+        (("optimize", "users_models:optioned"), cli.BAD_INPUT, "option of the command"),
         (("optimize", "cnn", "--framework", "tensorflow"), cli.BAD_INPUT, "torch"),
         (("optimise", "cnn"), cli.BAD_INPUT, "No such command"),
     ],

@@ -93,6 +93,15 @@ def test_the_examples_of_profiling_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "steps.json").is_file()
 
 
+def test_the_example_of_advice_runs(monkeypatch, capsys):
+    import sample_profiles
+
+    monkeypatch.setattr("perfkit.profiling.ceilings.measured", lambda *_: sample_profiles.ceilings())
+    (code,) = blocks("python", (ROOT / "docs" / "advice.md").read_text())
+    findings = run(code.replace("budget_s=1", "budget_s=0.1"), "advice.md")["profile"].findings
+    assert len(capsys.readouterr().out.splitlines()) == len(findings)
+
+
 def commands(text: str = README) -> list[str]:
     lines = [line.partition("#")[0].strip() for block in blocks("", text) for line in block.splitlines()]
     return [line for line in lines if line]

@@ -177,8 +177,8 @@ class JaxBackend(Backend):
         return watching()
 
     def compiled_baseline(self, work: Workload) -> Workload | None:
-        if work.trains or isinstance(work.model.original, jax.stages.Wrapped):
-            return None  # jitted already: the training step by perfkit, the function by its caller
+        if work.trains or work.model.ahead or isinstance(work.model.original, jax.stages.Wrapped):
+            return None  # compiled already: the training step by perfkit, the function by its caller
         return work.replace(model=work.model.compiled_ahead())
 
     def form(self, work: Workload) -> dict[str, str]:

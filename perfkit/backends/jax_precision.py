@@ -55,17 +55,20 @@ def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
 
         return low
 
-    touched = [
-        jax.tree_util.keystr(path, simple=True, separator=".")
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf.dtype
         for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
-    ]
+    }
+    touched = [name for name, held in found.items() if held != jnp.dtype(dtype)]
+    skipped = tuple(Skipped(name, f"it is {dtype} already") for name in found if name not in touched)
     if not touched:
-        return work, Effect(notes=("the model has no floating-point parameters: pass params=, or take bf16",))
+        nothing = () if found else ("the model has no floating-point parameters: pass params=, or take bf16",)
+        return work, Effect(skipped=skipped, notes=nothing)
     model = model.then(wrap)
     if not work.trains:
         model = model.with_state(cast(model.params, dtype), cast(model.rest, dtype))
-    return work.replace(model=model), Effect(tuple(touched))
+    return work.replace(model=model), Effect(tuple(touched), skipped)
 
 
 def _output_dtypes(work: Workload) -> list[Any] | None:

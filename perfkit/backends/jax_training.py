@@ -109,17 +109,28 @@ def checked_optimizer(optimizer: Any, params: Any) -> optax.GradientTransformati
                 "params, for instance with functools.partial(function, ...)"
             )
 
+    if (error := _failing(optimizer, params)) is None:
+        return optimizer
+    without_loss = optax.GradientTransformation(optimizer.init, optimizer.update)
+    if isinstance(error, TypeError) and _failing(without_loss, params) is None:
+        return without_loss  # it takes more than optimizers do, such as optax.contrib.sam, and no value=
+    raise InvalidInputError(
+        f"optimizer takes no step on these parameters: {type(error).__name__}: {error}. It is called as "
+        "optimizer.update(gradients, state, params), with value=loss where it takes more"
+    ) from error
+
+
+def _failing(optimizer: optax.GradientTransformation, params: Any) -> Exception | None:
+    """What a step on these parameters raises; None where it raises nothing."""
+
     def step(gradients):
         return update(optimizer, gradients, optimizer.init(params), params, jnp.float32(0))
 
     try:
         jax.eval_shape(step, params)
-    except Exception as error:
-        raise InvalidInputError(
-            f"optimizer takes no step on these parameters: {type(error).__name__}: {error}. It is called as "
-            "optimizer.update(gradients, state, params), with value=loss where it takes more"
-        ) from error
-    return optimizer
+    except Exception as error:  # whatever the caller's code may raise
+        return error
+    return None
 
 
 def update(optimizer: optax.GradientTransformation, gradients: Any, moments: Any, params: Any, loss: Any) -> Any:
@@ -174,7 +185,7 @@ def _accumulated(gradients_of: Callable, training: Training) -> Callable:
     parts, batch_dim = training.micro_batches, training.batch_dim
 
     def of_batch(params, rest, scale, *batch):
-        rows = even_rows(jax.tree.leaves(batch[:2]), batch_dim, parts)
+        rows = even_rows(jax.tree.leaves(batch[:2]), batch_dim, parts, jax.tree.leaves(batch[2]))
 
         def micro_batch(index):
             def of(leaf):

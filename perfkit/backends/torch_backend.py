@@ -37,7 +37,6 @@ from perfkit.backends.torch_surgery import (
     cast,
     cast_attributes,
     copied,
-    local,
     map_tensors,
     parts,
     settle_forward,
@@ -139,7 +138,7 @@ class TorchBackend(Backend):
     def size(self, work: Workload) -> tuple[int, int]:
         parameters = {id(tensor): tensor for tensor in work.model.parameters()}
         buffers = {id(tensor): tensor for tensor in work.model.buffers()}
-        held = map(local, (parameters | buffers).values())
+        held = [part for tensor in (parameters | buffers).values() for part in parts(tensor)]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
         elsewhere = getattr(work.model, ELSEWHERE, 0)
         return sum(storages.values()), sum(tensor.numel() for tensor in parameters.values()) + elsewhere

@@ -1,4 +1,4 @@
-"""Low precision in torch modules: autocast around `forward`, and what it shares with casting the weights."""
+"""Low precision in torch modules: autocast around `forward`, or weights cast."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def autocast(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
 
         return low
 
-    touched = [name for name, module in holders(model) if (_usually(module) if seen is None else module in seen)]
+    touched = [name for name, module in holders_of(model) if (_usually(module) if seen is None else module in seen)]
     skipped = _not_lowered(model, kept, touched)
     around_forward(model, wrap)
     return work, Effect(tuple(touched) or (type(model).__name__,), tuple(skipped))
@@ -87,18 +87,18 @@ def _not_lowered(model: nn.Module, kept: list[Skipped], touched: Iterable[str] =
             return "autocast found nothing to cast in it on the example inputs: it is not called, or computed elsewhere"
         return f"{type(module).__name__}: autocast leaves it in float32"
 
-    rest = [(name, module) for name, module in holders(model) if name not in touched]
+    rest = [(name, module) for name, module in holders_of(model) if name not in touched]
     return [told.get(name) or Skipped(name, reason(module)) for name, module in rest]
 
 
-def holders(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+def holders_of(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """The modules that have parameters of their own."""
-    for name, module in modules_by_name(model):
+    for name, module in named(model):
         if next(module.parameters(recurse=False), None) is not None:
             yield name, module
 
 
-def modules_by_name(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+def named(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """All modules by name; the model itself is called by its class's name."""
     return ((name or type(module).__name__, module) for name, module in model.named_modules())
 
@@ -110,7 +110,6 @@ def widest_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def dtypes_of(module: nn.Module) -> str:
-    """The dtypes of its own parameters, in words."""
     return ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters(recurse=False)}))
 
 
@@ -121,7 +120,7 @@ def only_in_float32(model: nn.Module, dtype: torch.dtype, device: str) -> dict[n
     label = str(dtype).removeprefix("torch.")
     return {
         module: Skipped(name, f"this CPU has no {label} {type(module).__name__}: it stays in float32")
-        for name, module in modules_by_name(model)
+        for name, module in named(model)
         if isinstance(module, nn.RNNBase)
     }
 

@@ -228,7 +228,7 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
     if type(tree) is dict:
         return {key: map_tensors(function, value) for key, value in tree.items()}
     if isinstance(tree, PackedSequence):
-        return tree._replace(data=function(tree.data))
+        return with_data(tree, function(tree.data))
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         fields = {item.name: getattr(tree, item.name) for item in dataclasses.fields(tree) if item.init}
         return dataclasses.replace(tree, **{name: map_tensors(function, value) for name, value in fields.items()})
@@ -242,6 +242,11 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
     if isinstance(tree, (list, tuple)):
         return type(tree)(map_tensors(function, value) for value in tree)
     return tree
+
+
+def with_data(packed: PackedSequence, data: torch.Tensor) -> PackedSequence:
+    """The packed sequence with other numbers; by its constructor: torch.compile loses what `_replace` fills in."""
+    return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:

@@ -56,7 +56,7 @@ class Trainer:
         if parts == 1:
             yield inputs, targets
             return
-        rows = even_rows(tensors_in((inputs.args, inputs.kwargs)), dim, parts)
+        rows = even_rows(tensors_in((inputs.args, inputs.kwargs)), dim, parts, list(tensors_in(targets)))
         for index in range(parts):
             if self.training.exchanging is not None:
                 self.training.exchanging(index == parts - 1)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from perfkit._report import Effect
 from perfkit._workload import Workload
+from perfkit.backends.jax_autocast_rules import primitives
 from perfkit.memory import micro_batches
 
 
@@ -30,4 +31,16 @@ def _notes(work: Workload) -> list[str]:
         notes.append("running statistics are those of each micro-batch, so losses differ from the whole batch's")
     if any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in rest):
         notes.append("random numbers are drawn for each micro-batch, in another order")
+    elif _draws_from_inputs(work):
+        notes.append(
+            "random numbers come from a key that is no state of the model's, and are the same in each micro-batch: "
+            "with the key in the model (nnx.Rngs) each draws its own"
+        )
     return notes
+
+
+def _draws_from_inputs(work: Workload) -> bool:
+    """Whether the model draws random numbers although it holds no key."""
+    model, inputs = work.model, work.inputs
+    traced = jax.jit(model.function()).trace(model.params, model.rest, *inputs.args, **inputs.kwargs)
+    return "random_bits" in primitives(traced.jaxpr)

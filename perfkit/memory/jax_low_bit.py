@@ -59,7 +59,8 @@ def low_bit(work: Workload, bits: int) -> tuple[Workload, Effect]:
     moments = {name: leaf for tree in trees for name, leaf in leaves_with_names(tree)[0]}
     large = [name for name, leaf in moments.items() if _is_large(leaf)]
     if not large:
-        return work, Effect(notes=(f"no parameter has {LEAST} numbers or more",))
+        told = f"no parameter that it keeps moments of, of 32 bits or fewer, has {LEAST} numbers or more"
+        return work, Effect(notes=(told,))
     fields = sorted({field for node in nodes for field in MOMENTS[type(node)]})
     share = sum(moments[name].size for name in large) / sum(leaf.size for leaf in moments.values())
     notes = [f"{', '.join(fields)} of {len(large)} of {len(moments)} parameters, {share:.1%} of the numbers"]
@@ -167,7 +168,8 @@ def _numbers(tree: Any) -> int:
 
 
 def _is_large(leaf: Any) -> bool:
-    return leaf.size >= LEAST and jnp.issubdtype(leaf.dtype, jnp.floating)
+    """Of 32 bits at most: updates in float64 are not to be rounded in float32."""
+    return leaf.size >= LEAST and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize <= 4
 
 
 def _is_known(node: Any) -> bool:

@@ -21,7 +21,7 @@ def refusal(work: Workload, micro_batches: int, batch_dim: int) -> str | None:
         return "it cuts training steps: for inference use smaller batches"
     shared = work.layout.size("data") if work.layout is not None and work.framework == "torch" else 1
     try:
-        even_rows(_leaves(work, work.inputs.args, work.inputs.kwargs), batch_dim, micro_batches * shared)
+        _rows(work, batch_dim, micro_batches * shared)
     except InvalidInputError as error:
         return str(error)
     return None
@@ -48,10 +48,10 @@ def accumulated(
         UnsupportedError: the loss is no mean over the batch.
     """
     training = work.training
-    rows = even_rows(_leaves(work, work.inputs.args, work.inputs.kwargs), batch_dim, micro_batches)
+    rows = _rows(work, batch_dim, micro_batches)
     if _leaves(work, training.targets) and not _cut(work, training.targets, rows, batch_dim):
         raise UnsupportedError(
-            f"accumulate cuts the batch of {rows} rows along dimension {batch_dim} of the first input, and no target "
+            f"accumulate cuts the batch of {rows} rows along dimension {batch_dim} of the inputs, and no target "
             f"has that many: set batch_dim= to the batch's dimension"
         )
     if _cut(work, outputs, rows, batch_dim):
@@ -70,6 +70,11 @@ def accumulated(
     work = work.replace(training=replace(training, micro_batches=micro_batches, batch_dim=batch_dim))
     told = f"each step runs {micro_batches} micro-batches of {rows // micro_batches} rows and adds up their gradients"
     return work, Effect(("training step",), notes=(told, *notes))
+
+
+def _rows(work: Workload, batch_dim: int, parts: int) -> int:
+    inputs = _leaves(work, work.inputs.args, dict(work.inputs.kwargs))
+    return even_rows(inputs, batch_dim, parts, _leaves(work, work.training.targets))
 
 
 def _leaves(work: Workload, *trees: Any) -> list[Any]:

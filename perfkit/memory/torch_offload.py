@@ -12,7 +12,7 @@ from torch import nn
 
 from perfkit._report import Effect
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import around_call, map_tensors
+from perfkit.backends.torch_surgery import around_call, map_tensors, parts
 
 
 def offloaded(work: Workload, activations: bool, optimizer: bool, least_bytes: int) -> tuple[Workload, Effect]:
@@ -43,11 +43,12 @@ def saving_on_host(model: nn.Module, least_bytes: int) -> Iterator[None]:
     if not torch.is_grad_enabled():
         yield
         return
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    held = (*model.parameters(), *model.buffers())
+    own = {part.untyped_storage().data_ptr() for tensor in held for part in parts(tensor)}
 
     def pack(tensor: torch.Tensor) -> Any:
         small = tensor.numel() * tensor.element_size() < least_bytes
-        if small or tensor.untyped_storage().data_ptr() in own:
+        if small or any(part.untyped_storage().data_ptr() in own for part in parts(tensor)):
             return tensor
         return tensor.device, on_host(tensor)
 

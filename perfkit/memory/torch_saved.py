@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import copied, tensors_in
+from perfkit.backends.torch_surgery import copied, parts, tensors_in
 
 MOST_CHUNKS = 32
 
@@ -95,16 +95,17 @@ def _hooked(model: nn.Module, before: Any, after: Any) -> Iterator[None]:
 
 @contextmanager
 def _counting(model: nn.Module, found: dict[str, Record]) -> Iterator[None]:
-    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    own = [part for tensor in (*model.parameters(), *model.buffers()) for part in parts(tensor)]
+    held = {tensor.untyped_storage().data_ptr() for tensor in own}
     stack: list[tuple[str, list[int], dict[str, int]]] = []
     seen: list[torch.UntypedStorage] = []  # kept, so that no address is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if stack and storage.data_ptr() not in held:
-            held.add(storage.data_ptr())
-            seen.append(storage)
-            found[stack[-1][0]].own_bytes += storage.nbytes()
+        for storage in [part.untyped_storage() for part in parts(tensor)] if stack else ():
+            if storage.data_ptr() not in held:
+                held.add(storage.data_ptr())
+                seen.append(storage)
+                found[stack[-1][0]].own_bytes += storage.nbytes()
         return tensor
 
     def before(name: str, module: nn.Module, given: Any) -> None:

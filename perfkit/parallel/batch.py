@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from perfkit._batch import sliced
+from perfkit._batch import rows_of, sliced
 from perfkit._chain import Chain
 from perfkit._recipe import ParallelRecipe
 from perfkit._workload import Inputs, Workload
@@ -20,16 +20,17 @@ def indivisible(work: Workload, batch_dim: int) -> str | None:
     parts = work.layout.size("data")
     rows = length(work, batch_dim)
     if rows is None:
-        return f"the first input has no dimension {batch_dim} to share out: set batch_dim="
+        return f"no input has a dimension {batch_dim} to share out: set batch_dim="
     if rows % parts:
         return f"a batch of {rows} rows (dimension {batch_dim}) cannot be shared by {parts} devices evenly"
     return None
 
 
 def length(work: Workload, batch_dim: int) -> int | None:
-    """Rows of the example batch: the length of the first input along `batch_dim`; None where there is no such one."""
-    first = next(iter(work.backend.leaves((work.inputs.args, dict(work.inputs.kwargs)))), None)
-    return int(first.shape[batch_dim]) if first is not None and len(first.shape) > batch_dim else None
+    """Rows of the example batch; None where no input has a dimension `batch_dim`. See `rows_of`."""
+    leaves, training = work.backend.leaves, work.training
+    targets = () if training is None else leaves(training.targets)
+    return rows_of(leaves((work.inputs.args, dict(work.inputs.kwargs))), batch_dim, targets)
 
 
 def part(work: Workload, batch_dim: int, index: int, mapped: Callable[[Callable[[Any], Any], Any], Any]) -> Workload:

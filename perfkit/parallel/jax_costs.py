@@ -39,7 +39,7 @@ class Step:
     def __init__(self, work: Workload, batch_dim: int):
         rows = length(work, batch_dim)
         if rows is None:
-            raise InvalidInputError(f"the first input has no dimension {batch_dim} to share out")
+            raise InvalidInputError(f"no input has a dimension {batch_dim} to share out")
         self.work, self.rows, self.batch_dim = work, rows, batch_dim
 
     def batch(self, rows: int) -> tuple[Any, Any, Any]:

@@ -166,7 +166,7 @@ class Steps(Program):
 
         def on_all(state, args, kwargs, targets):
             replicas = self.replicas
-            rows = shared_rows((args, kwargs), self.recipe.batch_dim, replicas.mesh.shape[AXIS])
+            rows = shared_rows((args, kwargs, targets), self.recipe.batch_dim, replicas.mesh.shape[AXIS])
 
             def spec(leaf: Any) -> PartitionSpec:
                 dim = axis_of(jnp.shape(leaf), rows, self.recipe.batch_dim)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from perfkit._batch import axis_of
+from perfkit._batch import axis_of, rows_of
 from perfkit._errors import InvalidInputError
 from perfkit.backends.jax_compile import Program
 from perfkit.backends.jax_placement import Placement
@@ -61,15 +61,14 @@ def local(tree: Any) -> Any:
 
 
 def shared_rows(batch: Any, batch_dim: int, parts: int) -> int:
-    """Rows of a batch: the length of its first array along `batch_dim`.
+    """Rows of a batch, (args, kwargs) or (args, kwargs, targets): see `rows_of`.
 
     Raises:
         InvalidInputError: they cannot be shared out evenly.
     """
-    first = next((leaf for leaf in jax.tree.leaves(batch) if hasattr(leaf, "shape")), None)
-    if first is None or first.ndim <= batch_dim:
-        raise InvalidInputError(f"the first input has no dimension {batch_dim} to share out: set batch_dim=")
-    rows = first.shape[batch_dim]
+    rows = rows_of(jax.tree.leaves(batch[:2]), batch_dim, jax.tree.leaves(batch[2:]))
+    if rows is None:
+        raise InvalidInputError(f"no input has a dimension {batch_dim} to share out: set batch_dim=")
     if rows % parts:
         raise InvalidInputError(
             f"a batch of {rows} rows (dimension {batch_dim}) cannot be shared by {parts} devices evenly: "

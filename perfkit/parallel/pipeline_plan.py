@@ -66,7 +66,7 @@ def planned(work: Workload, recipe: PipelineParallel) -> Plan | str:
         return reason
     rows = length(work, recipe.batch_dim)
     if rows is None:
-        return f"the first input has no dimension {recipe.batch_dim} to divide: set batch_dim="
+        return f"no input has a dimension {recipe.batch_dim} to divide: set batch_dim="
     passes = work.training.micro_batches if work.training else 1
     if rows % (data * passes):
         shared = f" in {passes} parts by accumulate" if passes > 1 else ""

@@ -38,7 +38,7 @@ class Step:
         self.work = work = work.backend.copy(work)
         rows = length(work, batch_dim)
         if rows is None:
-            raise InvalidInputError(f"the first input has no dimension {batch_dim} to share out")
+            raise InvalidInputError(f"no input has a dimension {batch_dim} to share out")
         self.model, self.rows, self.batch_dim = work.model, rows, batch_dim
 
     def batch(self, rows: int) -> tuple[Inputs, Any]:

@@ -17,12 +17,14 @@ class Basics:
         first_call_s: the first call: compilation, lazy set-up.
         compile_s: what of it was compilation.
         recompiles: compilations after the first call.
+        as_one: see `Time`.
     """
 
     step: Latency
     first_call_s: Quantity
     compile_s: Quantity
     recompiles: int
+    as_one: Latency | None = None
 
 
 def unprofiled(basics: Basics, reason: str) -> Time:
@@ -41,4 +43,5 @@ def unprofiled(basics: Basics, reason: str) -> Time:
         overhead=missing,
         flops=Quantity.missing("FLOP", reason),
         utilization=missing,
+        as_one=basics.as_one,
     )

@@ -17,6 +17,7 @@ from perfkit._quantity import Quantity
 from perfkit.profiling._profile import SCHEMA_VERSION, Profile
 from perfkit.profiling._step_data import SCHEMA_VERSION as STEPS_VERSION
 from perfkit.profiling._step_data import Steps
+from perfkit.profiling._time_data import Time
 
 
 def from_json(source: str | Path) -> Profile:
@@ -109,10 +110,11 @@ def _read(hint: Any, data: Any, where: str) -> Any:
 def _object(kind: type, data: Any, where: str) -> Any:
     _check(isinstance(data, Mapping), "an object", data, where)
     hints = _hints(kind)
-    for problem, names in (("lacks", set(hints) - set(data)), ("has an unknown", set(data) - set(hints))):
+    later = {"as_one"} if kind is Time else set()  # which profiles of before do not have
+    for problem, names in (("lacks", set(hints) - set(data) - later), ("has an unknown", set(data) - set(hints))):
         if names:
             raise InvalidInputError(f"{where} {problem} {', '.join(sorted(map(str, names)))}: not a {kind.__name__}")
-    values = {name: _read(hint, data[name], f"{where}.{name}") for name, hint in hints.items()}
+    values = {name: _read(hint, data[name], f"{where}.{name}") for name, hint in hints.items() if name in data}
     if kind is Quantity:
         if values["value"] is not None and values["unavailable"] is not None:
             raise InvalidInputError(f"{where} has a value and a reason for having none")

@@ -15,9 +15,9 @@ from perfkit import backends
 from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import DoesNotRunError, InvalidInputError, PerfkitError, UnsupportedError
 from perfkit._measurement import compile_seconds
-from perfkit._quantity import Quantity
+from perfkit._quantity import Latency, Quantity
 from perfkit._recipe import ParallelRecipe, Recipe
-from perfkit._variant import Variant, apply, first_line
+from perfkit._variant import Variant, apply, first_line, ready
 from perfkit._workload import Workload, calibrated, check_mode
 from perfkit.backends.adapter import Backend
 from perfkit.measure.calls import alone, first_call
@@ -146,6 +146,7 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
         kept.doing("timing its steps")
         step = alone(call, budget_s=budget_s)
         basics = Basics(step, first.first_call_s, compile_seconds(first, step), log().graphs - first.log.graphs)
+        basics = dataclasses.replace(basics, as_one=_as_one(work, kept, budget_s / 4))
     kept.keep(time=unprofiled(basics, "the run ended before the operations were profiled"))
     with telemetry.watching(work.device) as watched:  # not while steps are timed: looking takes time
         kept.doing("profiling its operations")
@@ -166,6 +167,18 @@ def _collect(work: Workload, kept: _Kept, budget_s: float, snapshot: str | Path 
         kept.keep(devices=watched.states())
     kept.keep(findings=advice.findings(kept.profile))
     kept.keep(outcome="complete", explanation="")
+
+
+def _as_one(work: Workload, kept: _Kept, budget_s: float) -> Latency | None:
+    """Steps as the one program that the framework's plain compiler makes quickly; None where it makes none."""
+    baseline = work.backend.compiled_baseline(work)
+    if baseline is None:
+        return None
+    kept.doing("timing it as one compiled program")
+    try:
+        return alone(ready(baseline, "the framework's plain compiler").call, budget_s=budget_s)
+    except UnsupportedError:  # where a value is read in Python: the time's notes say so
+        return None
 
 
 def _first_call(call: Callable[[], Any], runs_otherwise: Callable[[Exception], bool]) -> float:

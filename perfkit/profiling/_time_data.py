@@ -102,6 +102,7 @@ class Time:
         overhead: time of a profiled step as a multiple of one that is not.
         flops: of one step, all operations.
         utilization: flops / step time / the machine's ceiling for the dtype (model FLOPs utilization).
+        as_one: whole steps as one compiled program, timed by themselves; None where the step is one, or none was made.
     """
 
     step: Latency
@@ -119,3 +120,4 @@ class Time:
     ops: tuple[Op, ...] = ()
     modules: tuple[Module, ...] = ()
     spans: tuple[Span, ...] = ()
+    as_one: Latency | None = None

@@ -18,8 +18,8 @@ FUSED = 6.0
 reference CNN, whose whole call got 2.4 and 2.6 times faster (bench/results, batch 64 and 512)."""
 STARTING = {"torch": 5.0, "jax": 50.0}
 """Starting operations one by one, Python included, against starting the compiled program."""
-CHECKS_MS = 0.15
-"""What torch.compile's result looks at on each call, before it does anything."""
+CALLING_MS = {"torch": 0.15, "jax": 0.1}
+"""What the compiled program looks at on each call, before it does anything, and starting it."""
 
 
 def launch_bound(facts: Facts) -> Iterator[Finding]:
@@ -87,6 +87,8 @@ def _through_memory(facts: Facts, share: float) -> Finding:
 
 
 def _predicted(facts: Facts, share: float) -> Quantity:
+    if facts.as_one is not None:
+        return Quantity(1 / facts.as_one, "ratio", method=timed_as_one(facts))
     method = f"Amdahl: {share:.0%} of the step; {compiled_how(facts)}"
     return Quantity(1 / after_compiling(facts), "ratio", method=method)
 
@@ -96,8 +98,14 @@ def compiled_how(facts: Facts) -> str:
     return f"operations started {STARTING[facts.profile.framework]:g} times cheaper, elementwise work {FUSED:g} times"
 
 
+def timed_as_one(facts: Facts) -> str:
+    """What the step's length as one program rests on."""
+    as_one = facts.profile.time.as_one
+    return f"timed by itself: as one program the step takes {as_one.median_ms:.3g} ms"
+
+
 def after_compiling(facts: Facts, faster: Mapping[Op, float] | None = None) -> float:
-    """The part of the step's time that is left once it is compiled.
+    """The part of the step's time that is left once it is compiled, where that was not timed.
 
     Args:
         faster: operations that get faster by something else, and by how much.
@@ -108,9 +116,7 @@ def after_compiling(facts: Facts, faster: Mapping[Op, float] | None = None) -> f
     for op in facts.ops:
         factor = faster.get(op) or (starting if op in small else FUSED if op in moving else 1.0)
         left += facts.share([op]) / factor
-    if facts.profile.framework == "torch":
-        left += CHECKS_MS / facts.profile.time.step.median_ms
-    return left
+    return left + CALLING_MS[facts.profile.framework] / facts.profile.time.step.median_ms
 
 
 def _small(facts: Facts) -> list[Op]:

@@ -89,6 +89,12 @@ class Facts:
         return sum(op.self_ms for op in ops) / self.step_ms if self.step_ms else 0.0
 
     @property
+    def as_one(self) -> float | None:
+        """The length of the step as one compiled program, as a part of the step's; None where it was not timed."""
+        time = self.profile.time
+        return time.as_one.median_ms / time.step.median_ms if time and time.as_one else None
+
+    @property
     def outside(self) -> float:
         """The part of the step outside of all operations: Python's, what freeing memory takes, or a device's gaps.
 

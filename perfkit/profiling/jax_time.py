@@ -97,6 +97,7 @@ def _time(run: Run, trace: Trace, reader: Reader, split: str, count: jax_flops.C
         ops=ops,
         modules=modules(run, ops, count),
         spans=spans(run.work.model.name, trace, reader, trace.steps[typical]),
+        as_one=basics.as_one,
     )
 
 

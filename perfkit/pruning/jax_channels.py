@@ -158,10 +158,11 @@ def _close(want: np.ndarray, got: np.ndarray) -> bool:
 
     Whole numbers, such as the class that an argmax finds, may flip on rounding and prove nothing either way.
     """
-    if not jnp.issubdtype(want.dtype, jnp.floating):
+    if not jnp.issubdtype(want.dtype, jnp.inexact):
         return True
+    wide = np.complex128 if jnp.issubdtype(want.dtype, jnp.complexfloating) else np.float64
     allowed = math.sqrt(float(jnp.finfo(want.dtype).eps))
-    want, got = want.astype(np.float64), got.astype(np.float64)
+    want, got = want.astype(wide), got.astype(wide)
     finite = np.isfinite(want)
     if not np.array_equal(finite, np.isfinite(got)):
         return False

@@ -106,6 +106,8 @@ def split_in_two(kernel: Any, energy: float) -> tuple[np.ndarray, np.ndarray] | 
         energy: the share, 0 to 1.
     """
     array = np.asarray(kernel)
+    if array.ndim != 2:
+        return f"its kernel has {array.ndim} dimensions: a stack of layers, which is not factorized"
     whole = array.astype(np.float64)
     if not np.isfinite(whole).all() or not whole.any():
         return "it is zero or not finite"
@@ -190,7 +192,8 @@ def _leaves(work: Workload, recipe: Any) -> tuple[JaxModel, Effect]:
         notes.append(_note(layer, left, right))
     if matrices:
         model = model.with_state(jax.tree.unflatten(tree, nodes), model.rest)
-        notes.append("the function is traced anew on every call unless it is compiled: chain it with compile")
+        if not work.trains:
+            notes.append("the function is traced anew on every call unless it is compiled: chain it with compile")
         model = model.then(lambda function: factored(function, tree, matrices))
     return model, Effect(tuple(dict.fromkeys(touched)), tuple(skipped), tuple(notes))
 

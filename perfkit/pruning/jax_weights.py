@@ -65,11 +65,11 @@ def weight_groups(model: JaxModel, recipe: Any) -> tuple[list[Group], tuple[str,
 
 
 def importance(criterion: str, weight: Any, gradient: Any) -> Any:
-    """Of each weight: its square, or how much the loss would change without it, to first order.
+    """Of each weight: the square of its size, or how much the loss would change without it, to first order.
 
     Source: Molchanov et al., "Importance Estimation for Neural Network Pruning" (2019).
     """
-    return abs(weight * gradient) if criterion == "taylor" else weight * weight
+    return abs(weight * gradient) if criterion == "taylor" else abs(weight) ** 2  # of complex ones too
 
 
 def _group(leaf: int, shape: tuple[int, ...], leaving: int, criterion: str, pattern: tuple[int, int] | None) -> Group:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from perfkit.backends.torch_surgery import with_data
+
 
 class Reduced(nn.Module):
     """A recurrent layer on a projection of its inputs; called as the layer itself is.
@@ -30,7 +32,7 @@ class Reduced(nn.Module):
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As of the recurrent layer, packed sequences included."""
         if isinstance(input, PackedSequence):
-            return self.recurrent(input._replace(data=self.reduce(input.data)), hx)
+            return self.recurrent(with_data(input, self.reduce(input.data)), hx)
         return self.recurrent(self.reduce(input), hx)
 
     def __getattr__(self, name: str) -> Any:

@@ -171,6 +171,15 @@ def test_half_gives_outputs_back_in_the_dtypes_they_had():
         assert result(x).dtype == jnp.float64
 
 
+def test_half_does_nothing_to_what_is_in_16_bits():
+    params = {"low": W.astype("bfloat16"), "wide": W}
+    plan = perfkit.plan(lambda p, x: x @ p["low"] + x @ p["wide"], "half", params=params, example_inputs=(X,))
+    assert plan.steps[0].effect.touched == ("wide",)
+    assert "already" in plan.steps[0].effect.skipped[0].reason
+    plan = perfkit.plan(lambda p, x: x @ p["low"], "half", params={"low": params["low"]}, example_inputs=(X,))
+    assert plan.steps[0].effect.status == "NO_EFFECT"
+
+
 class _Module:
     """Stands for `equinox.Module`, which need not be installed: known by its name and its package."""
 

@@ -66,6 +66,16 @@ def _is_plateau(node):
     return isinstance(node, optax.contrib.ReduceLROnPlateauState)
 
 
+def test_an_optimizer_that_takes_something_else_than_the_loss():
+    """`sam` may be given a `grad_fn=`, and raises where it is given `value=`."""
+    sharp = optax.contrib.sam(optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.01)), sync_period=2)
+    given = _given(optimizer=sharp)
+    result = perfkit.optimize(**given, recipe="compile")
+    batch = given["example_inputs"], given["targets"]
+    losses = [float(result.train_step(batch)) for _ in range(20)]
+    assert losses[-1] < losses[0]
+
+
 def test_multi_steps_is_taken_as_it_is():
     every = optax.MultiSteps(optax.sgd(0.1), 2)
     given = _given(optimizer=every)

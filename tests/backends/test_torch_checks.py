@@ -277,6 +277,24 @@ def test_a_model_that_torchao_has_quantized_is_left_as_it_is_with_the_reason():
         torch.testing.assert_close(found.model(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("recipe", ["bf16", "accumulate(2)", "checkpoint(0.5)", "checkpoint(1)"])
+@pytest.mark.usefixtures("hasty")
+def test_a_model_that_torchao_has_quantized_is_trained_around_its_weights(recipe):
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    layers = (nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 8))
+    model, x, y = nn.Sequential(*layers), torch.randn(16, 64), torch.zeros(16, 8)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    quantized = sum(part.numel() for layer in model if isinstance(layer, nn.Linear) for part in (layer.weight,))
+    about = {"mode": "training", "targets": y, "loss": nn.functional.mse_loss, "on_slower": "warn"}
+    optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+    result = perfkit.optimize(model, recipe, example_inputs=(x,), optimizer=optimizer, **about)
+    assert result.report.fidelity.ok
+    held = result.report.before.model_bytes
+    assert quantized < held < 2 * quantized, "integers of a byte each, their scales and the biases"
+
+
 def test_nothing_to_work_on_is_said():
     for recipe in ("int8", "prune", "low_rank"):
         found = applied(nn.Tanh(), recipe, torch.randn(2, 4))

@@ -113,3 +113,27 @@ def test_a_model_that_draws_random_numbers_draws_the_same_ones():
         torch.manual_seed(3)
         torch.testing.assert_close(y, model(x))
         assert not torch.equal(result.model(x), y)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_packed_sequences_come_out_whole():
+    """torch.compile loses what is in one that `_replace` made: it came out empty, and nothing said so."""
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.out = nn.GRU(4, 8), nn.Linear(8, 2)
+
+        def forward(self, packed):
+            y, _ = self.layer(packed)
+            return nn.utils.rnn.PackedSequence(self.out(y.data), y.batch_sizes, y.sorted_indices, y.unsorted_indices)
+
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model, packed = Tagger(), nn.utils.rnn.pack_sequence([torch.randn(length, 4) for length in (5, 3, 2)])
+    fast = perfkit.apply(model, "bf16+compile", example_inputs=(packed,)).model
+    with torch.no_grad():
+        y, expected = fast(packed), model(packed)
+    assert y.data.dtype == torch.float32
+    torch.testing.assert_close(y.data, expected.data, rtol=0, atol=2**-6)
+    assert torch.equal(y.batch_sizes, expected.batch_sizes)

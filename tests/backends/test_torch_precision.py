@@ -140,6 +140,41 @@ def test_constant_buffers_train_in_half():
     assert found.model.mean.dtype == torch.float32, "as it was, for state_dict"
 
 
+class Looking(nn.Module):
+    """Adds a table that it never registered, and writes to it from the given call on."""
+
+    def __init__(self, since):
+        super().__init__()
+        self.layer, self.since, self.calls = nn.Linear(16, 4), since, 0
+        self.table, self.last = torch.randn(16), torch.zeros(4)
+
+    def forward(self, x):
+        self.calls += 1
+        if self.training and self.calls > self.since:
+            self.table.mul_(0.5)
+        y = self.layer(x + self.table)
+        self.last = y.detach().mean(0)
+        return y
+
+
+def test_constants_that_are_no_buffers_train_in_half():
+    torch.manual_seed(0)
+    model = Looking(since=10**6)
+    found = trained(model, torch.randn(8, 16))
+    assert found.fidelity.ok
+    assert found.effect.touched == ("layer",)
+    assert found.model.state_dict().keys() == model.state_dict().keys()
+    assert found.model.table.dtype == torch.float32
+    assert torch.equal(found.model.table, model.table)
+    assert "table" in vars(model), "the caller's model holds it as it did"
+
+
+def test_half_loses_no_constant_that_is_written_later():
+    torch.manual_seed(0)
+    with pytest.raises(perfkit.UnsupportedError, match=r"table was written to.*'bf16'"):
+        trained(Looking(since=20), torch.randn(8, 16))
+
+
 def test_half_says_why_it_cannot_train_a_model():
     torch.manual_seed(0)
     with pytest.raises(perfkit.UnsupportedError, match=r"stay in float32 .*'bf16'"):

@@ -118,6 +118,15 @@ def test_what_looks_at_the_whole_batch_is_named(framework):
     assert "statistics" in " ".join(effect.notes)
 
 
+def test_numbers_that_micro_batches_draw_alike_are_named():
+    jax = pytest.importorskip("jax")
+    task = dense("jax")
+    (batch,), inner = task.pop("example_inputs"), task["model"]
+    task |= {"model": lambda params, key, batch: inner(params, batch) * jax.random.bernoulli(key, 0.5, (1, 3))}
+    plan = perfkit.plan(**task, example_inputs=(jax.random.key(0), batch), recipe="accumulate(4)", mode="training")
+    assert "the same in each micro-batch" in " ".join(plan.steps[0].effect.notes)
+
+
 def test_a_batch_that_cannot_be_cut_is_refused(framework):
     plan = perfkit.plan(**dense(framework), recipe="accumulate(5)", mode="training")
     assert "12 rows (dimension 0) cannot be cut into 5 micro-batches" in plan.steps[0].refusal
@@ -135,6 +144,23 @@ def test_a_loss_that_is_no_mean_is_refused(framework):
     task = dense(framework, loss=lambda out, y: ((out - y) ** 2).sum())
     with pytest.raises(UnsupportedError, match="needs a loss that is a mean over the batch"):
         perfkit.optimize(**task, recipe="accumulate(4)", mode="training")
+
+
+@pytest.mark.parametrize("key", ["typed", "raw"])
+def test_a_key_before_the_data_is_no_batch(key):
+    """As haiku's functions take it, or, among inputs by name, wherever its name comes in the alphabet."""
+    jax = pytest.importorskip("jax")
+    task = dense("jax")
+    given, inner = (jax.random.key(0) if key == "typed" else jax.random.PRNGKey(0)), task["model"]
+    (batch,) = task.pop("example_inputs")
+    task |= {"model": lambda params, key, batch: inner(params, batch)}
+    losses = [
+        trained(task | {"example_inputs": inputs}, "accumulate(4)")[0]
+        for inputs in ((given, batch), {"key": given, "batch": batch})
+    ]
+    whole = trained(task | {"example_inputs": (given, batch)}, [])[0]
+    for found in losses:
+        np.testing.assert_allclose(found, whole, rtol=1e-5)
 
 
 def test_the_wrong_dimension_is_refused(framework):

@@ -52,6 +52,16 @@ def low(optimizer, recipe="low_bit_optimizer"):
     return applied.works[-1], applied.steps[0].effect
 
 
+def test_moments_in_float64_stay():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        params, x, y = {"w": rng.normal(size=(64, 128))}, rng.normal(size=(16, 64)), rng.normal(size=(16, 128))
+        settings = {"mode": "training", "seed": 0, "loss": lambda out, y: ((out - y) ** 2).mean(), "targets": y}
+        model = lambda params, x: x @ params["w"]  # noqa: E731 - as a user writes it
+        work = backends.of(model, (x,)).bind(model, params, (x,), optimizer=optax.adam(1e-3), **settings)
+        assert not apply(chain_of("low_bit_optimizer"), work).steps[0].effect.touched
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_updates_are_torchaos(bits):
     """On the same gradients, to what a number that lies between two codes and is rounded to the other one makes.

@@ -354,6 +354,21 @@ def test_jax_by_operation_is_compiled_with_everything_else():
     assert advised["recurrent layers"].predicted.value > advised["small operations"].predicted.value
 
 
+def test_what_was_timed_as_one_program_is_not_assumed():
+    cell = product(2.0, module="lstm.cell.dense_h")
+    modules = (Module("lstm", "RNN", 1, 8, 0, 8, 0, 0, 0, 0),)
+    ops = (cell, op("dispatch", 97.0, "lstm", calls=50), op("add", 1.0, moved_bytes=4e6, shapes="float32[10]"))
+    base = profile(*ops, framework="jax", modules=modules)
+    step = base.time.step.median_ms
+    timed = dataclasses.replace(base.time, as_one=dataclasses.replace(base.time.step, median_ms=step / 4))
+    advised = {each.kind: each for each in findings(dataclasses.replace(base, time=timed))}
+    assert advised["small operations"].predicted.value == pytest.approx(4)
+    # two thirds of what is computed get 1.5 times faster by the kernel
+    assert advised["recurrent layers"].predicted.value == pytest.approx(4 / (1 / 3 + 2 / 3 / 1.5))
+    slower = dataclasses.replace(base.time, as_one=base.time.step)
+    assert "small operations" not in {each.kind for each in findings(dataclasses.replace(base, time=slower))}
+
+
 def test_the_costliest_is_first():
     advised = findings(profile(product(2.0), *chain(), op("aten::clone", 1.0, "x", moved_bytes=1e7)))
     gains = [finding.predicted.value for finding in advised]

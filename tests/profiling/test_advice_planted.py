@@ -196,3 +196,23 @@ def test_a_convolution_with_a_pool():
     finding = advised(model, models.torch.randn(32, 1, 28, 28))["convolution, then pool"]
     assert finding.recipe == "fused_kernels"
     assert set(finding.where) == {"0", "1", "2"}
+
+
+def test_what_compiling_gives_is_timed_in_jax():
+    """It takes XLA less than a second, and assumptions were three times off for small batches."""
+    models = InJax()
+    profile = perfkit.profile(models.plain(), example_inputs=(models.x,), budget_s=0.05)
+    (finding,) = [finding for finding in profile.findings if finding.recipe == "compile"]
+    time = profile.time
+    assert finding.predicted.value == pytest.approx(time.step.median_ms / time.as_one.median_ms)
+    assert "timed by itself" in finding.predicted.method
+    assert perfkit.Profile.from_json(profile.to_json()).time.as_one == time.as_one
+
+
+def test_what_is_compiled_or_cannot_be_is_not_timed_as_one_program():
+    import jax
+
+    models = InJax()
+    weights = jax.numpy.ones((64, 8))
+    for model in (jax.jit(lambda x: x @ weights), models.waiting()):
+        assert perfkit.profile(model, example_inputs=(models.x,), budget_s=0.05).time.as_one is None

@@ -38,6 +38,12 @@ def test_not_finite_is_read_back_as_not_a_number():
     assert found.time.busy.unavailable is None
 
 
+def test_a_profile_of_before_a_field_is_read():
+    data = sample_profiles.cnn().to_dict()
+    del data["time"]["as_one"]
+    assert Profile.from_json(json.dumps(data)) == sample_profiles.cnn()
+
+
 BREAKS = {
     "a newer version": (lambda data: data.update(schema_version=_profile.SCHEMA_VERSION + 1), "update perfkit"),
     "an older version": (lambda data: data.update(schema_version=0), "profile again"),

@@ -189,6 +189,20 @@ def test_a_matrix_used_otherwise_stays():
     assert "used in 'reduce_sum'" in result.effect.skipped[0].reason
 
 
+def test_a_stack_of_layers_stays():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            make = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs))
+            self.layers = nnx.split_rngs(splits=3)(make)(rngs)
+
+        def __call__(self, x):
+            return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+    result = applied(LowRank(energy=0.5), Net(nnx.Rngs(0)), rows(4, 8))
+    assert result.effect.status == "NO_EFFECT"
+    assert "a stack of layers" in result.effect.skipped[0].reason
+
+
 def test_training_trains_the_factors():
     given = training("conv", 3)
     given["model"].fc.kernel[...] = low(192, 16, 2)

@@ -261,6 +261,22 @@ def test_a_function_of_parameters():
     close(mlp(result.after.model.params, x), mlp(masked, x))
 
 
+def test_complex_units_are_ranked_by_their_size():
+    """By their real parts alone others would go: those are largest where the whole is smallest."""
+
+    def net(params, x):
+        return jnp.tanh(abs(x @ params["in"])) @ params["out"]
+
+    imaginary = rows(6, 8) * jnp.arange(1, 9)
+    params = {"in": jnp.arange(8, 0, -1) * 0.01 + 1j * imaginary, "out": rows(8, 3)}
+    x = rows(4, 6)
+    result = prune(net, x, params=params)
+    gone = lowest((np.abs(np.asarray(params["in"])) ** 2).sum(0), 4)
+    masked = {"in": params["in"].at[:, gone].set(0), "out": params["out"]}
+    assert result.effect.notes == ("in: 8 → 4",)
+    close(net(result.after.model.params, x), net(masked, x))
+
+
 def test_a_function_that_states_its_sizes_is_refused():
     def fixed(params, x):
         return (x @ params["a"]).reshape(4, 8) @ params["b"]

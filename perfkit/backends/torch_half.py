@@ -1,4 +1,4 @@
-"""Torch modules with their weights cast to low precision: for good, or in training at each call."""
+"""Torch modules with their weights and activations in 16 bits."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from perfkit._workload import Workload
 from perfkit.backends.torch_precision import (
     at_the_boundary,
     dtypes_of,
-    holders,
+    holders_of,
     keep_in_float32,
-    modules_by_name,
+    named,
     only_in_float32,
     widest_dtype,
 )
 from perfkit.backends.torch_state import keeping_state
 from perfkit.backends.torch_surgery import around_forward, cast_attributes
+
+Named = dict[str, torch.Tensor]
 
 
 def cast_weights(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
@@ -36,14 +38,14 @@ def cast_weights(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
     """
     model = work.model
     recurrent = only_in_float32(model, dtype, work.device)
-    written = _written_buffers(work) if work.trains else {}
+    written, constant = _written_and_constant(work) if work.trains else ({}, {})
     updating = _updating(model, written) if work.trains else {}
     kept = [*recurrent.values(), *updating.values(), *(_statistics(model) if work.trains else ())]
     alone = {item.name for item in kept}
-    left = {id(part) for name, module in modules_by_name(model) if name in alone for part in module.modules()}
-    free = {name: module for name, module in holders(model) if id(module) not in left}
-    touched = tuple(name for name, module in free.items() if any(p.dtype != dtype for p in _own(module)))
-    kept += [Skipped(name, f"its parameters are {dtypes_of(m)}") for name, m in free.items() if name not in touched]
+    left = {id(part) for name, module in named(model) if name in alone for part in module.modules()}
+    holders = {name: module for name, module in holders_of(model) if id(module) not in left}
+    touched = tuple(name for name, module in holders.items() if any(p.dtype != dtype for p in _own(module)))
+    kept += [Skipped(name, f"its parameters are {dtypes_of(m)}") for name, m in holders.items() if name not in touched]
     if not touched:
         return work, Effect((), tuple(kept), ("the model has no parameters to store in another precision",))
     keep_in_float32(recurrent, outputs=dtype)
@@ -52,6 +54,7 @@ def cast_weights(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
     held, outside = {p.dtype for p in model.parameters()}, widest_dtype(model)
     if work.trains:
         cast_ones = [module for module in model.modules() if id(module) not in left]
+        _register({module: constant[module] for module in cast_ones})
         chosen = {id(tensor) for module in cast_ones for tensor in (*_own(module), *_buffers(module).values())}
         chosen -= {id(buffer) for buffers in written.values() for buffer in buffers.values()}
         _cast_in_forward(model, dtype, chosen, held, outside)
@@ -73,7 +76,7 @@ def _statistics(model: nn.Module) -> list[Skipped]:
     """The norms that keep running statistics: small updates to them would be lost, and their weights go with them."""
     reason = "its running statistics and weights stay in float32 while it trains"
     norms = nn.modules.batchnorm._NormBase
-    return [Skipped(name, reason) for name, module in modules_by_name(model) if isinstance(module, norms)]
+    return [Skipped(name, reason) for name, module in named(model) if isinstance(module, norms)]
 
 
 def _updating(model: nn.Module, written: Mapping[nn.Module, Mapping[str, Any]]) -> dict[nn.Module, Skipped]:
@@ -82,7 +85,7 @@ def _updating(model: nn.Module, written: Mapping[nn.Module, Mapping[str, Any]]) 
     Of a module that has layers below, the buffers stay as they are, and the layers do not.
     """
     found = {}
-    for name, module in modules_by_name(model):
+    for name, module in named(model):
         below = [part for part in module.modules() if part is not module and _own(part)]
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
             found[module] = Skipped(name, "its gradient is sparse, and such are not cast: it stays in float32")
@@ -92,27 +95,47 @@ def _updating(model: nn.Module, written: Mapping[nn.Module, Mapping[str, Any]]) 
     return found
 
 
-def _written_buffers(work: Workload) -> dict[nn.Module, dict[str, torch.Tensor]]:
-    """The floating-point buffers that one run of the model, which is left as it is, writes to, by their module."""
+def _written_and_constant(work: Workload) -> tuple[dict[nn.Module, Named], dict[nn.Module, Named]]:
+    """By module, the buffers that one run of the model, which is left as it is, writes to; and the unregistered
+    tensors that it does not write to. All are floating-point.
+    """
     model, inputs = work.model, work.inputs
-    before = {
-        module: {name: (held, held._version) for name, held in _buffers(module).items()} for module in model.modules()
-    }
+    modules = list(model.modules())
+    before = {module: [_versions(held) for held in (_buffers(module), _unregistered(module))] for module in modules}
     with torch.random.fork_rng(), torch.no_grad(), keeping_state(model):
         work.backend.seed(work.seed)
         model(*inputs.args, **inputs.kwargs)
-        found = {
-            module: {
-                name: held
-                for name, (held, version) in buffers.items()
-                if module._buffers.get(name) is not held or held._version != version
-            }
-            for module, buffers in before.items()
-        }
-    return {module: buffers for module, buffers in found.items() if buffers}
+        written, constant = {}, {}
+        for module, (buffers, others) in before.items():
+            written[module] = {name: held for name, (held, _) in buffers.items() if not _same(module, name, buffers)}
+            constant[module] = {name: held for name, (held, _) in others.items() if _same(module, name, others)}
+    return {module: held for module, held in written.items() if held}, constant
 
 
-def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+def _versions(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, int]]:
+    return {name: (held, held._version) for name, held in tensors.items()}
+
+
+def _same(module: nn.Module, name: str, before: Mapping[str, tuple[torch.Tensor, int]]) -> bool:
+    held, version = before[name]
+    return getattr(module, name, None) is held and held._version == version
+
+
+def _register(tensors: Mapping[nn.Module, Named]) -> None:
+    """Make buffers of them, which are in no state_dict: in place of buffers forward can be given copies."""
+    for module, held in tensors.items():
+        for name, tensor in held.items():
+            del vars(module)[name]
+            module.register_buffer(name, tensor, persistent=False)
+
+
+def _unregistered(module: nn.Module) -> Named:
+    """The floating-point tensors of its own that are used like buffers, but were never registered."""
+    held = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in held.items() if value.is_floating_point() and not value.requires_grad}
+
+
+def _buffers(module: nn.Module) -> Named:
     """The floating-point buffers of its own."""
     return {name: held for name, held in module.named_buffers(recurse=False) if held.is_floating_point()}
 
@@ -136,8 +159,9 @@ def _check_runs(work: Workload, dtype: torch.dtype) -> None:
             label = str(dtype).removeprefix("torch.")
             raise UnsupportedError(
                 f"weights in {label} do not fit the rest of {type(model).__name__}, which has an operation that does "
-                f"not take {label}, or numbers that stay in float32 (made in forward, or written to while it trains): "
-                f"{type(error).__name__}: {error}. 'bf16' and 'fp16' cast at each operation instead"
+                f"not take {label}, or numbers that stay in float32 (made in forward, in a list or dict, or written to "
+                f"while it trains): {type(error).__name__}: {error}. Hold constants with register_buffer, or choose "
+                "'bf16' or 'fp16', which cast at each operation instead"
             ) from error
 
 
