@@ -62,32 +62,29 @@ class Branches:
 
         return [*map(of, range(self.stages)), idle]
 
-    @cached_property
-    def back(self) -> list[Callable]:
-        """`(totals, slots, what arrived, state, inputs, gradients of what was sent and of outputs)`.
+    def back(
+        self, stage: int, totals: Slots, sent: jax.Array, slots: Slots, arrived: jax.Array, state: list, given: tuple
+    ) -> tuple[Slots, jax.Array]:
+        """A stage's turn backwards. Activations are computed again.
 
-        Each gives the totals with this turn's gradients of the weights added, and the gradient of what arrived.
-        Activations are computed again.
+        Args:
+            totals: the gradients of the weights so far.
+            sent: the gradient of what the stage sent.
+            arrived: what had arrived.
+            given: the inputs, and the gradients of the outputs that have some.
+
+        Returns:
+            The totals with this turn's gradients, and the gradient of what arrived.
         """
+        inputs, outputs = given
 
-        def of(stage: int) -> Callable:
-            def back(
-                totals: Slots, slots: Slots, arrived: jax.Array, state: list, inputs: list, *given: Any
-            ) -> tuple[Slots, jax.Array]:
-                def turn(weights: dict, arrived: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-                    sent, _, found = self._turn(stage, weights, arrived, state, inputs)
-                    return sent, [leaf for leaf in found if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        def turn(weights: dict, arrived: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+            sent, _, found = self._turn(stage, weights, arrived, state, inputs)
+            return sent, [leaf for leaf in found if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
-                _, pull = jax.vjp(turn, self.packing.in_slots(stage, slots), arrived)
-                gradients, arrived = pull(given)
-                return self.packing.added(stage, totals, gradients), arrived
-
-            return back
-
-        def idle(totals: Slots, *_: Any) -> tuple[Slots, jax.Array]:
-            return totals, self.nothing()
-
-        return [*map(of, range(self.stages)), idle]
+        _, pull = jax.vjp(turn, self.packing.in_slots(stage, slots), arrived)
+        gradients, arrived = pull((sent, outputs))
+        return self.packing.added(stage, totals, gradients), arrived
 
     def _turn(self, stage: int, weights: dict, arrived: jax.Array, state: list, inputs: list) -> Turn:
         received = _unflattened(arrived, self.sent[stage - 1]) if stage else []

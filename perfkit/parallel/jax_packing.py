@@ -122,6 +122,10 @@ class Packing:
     def _size(self, index: int) -> int:
         return math.prod(self.forms[index].shape)
 
+    def bytes_of(self, index: int) -> int:
+        """Bytes of a part."""
+        return self._size(index) * self.forms[index].dtype.itemsize
+
     def _filled(self, stage: int) -> list[int | None]:
         """Of each slot the part that a stage has there."""
         parts = {dtype: iter(self._sorted(stage, dtype)) for dtype in self.dtypes}

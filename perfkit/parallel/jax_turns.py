@@ -115,25 +115,21 @@ def _along(
     backwards = [(each + 1, each) for each in range(stages - 1)]
     times = np.arange(count + stages - 1)
 
-    def at(batch: Batch, carried: State, time: jax.Array) -> tuple[jax.Array, list[jax.Array], list[Any]]:
-        """A turn's branch, and the state and inputs of its micro-batch."""
-        here = lax.axis_index(AXIS)
-        number = jnp.clip(time - here, 0, count - 1)
-        inputs = [
-            leaf if dim is None else lax.dynamic_index_in_dim(leaf, number, keepdims=False)
-            for leaf, dim in zip(batch.inputs, dims, strict=True)
-        ]
-        known = {index: lax.dynamic_index_in_dim(leaf, number, keepdims=False) for index, leaf in batch.series.items()}
-        state = [(known | carried).get(index, leaf) for index, leaf in enumerate(batch.rest)]
-        return jnp.where(number == time - here, here, stages), state, inputs
+    def at(batch: Batch, carried: State, number: jax.Array) -> tuple[list[jax.Array], list[Any]]:
+        """The state and the inputs of a micro-batch."""
+        inputs = [leaf if dim is None else _entry(leaf, number) for leaf, dim in zip(batch.inputs, dims, strict=True)]
+        known = {index: _entry(leaf, number) for index, leaf in batch.series.items()} | carried
+        return [known.get(index, leaf) for index, leaf in enumerate(batch.rest)], inputs
 
     def forth(slots: Slots, batch: Batch) -> tuple[tuple[list[jax.Array], State], tuple[jax.Array, State]]:
         """Outputs and carried state; and what each turn was given: what arrived, and the carried state."""
+        here = lax.axis_index(AXIS)
 
         def turn(given: tuple[jax.Array, State], time: jax.Array) -> tuple[Any, Any]:
-            buffer, carried = given
-            stage, state, inputs = at(batch, carried, time)
-            sent, carried, found = lax.switch(stage, branches.forth, slots, buffer, carried, state, inputs)
+            arrived, carried = given
+            number = jnp.clip(time - here, 0, count - 1)
+            stage = jnp.where(number == time - here, here, stages)
+            sent, carried, found = lax.switch(stage, branches.forth, slots, *given, *at(batch, carried, number))
             return (lax.ppermute(sent, AXIS, onwards), lax.stop_gradient(carried)), (found, given)
 
         begun = {index: lax.stop_gradient(batch.rest[index]) for index in branches.keepers}
@@ -157,19 +153,35 @@ def _along(
         if given is None:  # someone differentiates by the inputs
             return jax.vjp(lambda *of: forth(*of)[0], slots, batch)[1]((found, carried))
 
-        def turn(totals: tuple[Slots, jax.Array], each: Any) -> tuple[Any, None]:
-            (totals, sent), (time, (buffer, carried), found) = totals, each
-            stage, state, inputs = at(batch, carried, time)
-            sent = lax.ppermute(sent, AXIS, backwards)
-            return lax.switch(stage, branches.back, totals, slots, buffer, state, inputs, sent, found), None
+        here, given = lax.axis_index(AXIS), (*given, [leaf for leaf in found if leaf.dtype != jax.dtypes.float0])
+
+        def turn(carried: tuple[Slots, jax.Array], time: jax.Array) -> tuple[Any, None]:
+            totals, sent = carried
+            carried = totals, lax.ppermute(sent, AXIS, backwards)
+            number = time - here
+            works = (number >= 0) & (number < count)
+            for stage in range(stages):
+
+                def back(number: jax.Array, carried: tuple[Slots, jax.Array], stage: int = stage) -> Any:
+                    arrived, state, outputs = jax.tree.map(lambda leaf: _entry(leaf, number + stage), given)
+                    state, inputs = at(batch, state, number)
+                    return branches.back(stage, *carried, slots, arrived, state, (inputs, outputs))
+
+                # A loop that runs once or not at all: XLA adds to what loops carry where it lies, and copies what goes
+                # through a conditional. Everything depends on its counter, or it would be computed outside.
+                carried = lax.fori_loop(number, number + (works & (here == stage)), back, carried)
+            return carried, None
 
         begun = jax.tree.map(jnp.zeros_like, slots), branches.nothing()
-        found = [leaf for leaf in found if leaf.dtype != jax.dtypes.float0]
-        (totals, _), _ = lax.scan(turn, begun, (times, given, found), reverse=True)
+        (totals, _), _ = lax.scan(turn, begun, times, reverse=True)
         return totals, None
 
     along.defvjp(kept, back, symbolic_zeros=True)
     return along
+
+
+def _entry(leaf: jax.Array, number: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(leaf, number, keepdims=False)
 
 
 def _numbers(cotangent: Any) -> Any:

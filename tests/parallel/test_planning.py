@@ -202,17 +202,20 @@ def test_a_stage_that_waits_leaves_its_core_to_others():
 def test_a_compiled_program_tells_what_is_sent():
     sends = (("all_reduce", 40 * MB, 2, 1), ("send", MB, 2, 18))
     way = Way(pipeline=2, micro_batches=8)
-    program = Program(sends, kept=0.5, longest=0.6, bytes=10 * MB)
-    known = dataclasses.replace(COSTS, programs={way: program}, again=1.25)
+    stages = (0.6, 10 * MB), (0.4, 30 * MB)
+    program = Program(sends, kept=0.5, bytes=10 * MB, stages=stages)
+    known = dataclasses.replace(COSTS, programs={way: program}, again=1.25, adding_s=0.008)
     found = predict(known, way, cluster())
-    one = 0.15 * 0.5 * 1.25
-    assert found.computing_s == pytest.approx(8 * one * 0.6 + 0.02 / 4)
-    assert found.waiting_s == pytest.approx(one * 0.6)
+    rest = 0.15 * 0.5 * 1.25 - 0.008
+    first, second = rest * 0.6 + 0.002, rest * 0.4 + 0.006
+    assert found.computing_s == pytest.approx(8 * first + 0.02 / 4)
+    assert found.waiting_s == pytest.approx(second), "the last turn is the second stage's"
+    assert found.overhead_s == pytest.approx(2 * 0.008 / 4)
     assert found.sending_s == pytest.approx(SLOW.seconds("all_reduce", 40 * MB, 2) + 18 * SLOW.seconds("send", MB, 2))
-    assert (found.overhead_s, found.held_bytes, found.sent_bytes) == (0, 4 * 10 * MB, 58 * MB)
+    assert (found.held_bytes, found.sent_bytes) == (4 * 10 * MB, 58 * MB)
     assert [item.way for item in ranked(known, cluster())] == [way], "what was compiled, and no other"
     plain = Way(data=2)
-    known = dataclasses.replace(COSTS, programs={plain: Program((), kept=1.0, longest=1.0, bytes=40 * MB)})
+    known = dataclasses.replace(COSTS, programs={plain: Program((), kept=1.0, bytes=40 * MB)})
     assert predict(known, plain, cluster()).step_s == pytest.approx(0.45 + 0.02)
 
 
