@@ -106,9 +106,9 @@ def _along(
 ) -> Callable[[Slots, Batch], tuple[list[jax.Array], State]]:
     """All turns of a device: of its weights and batch, what the model's outputs are after each, and the carried state.
 
-    Its derivative is written out: gradients of weights are added up in the stage's own branch, so that a turn touches
-    nothing but what the stage has, and a turn without work nothing at all. JAX's own derivative of a loop makes an array
-    for all that any stage may have in every turn, and adds it to another.
+    Its derivative is written out: a stage adds the gradients of its weights to those of the micro-batches before where
+    they lie, so that a turn touches nothing but what the stage has, and a turn without work nothing at all. JAX's own
+    derivative of a loop makes arrays for all that any stage may have in every turn, and adds them to others.
     """
     stages = branches.stages
     onwards = [(each, each + 1) for each in range(stages - 1)]

@@ -17,6 +17,7 @@ from perfkit.parallel.links import Measured, Ring
 from perfkit.parallel.planning import balanced_units, candidates, predict, ranked, ways
 from perfkit.parallel.planning_messages import BUCKET, FIRST_BUCKET, buckets
 from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Program, Split, Stages, Unit, Way
+from perfkit.parallel.planning_programs import passing_s, turn_s
 from perfkit.parallel.planning_timing import MOST, in_turn, needed_passes, within
 from perfkit.parallel.world import Alone
 
@@ -217,6 +218,18 @@ def test_a_compiled_program_tells_what_is_sent():
     plain = Way(data=2)
     known = dataclasses.replace(COSTS, programs={plain: Program((), kept=1.0, bytes=40 * MB)})
     assert predict(known, plain, cluster()).step_s == pytest.approx(0.45 + 0.02)
+
+
+def test_stages_that_wait_leave_their_cores_to_the_others():
+    way, times = Way(pipeline=2, micro_batches=8), [0.3, 0.1]
+    shared = dataclasses.replace(cluster(), crowding=2.0)
+    assert turn_s(times, way, cluster()) == pytest.approx(0.3)
+    assert passing_s(times, way, cluster()) == pytest.approx(0.3 * 8 + 0.1)
+    assert turn_s(times, way, shared) == pytest.approx(0.1 + 0.2 / 2), "both, then the longer one twice as quick"
+    assert passing_s(times, way, shared) == pytest.approx(8 * (0.3 + 0.1) / 2), "two devices on one core"
+    two = Way(data=2, pipeline=2, micro_batches=8)
+    shared = dataclasses.replace(cluster(4), crowding=2.0)
+    assert turn_s([0.3], two, shared) == pytest.approx(0.3 * (1 / 2 + 1 / 2 / 3)), "two of four devices"
 
 
 def test_layouts_by_which_a_batch_can_be_divided():
