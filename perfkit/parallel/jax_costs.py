@@ -118,7 +118,7 @@ def waited_for(mesh: Mesh, function: Callable, given: tuple) -> Callable[[], Any
 
 
 def timed_calls(step: Step, devices: int, run: Run) -> dict[Any, Callable[[], Any]]:
-    """What must be timed: steps by the rows of their micro-batches, "update", "adding", and "forward" of the smallest."""
+    """What is timed: steps by the rows of their micro-batches, "update", "adding", and "forward" of the smallest."""
     passes = needed_passes(step.rows, devices)
     calls: dict[Any, Callable[[], Any]] = {rows: run(*step.whole(rows, times)) for rows, times in passes.items()}
     rows = min(passes)

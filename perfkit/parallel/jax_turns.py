@@ -126,7 +126,7 @@ def _along(
         here = lax.axis_index(AXIS)
 
         def turn(given: tuple[jax.Array, State], time: jax.Array) -> tuple[Any, Any]:
-            arrived, carried = given
+            _, carried = given
             number = jnp.clip(time - here, 0, count - 1)
             stage = jnp.where(number == time - here, here, stages)
             sent, carried, found = lax.switch(stage, branches.forth, slots, *given, *at(batch, carried, number))
