@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -48,14 +49,14 @@ class Step:
         batch = (inputs.args, dict(inputs.kwargs), targets)
         return self.work.backend.mapped(sliced(self.rows, self.rows // rows, 0, self.batch_dim), batch)
 
-    def whole(self, rows: int, micro_batches: int, again: bool = False) -> tuple[Callable, tuple]:
+    def whole(self, rows: int, micro_batches: int, forward: bool = False) -> tuple[Callable, tuple]:
         """Forward, backward and update on so many micro-batches of so many rows; with what the function is given.
 
         Args:
-            again: compute activations again in the backward.
+            forward: without the backward, all gradients being 0.
         """
         training = replace(self.work.training, micro_batches=micro_batches, batch_dim=self.batch_dim)
-        model = self.work.model.then(partial(jax.checkpoint, prevent_cse=False)) if again else self.work.model
+        model = self.work.model.then(_fixed) if forward else self.work.model
         trainer = Trainer(self.work.replace(model=model, training=training))
         return trainer.program.jitted, (trainer.state, *self.batch(rows * micro_batches))
 
@@ -68,6 +69,16 @@ class Step:
             return optax.apply_updates(params, updates), moments
 
         return step, (params, optimizer.init(params), params)
+
+    def adding(self) -> tuple[Callable, tuple]:
+        """Adding gradients to others."""
+        params = self.work.model.params
+        return partial(jax.tree.map, jnp.add), (params, params)
+
+
+def _fixed(function: Callable) -> Callable:
+    """The model with weights that nothing is differentiated by."""
+    return lambda params, *others, **named: function(jax.lax.stop_gradient(params), *others, **named)
 
 
 def alone(function: Callable, given: tuple) -> Callable[[], Any]:
@@ -89,12 +100,30 @@ def on_all(mesh: Mesh, function: Callable, given: tuple) -> Callable[[], Any]:
     return lambda: jax.block_until_ready(program(*everywhere))
 
 
+def waited_for(mesh: Mesh, function: Callable, given: tuple) -> Callable[[], Any]:
+    """A call on the first device of a mesh, while the others wait for it within the same program."""
+    (axis,) = mesh.axis_names
+
+    def each(*given: Any) -> Any:
+        forms = jax.eval_shape(function, *given)
+        nothing = partial(jax.tree.map, lambda form: jnp.zeros(form.shape, form.dtype), forms)
+        found = jax.lax.cond(jax.lax.axis_index(axis) == 0, function, lambda *_: nothing(), *given)
+        met = jax.lax.psum(jax.tree.leaves(found)[-1].ravel()[:1], axis)
+        return jax.tree.map(lambda leaf: leaf[None], found), met
+
+    whole, apart = PartitionSpec(), PartitionSpec(axis)
+    program = jax.jit(jax.shard_map(each, mesh=mesh, in_specs=whole, out_specs=(apart, whole), check_vma=False))
+    everywhere = replicated(given, mesh)
+    return lambda: jax.block_until_ready(program(*everywhere))
+
+
 def timed_calls(step: Step, devices: int, run: Run) -> dict[Any, Callable[[], Any]]:
-    """What must be timed: steps by the rows of their micro-batches, "update", and "again" of the smallest ones."""
+    """What is timed: steps by the rows of their micro-batches, "update", "adding", and "forward" of the smallest."""
     passes = needed_passes(step.rows, devices)
     calls: dict[Any, Callable[[], Any]] = {rows: run(*step.whole(rows, times)) for rows, times in passes.items()}
     rows = min(passes)
-    return calls | {"update": run(*step.update()), "again": run(*step.whole(rows, passes[rows], again=True))}
+    forward = run(*step.whole(rows, passes[rows], forward=True))
+    return calls | {"update": run(*step.update()), "adding": run(*step.adding()), "forward": forward}
 
 
 def costs(step: Step, devices: int, times: Mapping[Any, float]) -> Costs:
@@ -110,7 +139,8 @@ def costs(step: Step, devices: int, times: Mapping[Any, float]) -> Costs:
         units=(),
         splits={},
         gradients=tuple(leaf.nbytes for leaf in reversed(trained)),
-        again=max(in_passes["again"] / (in_passes[min(passes)] or math.inf), 1.0),
+        again=1 + in_passes["forward"] / (in_passes[min(passes)] or math.inf),
+        adding_s=times["adding"],
     )
 
 

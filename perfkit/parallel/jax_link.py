@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from perfkit._workload import Workload
-from perfkit.parallel.jax_costs import Step, alone, costs, on_all, timed_calls
+from perfkit.parallel.jax_costs import Step, costs, on_all, timed_calls, waited_for
 from perfkit.parallel.links import Measured
 from perfkit.parallel.planning_parts import Cluster, Costs
 from perfkit.parallel.planning_timing import in_turn, needed_passes
@@ -90,7 +90,7 @@ def calibrated(
     rows = min(passes)
     calls: dict[Any, Callable[[], Any]] = {("link", key): call for key, call in operations(mesh).items()}
     calls |= {("model", name): call for name, call in timed_calls(step, devices, partial(on_all, mesh)).items()}
-    calls["alone", rows] = alone(*step.whole(rows, passes[rows]))
+    calls["waited for", rows] = waited_for(mesh, *step.whole(rows, passes[rows]))
     calls |= {("other", name): call for name, call in (others or {}).items()}
     times = in_turn(calls, range(rounds), told=told)
 
@@ -98,6 +98,6 @@ def calibrated(
         return {key: median(found) for (of, key), found in times.items() if of == group}
 
     model, link = part("model"), link_of(devices, part("link"))
-    crowding = max(model[rows] / part("alone")[rows], 1.0)
+    crowding = min(max(model[rows] / part("waited for")[rows], 1.0), devices)
     last = {key: found for (of, key), found in times.items() if of == "other"}
     return costs(step, devices, model), Cluster(devices, link, overlaps=False, crowding=crowding), last

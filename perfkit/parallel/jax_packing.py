@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -102,3 +104,58 @@ class Packing:
             pieces = lax.split(row[dtype], [*sizes, row[dtype].size - sum(sizes)])
             found |= {index: piece.reshape(self.forms[index].shape) for index, piece in zip(mine, pieces, strict=False)}
         return found
+
+    @cached_property
+    def slots(self) -> tuple[tuple[str, int], ...]:
+        """Dtype and size of arrays that hold any stage's parts: the largest in the first, the next in the second."""
+        found = []
+        for dtype in self.dtypes:
+            sizes = [[self._size(index) for index in self._sorted(stage, dtype)] for stage in range(len(self.owned))]
+            found += [(dtype, max(each)) for each in itertools.zip_longest(*sizes, fillvalue=0)]
+        return tuple(found)
+
+    def _sorted(self, stage: int, dtype: str) -> list[int]:
+        """A stage's parts of a dtype, the largest first."""
+        mine = [index for index in self.owned[stage] if str(self.forms[index].dtype) == dtype]
+        return sorted(mine, key=self._size, reverse=True)
+
+    def _size(self, index: int) -> int:
+        return math.prod(self.forms[index].shape)
+
+    def bytes_of(self, index: int) -> int:
+        """Bytes of a part."""
+        return self._size(index) * self.forms[index].dtype.itemsize
+
+    def _filled(self, stage: int) -> list[int | None]:
+        """Of each slot the part that a stage has there."""
+        parts = {dtype: iter(self._sorted(stage, dtype)) for dtype in self.dtypes}
+        return [next(parts[dtype], None) for dtype, _ in self.slots]
+
+    def spread(self, stage: int, row: dict[str, jax.Array]) -> list[jax.Array]:
+        """A stage's row in slots."""
+        weights, found = self.weights(stage, row), []
+        for index, (dtype, size) in zip(self._filled(stage), self.slots, strict=True):
+            flat = jnp.zeros(0, dtype) if index is None else weights[index].ravel()
+            found.append(jnp.pad(flat, (0, size - flat.size)))
+        return found
+
+    def in_slots(self, stage: int, slots: Sequence[jax.Array]) -> dict[int, jax.Array]:
+        """A stage's parts by their numbers: one that is as large as its slot is taken as it lies there."""
+        return {
+            index: slot[: self._size(index)].reshape(self.forms[index].shape)
+            for index, slot in zip(self._filled(stage), slots, strict=True)
+            if index is not None
+        }
+
+    def added(self, stage: int, slots: Sequence[jax.Array], parts: Mapping[int, jax.Array]) -> list[jax.Array]:
+        """Slots with a stage's parts, by number, added to what they hold."""
+        return [
+            slot if index is None else _added_in_front(slot, parts[index].ravel())
+            for index, slot in zip(self._filled(stage), slots, strict=True)
+        ]
+
+
+def _added_in_front(slot: jax.Array, part: jax.Array) -> jax.Array:
+    if slot.size == part.size:
+        return slot + part
+    return lax.dynamic_update_slice(slot, slot[: part.size] + part, (0,))

@@ -9,6 +9,7 @@ from typing import Any
 from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._variant import apply, first_line
+from perfkit._workload import Workload
 from perfkit.backends.jax_compile import persistent_cache
 from perfkit.backends.jax_training import Trainer
 from perfkit.parallel.gathering import gathered
@@ -60,9 +61,15 @@ def _program(step: Step, way: Way) -> Program:
     return Program(
         sends=tuple(map(_sent, collectives(text, work.world.devices))),
         kept=kept,
-        longest=max(work.spread.balance, default=1.0),
         bytes=work.model.placement.bytes_of(work.model.params),
+        stages=_stages(work) if way.pipeline > 1 else (),
     )
+
+
+def _stages(work: Workload) -> tuple[tuple[float, int], ...]:
+    packing = work.model.placement.packing
+    sizes = [sum(packing.bytes_of(index) for index in owned) for owned in packing.owned]
+    return tuple(zip(work.spread.balance, sizes, strict=True))
 
 
 def _along(chain: Chain, batch_dim: int) -> Chain:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
-from perfkit.parallel.balance import spans
+from perfkit.parallel.jax_branches import Branches, Slots, State
 from perfkit.parallel.jax_inlined import Part
 from perfkit.parallel.jax_packing import Packing
 from perfkit.parallel.jax_stages import Operations
 
 AXIS = "pipeline"
-
-State = dict[int, jax.Array]
-"""Leaves of a model's state by their numbers."""
-
-Turn = tuple[jax.Array, State, list[jax.Array]]
-"""What a stage makes of a micro-batch: what goes on, the state that it carries, the model's outputs."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,20 @@ class Cuts:
     micro_batches: int
     batch_dim: int
     output_dims: tuple[int, ...]
+
+
+class Batch(NamedTuple):
+    """What a device's micro-batches begin with, beside weights.
+
+    Args:
+        inputs: leaves, those with rows with micro-batches along a new first dimension.
+        series: state that changes by itself, before each micro-batch.
+        rest: the leaves of the model's state.
+    """
+
+    inputs: list[Any]
+    series: State
+    rest: list[jax.Array]
 
 
 def turns(
@@ -78,54 +88,104 @@ def turns(
     axis, pipelines = data or ("", 1)
     first = count * lax.axis_index(axis) if data else 0
     after, series = _series(operations, rest, count * pipelines)
-    keepers = operations.keepers(cuts.places)
+    series = {index: lax.dynamic_slice_in_dim(leaf, first, count) for index, leaf in series.items()}
     here, row = lax.axis_index(AXIS), {dtype: rows[0] for dtype, rows in packed.items()}
     parted = [leaf if dim is None else _parted(leaf, dim, count) for leaf, dim in zip(inputs, dims, strict=True)]
-    outputs = [var.aval for var in operations.closed.jaxpr.outvars[: operations.outputs]]
-    sent = [operations.layout(place) for place in cuts.places]
-    dtype = jnp.result_type(*(form.dtype for forms in sent for form in forms))
-    nothing = jnp.zeros(max(sum(math.prod(form.shape) for form in forms) for forms in sent), dtype)
-
-    def branch(stage: int, start: int, end: int) -> Callable:
-        keeps = [number for number, keeper in keepers.items() if keeper == stage]
-        run = operations.stage(start, end, keeps)
-
-        def on_rows(row: dict, buffer: jax.Array, carried: State, state: list, mine: list) -> Turn:
-            received = _unflattened(buffer, sent[stage - 1]) if stage else []
-            found, new = run(packing.weights(stage, row), received, [*state, *mine])
-            if stage == stages - 1:
-                return nothing, carried | new, found
-            return _flattened(found, nothing), carried | new, _zeros(outputs)
-
-        return on_rows
-
-    places = spans(cuts.places, len(operations.eqns))
-    branches = [branch(stage, *place) for stage, place in enumerate(places)]
-    branches.append(lambda _row, _buffer, carried, *_: (nothing, carried, _zeros(outputs)))  # nothing to work on yet
-
-    def turn(carry: tuple[jax.Array, State], time: jax.Array) -> tuple[tuple[jax.Array, State], list[jax.Array]]:
-        buffer, carried = carry
-        number = time - here
-        at = jnp.clip(number, 0, count - 1)
-        mine = [
-            leaf if dim is None else lax.dynamic_index_in_dim(leaf, at, keepdims=False)
-            for leaf, dim in zip(parted, dims, strict=True)
-        ]
-        stage = jnp.where(at == number, here, stages)
-        known = {index: lax.dynamic_index_in_dim(leaf, first + at, keepdims=False) for index, leaf in series.items()}
-        carried = lax.stop_gradient(carried)
-        state = [(known | carried).get(index, leaf) for index, leaf in enumerate(rest)]
-        work = jax.checkpoint(lambda *given: lax.switch(stage, branches, *given), prevent_cse=False)
-        onwards, carried, found = work(row, buffer, carried, state, mine)
-        return (lax.ppermute(onwards, AXIS, [(each, each + 1) for each in range(stages - 1)]), carried), found
-
-    begun = {index: rest[index] for index in keepers}
-    (_, carried), made = lax.scan(turn, (nothing, begun), jnp.arange(count + stages - 1))
+    slots = lax.switch(here, [partial(packing.spread, stage) for stage in range(stages)], row)
+    branches = Branches(operations, packing, cuts.places)
+    made, carried = _along(branches, dims, count)(slots, Batch(parted, series, rest))
     for index, leaf in carried.items():
-        leaf = lax.psum(jnp.where(here == keepers[index], lax.stop_gradient(leaf), 0), AXIS)
+        leaf = lax.psum(jnp.where(here == branches.keepers[index], lax.stop_gradient(leaf), 0), AXIS)
         after[index] = lax.pmean(leaf, axis) if data else leaf
     rows = [_joined(leaf[stages - 1 :], dim)[None] for leaf, dim in zip(made, cuts.output_dims, strict=True)]
     return rows, after
+
+
+def _along(
+    branches: Branches, dims: Sequence[int | None], count: int
+) -> Callable[[Slots, Batch], tuple[list[jax.Array], State]]:
+    """All turns of a device: of its weights and batch, what the model's outputs are after each, and the carried state.
+
+    Its derivative is written out: a stage adds the gradients of its weights to those of the micro-batches before where
+    they lie, so that a turn touches nothing but what the stage has, and a turn without work nothing at all. JAX's own
+    derivative of a loop makes arrays for all that any stage may have in every turn, and adds them to others.
+    """
+    stages = branches.stages
+    onwards = [(each, each + 1) for each in range(stages - 1)]
+    backwards = [(each + 1, each) for each in range(stages - 1)]
+    times = np.arange(count + stages - 1)
+
+    def at(batch: Batch, carried: State, number: jax.Array) -> tuple[list[jax.Array], list[Any]]:
+        """The state and the inputs of a micro-batch."""
+        inputs = [leaf if dim is None else _entry(leaf, number) for leaf, dim in zip(batch.inputs, dims, strict=True)]
+        known = {index: _entry(leaf, number) for index, leaf in batch.series.items()} | carried
+        return [known.get(index, leaf) for index, leaf in enumerate(batch.rest)], inputs
+
+    def forth(slots: Slots, batch: Batch) -> tuple[tuple[list[jax.Array], State], tuple[jax.Array, State]]:
+        """Outputs and carried state; and what each turn was given: what arrived, and the carried state."""
+        here = lax.axis_index(AXIS)
+
+        def turn(given: tuple[jax.Array, State], time: jax.Array) -> tuple[Any, Any]:
+            _, carried = given
+            number = jnp.clip(time - here, 0, count - 1)
+            stage = jnp.where(number == time - here, here, stages)
+            sent, carried, found = lax.switch(stage, branches.forth, slots, *given, *at(batch, carried, number))
+            return (lax.ppermute(sent, AXIS, onwards), lax.stop_gradient(carried)), (found, given)
+
+        begun = {index: lax.stop_gradient(batch.rest[index]) for index in branches.keepers}
+        (_, carried), (found, given) = lax.scan(turn, (branches.nothing(), begun), times)
+        return (found, carried), given
+
+    @jax.custom_vjp
+    def along(slots: Slots, batch: Batch) -> tuple[list[jax.Array], State]:
+        return forth(slots, batch)[0]
+
+    def kept(slots: Any, batch: Any) -> tuple[Any, Any]:
+        others = any(leaf.perturbed for leaf in jax.tree.leaves(batch))
+        slots, batch = jax.tree.map(lambda leaf: leaf.value, (slots, batch))
+        found, given = forth(slots, batch)
+        ours = not others and all(jnp.issubdtype(slot.dtype, jnp.floating) for slot in slots)
+        return found, (slots, batch, given if ours else None)
+
+    def back(known: Any, cotangents: Any) -> tuple[Slots, Any]:
+        slots, batch, given = known
+        found, carried = jax.tree.map(_numbers, cotangents)
+        if given is None:  # someone differentiates by the inputs
+            return jax.vjp(lambda *of: forth(*of)[0], slots, batch)[1]((found, carried))
+
+        here, given = lax.axis_index(AXIS), (*given, [leaf for leaf in found if leaf.dtype != jax.dtypes.float0])
+
+        def turn(carried: tuple[Slots, jax.Array], time: jax.Array) -> tuple[Any, None]:
+            totals, sent = carried
+            carried = totals, lax.ppermute(sent, AXIS, backwards)
+            number = time - here
+            works = (number >= 0) & (number < count)
+            for stage in range(stages):
+
+                def back(number: jax.Array, carried: tuple[Slots, jax.Array], stage: int = stage) -> Any:
+                    arrived, state, outputs = jax.tree.map(lambda leaf: _entry(leaf, number + stage), given)
+                    state, inputs = at(batch, state, number)
+                    return branches.back(stage, *carried, slots, arrived, state, (inputs, outputs))
+
+                # A loop that runs once or not at all: XLA adds to what loops carry where it lies, and copies what goes
+                # through a conditional. Everything depends on its counter, or it would be computed outside.
+                carried = lax.fori_loop(number, number + (works & (here == stage)), back, carried)
+            return carried, None
+
+        begun = jax.tree.map(jnp.zeros_like, slots), branches.nothing()
+        (totals, _), _ = lax.scan(turn, begun, times, reverse=True)
+        return totals, None
+
+    along.defvjp(kept, back, symbolic_zeros=True)
+    return along
+
+
+def _entry(leaf: jax.Array, number: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+
+
+def _numbers(cotangent: Any) -> Any:
+    return np.zeros(cotangent.shape, cotangent.dtype) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
 def _series(operations: Operations, rest: list[jax.Array], count: int) -> tuple[list[jax.Array], State]:
@@ -148,18 +208,3 @@ def _joined(leaf: jax.Array, dim: int) -> jax.Array:
     """Micro-batches along the first dimension as rows again."""
     leaf = jnp.moveaxis(leaf, 0, dim)
     return leaf.reshape(*leaf.shape[:dim], -1, *leaf.shape[dim + 2 :])
-
-
-def _flattened(arrays: Sequence[jax.Array], like: jax.Array) -> jax.Array:
-    flat = jnp.concatenate([array.astype(like.dtype).ravel() for array in arrays])
-    return jnp.pad(flat, (0, like.size - flat.size))
-
-
-def _unflattened(buffer: jax.Array, forms: Sequence[Any]) -> list[jax.Array]:
-    sizes = [math.prod(form.shape) for form in forms]
-    parts = lax.split(buffer, [*sizes, buffer.size - sum(sizes)])
-    return [part.reshape(form.shape).astype(form.dtype) for part, form in zip(parts, forms, strict=False)]
-
-
-def _zeros(forms: Sequence[Any]) -> list[jax.Array]:
-    return [jnp.zeros(form.shape, form.dtype) for form in forms]

@@ -12,10 +12,8 @@ from collections.abc import Iterator, Sequence
 from perfkit._errors import InvalidInputError
 from perfkit.parallel.pipeline_plan import MICRO_BATCHES
 from perfkit.parallel.planning_messages import exposed_s, gradients
-from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Prediction, Program, Stages, Unit, Way
-
-COPIES = 4
-"""Weights, gradients and two moments."""
+from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Prediction, Stages, Unit, Way
+from perfkit.parallel.planning_programs import COPIES, of_program
 
 
 def ranked(costs: Costs, cluster: Cluster) -> list[Prediction]:
@@ -60,7 +58,7 @@ def ways(costs: Costs, devices: int) -> Iterator[Way]:
 def predict(costs: Costs, way: Way, cluster: Cluster) -> Prediction:
     """What a step takes when the model is spread in that way."""
     if way in costs.programs:
-        return _of_program(costs, way, costs.programs[way], cluster)
+        return of_program(costs, way, costs.programs[way], cluster)
     share = 1 / way.data  # of the batch, and so of activations
     splits = costs.splits.get(way.tensor, ()) if way.tensor > 1 else ()
     kept = 1 - min(sum(split.seconds * (1 - split.left) for split in splits) / costs.forward_s, 1.0)
@@ -93,23 +91,6 @@ def predict(costs: Costs, way: Way, cluster: Cluster) -> Prediction:
         overhead_s=_overhead(costs, way, len(splits) * stages.longest, cluster.overheads),
         held_bytes=COPIES * held / (way.data if way.shard else 1),
         sent_bytes=sent_bytes + sum(size for _, size, _ in messages),
-    )
-
-
-def _of_program(costs: Costs, way: Way, program: Program, cluster: Cluster) -> Prediction:
-    """What a step takes whose program is compiled: all that it sends is known."""
-    one_s = costs.passing_s(costs.rows / way.data / way.micro_batches) * program.kept
-    if way.pipeline > 1:
-        one_s *= costs.again
-    computing_s, waiting_s = _turns(one_s, program.longest, way, cluster)
-    return Prediction(
-        way=way,
-        computing_s=computing_s + costs.update_s * program.bytes / (costs.bytes or 1),
-        sending_s=sum(cluster.link.seconds(kind, size, ranks) * times for kind, size, ranks, times in program.sends),
-        waiting_s=waiting_s,
-        overhead_s=0.0,
-        held_bytes=COPIES * program.bytes,
-        sent_bytes=sum(size * times for _, size, _, times in program.sends),
     )
 
 

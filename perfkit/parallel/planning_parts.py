@@ -65,14 +65,14 @@ class Program:
     Args:
         sends: what it sends: kind of operation, bytes, devices that take part, and how often.
         kept: share of a pass that is left for one device where layers are split.
-        longest: the longest pipeline stage's share of a pass.
         bytes: of the parameters that the device holds.
+        stages: of a pipeline: of each stage the share of a pass, and bytes of its parameters.
     """
 
     sends: tuple[tuple[str, float, int, int], ...]
     kept: float
-    longest: float
     bytes: int
+    stages: tuple[tuple[float, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Costs:
         stages: by number of devices along "pipeline", where it is known; elsewhere cuts are between units.
         programs: JAX: by layout. Then there are no others, and `units`, `splits` and `stages` are not asked for.
         again: how many times as long a pass takes whose backward computes activations again, as JAX's pipelines do.
+        adding_s: of adding gradients of all parameters to others.
     """
 
     rows: int
@@ -102,6 +103,7 @@ class Costs:
     stages: Mapping[int, Stages] = field(default_factory=dict)
     programs: Mapping[Way, Program] = field(default_factory=dict)
     again: float = 1.0
+    adding_s: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -146,7 +148,8 @@ class Cluster:
         link: between them.
         overlaps: whether a device computes while it sends. Processes that share their cores with the sending do not.
         overheads: of the framework.
-        crowding: threads that want each core while all devices compute; 1 where each device has cores of its own.
+        crowding: threads that want each core while all devices compute; 1 where each device has cores of its own. JAX:
+            how many times as long a step takes then as while the others wait for it.
     """
 
     devices: int

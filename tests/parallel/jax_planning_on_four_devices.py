@@ -47,6 +47,7 @@ def costs():
         "gradients": found.gradients,
         "seconds": [*found.pass_s.values(), found.update_s, *together.pass_s.values()],
         "again": found.again,
+        "adding": found.adding_s,
         "crowding": cluster.crowding,
         "kinds": sorted(cluster.link.points),
         "others": {name: len(seconds) for name, seconds in others.items()},
@@ -62,7 +63,17 @@ def each_by_itself():
     (weights, _, _, _), loss = program(*given)
     everywhere, losses = jax_costs.on_all(mesh, program, given)()
     off = [float(jnp.abs(everywhere[0][name] - weights[name]).max()) for name in weights]
-    return {"off": max(off), "losses": losses.tolist(), "loss": float(loss)}
+    (_, waited), met = jax_costs.waited_for(mesh, program, given)()
+    forward, given = one.whole(ROWS, 1, forward=True)
+    (_, _, moments, _), alone = forward(*given)
+    return {
+        "off": max(off),
+        "losses": losses.tolist(),
+        "loss": float(loss),
+        "waited for": waited.tolist(),
+        "met": float(met[0]),
+        "forward": [float(alone), max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(moments[0].mu))],
+    }
 
 
 def layouts(function=model, params=PARAMS, inputs=INPUTS, targets=TARGETS, devices=4, **options):

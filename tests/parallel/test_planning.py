@@ -17,6 +17,7 @@ from perfkit.parallel.links import Measured, Ring
 from perfkit.parallel.planning import balanced_units, candidates, predict, ranked, ways
 from perfkit.parallel.planning_messages import BUCKET, FIRST_BUCKET, buckets
 from perfkit.parallel.planning_parts import Cluster, Costs, Overheads, Program, Split, Stages, Unit, Way
+from perfkit.parallel.planning_programs import passing_s, turn_s
 from perfkit.parallel.planning_timing import MOST, in_turn, needed_passes, within
 from perfkit.parallel.world import Alone
 
@@ -202,18 +203,33 @@ def test_a_stage_that_waits_leaves_its_core_to_others():
 def test_a_compiled_program_tells_what_is_sent():
     sends = (("all_reduce", 40 * MB, 2, 1), ("send", MB, 2, 18))
     way = Way(pipeline=2, micro_batches=8)
-    program = Program(sends, kept=0.5, longest=0.6, bytes=10 * MB)
-    known = dataclasses.replace(COSTS, programs={way: program}, again=1.25)
+    stages = (0.6, 10 * MB), (0.4, 30 * MB)
+    program = Program(sends, kept=0.5, bytes=10 * MB, stages=stages)
+    known = dataclasses.replace(COSTS, programs={way: program}, again=1.25, adding_s=0.008)
     found = predict(known, way, cluster())
-    one = 0.15 * 0.5 * 1.25
-    assert found.computing_s == pytest.approx(8 * one * 0.6 + 0.02 / 4)
-    assert found.waiting_s == pytest.approx(one * 0.6)
+    rest = 0.15 * 0.5 * 1.25 - 0.008
+    first, second = rest * 0.6 + 0.002, rest * 0.4 + 0.006
+    assert found.computing_s == pytest.approx(8 * first + 0.02 / 4)
+    assert found.waiting_s == pytest.approx(second), "the last turn is the second stage's"
+    assert found.overhead_s == pytest.approx(2 * 0.008 / 4)
     assert found.sending_s == pytest.approx(SLOW.seconds("all_reduce", 40 * MB, 2) + 18 * SLOW.seconds("send", MB, 2))
-    assert (found.overhead_s, found.held_bytes, found.sent_bytes) == (0, 4 * 10 * MB, 58 * MB)
+    assert (found.held_bytes, found.sent_bytes) == (4 * 10 * MB, 58 * MB)
     assert [item.way for item in ranked(known, cluster())] == [way], "what was compiled, and no other"
     plain = Way(data=2)
-    known = dataclasses.replace(COSTS, programs={plain: Program((), kept=1.0, longest=1.0, bytes=40 * MB)})
+    known = dataclasses.replace(COSTS, programs={plain: Program((), kept=1.0, bytes=40 * MB)})
     assert predict(known, plain, cluster()).step_s == pytest.approx(0.45 + 0.02)
+
+
+def test_stages_that_wait_leave_their_cores_to_the_others():
+    way, times = Way(pipeline=2, micro_batches=8), [0.3, 0.1]
+    shared = dataclasses.replace(cluster(), crowding=2.0)
+    assert turn_s(times, way, cluster()) == pytest.approx(0.3)
+    assert passing_s(times, way, cluster()) == pytest.approx(0.3 * 8 + 0.1)
+    assert turn_s(times, way, shared) == pytest.approx(0.1 + 0.2 / 2), "both, then the longer one twice as quick"
+    assert passing_s(times, way, shared) == pytest.approx(8 * (0.3 + 0.1) / 2), "two devices on one core"
+    two = Way(data=2, pipeline=2, micro_batches=8)
+    shared = dataclasses.replace(cluster(4), crowding=2.0)
+    assert turn_s([0.3], two, shared) == pytest.approx(0.3 * (1 / 2 + 1 / 2 / 3)), "two of four devices"
 
 
 def test_layouts_by_which_a_batch_can_be_divided():
