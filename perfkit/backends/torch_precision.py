@@ -1,4 +1,4 @@
-"""Low precision in torch modules: autocast around `forward`, or weights cast."""
+"""Low precision in torch modules: autocast around `forward`, and what it shares with casting the weights."""
 
 from __future__ import annotations
 
@@ -110,6 +110,7 @@ def widest_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def dtypes_of(module: nn.Module) -> str:
+    """The dtypes of its own parameters, in words."""
     return ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters(recurse=False)}))
 
 
