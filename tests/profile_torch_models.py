@@ -43,21 +43,6 @@ class Copying(Net):
         return self.block(self.first(x).t().contiguous().t())
 
 
-class Changing(Net):
-    """A number that changes at each call is a constant of the program; torch gives up after eight of them."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def shifted(self, x):
-        return x + self.calls
-
-    def forward(self, x):
-        self.calls += 1
-        return super().forward(torch.compile(self.shifted, backend="eager")(x))
-
-
 class Double(Net):
     """Has a layer in float64."""
 

@@ -80,7 +80,23 @@ class InTorch:
         return Double()
 
     def recompiling(self):
-        from profile_torch_models import Changing
+        from profile_torch_models import Net
+
+        torch = self.torch
+
+        class Changing(Net):
+            """A number that changes at each call is a constant of the program; torch gives up after eight of them."""
+
+            def __init__(self):
+                super().__init__()
+                self.calls = 0
+
+            def shifted(self, x):
+                return x + self.calls
+
+            def forward(self, x):
+                self.calls += 1
+                return super().forward(torch.compile(self.shifted, backend="eager")(x))
 
         return Changing()
 
