@@ -248,12 +248,12 @@ def inference_of_a_function():
         return jax.grad(lambda x: jnp.sin(of(others, x)).sum())
 
     return {
-        "by inputs": _distance(jax.jit(by_inputs(result.model))(x), by_inputs(model)(x)),
         "own": _distance(result(x), model(params, x)),
         "given": _distance(result.model(result.params, x), model(params, x)),
         "others": _distance(result.model(others, x), model(others, x)),
         "own again": _distance(result.model(params, x), model(params, x)),
         "in a program": _distance(jax.jit(result.model)(others, x), model(others, x)),
+        "by inputs": _distance(jax.jit(by_inputs(result.model))(x), by_inputs(model)(x)),
         "fidelity": report["fidelity"]["relative_error"],
         "bytes": report["parallel"]["rank_model_bytes"],
     }
