@@ -107,7 +107,8 @@ class Stages:
                 f"a parameter of shape {list(elsewhere[0].shape)} lies on devices of several processes, and is not the "
                 "one that this model was given: pass the result's params, or whole arrays"
             )
-        self.packed = self.placement.trained(params)
+        with jax.ensure_compile_time_eval():  # also where the model is called in a program of the caller's
+            self.packed = self.placement.trained(params)
         self.packed_of = list(map(weakref.ref, leaves))
 
 

@@ -132,7 +132,7 @@ def test_inference_is_that_of_one_device_by_weights_as_they_are(four, model):
 
 def test_a_function_in_stages_takes_its_own_parameters_and_others(four):
     found = four["function"]
-    for how in ("own", "given", "others", "own again", "in a program", "fidelity", "by weights", "by inputs"):
+    for how in ("own", "given", "others", "own again", "in a program", "fidelity", "by inputs"):
         assert found[how] <= 8 * 8 * 16**0.5 * ROUNDING, how  # eight blocks of some operations, sums of 16 numbers
     whole = (8 * 16 * 16 + 16 * 4) * 4
     assert whole / 4 <= found["bytes"][0] < whole, "each device holds its stage"
