@@ -164,7 +164,6 @@ struct Forward {
         }
     }
 
-  private:
     // Into y: `count` channels of `many` outputs, the first of them number `place` of the image.
     template <bool SAVE>
     INLINE void put(Floats (&values)[L], Ints (&windows)[L], i64 image, i64 first, i64 count, i64 place,
@@ -178,6 +177,7 @@ struct Forward {
         rows<SAVE>(values, windows, (image * p.area() + place) * p.outputs + first, p.outputs, many, count);
     }
 
+  private:
     // ReLU, and `count` rows of `many` numbers.
     template <bool SAVE>
     INLINE void rows(const Floats (&values)[L], const Ints (&windows)[L], i64 at, i64 step, i64 count, i64 many) const {

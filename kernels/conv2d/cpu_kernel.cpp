@@ -9,14 +9,20 @@
 // strides, dilation, layout and dtype are all dealt with by that copy.
 #include "cpu_backward.hpp"
 #include "cpu_channels.hpp"
+#include "cpu_tiles.hpp"
 
 // bias may be null. argmax is null, or is filled for the backward pass. Returns 1 where memory is short, else 0.
 extern "C" int perfkit_conv2d_forward(const PerfkitConv2d* problem, void* x, void* weight, void* bias, void* y,
                                       std::uint8_t* argmax, perfkit::Threads threads) try {
+    const bool half = problem->bfloat16;
+    std::vector<float> own, biases(problem->outputs + L);
+    for (i64 o = 0; bias && o < problem->outputs; ++o) biases[o] = Numbers{bias, half}[o];
+#if PERFKIT_TILES
+    if (by_tiles(*problem) && forward_by_tiles(Shape(*problem, true), {x, half}, {weight, half}, biases.data(),
+                                               {y, half}, argmax, threads))
+        return 0;
+#endif
     const Shape p(*problem);
-    const bool half = p.bfloat16;
-    std::vector<float> own, biases(p.outputs + L);
-    for (i64 o = 0; bias && o < p.outputs; ++o) biases[o] = Numbers{bias, half}[o];
 #if defined(__AVX512F__)
     if (by_channels(p)) {
         forward_by_channels(p, {x, half}, {weight, half}, biases.data(), {y, half}, argmax, threads);

@@ -44,7 +44,7 @@ def forward(problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None, _c
 @functools.lru_cache(maxsize=4096)
 def caller(problem: Problem) -> Call:
     """`forward` of one problem, with everything worked out that does not depend on numbers: it takes a microsecond."""
-    run, told = library().perfkit_conv2d_forward, _told(problem)
+    run, numbers = library().perfkit_conv2d_forward, told(problem)
     size = (problem.batch, problem.outputs, *problem.out_size)
     layout = torch.channels_last if problem.channels_last else torch.contiguous_format
     dtype, saves, threads = getattr(torch, problem.dtype), problem.saves_argmax, Threads.of_torch
@@ -53,7 +53,7 @@ def caller(problem: Problem) -> Call:
     def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         y = torch.empty(size, dtype=dtype, **there)
         argmax = torch.empty(size, dtype=torch.uint8, **there) if saves else None
-        if run(told, _at(x), _at(weight), _at(bias), _at(y), _at(argmax), threads()):
+        if run(numbers, _at(x), _at(weight), _at(bias), _at(y), _at(argmax), threads()):
             raise MemoryError("the convolution kernel found no memory for its working space")
         return y, argmax
 
@@ -74,7 +74,7 @@ def backward(
     d_weight = torch.empty_like(weight, dtype=torch.float32) if wanted[1] else None
     d_bias = x.new_empty(problem.outputs, dtype=torch.float32) if wanted[2] and problem.bias else None
     pointers = map(_at, (x, weight, argmax, d_y, d_x, d_weight, d_bias))
-    if library().perfkit_conv2d_backward(_told(problem), *pointers, Threads.of_torch()):
+    if library().perfkit_conv2d_backward(told(problem), *pointers, Threads.of_torch()):
         raise MemoryError("the convolution's backward kernel found no memory for its working space")
     return d_x, *(None if each is None else each.to(x.dtype) for each in (d_weight, d_bias))
 
@@ -84,7 +84,7 @@ def _at(tensor: Tensor | None) -> int | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _told(problem: Problem) -> ctypes.Array:
+def told(problem: Problem) -> ctypes.Array:
     """`PerfkitConv2d`, which is nothing but integers."""
     numbers = shape(problem)
     return (ctypes.c_int64 * len(numbers))(*numbers)

@@ -29,19 +29,21 @@ struct Shape : PerfkitConv2d {
     std::vector<i64> offsets;        // of tap t's plane in window w, in floats: [t * streams + w]; of one: in vector w
     bool near;                       // 3x3 taps in 2x2 windows: sixteen places
     bool paired;                     // the same in bfloat16, multiplied two taps at once
+    bool tiled;                      // planes are of pairs, for `cpu_tiles.hpp`
     i64 chunk_rows, chunk_columns, chunks;  // the largest chunk, and how many of them an image has
     i64 high, wide;                         // what it sees of x
     i64 most;                               // its outputs, in whole vectors
     i64 plane;  // from one plane to the next: an odd number of cache lines, so that they do not crowd out each other
 
-    explicit Shape(const PerfkitConv2d& p)
+    explicit Shape(const PerfkitConv2d& p, bool tiled_ = false)
         : PerfkitConv2d(p), I(inputs / groups), O(outputs / groups), T(I * kernel_height * kernel_width),
           W(pool * pool), step_h(pool * stride_h), step_w(pool * stride_w),
           downs(seen(kernel_height, stride_h, dilation_h)),
           rights(seen(kernel_width, stride_w, dilation_w)), places(downs.size() * rights.size()), Q(I * places),
           streams(W == 1 ? STREAMS : W), offsets(T * streams),
           near(kernel_height == 3 && kernel_width == 3 && pool == 2 && downs.back() == 3 && rights.back() == 3),
-          paired(MULTIPLIES_PAIRS && near && bfloat16) {
+          paired(MULTIPLIES_PAIRS && near && bfloat16), tiled(tiled_) {
+        if (tiled) Q = round_up(I * (kernel_height + 1) * ((kernel_width + 1) / 2), L);
         chunk_columns = std::min(out_width, std::max<i64>(L, CACHED / Q / L * L));
         chunk_rows = chunk_columns < out_width ? 1 : std::min(out_height, std::max<i64>(1, CACHED / Q / out_width));
         chunks = parts(out_height, chunk_rows) * parts(out_width, chunk_columns);

@@ -1,12 +1,14 @@
-"""A linear layer with its activation in one pass, for inference on CPU in torch.
+"""A linear layer with its activation in one pass, for inference on CPU.
 
     y = act(x weightᵀ + bias)
 
 - `problem.py`: one call without its numbers.
 - `reference.py`: the same in the framework's own operations, and what runs where gradients are wanted or anything looks
   on: torch.compile, autocast, torch.func, dispatch modes, profilers, tensor subclasses.
-- `cpu_kernel.cpp`, `cpu_kernel.py`: the kernel, where it pays, and how it is called. It reads weights as they lie: none
-  are packed, so none can be stale.
+- `cpu_kernel.cpp`, `cpu_tiles.hpp`: the kernel, on vectors and on AMX's tiles. It reads weights as they lie at each
+  call: none are kept, so none can be stale. `cpu_kernel.py` and `cpu_ffi.cpp` bind it to torch and JAX.
+- `cpu_shape.py`: which calls it takes, where it pays, and what it is told.
+- `jax_op.py`: the layer in JAX, in bfloat16 on tiles, with gradients.
 - `torch_call.py`: the way of a call. A small layer takes a microsecond or two: what a kind of call is found to be is
   remembered.
 
@@ -23,15 +25,15 @@ __all__ = ["OP", "Problem"]
 
 
 def _refusal(problem: Problem) -> str | None:
-    from perfkit.kernels.linear import cpu_kernel
+    from perfkit.kernels.linear import cpu_shape
 
-    return cpu_kernel.refusal(problem)
+    return cpu_shape.refusal(problem)
 
 
 def _slower(problem: Problem) -> str | None:
-    from perfkit.kernels.linear import cpu_kernel
+    from perfkit.kernels.linear import cpu_shape
 
-    return cpu_kernel.slower(problem)
+    return cpu_shape.slower(problem)
 
 
 OP = Op(
@@ -39,5 +41,7 @@ OP = Op(
     (
         Implementation("cpu", "torch", _refusal, ("cpu",), _slower),
         Implementation("library", "torch", lambda _problem: None),
+        Implementation("cpu", "jax", _refusal, ("cpu",), _slower),
+        Implementation("library", "jax", lambda _problem: None),
     ),
 )

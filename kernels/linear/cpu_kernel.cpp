@@ -5,24 +5,9 @@
 // Both x and w lie with K innermost, so both are read as whole vectors as they are: lanes are inputs, and a sum's lanes
 // are added up once it is complete. So nothing is ever packed, copied or kept of the weights: what they are when a call
 // comes is what it uses. ROWS x OUTPUTS sums are in registers; K is cut so that what they read stays in the cache.
-#include <algorithm>
-#include <cstdint>
-#include <memory>
-#include <new>
-#include <type_traits>
-
-#include "_thread_pool.hpp"
-#include "_vector.hpp"
-
-extern "C" struct PerfkitLinear {
-    std::int64_t rows, outputs, inputs, relu, bfloat16;
-};
+#include "cpu_tiles.hpp"
 
 namespace {
-
-using namespace perfkit;
-
-using Halves = std::uint16_t __attribute__((vector_size(2 * L)));
 
 constexpr bool WIDE = L == 16;        // AVX-512, which has 32 registers; else there are 16
 constexpr int ROWS = WIDE ? 6 : 2;    // of x, whose sums
@@ -32,74 +17,6 @@ constexpr int MANY = WIDE ? 8 : 4;    // with more of w
 constexpr i64 WORTH = 1 << 17;        // multiply-adds that are worth waking a thread for
 constexpr i64 NEAR = 5 << 12;         // bytes of x that stay in the first-level cache,
 constexpr i64 FAR = 1 << 19;          // and of w in the second-level cache
-
-// Vectors of numbers as they lie in memory, and sum += a b, lane by lane or pair by pair.
-struct Float32 {
-    using Number = float;
-    using Vector = Floats;
-    static constexpr i64 STEP = L;
-    static Vector take(const Number* at) { return load<Vector>(at); }
-    static Vector take_part(const Number* at, i64 count) {
-#if defined(__AVX512F__)
-        return Vector(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), at));
-#else
-        Vector value{};
-        for (i64 lane = 0; lane < count; ++lane) value[lane] = at[lane];
-        return value;
-#endif
-    }
-    static INLINE Floats add(Floats sum, Vector a, Vector b) { return sum + a * b; }
-    static float wide(Number x) { return x; }
-    static Number narrow(float x) { return x; }
-    static INLINE void put(Number* at, Floats x) { store(at, x); }
-};
-
-float widened(std::uint16_t half) { return bits<float>(std::uint32_t(half) << 16); }
-std::uint16_t rounded(float x) {  // to the nearest, ties to even; a NaN stays one
-    const std::uint32_t whole = bits<std::uint32_t>(x);
-    return x != x ? 0x7fc0 : std::uint16_t((whole + 0x7fff + (whole >> 16 & 1)) >> 16);
-}
-
-INLINE Halves rounded(Floats x) {
-    const Ints whole = bits<Ints>(x), half = (whole + 0x7fff + (whole >> 16 & 1)) >> 16;
-    return __builtin_convertvector((x != x ? Ints{} + 0x7fc0 : half) & 0xffff, Halves);
-}
-
-#if defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
-struct Bfloat16 {
-    using Number = std::uint16_t;
-    using Vector = Ints;
-    static constexpr i64 STEP = 2 * L;
-    static INLINE Vector take(const Number* at) { return load<Vector>(at); }
-    static Vector take_part(const Number* at, i64 count) {
-        return Vector(_mm512_maskz_loadu_epi16(__mmask32((std::uint64_t(1) << count) - 1), at));
-    }
-    static INLINE Floats add(Floats sum, Vector a, Vector b) {
-        return Floats(_mm512_dpbf16_ps(__m512(sum), bits<__m512bh>(a), bits<__m512bh>(b)));
-    }
-    static float wide(Number x) { return widened(x); }
-    static Number narrow(float x) { return rounded(x); }
-    static INLINE void put(Number* at, Floats x) { store(at, rounded(x)); }
-};
-#else
-struct Bfloat16 {
-    using Number = std::uint16_t;
-    using Vector = Floats;
-    static constexpr i64 STEP = L;
-    static INLINE Vector take(const Number* at) {
-        return bits<Floats>(__builtin_convertvector(load<Halves>(at), Ints) << 16);
-    }
-    static Vector take_part(const Number* at, i64 count) {
-        Halves value{};
-        for (i64 lane = 0; lane < count; ++lane) value[lane] = at[lane];
-        return bits<Floats>(__builtin_convertvector(value, Ints) << 16);
-    }
-    static INLINE Floats add(Floats sum, Vector a, Vector b) { return sum + a * b; }
-    static float wide(Number x) { return widened(x); }
-    static Number narrow(float x) { return rounded(x); }
-    static INLINE void put(Number* at, Floats x) { store(at, rounded(x)); }
-};
-#endif
 
 // to[n] += the sum of the lanes of sums[n], for n < N, of at most four.
 template <int N>
@@ -242,10 +159,36 @@ extern "C" int perfkit_linear(const PerfkitLinear* p, void* x, void* w, void* bi
         using T = decltype(type);
         using Number = typename T::Number;
         const auto at = [](void* given) { return static_cast<Number*>(given); };
+#if PERFKIT_TILES
+        if (by_tiles(*p)) {
+            std::vector<float> biases(p->outputs + L);
+            for (i64 n = 0; bias && n < p->outputs; ++n) biases[n] = T::wide(at(bias)[n]);
+            return linear_by_tiles(*p, x, w, biases.data(), y, threads);
+        }
+#endif
         linear<T>(*p, {*p, at(x), at(w), at(bias), at(y)}, threads);
     };
     p->bfloat16 ? run(Bfloat16()) : run(Float32());
     return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// Whether bfloat16 numbers are multiplied on tiles.
+extern "C" int perfkit_linear_has_tiles() { return perfkit::have_tiles(); }
+
+// The same on tiles with w: (K, N), and a bias in float32. Returns 2 where there are no tiles.
+extern "C" int perfkit_linear_across(const PerfkitLinear* p, void* x, void* w, const float* bias, void* y,
+                                     perfkit::Threads threads) try {
+#if PERFKIT_TILES
+    if (perfkit::have_tiles()) {
+        std::vector<float> biases(p->outputs + L);
+        std::copy(bias, bias + p->outputs, biases.begin());
+        linear_by_tiles(*p, x, w, biases.data(), y, threads);
+        return 0;
+    }
+#endif
+    return 2;
 } catch (const std::bad_alloc&) {
     return 1;
 }

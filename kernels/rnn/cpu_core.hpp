@@ -8,12 +8,6 @@
 // The hidden state's product and the gates are one loop, so the gates are computed on sums that were just found.
 #pragma once
 
-#if defined(__AVX512F__)
-#define PERFKIT_LANES 16
-#else
-#define PERFKIT_LANES 8
-#endif
-
 #include "cpu_backward.hpp"
 #include "cpu_forward.hpp"
 #include "cpu_tiles.hpp"

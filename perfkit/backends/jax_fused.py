@@ -1,8 +1,9 @@
 """perfkit's kernels in JAX models, by rewriting their jaxprs: after every earlier step of a chain, whatever it made.
 
-Scans whose step is a recurrent cell and convolutions with what follows them become calls of `perfkit.kernels`, inside
-of jit, checkpoint, scan, while and cond alike. Which implementation a call gets is known when it is traced: where it
-would be the library's, the equations are bound again as they are. Derivative rules of the caller's are left alone.
+Scans whose step is a recurrent cell, convolutions with what follows them and, for inference, linear layers in bfloat16
+become calls of `perfkit.kernels`, inside of jit, checkpoint, scan, while and cond alike. Which implementation a call
+gets is known when it is traced: where it would be the library's, the equations are bound again as they are. Derivative
+rules of the caller's are left alone.
 
 Layers are named by the paths of their parameters: "conv1" for "conv1.kernel".
 """
@@ -25,7 +26,8 @@ from perfkit.backends.fused_layers import LEFT, UNKNOWN, Layer, effect
 from perfkit.backends.jax_autocast import trace, untraced
 from perfkit.backends.jax_autocast_casting import bind
 from perfkit.backends.jax_autocast_rewrite import context_of
-from perfkit.backends.jax_fused_conv import groups
+from perfkit.backends.jax_fused_conv import groups, reading
+from perfkit.backends.jax_fused_linear import linear_groups
 from perfkit.backends.jax_fused_rnn import recurrence
 from perfkit.backends.jax_fused_steps import Unlike
 from perfkit.backends.jax_trees import array_names
@@ -106,7 +108,10 @@ class _Fuser:
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
         named = dict(zip(jaxpr.invars, names, strict=True))
         live = _live(jaxpr)
-        found, reasons = groups(jaxpr, self.trains)
+        uses, made_by = reading(jaxpr)
+        found, reasons = groups(jaxpr.eqns, uses, made_by, self.trains)
+        if not self.trains:
+            found |= linear_groups(jaxpr.eqns, uses, made_by)
         inside = {at for group in found.values() for at in group.equations}
 
         def read(atom: Any) -> Any:
@@ -155,7 +160,7 @@ class _Fuser:
                 values.update(zip(eqns[at].outvars, bind(eqns[at], map(read, eqns[at].invars)), strict=True))
 
     def _apply(self, eqn: Any, operands: list[Any], names: list[str], live: set) -> Sequence[Any]:
-        holds = eqn.primitive.name in _INNER and _holds_candidates(eqn)
+        holds = eqn.primitive.name in _INNER and _holds_candidates(eqn, not self.trains)
         if eqn.primitive.name == "scan" and not holds:
             return self._scan(eqn, operands, self._layer(names, eqn), live)
         return self._inner(eqn, operands, names) if holds else bind(eqn, operands)
@@ -208,10 +213,15 @@ def _live(jaxpr: Any) -> set:
     return live
 
 
-def _holds_candidates(eqn: Any) -> bool:
-    """Whether a convolution or a scan is somewhere in the jaxprs of an equation."""
+def _holds_candidates(eqn: Any, products: bool) -> bool:
+    """Whether a convolution, a scan, or if wanted a product is somewhere in the jaxprs of an equation.
+
+    Products in a scan's step do not count: it may be a recurrent layer as a whole.
+    """
+    products &= eqn.primitive.name != "scan"
+    wanted = (*_CANDIDATES, "dot_general") if products else _CANDIDATES
     return any(
-        each.primitive.name in _CANDIDATES or (each.primitive.name in _INNER and _holds_candidates(each))
+        each.primitive.name in wanted or (each.primitive.name in _INNER and _holds_candidates(each, products))
         for inner in _inner_jaxprs(eqn)
         for each in inner.eqns
     )

@@ -68,13 +68,8 @@ class Group:
         return y.astype(last.outvars[0].aval.dtype)
 
 
-def groups(jaxpr: Any, trains: bool) -> tuple[dict[int, Group], dict[int, str]]:
-    """The groups of a jaxpr by the place of their last equation, and why other convolutions are in none, by place.
-
-    Args:
-        jaxpr: an open one.
-        trains: it will be differentiated: only a ReLU whose derivative at 0 is 0, as the kernel's is, counts as one.
-    """
+def reading(jaxpr: Any) -> tuple[dict[Any, list[int]], dict[Any, Any]]:
+    """By each variable of an open jaxpr where it is read, the places of equations or -1 for an output; what made it."""
     uses: dict[Any, list[int]] = {}
     for at, eqn in enumerate(jaxpr.eqns):
         for atom in eqn.invars:
@@ -83,13 +78,24 @@ def groups(jaxpr: Any, trains: bool) -> tuple[dict[int, Group], dict[int, str]]:
     for atom in jaxpr.outvars:
         if not isinstance(atom, Literal):
             uses.setdefault(atom, []).append(-1)
-    made_by = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+    return uses, {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+
+
+def groups(
+    eqns: Sequence[Any], uses: Mapping, made_by: Mapping, trains: bool
+) -> tuple[dict[int, Group], dict[int, str]]:
+    """The groups among equations by the place of their last one, and why other convolutions are in none, by place.
+
+    Args:
+        uses, made_by: what `reading` tells of them.
+        trains: it will be differentiated: only a ReLU whose derivative at 0 is 0, as the kernel's is, counts as one.
+    """
     found, reasons = {}, {}
-    for at, eqn in enumerate(jaxpr.eqns):
+    for at, eqn in enumerate(eqns):
         if eqn.primitive.name == "conv_general_dilated":
             if reason := refusal(eqn):
                 reasons[at] = reason
-            elif group := _group(jaxpr.eqns, at, uses, made_by, trains):
+            elif group := _group(eqns, at, uses, made_by, trains):
                 found[group.equations[-1]] = group
             else:
                 reasons[at] = "no ReLU or max-pool directly follows it, or its own output is used as well"
@@ -133,7 +139,7 @@ def _group(eqns: Sequence[Any], start: int, uses: Mapping, made_by: Mapping, tra
             continue
         if name in _AFFINE and activation is pool is None:
             other = eqn.invars[1 - eqn.invars.index(value)]
-            channel = _channel(other, value.aval.shape, made_by)
+            channel = channel_of(other, value.aval.shape, made_by)
             if channel is None or (name in ("sub", "div") and eqn.invars[0] is not value):
                 return best
             affine.append((name, channel))
@@ -147,7 +153,7 @@ def _group(eqns: Sequence[Any], start: int, uses: Mapping, made_by: Mapping, tra
             return best
 
 
-def _channel(atom: Any, shape: tuple[int, ...], made_by: Mapping) -> Any:
+def channel_of(atom: Any, shape: tuple[int, ...], made_by: Mapping) -> Any:
     """The operand where it is one number, or one for each channel; if it was repeated, what was; else None."""
     while True:
         given = atom.aval.shape

@@ -17,6 +17,7 @@ from perfkit._report import Effect
 from perfkit._workload import Workload
 from perfkit.backends import torch_conv_forwards as forwards
 from perfkit.backends import torch_fused_conv as convolutions
+from perfkit.backends import torch_fused_group as grouped
 from perfkit.backends import torch_fused_linear as linears
 from perfkit.backends import torch_fused_rnn as recurrent
 from perfkit.backends.fused_layers import LEFT, UNKNOWN, Layer, effect
@@ -80,23 +81,32 @@ def _watched(work: Workload, layers: dict[str, Part]) -> set[str]:
 
     def watching(owner: str) -> Callable[[tuple, Any], Any]:
         def run(links: tuple, x: Any) -> Any:
+            ran = False
+            for part in grouped.parts(links):
+                x, ran = one(part, x, ran)
+            return x
+
+        def one(links: tuple, x: Any, after: bool) -> tuple[Any, bool]:
+            """What a layer and what follows it make of x, and whether a kernel takes it; as before it if `after`."""
             layer = layer_of.get(id(links[-1]))
             if layer is None:
-                return convolutions.apart(links, x)
+                return grouped.apart(links, x), False
             if isinstance(layer.module, nn.Linear):
-                y = convolutions.apart(links, x)
-                if layer.runs and convolutions.rectified(links):
+                y = grouped.apart(links, x)
+                if after and not layer.runs and grouped.linear_problem(links, x) is not None:
+                    layer.runs["Linear on 'cpu', by one call with the layer before it (unless compiled)"] = None
+                if layer.runs and (after or grouped.rectified(links)):
                     owners.add(owner)
-                return y
+                return y, bool(layer.runs)
             read = convolutions.reading(links, x)
             if isinstance(read, str):
                 layer.misses[read] = None
-                return convolutions.apart(links, x)
+                return grouped.apart(links, x), False
             with trace() as choices:
                 y = convolutions.together(links[-1], read, x)
-            if layer.saw(str(read), choices):
+            if took := layer.saw(str(read), choices):
                 owners.add(owner)
-            return convolutions.apart(links[: read.rest], y)
+            return grouped.apart(links[: read.rest], y), took
 
         return run
 
@@ -132,7 +142,7 @@ def _watch(fuse: Callable[[Any], None], module: nn.Module, layer: Part, unless: 
 def _unwatched(model: nn.Module, layers: dict[str, Part]) -> set[str]:
     """Without inputs: everything that could be swapped is. Returns the modules whose groups run together."""
     layer_of = {id(layer.module): layer for layer in layers.values() if not layer.refused}
-    rewritten = _rewritten(model, layers, lambda _: convolutions.group)
+    rewritten = _rewritten(model, layers, lambda _: grouped.group)
     begun = [conv for _, convs in rewritten.values() for conv in convs]
     for layer in layer_of.values():
         if not isinstance(layer.module, nn.Conv2d) or any(layer.module is conv for conv in begun):
@@ -180,7 +190,7 @@ def _swap(model: nn.Module, layers: dict[str, Part], owners: set[str]) -> None:
             linears.fuse(layer.module)
         else:
             convolutions.fuse(layer.module)
-    for name, (forward, _) in _rewritten(model, layers, lambda _: convolutions.group).items():
+    for name, (forward, _) in _rewritten(model, layers, lambda _: grouped.group).items():
         if name in owners:
             derive(model.get_submodule(name), forward=forward)
     found = [module for module in model.modules() if isinstance(module, nn.RNNBase)]

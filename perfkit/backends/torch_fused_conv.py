@@ -1,11 +1,4 @@
-"""Convolutions with the batch norm, ReLU and max-pool that follow them, as one call of `perfkit.kernels.conv2d`.
-
-Linear layers with the ReLU that follows them likewise (`torch_fused_linear.py`).
-
-Where a module calls a convolution, its forward hands over what follows as one group (`torch_conv_forwards.py`). A group
-looks at what it was given each time it runs: what it knows runs together, anything else (hooks, a norm that trains,
-another padding, a module that was replaced since) as it was written.
-"""
+"""Convolutions with the batch norm, ReLU and max-pool that follow them, as one call of `perfkit.kernels.conv2d`."""
 
 from __future__ import annotations
 
@@ -18,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from perfkit.backends import torch_fused_linear as linears
-from perfkit.backends.torch_regroup import METHODS
+from perfkit.backends.torch_regroup import METHODS, ROWS
 from perfkit.backends.torch_surgery import INTEGER, ROUNDS, derive
 from perfkit.kernels.conv2d.torch_call import conv2d
-from perfkit.kernels.linear.torch_call import linear
 
 FUSES = "_perfkit_fuses"
 """Marks the classes of the convolutions whose groups run together."""
@@ -33,8 +25,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda")
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_, *METHODS.values())
 _POOL = (F.max_pool2d, torch.max_pool2d)
+_ROWS = tuple(ROWS.values())
+_FLATTENS = (((1,), {}), ((), {"start_dim": 1}))
 _POOL_OPTIONS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-_GLOBAL_HOOKS = [getattr(all_modules, name) for name in vars(all_modules) if name.startswith("_global_") and
+GLOBAL_HOOKS = [getattr(all_modules, name) for name in vars(all_modules) if name.startswith("_global_") and
                  name.endswith("_hooks")]  # fmt: skip
 
 
@@ -71,32 +65,10 @@ def may_begin(thing: Any) -> bool:
 
 
 def may_follow(thing: Any) -> bool:
-    """Whether it is a module or a function that may run together with a convolution before it."""
+    """Whether it is a module or a function that may run together with a convolution or a linear layer before it."""
+    if isinstance(thing, (nn.Linear, nn.Conv2d)):
+        return may_begin(thing)
     return _kind(thing) in _MODULES or (not isinstance(thing, nn.Module) and callable(thing) and _is_in(thing, _KNOWN))
-
-
-def group(links: tuple, x: Any) -> Any:
-    """Run the links, outermost first, on `x`: together what can be, if the first convolution is marked `FUSES`."""
-    conv = links[-1]
-    if isinstance(conv, nn.Linear):
-        if linears.is_fused(conv) and rectified(links):
-            x, links = linear(x, conv.weight, conv.bias, "relu"), links[:-2]
-    elif getattr(type(conv), FUSES, False) and not isinstance(read := reading(links, x), str):
-        x = together(conv, read, x)
-        links = links[: read.rest]
-    return apart(links, x)
-
-
-def apart(links: tuple, x: Any) -> Any:
-    """Run the links as they were written."""
-    for link in reversed(links):
-        x = link[0](x, *link[1], **link[2]) if isinstance(link, tuple) else link(x)
-    return x
-
-
-def rectified(links: tuple) -> bool:
-    """Whether a group begins with a linear layer and a ReLU, and nobody sees what is between them."""
-    return len(links) > 1 and _step(links[-2])[0] == "relu" and not _seen(links[-1])
 
 
 def reading(links: tuple, x: Any) -> Group | str:
@@ -110,13 +82,13 @@ def reading(links: tuple, x: Any) -> Group | str:
         return "its input is empty"
     if conv.padding_mode != "zeros":
         return f"it pads with padding_mode={conv.padding_mode!r}, and the kernel with zeros"
-    if _seen(conv):
+    if seen(conv):
         return "it has hooks, which see the convolution's own output"
     norm = activation = pool = rounds = None
     at, why = len(links) - 1, ""
     while at:
         link = links[at - 1]
-        kind, given = _step(link)
+        kind, given = step_of(link)
         if kind == "norm" and norm is activation is pool is None:
             norm = link
         elif kind == "relu" and activation is None:
@@ -137,9 +109,13 @@ def together(conv: nn.Conv2d, read: Group, x: Tensor) -> Tensor:
     weight, bias = conv.weight, conv.bias
     if read.norm is not None:
         weight, bias = folded(conv, read.norm)
-    options = conv.stride, conv.padding, conv.dilation, conv.groups, read.activation, read.pool
-    y = conv2d(x, weight, bias, *options, None)
+    y = conv2d(x, weight, bias, *options_of(conv, read), None)
     return y if read.rounds is None else read.rounds(y)
+
+
+def options_of(conv: nn.Conv2d, read: Group) -> tuple:
+    """As `conv2d` takes them."""
+    return conv.stride, conv.padding, conv.dilation, conv.groups, read.activation, read.pool
 
 
 def hooked(module: nn.Module) -> bool:
@@ -149,22 +125,24 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def _seen(module: nn.Module) -> bool:
+def seen(module: nn.Module) -> bool:
     """Whether hooks see its output."""
-    return hooked(module) or (any(_GLOBAL_HOOKS) and any(map(_looks_at_outputs, _GLOBAL_HOOKS)))
+    return hooked(module) or (any(GLOBAL_HOOKS) and any(map(_looks_at_outputs, GLOBAL_HOOKS)))
 
 
 def _looks_at_outputs(hooks: dict[int, Callable]) -> bool:
     return any(not getattr(hook, WATCHES, False) for hook in hooks.values())
 
 
-def _step(link: Any) -> tuple[str, Any]:
-    """What a link is: "relu", "pool" and its size, "norm", or "no" and why."""
+def step_of(link: Any) -> tuple[str, Any]:
+    """What a link is: "relu", "pool" and its size, "norm", "rows" (an image becomes one row), or "no" and why."""
     if (read := _MODULES.get(_kind(link))) is not None:
         return ("no", f"the {type(link).__name__} behind it has hooks") if hooked(link) else read(link)
     function, arguments, options = link if isinstance(link, tuple) else (link, (), {})
     if _is_in(function, _RELU):
         return "relu", None
+    if _is_in(function, _ROWS) or (function is torch.flatten and (arguments, dict(options)) in _FLATTENS):
+        return "rows", None
     if _is_in(function, _POOL):
         options = dict(zip(_POOL_OPTIONS, arguments, strict=False)) | dict(options)
         return _pool(**options) if options.keys() <= set(_POOL_OPTIONS) else ("no", "its max-pool has other options")
@@ -215,8 +193,11 @@ _MODULES: dict[type, Callable[[Any], tuple[str, Any]]] = {
         each.kernel_size, each.stride, each.padding, each.dilation, each.ceil_mode, each.return_indices
     ),
     nn.BatchNorm2d: _norm,
+    nn.Flatten: lambda each: (
+        ("rows", None) if (each.start_dim, each.end_dim) == (1, -1) else ("no", "it flattens others")
+    ),
 }
-_KNOWN = (*_RELU, *_POOL)
+_KNOWN = (*_RELU, *_POOL, *_ROWS, torch.flatten)
 
 
 class _Folded:
@@ -271,6 +252,10 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     if norm.bias is not None:
         shift = shift + norm.bias
     return (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype), shift.to(conv.weight.dtype)
+
+
+def is_fused(thing: Any) -> bool:
+    return getattr(type(thing), FUSES, False)
 
 
 def fuse(conv: nn.Conv2d) -> None:

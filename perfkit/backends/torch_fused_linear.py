@@ -1,7 +1,7 @@
 """Linear layers, with the ReLU that follows them, as one call of `perfkit.kernels.linear`.
 
 Each layer's own forward is what runs in the kernel; where a module's forward hands over its groups
-(`torch_fused_conv.py`), the ReLU behind a layer runs in it too.
+(`torch_fused_group.py`), the ReLU behind a layer runs in it too.
 """
 
 from __future__ import annotations

@@ -33,8 +33,19 @@ class Method:
         return getattr(x, self.name)(*args, **kwargs)
 
 
+class Rows:
+    """Images as rows: `Rows("view")(x)` is `x.view(x.size(0), -1)`, `Rows("flatten")(x)` is `x.flatten(1)`."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, x: Any) -> Any:
+        return x.flatten(1) if self.name == "flatten" else getattr(x, self.name)(x.size(0), -1)
+
+
 METHODS = {name: Method(name) for name in ("relu", "relu_")}
-_METHODS_BY_NAME = {f"_perfkit_{name}": method for name, method in METHODS.items()}
+ROWS = {f"_perfkit_rows_{name}": Rows(name) for name in ("view", "reshape", "flatten")}
+_BY_NAME = {f"_perfkit_{name}": method for name, method in METHODS.items()} | ROWS
 
 
 def regrouped(
@@ -63,11 +74,12 @@ def regrouped(
         found = _found(path, tree, owner, function.__globals__)
         return found is not None and to(found)
 
+    tree = _Rows().visit(tree)
     finder = _Groups(tree, lambda path: leads(path, first), lambda path: leads(path, later))
     tree = finder.visit(tree)
     if not finder.found:
         return None
-    new = remade(function, tree, imports, {_GROUP: group, **_METHODS_BY_NAME})
+    new = remade(function, tree, imports, {_GROUP: group, **_BY_NAME})
     begun = [_found(path, tree, owner, function.__globals__) for path in finder.found]
     return new, [each for each in begun if isinstance(each, nn.Module)]
 
@@ -86,6 +98,20 @@ def _found(path: ast.expr, tree: ast.FunctionDef, owner: nn.Module, names: dict[
     if isinstance(held, (nn.ModuleList, nn.Sequential)) and isinstance(index, int) and index < len(held):
         return held[index]
     return held[index] if isinstance(held, nn.ModuleDict) and index in held else None
+
+
+class _Rows(ast.NodeTransformer):
+    """Turns what makes rows of a variable's images into a call of one of `ROWS`."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if not (isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)) or node.keywords:
+            return node
+        x, name, arguments = node.func.value, node.func.attr, [ast.unparse(argument) for argument in node.args]
+        sizes = [[f"{x.id}.{size}", "-1"] for size in ("size(0)", "shape[0]")]
+        if arguments not in ({"view": sizes, "reshape": sizes, "flatten": [["1"]]}.get(name, ())):
+            return node
+        return ast.copy_location(ast.Call(_name(f"_perfkit_rows_{name}"), [x], []), node)
 
 
 class _Groups(ast.NodeTransformer):
@@ -180,6 +206,8 @@ class _Groups(ast.NodeTransformer):
             return None
         if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS and not node.args and not node.keywords:
             return node.func.value
+        if isinstance(node.func, ast.Name) and node.func.id in ROWS:
+            return node.args[0]
         if not node.args or isinstance(node.args[0], ast.Starred) or not self._leads(node.func, self.later):
             return None
         return node.args[0] if all(keyword.arg for keyword in node.keywords) else None

@@ -118,6 +118,32 @@ def test_what_is_no_number_stays_in_its_windows_with_lanes_of_channels(dtype):
             assert_equal([found], [y])
 
 
+TILED = (
+    cases.Case(3, 1, 28, 28, 32, (3, 3), {"activation": "relu", "pool": 2}),
+    cases.Case(2, 3, 17, 19, 20, (3, 3), {"pool": 2, "padding": 1}, bias=False),
+    cases.Case(2, 4, 14, 14, 8, (5, 5), {"activation": "relu", "pool": 2, "padding": 2, "groups": 2}),
+    cases.Case(1, 9, 12, 2500, 33, (3, 3), {"activation": "relu", "pool": 2, "padding": (0, 1)}),
+    cases.Case(1, 2, 9, 40, 17, (2, 1), {"pool": 2}),
+)
+"""What AMX's tiles take in bfloat16: one step of words and several, channels that fill no tile, parts of a row."""
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
+def test_windows_of_four_in_bfloat16(case, layout):
+    """With what the backward pass wants, and without; what is infinite or no number stays in its windows."""
+    tensors = whole(case, layout)
+    made = dataclasses.replace(problem_of(case, tensors), dtype="bfloat16")
+    for x in (tensors[0], tensors[0].index_fill(3, torch.tensor([5]), math.inf)):
+        given = (x, *tensors[1:])
+        wanted = expected(made, *given)
+        low = [None if each is None else each.bfloat16() for each in given]
+        if x is tensors[0]:
+            assert_equal(run(made, *low), wanted)
+        unsaved, _ = cpu_kernel.forward(dataclasses.replace(made, needs_grad=False), *low)
+        assert_equal([unsaved], wanted[:1])
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()

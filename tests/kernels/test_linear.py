@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perfkit.kernels import _native, trace
-from perfkit.kernels.linear import Problem, cpu_kernel
+from perfkit.kernels.linear import Problem, cpu_kernel, cpu_shape
 from perfkit.kernels.linear.torch_call import linear
 from perfkit.measure._hardware import cpu
 
@@ -18,7 +18,9 @@ if _native.find_compiler() is None:
     pytest.skip("no C++ compiler is installed", allow_module_level=True)
 
 SIZES = [(1, 1, 1), (1, 5408, 128), (2, 33, 9), (3, 129, 7), (5, 130, 17), (6, 64, 4), (13, 2900, 10), (70, 257, 131)]
-"""Rows, inputs, outputs: of few rows and many, whole vectors and parts of one, K in one piece and in several."""
+SIZES += [(16, 64, 16), (17, 33, 10), (16, 31, 100), (33, 3000, 47), (47, 2048, 300), (301, 128, 10)]
+"""Rows, inputs, outputs: of few rows and many, whole vectors and parts of one, K in one piece and in several; whole
+tiles and parts of one, and more rows than outputs and fewer."""
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -99,7 +101,7 @@ def taken(monkeypatch):
     """The kernel takes whatever it can, on any CPU."""
     from perfkit.kernels.linear import torch_call
 
-    monkeypatch.setattr(cpu_kernel, "slower", lambda _problem: None)
+    monkeypatch.setattr(cpu_shape, "slower", lambda _problem: None)
     from perfkit.kernels._op import _choose
 
     torch_call._known.clear()
@@ -202,6 +204,6 @@ def test_export_and_fake_tensors(taken):
 
 def test_where_it_is_expected_to_be_slower():
     small = Problem("cpu", "float32", 1, 128, 10)
-    assert "too little work" in cpu_kernel.slower(small)
+    assert "too little work" in cpu_shape.slower(small)
     if "avx512f" in cpu()[1]:
-        assert cpu_kernel.slower(Problem("cpu", "float32", 1, 5408, 128)) is None
+        assert cpu_shape.slower(Problem("cpu", "float32", 1, 5408, 128)) is None

@@ -84,7 +84,8 @@ def test_chains(chain, name, touched):
     if not touched:
         assert "forward of its own" in effect.skipped[0].reason
     result = done.works[-1].model
-    assert kernels_in(result, *inputs) == ["cpu"] * len(effect.touched)
+    along = sum("by one call with the layer before it" in note for note in effect.notes)
+    assert kernels_in(result, *inputs).count("cpu") == len(effect.touched) - along
     with torch.no_grad():
         new, old = result(*inputs), model(*inputs)
     assert new.dtype == old.dtype

@@ -16,7 +16,7 @@ from perfkit import reference
 from perfkit._chain import chain_of
 from perfkit._variant import apply
 from perfkit._workload import Inputs, Workload
-from perfkit.backends import torch_fused_conv
+from perfkit.backends import torch_fused_conv, torch_fused_group
 from perfkit.backends.torch_backend import BACKEND
 
 
@@ -78,8 +78,9 @@ def test_a_value_that_something_else_reads_is_still_there():
     torch.manual_seed(0)
     x = torch.randn(3, 1, 30, 29)
     alone, without_pool = "directly follows it in", "conv + ReLU is the library's here"
+    before_rows = "nothing that follows it runs in the kernel"
     for kind, reason in {
-        UsedTwice: alone, Returned: alone, Elsewhere: alone, Handled: alone, PositiveReturned: without_pool
+        UsedTwice: alone, Returned: alone, Elsewhere: before_rows, Handled: alone, PositiveReturned: without_pool
     }.items():  # fmt: skip
         model = kind().eval()
         result, effect = swapped(model, x)
@@ -238,4 +239,4 @@ def test_a_convolution_on_integer_weights_keeps_them_and_the_grid_of_its_pool():
 def test_a_group_is_what_the_user_wrote():
     """Links are called in their order, with their arguments, whatever they are."""
     links = ((torch.add, (1,), {"alpha": 2}), torch.neg, nn.Identity())
-    assert torch_fused_conv.group(links, torch.tensor(3.0)) == -1
+    assert torch_fused_group.group(links, torch.tensor(3.0)) == -1

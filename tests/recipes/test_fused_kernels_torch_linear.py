@@ -31,9 +31,9 @@ class Head(nn.Module):
 def linear_kernels_everywhere(monkeypatch):
     """The kernel of linear layers takes whatever it can, on any CPU."""
     from perfkit.kernels import _op
-    from perfkit.kernels.linear import cpu_kernel, torch_call
+    from perfkit.kernels.linear import cpu_shape, torch_call
 
-    monkeypatch.setattr(cpu_kernel, "slower", lambda _problem: None)
+    monkeypatch.setattr(cpu_shape, "slower", lambda _problem: None)
     monkeypatch.setattr(torch_call, "_known", {})
     _op._choose.cache_clear()
 

@@ -1,0 +1,67 @@
+// AMX: eight tiles of 16 rows of 64 bytes, in which bfloat16 numbers are multiplied 32 at a time.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__AVX512BF16__)
+#define PERFKIT_TILES 1
+#include <immintrin.h>
+#if !defined(PERFKIT_TILES_EMULATED)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#else
+#define PERFKIT_TILES 0
+#endif
+
+namespace perfkit {
+
+#if PERFKIT_TILES
+constexpr int TILE = 16;  // rows, and words of 32 bits in each
+
+// The system lends the tiles' registers to a process that asks for them; asked for once.
+inline bool have_tiles() {
+#if defined(PERFKIT_TILES_EMULATED)
+    return true;
+#else
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return granted;
+#endif
+}
+
+// What was written is in memory from here on: compilers are not told all that instructions on tiles read.
+inline void settle() { asm volatile("" ::: "memory"); }
+
+// How the tiles are shaped on this thread while this lives: all of them 16 rows of 64 bytes. What the framework's
+// kernels had shaped on its thread is put back, as they may not look again.
+class TileShape {
+  public:
+    TileShape() {
+        _tile_storeconfig(before_);
+        settle();
+        struct alignas(64) {
+            std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            std::uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
+        } shape;
+        settle();
+        _tile_loadconfig(&shape);
+    }
+    ~TileShape() {
+        if (before_[0] == 0)  // the palette: nothing was shaped
+            _tile_release();
+        else
+            _tile_loadconfig(before_);
+    }
+    TileShape(const TileShape&) = delete;
+
+  private:
+    alignas(64) std::uint8_t before_[64];
+};
+#else
+inline bool have_tiles() { return false; }
+#endif
+
+}  // namespace perfkit

@@ -1,0 +1,32 @@
+// The kernel of cpu_kernel.cpp as a custom call of XLA's.
+#include "cpu_kernel.cpp"
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+ffi::Error on_tiles(ffi::Span<const std::int64_t> shape, std::int64_t threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
+                    ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
+    PerfkitLinear p;
+    if (shape.size() * sizeof(std::int64_t) != sizeof p)
+        return ffi::Error::InvalidArgument("shape has not as many numbers as PerfkitLinear");
+    std::memcpy(&p, shape.begin(), sizeof p);
+    const int failed = perfkit_linear_across(&p, x.untyped_data(), w.untyped_data(), static_cast<const float*>(bias.untyped_data()),
+                                             y->untyped_data(), {threads});
+    if (failed == 2) return ffi::Error(ffi::ErrorCode::kUnimplemented, "this process may not use AMX's tiles");
+    if (failed) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for the linear kernel's working space");
+    return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(perfkit_linear_xla, on_tiles,
+                              ffi::Ffi::Bind()
+                                  .Attr<ffi::Span<const std::int64_t>>("shape")
+                                  .Attr<std::int64_t>("threads")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());

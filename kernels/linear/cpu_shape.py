@@ -1,0 +1,74 @@
+"""Which calls the CPU kernel takes, where it pays, and what it is told of a problem; imports no framework."""
+
+from __future__ import annotations
+
+from perfkit.kernels import _native
+from perfkit.kernels.linear.problem import Problem
+from perfkit.measure._hardware import cpu
+from perfkit.measure.environment import has
+
+FLAGS = ("-ffp-contract=fast",)
+"""Products and sums may round once: there is no reference in other operations to be equal to bit for bit."""
+
+DTYPES = ("float32", "bfloat16")
+LEAST_WORK = 1 << 14
+"""Multiply-adds below which a call of the kernel takes no less time than torch's own: measured on a Zen 5."""
+
+LEAST_INPUTS = 128
+"""Products summed for one output from which adding up a sum's lanes is a small part of the work."""
+
+MOST_ROWS = 16
+"""Rows of x up to which reading the weights takes longer than multiplying with them, whatever multiplies."""
+
+MOST_ROWS_MEASURED = {"float32": 4096, "bfloat16": 128}
+"""The same where torch's own product was measured to be slower for more: on a Zen 5, whose AVX-512 MKL does not use;
+oneDNN's bfloat16 product, which has no AMX there, is faster from a few hundred rows on."""
+
+TILE_ROWS = 16
+MOST_PACKED = 3 << 19
+"""Bytes of the smaller operand, which is packed, that leave room in the second-level cache: with more of them oneDNN's
+product on AMX, which packs as well and cuts what it reads, is faster."""
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why the kernel cannot take `problem`; None where it can."""
+    if problem.dtype not in DTYPES:
+        return f"it takes {' and '.join(DTYPES)}, and the tensors are {problem.dtype}"
+    if not problem.rows * problem.inputs * problem.outputs:
+        return "something is empty"
+    if problem.framework == "jax":
+        return _refusal_in_jax(problem)
+    return _native.missing()
+
+
+def _refusal_in_jax(problem: Problem) -> str | None:
+    if problem.dtype != "bfloat16" or not has("amx_bf16"):
+        return "it multiplies bfloat16 on AMX's tiles, and this CPU or this call has none"
+    if missing := _native.missing():
+        return missing
+    from perfkit.kernels.linear.jax_op import library
+
+    return None if library().perfkit_linear_has_tiles() else "the system does not let this process use AMX's tiles"
+
+
+def slower(problem: Problem) -> str | None:
+    """Why the framework's own product is expected to be as fast; None where it is not."""
+    if problem.work < LEAST_WORK or problem.inputs < LEAST_INPUTS:
+        return f"{problem.rows} rows of {problem.inputs} inputs to {problem.outputs} are too little work to gain by it"
+    if not has("avx512f"):
+        return "it was measured with AVX-512 only"
+    if problem.dtype == "bfloat16" and not has("avx512_bf16"):
+        return "this CPU has no bfloat16 instructions"
+    if problem.dtype == "bfloat16" and has("amx_bf16") and problem.rows >= TILE_ROWS:
+        packed = 2 * min(problem.rows, problem.outputs) * problem.inputs
+        return f"{packed} bytes to pack are more than the cache holds" if packed > MOST_PACKED else None
+    others = "Intel" in cpu()[0] or has("amx_bf16")
+    most = MOST_ROWS if others else MOST_ROWS_MEASURED[problem.dtype]
+    return f"above {most} rows torch's own product is as fast" if problem.rows > most else None
+
+
+def shape(problem: Problem) -> tuple[int, ...]:
+    """The fields of `PerfkitLinear`, in order."""
+    jax, half = problem.framework == "jax", problem.dtype == "bfloat16"
+    wide = jax and problem.weight_dtype == "float32", jax and problem.out_dtype == "float32"
+    return problem.rows, problem.outputs, problem.inputs, problem.activation == "relu", half, jax, *wide

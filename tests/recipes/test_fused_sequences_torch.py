@@ -1,0 +1,190 @@
+"""Convolutions and linear layers by one call: what it computes, and that whatever changes or looks on is followed."""
+
+import copy
+import pickle
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import perfkit
+from perfkit.backends import torch_fused_sequence as sequences
+from perfkit.kernels import _native
+
+if _native.find_compiler() is None:
+    pytest.skip("no C++ compiler is installed", allow_module_level=True)
+
+
+class Net(nn.Module):
+    """A convolution with ReLU and pool, and two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu, self.pool = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2)
+        self.first, self.second = nn.Linear(8 * 5 * 5, 160), nn.Linear(160, 10)
+
+    def forward(self, x):
+        x = self.pool(self.relu(self.conv(x)))
+        x = x.view(x.size(0), -1)
+        x = self.relu(self.first(x))
+        return self.second(x)
+
+
+class Reshaped(Net):
+    def forward(self, x):
+        x = F.max_pool2d(torch.relu(self.conv(x)), 2)
+        x = x.reshape(x.shape[0], -1)
+        return self.second(F.relu(self.first(x)))
+
+
+class Flat(Net):
+    def forward(self, x):
+        x = self.pool(self.relu(self.conv(x))).flatten(1)
+        return self.second(self.first(x).relu())
+
+
+class FlatFunction(Net):
+    def forward(self, x):
+        x = torch.flatten(self.pool(self.relu(self.conv(x))), 1)
+        return self.second(self.relu(self.first(x)))
+
+
+def in_line():
+    net = Net()
+    return nn.Sequential(net.conv, net.relu, net.pool, nn.Flatten(), net.first, nn.ReLU(), net.second)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """How many layers each sequence has that is made; the kernels take whatever they can, on any CPU."""
+    from perfkit.kernels import _op
+    from perfkit.kernels.linear import cpu_shape, torch_call
+
+    monkeypatch.setattr(cpu_shape, "slower", lambda _problem: None)
+    monkeypatch.setattr(torch_call, "_known", {})
+    _op._choose.cache_clear()
+    found, caller = [], sequences.caller
+
+    def counted(layers, size):
+        found.append(len(layers))
+        return caller(layers, size)
+
+    monkeypatch.setattr(sequences, "caller", counted)
+    return found
+
+
+def optimized(model, x):
+    return perfkit.apply(model, "fused_kernels", example_inputs=x).model
+
+
+def assert_same(new, old):
+    torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-5)
+
+
+def batch(rows=2):
+    torch.manual_seed(1)
+    return torch.randn(rows, 1, 12, 12)
+
+
+@pytest.mark.parametrize("kind", [Net, Reshaped, Flat, FlatFunction, in_line])
+def test_all_layers_are_one_call(kind, made):
+    torch.manual_seed(0)
+    model, x = kind().eval(), batch()
+    result, x = optimized(model, x), batch(3)  # of another size than it was tried with
+    made.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            assert_same(result(x), model(x))
+    # `Flat` calls a method on what the pool makes in the same statement: there is no group that goes on
+    assert made == [3] or kind is Flat
+
+
+def test_what_changes_is_followed(made):
+    torch.manual_seed(0)
+    model, x = Net().eval(), batch()
+    result = optimized(model, x)
+    other = torch.randn(8, 1, 3, 3)
+
+    def same():
+        with torch.no_grad():
+            for _ in range(2):
+                assert_same(result(x), model(x))
+
+    same()
+    for each in (result, model):
+        each.first.weight.data.mul_(0.5)
+    same()
+    for each in (result, model):
+        each.conv.weight = nn.Parameter(other.clone())
+        each.second.bias = None
+    same()
+    for each in (result, model):
+        each.conv.weight.data = each.conv.weight.data.flip(3)
+    same()
+    for each in (result, model):
+        each.pool.kernel_size = (2, 2)
+    same()
+    for each in (result, model):
+        each.pool = nn.AvgPool2d(2)
+    same()
+    for each in (result, model):
+        each.pool = nn.MaxPool2d(2)
+    same()
+    x = x.flip(2)[:, :, :, ::1]
+    same()
+    for each in (result, model):
+        each.double()
+    x = x.double()
+    same()
+
+
+def test_whoever_looks_on_sees_each_layer(made):
+    torch.manual_seed(0)
+    model, x = Net().eval(), batch()
+    result = optimized(model, x)
+    with torch.no_grad():
+        result(x)
+    seen = []
+    hook = result.first.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.no_grad():
+        assert_same(result(x), model(x))
+    hook.remove()
+    assert float(seen[0].min()) < 0, "it is shown what the layer makes, before ReLU"
+    result(x).sum().backward()
+    model(x).sum().backward()
+    for new, old in zip(result.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(new.grad, old.grad, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert result(x).dtype == model(x).dtype
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        result(x)
+    assert any("conv2d" in event.key for event in profile.key_averages())
+
+
+def test_copies_know_nothing_yet(made):
+    torch.manual_seed(0)
+    model, x = Net().eval(), batch()
+    result = optimized(model, x)
+    with torch.no_grad():
+        expected = result(x)
+        twin = copy.deepcopy(result)
+        twin.second.bias.add_(1)
+        assert_same(twin(x), expected + 1)
+        assert_same(result(x), expected)
+    kept = vars(result.conv)[sequences.KEPT]
+    assert kept
+    assert not pickle.loads(pickle.dumps(kept))
+
+
+def test_a_layer_that_is_left_alone_is_in_no_sequence(made):
+    model, x = Net().eval(), batch()
+    result = perfkit.apply(model, "fused_kernels(exclude='second')", example_inputs=x).model
+    made.clear()
+    with torch.no_grad():
+        for _ in range(2):
+            assert_same(result(x), model(x))
+    assert not made
