@@ -113,7 +113,7 @@ def _along(
     stages = branches.stages
     onwards = [(each, each + 1) for each in range(stages - 1)]
     backwards = [(each + 1, each) for each in range(stages - 1)]
-    times = np.arange(count + stages - 1)
+    times: Any = np.arange(count + stages - 1)
 
     def at(batch: Batch, carried: State, number: jax.Array) -> tuple[list[jax.Array], list[Any]]:
         """The state and the inputs of a micro-batch."""
