@@ -17,9 +17,9 @@
 
 namespace perfkit {
 
-#if PERFKIT_TILES
 constexpr int TILE = 16;  // rows, and words of 32 bits in each
 
+#if PERFKIT_TILES
 // The system lends the tiles' registers to a process that asks for them; asked for once.
 inline bool have_tiles() {
 #if defined(PERFKIT_TILES_EMULATED)
@@ -38,7 +38,8 @@ inline void settle() { asm volatile("" ::: "memory"); }
 // kernels had shaped on its thread is put back, as they may not look again.
 class TileShape {
   public:
-    TileShape() {
+    explicit TileShape(bool used = true) : used_(used) {
+        if (!used) return;
         _tile_storeconfig(before_);
         settle();
         struct alignas(64) {
@@ -50,6 +51,7 @@ class TileShape {
         _tile_loadconfig(&shape);
     }
     ~TileShape() {
+        if (!used_) return;
         if (before_[0] == 0)  // the palette: nothing was shaped
             _tile_release();
         else
@@ -58,10 +60,14 @@ class TileShape {
     TileShape(const TileShape&) = delete;
 
   private:
+    const bool used_;
     alignas(64) std::uint8_t before_[64];
 };
 #else
 inline bool have_tiles() { return false; }
+struct TileShape {
+    explicit TileShape(bool = true) {}
+};
 #endif
 
 }  // namespace perfkit

@@ -77,7 +77,7 @@ def profile(model, framework, mode, batch_size, recipe, budget, html, json, trac
     _optimize(found, arguments, mode)
 
 
-def _collected(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Profile, int]:
+def _collected(arguments: Mapping[str, Any], options: dict[str, Any]) -> tuple[Profile, int]:
     """The profile as far as it came, and the exit code that tells how far that was."""
     try:
         found = perfkit.profile(**(common.taken_by(perfkit.profile, arguments) | options))

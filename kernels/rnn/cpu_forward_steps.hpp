@@ -181,7 +181,7 @@ class ForwardSteps {
         }
     }
 
-#if TILES
+#if PERFKIT_TILES
     // The same in tiles: the sums of a panel with some rows, and meanwhile the gates of the sums before.
     template <bool SAVE>
     void step_in_tiles(const Line& line, const Space& space, i64 part, i64 turn, i64 t, i64 row, i64 there,
@@ -249,7 +249,7 @@ class ForwardSteps {
 
     using Step = void (ForwardSteps::*)(const Line&, const Space&, i64, i64, i64, i64, i64, i64);
     Step step_of(const Space& space) const {
-#if TILES
+#if PERFKIT_TILES
         if constexpr (sizeof(Operand) < 4)
             if (space.in_tiles)
                 return p_.gates ? &ForwardSteps::step_in_tiles<true> : &ForwardSteps::step_in_tiles<false>;

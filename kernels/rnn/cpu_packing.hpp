@@ -4,13 +4,8 @@
 // one float32, or two bfloat16 of neighbouring columns, whose products `vdpbf16ps` and AMX's tiles add up in float32.
 #pragma once
 
+#include "_tiles.hpp"
 #include "cpu_numbers.hpp"
-
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#define TILES 1
-#else
-#define TILES 0
-#endif
 
 #if defined(__AVX512F__)
 #define REGISTERS 32
@@ -31,7 +26,7 @@ constexpr int PAIR = 4 / sizeof(Operand);
 
 // What the number of columns is rounded up to: rows of tiles hold 64 bytes.
 template <class Operand>
-constexpr i64 GRAIN = PAIR<Operand> == 1 ? 1 : TILES ? 32 : 2;
+constexpr i64 GRAIN = PAIR<Operand> == 1 ? 1 : PERFKIT_TILES ? 32 : 2;
 
 constexpr i64 blocks_of(i64 units) { return (units + L - 1) / L; }
 

@@ -49,7 +49,7 @@ void product(const Operand* w, i64 columns, const Operand* x, i64 stride, i64 ro
         run(x, stride, w, columns, starts, starts_stride, sums, sums_stride);
         x += count * stride, starts += count * starts_stride, sums += count * sums_stride, rows -= count;
     };
-#if TILES
+#if PERFKIT_TILES
     if constexpr (PAIR<Operand> == 2) {
         while (tiles && rows >= 2 * TILE) next(dot_tiles<2, N>, 2 * TILE);
         while (tiles && rows >= TILE) next(dot_tiles<1, N>, TILE);

@@ -5,8 +5,6 @@
 
 namespace perfkit {
 
-constexpr int TILE = 16;
-
 // Rows of x, and the packed panel that they are multiplied with.
 template <class Operand>
 struct Factors {
@@ -16,35 +14,7 @@ struct Factors {
     i64 columns;
 };
 
-#if TILES
-// How the tiles are shaped on this thread while this lives: all eight of them 16 rows of 64 bytes. What the framework's
-// kernels had shaped on its thread is put back, as they may not look again.
-class TileShape {
-  public:
-    explicit TileShape(bool used) : used_(used) {
-        if (!used) return;
-        _tile_storeconfig(before_);
-        struct alignas(64) {
-            std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            std::uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
-        } shape;
-        _tile_loadconfig(&shape);
-    }
-    ~TileShape() {
-        if (!used_) return;
-        if (before_[0] == 0)  // the palette: nothing was shaped
-            _tile_release();
-        else
-            _tile_loadconfig(before_);
-    }
-    TileShape(const TileShape&) = delete;
-
-  private:
-    const bool used_;
-    alignas(64) std::uint8_t before_[64];
-};
-
+#if PERFKIT_TILES
 // Of R tiles of rows, the sums of vectors FIRST and FIRST + 1 of a panel of N: `starts` plus the products of
 // all factors. The processor multiplies tiles beside its other work: `meanwhile` is called after each 32 columns.
 template <int R, int N, int FIRST, class Meanwhile>
@@ -54,7 +24,7 @@ INLINE void tile_sums(const Factors<Bf16>* from, const Factors<Bf16>* to, const 
     constexpr bool TWO = FIRST + 1 < N;
     const i64 start_bytes = starts_stride * sizeof(float), sum_bytes = sums_stride * sizeof(float);
     starts += FIRST * L, sums += FIRST * L;
-    asm volatile("" ::: "memory");  // tile loads are not known to read what is about to be stored
+    settle();
     _tile_loadd(0, starts, start_bytes);
     if constexpr (TWO) _tile_loadd(1, starts + L, start_bytes);
     if constexpr (R == 2) _tile_loadd(2, starts + TILE * starts_stride, start_bytes);
@@ -114,10 +84,6 @@ void dot_in_tile(i64 rows, const Bf16* x, i64 stride, const Bf16* w, i64 columns
             store(sums + r * sums_stride + n * L,
                   load<Floats>(&found[r][n * L]) + load<Floats>(starts + r * starts_stride + n * L));
 }
-#else
-struct TileShape {
-    explicit TileShape(bool) {}
-};
 #endif
 
 }  // namespace perfkit

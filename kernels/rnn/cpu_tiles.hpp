@@ -3,24 +3,9 @@
 
 #include "cpu_products.hpp"
 
-#if TILES && !defined(PERFKIT_TILES_EMULATED)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace perfkit {
 
-#if TILES
-// The system lends the tiles' registers to a process that asks for them.
-inline bool tiles_granted() {
-#if defined(PERFKIT_TILES_EMULATED)
-    return true;
-#else
-    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-#endif
-}
-
+#if PERFKIT_TILES
 // Whether a small product is what `vdpbf16ps` makes of it. The numbers are small integers, so that the order of sums
 // changes no bit.
 inline bool tiles_are_right() {
@@ -46,10 +31,10 @@ inline bool tiles_are_right() {
 #endif
 
 // Asked for once in a process.
-inline bool have_tiles() {
-#if TILES
-    static const bool have = tiles_granted() && tiles_are_right();
-    return have;
+inline bool use_tiles() {
+#if PERFKIT_TILES
+    static const bool use = have_tiles() && tiles_are_right();
+    return use;
 #else
     return false;
 #endif
@@ -58,7 +43,7 @@ inline bool have_tiles() {
 // What the products of bfloat16 run on; those of float32 on the vectors of the last name.
 inline const char* instructions() {
 #if defined(__AVX512BF16__)
-    return have_tiles() ? "AMX-BF16, AVX512-BF16, AVX-512" : "AVX512-BF16, AVX-512";
+    return use_tiles() ? "AMX-BF16, AVX512-BF16, AVX-512" : "AVX512-BF16, AVX-512";
 #elif defined(__AVX512F__)
     return "AVX-512";
 #elif defined(__AVX2__) && defined(__FMA__)
