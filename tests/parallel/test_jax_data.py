@@ -121,7 +121,7 @@ def test_devices_draw_random_numbers_of_their_own_and_average_statistics(four):
         ("data_parallel(shard=True, offload=True)", "offload is torch's"),
         ("data_parallel(shard=True, engine='pmap')", "use engine='jit' with shard"),
         ("data_parallel(batch_dim=1)", "a batch of 6 rows (dimension 1) cannot be shared by 4 devices evenly"),
-        ("data_parallel(batch_dim=2)", "no dimension 2 to share out"),
+        ("data_parallel(batch_dim=2)", "no input has a dimension 2 to share out"),
         ("a batch of 6 by jit", "a batch of 6 rows (dimension 0) cannot be shared by 4 devices evenly"),
         ("a batch of 6 by pmap", "a batch of 6 rows (dimension 0) cannot be shared by 4 devices evenly"),
     ],

@@ -15,4 +15,5 @@ with steps(Path(sys.argv[1], "steps.json"), warmup=1, every=2) as profiler:
         loss = model(x).sum()
         loss.backward()
         profiler.step(loss)
+dist.barrier()  # gloo may end a process whose neighbour leaves while it still works
 dist.destroy_process_group()

@@ -13,6 +13,7 @@ import perfkit
 from perfkit import InvalidInputError, reference
 from perfkit._chain import chain_of
 from perfkit.kernels import trace
+from perfkit.measure.environment import has
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -60,7 +61,7 @@ def losses(work, loss):
 
 
 CHAINS = [
-    ("bf16+fused_kernels", "cnn", 1, "bfloat16"),
+    ("bf16+fused_kernels", "cnn", 2 if has("amx_bf16") else 1, "bfloat16"),
     ("bf16+fused_kernels", "text_lstm", 2, "bfloat16"),
     ("half+fused_kernels", "lstm", 1, "bfloat16"),
     ("int8_dynamic+fused_kernels", "lstm", 0, ""),
