@@ -129,9 +129,9 @@ def _group(eqns: Sequence[Any], start: int, uses: Mapping, made_by: Mapping, tra
     activation = pool = None
     while True:
         value = eqns[places[-1]].outvars[0]
-        if len(uses.get(value, ())) != 1 or uses[value][0] < 0:
+        at = only_reader(value, uses)
+        if at is None:
             return best
-        at = uses[value][0]
         eqn = eqns[at]
         name = eqn.primitive.name
         places.append(at)
@@ -151,6 +151,12 @@ def _group(eqns: Sequence[Any], start: int, uses: Mapping, made_by: Mapping, tra
             best = Group(tuple(places), tuple(affine), activation, pool)
         else:
             return best
+
+
+def only_reader(value: Any, uses: Mapping) -> int | None:
+    """The place of the one operation that reads a value; None where others do too, or it is a result."""
+    places = uses.get(value, ())
+    return places[0] if len(places) == 1 and places[0] >= 0 else None
 
 
 def channel_of(atom: Any, shape: tuple[int, ...], made_by: Mapping) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from perfkit.backends.jax_autocast_rules import precision_reason
-from perfkit.backends.jax_fused_conv import channel_of, is_relu
+from perfkit.backends.jax_fused_conv import channel_of, is_relu, only_reader
 from perfkit.kernels.linear.jax_op import linear
 
 DTYPE = "bfloat16"
@@ -100,9 +100,9 @@ def _group(eqns: Sequence[Any], start: int, uses: Mapping, made_by: Mapping) -> 
     places, best = [start], LinearGroup((start,), weight, None, None)
     while activation is None:
         value = eqns[places[-1]].outvars[0]
-        if len(uses.get(value, ())) != 1 or uses[value][0] < 0:
+        at = only_reader(value, uses)
+        if at is None:
             return best
-        at = uses[value][0]
         eqn = eqns[at]
         name = eqn.primitive.name
         places.append(at)
