@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from perfkit._chain import NOTHING, Chain
 from perfkit._errors import FidelityError, InvalidInputError, PerfkitError
@@ -14,6 +14,7 @@ from perfkit._quantity import Comparison, Verdict
 from perfkit._recipe import Recipe, Stage, ask, refusal
 from perfkit._recipe_files import names, recipe_class
 from perfkit._report import Candidate
+from perfkit._search_order import Agenda
 from perfkit._variant import Applied, Variant, apply, compared, first_line, observed, ready
 from perfkit._workload import Workload
 
@@ -21,6 +22,9 @@ QUICK_BUDGET_S = 1.0
 FINAL_SHARE = 0.2
 AROUND_SHARE = 0.1
 """Of the budget, for what is set around the best program, where there is such a recipe."""
+KEPT = 2
+"""Of those that were faster, the best so many stay as they were made; another is made again if it is its turn."""
+
 SIMPLER_WITHIN = 0.98
 """A shorter chain is kept if it reaches this share of the best ratio: the difference is not worth a recipe."""
 
@@ -38,43 +42,75 @@ def search(work: Workload, settings: Settings) -> Result:
     if work.inputs is None:
         raise InvalidInputError("recipe='auto' measures what it tries: pass example_inputs")
     chains, log = sensible(work)
-    last = [chain for chain in chains if _around(chain)]
-    until_s = settings.budget_s * (1 - FINAL_SHARE - (AROUND_SHARE if last else 0.0))
     settings.progress("running the original")
-    original = ready(work, NOTHING)
+    trials = _Trials(ready(work, NOTHING), settings, len(chains))
+    around = list(filter(_around, chains))
+    agenda = Agenda(chain for chain in chains if chain not in around)
+    share = 1 - FINAL_SHARE - (AROUND_SHARE if around else 0.0)
     began = time.perf_counter()  # kernels that are built once, and the first call, are not the search
-    best: list[tuple[Candidate, Applied, Variant]] = []
-    left = 0
-    for number, chain in enumerate(chains, 1):
-        if chain in last:
-            chain = best[0][1].chain | chain if best else chain
-        elif number > 1 and time.perf_counter() - began > until_s:
-            left += 1
-            log.append(Candidate(str(chain), "not tried", f"the budget of {settings.budget_s:g} s was used up"))
-            continue
-        settings.progress(f"trying {chain} ({number} of {len(chains)})")
-        candidate, applied, variant = _tried(original, chain, settings)
-        log.append(candidate)
-        if not candidate.reason:
-            best = _ranked([*best, (candidate, applied, variant)])[:2]
-    final = replace(settings, budget_s=max(settings.budget_s * FINAL_SHARE, 2.0), on_slower="revert")
-    for candidate, applied, variant in best:
+    while agenda.waiting and not (trials.log and time.perf_counter() - began > settings.budget_s * share):
+        chain = agenda.next()
+        agenda.tried(chain, trials.run(chain))
+    for chain in around:
+        trials.run(trials.ranked[0].chain | chain if trials.ranked else chain)
+    late = f"the budget of {settings.budget_s:g} s was used up"
+    log = [*log, *trials.log, *(Candidate(str(chain), "not tried", late) for chain in agenda.waiting)]
+    return _best(trials, log, len(agenda.waiting))
+
+
+@dataclass(frozen=True)
+class _Faster:
+    """A chain that was faster; `made` is what it was made into, kept for the best of them."""
+
+    chain: Chain
+    candidate: Candidate
+    made: tuple[Applied, Variant] | None
+
+
+class _Trials:
+    """The chains that were tried.
+
+    Args:
+        log: what became of each, in order.
+        ranked: those that were faster, best first.
+    """
+
+    def __init__(self, original: Variant, settings: Settings, number: int):
+        self.original, self.settings, self.number = original, settings, number
+        self.log: list[Candidate] = []
+        self.ranked: list[_Faster] = []
+
+    def run(self, chain: Chain) -> Candidate:
+        self.settings.progress(f"trying {chain} ({len(self.log) + 1} of {self.number})")
+        candidate, made = _tried(self.original, chain, self.settings)
+        self.log.append(candidate)
+        if made:
+            ranked = _ranked([*self.ranked, _Faster(chain, candidate, made)])
+            self.ranked = [*ranked[:KEPT], *(replace(each, made=None) for each in ranked[KEPT:])]
+        return candidate
+
+
+def _best(trials: _Trials, log: list[Candidate], left: int) -> Result:
+    """The first of those that were faster that still is, timed afresh, and holds; else the original."""
+    budget_s = trials.settings.budget_s
+    final = replace(trials.settings, budget_s=max(budget_s * FINAL_SHARE, 2.0), on_slower="revert")
+    for chain, candidate, made in ((each.chain, each.candidate, each.made) for each in trials.ranked):
         try:
-            result = concluded(original, variant, applied, final)
+            applied, variant = made or _made(chain, trials.original.work)
+            result = concluded(trials.original, variant, applied, final)
         except FidelityError as error:  # the caller's metric, which the quick trial did not ask
             log = [replace(item, reason=first_line(error)) if item is candidate else item for item in log]
             continue
         if result.report.speedup.verdict == Verdict.FASTER:
             return replace(result, report=replace(result.report, candidates=_told(log, candidate, result)))
         log = [_lost_afresh(item, result) if item is candidate else item for item in log]
-    untried = f", and for {left} more the budget of {settings.budget_s:g} s was too short" if left else ""
-    tried = len(chains) - left
-    explanation = f"none of {tried} chains is faster than the original{untried}; so the original is returned"
-    return unchanged(original, tuple(log), explanation, final)
+    untried = f", and for {left} more the budget of {budget_s:g} s was too short" if left else ""
+    explanation = f"none of {len(trials.log)} chains is faster than the original{untried}; so the original is returned"
+    return unchanged(trials.original, tuple(log), explanation, final)
 
 
 def sensible(work: Workload) -> tuple[list[Chain], list[Candidate]]:
-    """The chains worth trying on this model and machine, most promising first, and why other recipes are not.
+    """The chains worth trying on this model and machine, shortest first, and why other recipes are not.
 
     One setting at most of each kind (precision, layout, compiler, …), in every combination; at the end, each by itself,
     what is to be tried on the best of those.
@@ -103,17 +139,12 @@ def sensible(work: Workload) -> tuple[list[Chain], list[Candidate]]:
             variants = ask(recipe, "variants", work) or (recipe,)
             kinds.setdefault(recipe.provides or name, [None]).extend(variants)
     chains = [Chain(tuple(filter(None, choice))) for choice in itertools.product(*kinds.values())]
-    return [*sorted(filter(len, chains), key=_promise), *last], left_out
+    return [*sorted(filter(len, chains), key=lambda chain: (len(chain), str(chain))), *last], left_out
 
 
 def _around(chain: Chain) -> bool:
     """Whether it only sets something around a program."""
     return all(recipe.stage == Stage.RUNTIME for recipe in chain)
-
-
-def _promise(chain: Chain) -> tuple:
-    compiled = any(recipe.stage == Stage.COMPILE for recipe in chain)
-    return not compiled, -len(chain), str(chain)
 
 
 def _idle(recipe: Recipe, work: Workload) -> str:
@@ -124,37 +155,46 @@ def _idle(recipe: Recipe, work: Workload) -> str:
     return "" if step.effect.touched else "; ".join(step.effect.notes) or "it touches nothing in this model"
 
 
-def _tried(original: Variant, chain: Chain, settings: Settings) -> tuple[Candidate, Applied | None, Variant | None]:
+def _made(chain: Chain, work: Workload) -> tuple[Applied, Variant]:
+    applied = apply(chain, work)
+    variant = ready(applied.works[-1], str(chain))
+    return observed(applied, variant.log), variant
+
+
+def _tried(original: Variant, chain: Chain, settings: Settings) -> tuple[Candidate, tuple[Applied, Variant] | None]:
+    """What became of a chain, and what it was made into if it is faster."""
     began = time.perf_counter()
 
     def candidate(outcome: str, reason: str, speedup: Comparison | None = None, close=None) -> Candidate:
         return Candidate(str(chain), outcome, reason, speedup, close, time.perf_counter() - began)
 
     try:
-        applied = apply(chain, original.work)
-        variant = ready(applied.works[-1], str(chain))
-        applied = observed(applied, variant.log)
+        applied, variant = _made(chain, original.work)
         idle = [step for step in applied.steps if step.effect.status == "NO_EFFECT"]
         if idle:
             names = " and ".join(step.recipe for step in idle)
             why = "; ".join(note for step in idle for note in step.effect.notes)
-            return candidate("lost", f"{names} had no effect" + (f": {why}" if why else "")), None, None
+            return candidate("lost", f"{names} had no effect" + (f": {why}" if why else "")), None
         close, _ = check_numbers(original, variant, chain, settings)
         if not close.ok:
-            return candidate("lost", close.reason, close=close), None, None
+            return candidate("lost", close.reason, close=close), None
         speedup = compared(original, variant, ("original", str(chain)), QUICK_BUDGET_S)[2]
     except PerfkitError as error:
-        return candidate("failed", first_line(error)), None, None
+        return candidate("failed", first_line(error)), None
     if speedup.verdict != Verdict.FASTER:
-        return candidate("lost", f"it is not faster: {speedup.verdict}", speedup, close), None, None
-    return candidate("lost", "", speedup, close), applied, variant
+        return candidate("lost", f"it is not faster: {speedup.verdict}", speedup, close), None
+    return candidate("lost", "", speedup, close), (applied, variant)
 
 
-def _ranked(entries: list) -> list:
+def _ranked(entries: list[_Faster]) -> list[_Faster]:
     """Fastest first, but a shorter chain before a longer one that is hardly faster."""
-    entries = sorted(entries, key=lambda entry: -entry[0].speedup.ratio)
-    near = [e for e in entries if e[0].speedup.ratio >= SIMPLER_WITHIN * entries[0][0].speedup.ratio]
-    simplest = min(near, key=lambda entry: len(entry[1].chain))
+
+    def ratio(entry: _Faster) -> float:
+        return entry.candidate.speedup.ratio
+
+    entries = sorted(entries, key=ratio, reverse=True)
+    near = [entry for entry in entries if ratio(entry) >= SIMPLER_WITHIN * ratio(entries[0])]
+    simplest = min(near, key=lambda entry: len(entry.chain))
     return [simplest, *(entry for entry in entries if entry is not simplest)]
 
 

@@ -1,0 +1,69 @@
+"""Which chain recipe="auto" tries next: what was measured so far tells where to look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from perfkit._chain import Chain
+from perfkit._recipe import Stage
+from perfkit._report import Candidate
+
+UNKNOWN = 1.0
+"""The ratio expected of a recipe that nothing is known of yet: it changes nothing."""
+
+
+class Agenda:
+    """The chains that were not tried yet.
+
+    A compiler takes seconds where other chains take a fraction of one, and often is what pays: chains with it and those
+    without take turns by the time that each kind has used. Of a kind, single recipes come first. Then comes the chain
+    that what was measured promises most of: the ratio of the largest part of it that was tried, times those of the rest
+    by themselves; the lower one where there are two such parts. A chain with a part that came to nothing comes last.
+    """
+
+    def __init__(self, chains: Iterable[Chain]):
+        self.waiting = list(chains)
+        self._ratios: dict[frozenset[str], float] = {}
+        self._used_s = {True: 0.0, False: 0.0}
+
+    def next(self) -> Chain:
+        """Take one of those waiting."""
+        turns = sorted(self._used_s, key=self._used_s.__getitem__)
+        kind = next(turn for turn in turns if any(_compiles(chain) == turn for chain in self.waiting))
+        chain = min((chain for chain in self.waiting if _compiles(chain) == kind), key=self._rank)
+        self.waiting.remove(chain)
+        return chain
+
+    def tried(self, chain: Chain, candidate: Candidate) -> None:
+        """Learn what became of a chain."""
+        if candidate.speedup:
+            self._ratios[_parts(chain)] = candidate.speedup.ratio
+        elif len(chain) > 1 or candidate.fidelity or candidate.outcome == "failed":
+            self._ratios[_parts(chain)] = 0.0
+        # else one recipe had no effect: with another it may have one
+        self._used_s[_compiles(chain)] += candidate.seconds
+
+    def _rank(self, chain: Chain) -> tuple:
+        return len(chain) > 1, -self.expected(_parts(chain)), len(chain), str(chain)
+
+    def expected(self, parts: frozenset[str]) -> float:
+        """The ratio that recipes, by how they are written, promise together."""
+        known = [tried for tried in self._ratios if tried < parts]
+        if not known:
+            return UNKNOWN
+        most = max(map(len, known))
+        return min(self._ratios[tried] * self._alone(parts - tried) for tried in known if len(tried) == most)
+
+    def _alone(self, parts: frozenset[str]) -> float:
+        ratio = 1.0
+        for part in parts:
+            ratio *= self._ratios.get(frozenset({part}), UNKNOWN)
+        return ratio
+
+
+def _compiles(chain: Chain) -> bool:
+    return any(recipe.stage == Stage.COMPILE for recipe in chain)
+
+
+def _parts(chain: Chain) -> frozenset[str]:
+    return frozenset(map(str, chain))
