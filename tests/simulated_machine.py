@@ -21,6 +21,9 @@ class Machine:
     def perf_counter_ns(self):
         return round(self.now_s * 1e9)
 
+    def sleep(self, seconds):
+        self.now_s += seconds
+
     def call(self, name, seconds):
         def call():
             self.log.append(name)

@@ -1,13 +1,14 @@
 """Which number of threads is chosen for a torch model, and by recipe="auto"."""
 
 import math
-import time
 
 import pytest
 
 pytest.importorskip("torch")
 
+import thread_models
 import torch
+from simulated_machine import Machine, use
 from thread_models import Telling, Waiting, X
 from torch import nn
 
@@ -96,7 +97,15 @@ def test_what_there_was_no_time_for_is_told(valley, monkeypatch):
     )
 
 
-def test_the_clock_decides():
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that nothing but the models' own waiting advances."""
+    machine = use(monkeypatch, Machine())
+    monkeypatch.setattr(thread_models, "time", machine)
+    return machine
+
+
+def test_the_clock_decides(clock):
     report = perfkit.optimize(Waiting(), "threads", example_inputs=X).report
     assert report.steps[0].effect.notes[0] == "computes with 2 threads; torch is set to 3"
     assert report.speedup.verdict == "faster"
@@ -129,7 +138,7 @@ class Quicker(perfkit.Recipe):
 
         def wrap(forward):
             def quicker(module, x):
-                time.sleep(0.01 + 0.01 * abs(math.log2(torch.get_num_threads()) - 1))
+                thread_models.time.sleep(0.01 + 0.01 * abs(math.log2(torch.get_num_threads()) - 1))
                 return module.fc(x)
 
             return quicker
@@ -138,7 +147,7 @@ class Quicker(perfkit.Recipe):
         return work, perfkit.Effect(("all of it",))
 
 
-def test_auto_tries_it_last_on_the_best_chain_whatever_the_budget(monkeypatch):
+def test_auto_tries_it_last_on_the_best_chain_whatever_the_budget(monkeypatch, clock):
     work = Workload(BACKEND, Waiting().eval(), Inputs((X,)), "inference", "cpu")
     chains, _ = sensible(work)
     assert [str(chain) for chain in chains].index("threads") == len(chains) - 1
