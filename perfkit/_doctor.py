@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from perfkit import backends
+from perfkit._environment import Environment
 from perfkit._recipe import ask, unavailable
 from perfkit._recipe_files import names, recipe_class
-from perfkit._report import Environment
 from perfkit._showing import InTerminal
 from perfkit.measure.environment import compilers, environment
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from perfkit._environment import Environment
 from perfkit._quantity import Comparison, Latency, Quantity, Verdict
 from perfkit._showing import AsJson, AsPage, InTerminal, written
 
@@ -205,23 +206,6 @@ class Parallel:
     rank_model_bytes: tuple[int, ...]
     balance: tuple[float, ...] = ()
     bubble: float = 0.0
-
-
-@dataclass(frozen=True)
-class Environment:
-    """The machine and the libraries; `fingerprint` is equal only where timings may be compared."""
-
-    fingerprint: str
-    cpu: str
-    cores: int
-    instruction_sets: tuple[str, ...]
-    memory_bytes: Quantity
-    accelerators: tuple[str, ...]
-    os: str
-    python: str
-    libraries: dict[str, str]
-    threads: dict[str, int]
-    settings: dict[str, str]
 
 
 @dataclass(frozen=True)

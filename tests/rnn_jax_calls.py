@@ -12,6 +12,7 @@ from perfkit.kernels.rnn import cases, jax_op
 from perfkit.kernels.rnn.cases import CASES, Case
 
 PADDED = [case for case in CASES if case.ragged != "packed"]
+SMALL = Case("LSTM", 5, 4, 3, 9, layers=2, bidirectional=True, batch_first=True, ragged="lengths")
 
 
 def call(case: Case, implementation: str, **options):

@@ -20,6 +20,12 @@ FUNCTIONS = {
     "RNN_TANH": rnn,
     "RNN_RELU": functools.partial(rnn, nonlinearity="relu"),
 }
+STACK = Case("LSTM", 7, 3, 10, 16, layers=2, bidirectional=True)
+SOME = (
+    STACK,
+    Case("GRU", 5, 4, 3, 17, batch_first=True, ragged="lengths"),
+    Case("RNN_TANH", 5, 4, 3, 8, ragged="packed"),
+)
 
 
 @dataclasses.dataclass
@@ -103,3 +109,32 @@ def errors(case: Case, actual: dict[str, np.ndarray]) -> dict[str, tuple[float, 
         if not found <= most:
             wrong[name] = (found, most)
     return wrong
+
+
+class Layers(torch.nn.Module):
+    """A two-layer bidirectional LSTM of 10 inputs and 16 units."""
+
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights = torch.nn.ParameterList(torch.nn.LSTM(10, 16, 2, bidirectional=True).parameters())
+        self.options = options
+
+    def forward(self, x, lengths=None):
+        groups = [tuple(self.weights[i + j] for j in range(4)) for i in range(0, len(self.weights), 4)]
+        y, hn, cn = lstm(x, groups, lengths=lengths, bidirectional=True, **self.options)
+        return 2 * y, hn, cn
+
+
+def gradients(model, *arguments):
+    """Of every parameter."""
+    model.zero_grad()
+    y, hn, cn = model(*arguments)
+    (y.square().sum() + hn.sum() + cn.sin().sum()).backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def assert_close(actual, expected, case=STACK):
+    """Equal but for the roundings of two different orders of summation."""
+    for one, other in zip(actual, expected, strict=True):
+        assert (one - other).abs().max() <= tolerance(case, gradient=True) * other.abs().max()

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import sample_profile_parts
 import sample_profiles
 from click.testing import CliRunner
 from rich.console import Console
@@ -68,7 +69,7 @@ def test_profiles_a_model_and_writes_what_is_asked_for(run, monkeypatch, tmp_pat
     """The one run that profiles for real; the others are about what is made of a profile."""
     pytest.importorskip("torch")
     # Measuring those takes seconds and has tests of its own.
-    monkeypatch.setattr("perfkit.profiling.ceilings.measured", lambda *_: sample_profiles.ceilings())
+    monkeypatch.setattr("perfkit.profiling.ceilings.measured", lambda *_: sample_profile_parts.ceilings())
     files = ("--html", "a.html", "--json", "a.json", "--trace", "a.trace.json")
     code, out, err = run("users_models:pair", "--budget", "0.2", *files)
     assert code == 0, out
@@ -151,8 +152,8 @@ def test_optimize_goes_on_with_the_most_promising_finding(run, profiled, monkeyp
 
 
 def test_the_most_promising_finding():
-    finding = sample_profiles.findings()[0]
-    quantity = sample_profiles.quantity
+    finding = sample_profile_parts.findings()[0]
+    quantity = sample_profile_parts.quantity
 
     def made(recipe, gain, resource="time"):
         predicted = (

@@ -81,11 +81,11 @@ def test_the_page_on_profiles_shows_what_was_recorded():
 
 
 def test_the_examples_of_profiling_run(tmp_path, monkeypatch, capsys):
-    import sample_profiles
+    import sample_profile_parts
 
     monkeypatch.chdir(tmp_path)
     # Measuring those takes seconds and has tests of its own.
-    monkeypatch.setattr("perfkit.profiling.ceilings.measured", lambda *_: sample_profiles.ceilings())
+    monkeypatch.setattr("perfkit.profiling.ceilings.measured", lambda *_: sample_profile_parts.ceilings())
     profiling, looping = blocks("python", PROFILES)
     assert run(profiling, "profiling.md")["profile"].outcome == "complete"
     assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".json"}
@@ -94,9 +94,9 @@ def test_the_examples_of_profiling_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_example_of_advice_runs(monkeypatch, capsys):
-    import sample_profiles
+    import sample_profile_parts
 
-    monkeypatch.setattr("perfkit.profiling.ceilings.measured", lambda *_: sample_profiles.ceilings())
+    monkeypatch.setattr("perfkit.profiling.ceilings.measured", lambda *_: sample_profile_parts.ceilings())
     (code,) = blocks("python", (ROOT / "docs" / "advice.md").read_text())
     findings = run(code.replace("budget_s=1", "budget_s=0.1"), "advice.md")["profile"].findings
     assert len(capsys.readouterr().out.splitlines()) == len(findings)

@@ -6,7 +6,6 @@ the low dtype), and whether it is one number repeated, such as the 0.0 of a ReLU
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from perfkit.backends.jax_autocast_casting import (
 )
 from perfkit.backends.jax_autocast_derivatives import custom_jvp, custom_vjp
 from perfkit.backends.jax_autocast_rules import FLOAT32, runs
+from perfkit.backends.jax_rewriting import context_of
 
 # Give back the number they are given, once or many times.
 _REPEATS = frozenset({"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "stop_gradient"})
@@ -226,11 +226,3 @@ _CONTROL_RULES: dict[str, Callable[[Rewriter, Any, list[Operand]], Sequence[Any]
     "custom_vjp_call": custom_vjp,
     "shard_map": Rewriter._shard_map,
 }
-
-
-@contextlib.contextmanager
-def context_of(eqn: Any):
-    """The named scopes, compute type and mesh that the equation was traced under, as in `jax.core.eval_jaxpr`."""
-    names = str(eqn.source_info.name_stack)
-    with jax.named_scope(names) if names else contextlib.nullcontext(), eqn.ctx.manager:
-        yield

@@ -25,11 +25,11 @@ from perfkit._workload import Workload
 from perfkit.backends.fused_layers import LEFT, UNKNOWN, Layer, effect
 from perfkit.backends.jax_autocast import trace, untraced
 from perfkit.backends.jax_autocast_casting import bind
-from perfkit.backends.jax_autocast_rewrite import context_of
 from perfkit.backends.jax_fused_conv import groups, reading
 from perfkit.backends.jax_fused_linear import linear_groups
 from perfkit.backends.jax_fused_rnn import recurrence
 from perfkit.backends.jax_fused_steps import Unlike
+from perfkit.backends.jax_rewriting import context_of
 from perfkit.backends.jax_trees import array_names
 from perfkit.kernels._op import trace as kernels_called
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,6 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from perfkit.backends.jax_autocast_casting import bind, remapped
-from perfkit.backends.jax_autocast_rewrite import context_of
 
 Rules = Mapping[str, Callable[[Any, list[Any]], Sequence[Any]]]
 """By the name of a primitive, what is done in its place: a function of the equation and its operands' values."""
@@ -67,3 +67,11 @@ def _within(value: Any, rules: Rules) -> Any:
     closed = value if isinstance(value, ClosedJaxpr) else ClosedJaxpr(value, ())
     inner = jax.make_jaxpr(lambda *args: evaluated(closed, args, rules))(*(var.aval for var in closed.jaxpr.invars))
     return inner if isinstance(value, ClosedJaxpr) else inner.jaxpr
+
+
+@contextlib.contextmanager
+def context_of(eqn: Any):
+    """The named scopes, compute type and mesh that the equation was traced under, as in `jax.core.eval_jaxpr`."""
+    names = str(eqn.source_info.name_stack)
+    with jax.named_scope(names) if names else contextlib.nullcontext(), eqn.ctx.manager:
+        yield

@@ -11,8 +11,8 @@ import platform
 import shutil
 import sys
 
+from perfkit._environment import Environment
 from perfkit._errors import InvalidInputError, nearest
-from perfkit._report import Environment
 from perfkit.measure import _hardware
 
 LIBRARIES = (

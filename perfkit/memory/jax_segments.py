@@ -12,8 +12,8 @@ from jax.extend.core import Literal
 
 from perfkit.backends.jax_autocast import trace, untraced
 from perfkit.backends.jax_autocast_casting import bind
-from perfkit.backends.jax_autocast_rewrite import context_of
 from perfkit.backends.jax_convolutions import channels_last
+from perfkit.backends.jax_rewriting import context_of
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 SHORTEST_LOOP = 8

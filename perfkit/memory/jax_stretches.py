@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from perfkit.backends.jax_autocast_casting import bind
-from perfkit.backends.jax_autocast_rewrite import context_of
+from perfkit.backends.jax_rewriting import context_of
 from perfkit.memory.jax_few_bits import Held, held, in_full
 from perfkit.memory.jax_segments import inlined
 from perfkit.pruning.jax_rules import ELEMENTWISE

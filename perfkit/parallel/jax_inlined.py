@@ -10,8 +10,8 @@ from jax import lax
 from jax.extend.core import Literal
 
 from perfkit.backends.jax_autocast_casting import bind
-from perfkit.backends.jax_autocast_rewrite import context_of
 from perfkit.backends.jax_autocast_rules import scan_sizes
+from perfkit.backends.jax_rewriting import context_of
 
 Part = tuple[int, int | None]
 """Which weight a part is of; and its row, where the weight is a stack that was taken apart."""

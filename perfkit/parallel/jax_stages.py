@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from perfkit.backends.jax_autocast_casting import bind
-from perfkit.backends.jax_autocast_rewrite import context_of
+from perfkit.backends.jax_rewriting import context_of
 from perfkit.parallel.balance import Costs, spans
 from perfkit.parallel.jax_inlined import Part
 

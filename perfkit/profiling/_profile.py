@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perfkit._environment import Environment
 from perfkit._quantity import Quantity
-from perfkit._report import Environment
 from perfkit._showing import AsJson, AsPage, InTerminal, written
 from perfkit.profiling._memory_data import Memory
 from perfkit.profiling._time_data import Time

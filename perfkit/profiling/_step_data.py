@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from perfkit._environment import Environment
 from perfkit._quantity import Latency, Quantity
-from perfkit._report import Environment
 from perfkit._showing import AsJson
 from perfkit.profiling._profile import Finding
 from perfkit.reporting._format import counted, format_ms, format_quantity

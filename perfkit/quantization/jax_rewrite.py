@@ -16,7 +16,7 @@ from jax.extend.core import Literal
 
 from perfkit.backends import jax_autocast_rules as rules
 from perfkit.backends.jax_autocast_casting import bind
-from perfkit.backends.jax_autocast_rewrite import context_of
+from perfkit.backends.jax_rewriting import context_of
 from perfkit.quantization.jax_moves import moved
 from perfkit.quantization.jax_views import Faked, PackedView, View, is_view, plain, sliced
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from perfkit._report import Environment
+from perfkit._environment import Environment
 from perfkit.reporting._format import counted, with_reason
 
 

@@ -144,13 +144,6 @@ def test_windows_of_four_in_bfloat16(case, layout):
         assert_equal([unsaved], wanted[:1])
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("batch", [1, 9])
 def test_any_number_of_threads_gives_the_same_bits(batch, layout, threads):

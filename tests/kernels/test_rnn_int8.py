@@ -71,13 +71,6 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def assert_is_the_reference(mode, inputs, hidden, batch, steps, **options):
     layer = make(mode, inputs, hidden)
     # Initial states far outside of [-1, 1] too: nothing promises that they are in it.

@@ -8,8 +8,8 @@ import types
 
 import pytest
 
+from perfkit._environment import Environment
 from perfkit._errors import InvalidInputError
-from perfkit._report import Environment
 from perfkit.measure import _hardware
 from perfkit.measure import environment as module
 from perfkit.measure.environment import compilers, environment, has

@@ -7,6 +7,7 @@ import json
 import math
 
 import pytest
+import sample_profile_parts
 import sample_profiles
 
 from perfkit._errors import InvalidInputError
@@ -26,8 +27,8 @@ PAIRS = {
 def with_ops(*ops: Op):
     """The CNN, as if its step consisted of these operations alone."""
     total = sum(op.self_ms for op in ops)
-    step = sample_profiles.latency(total)
-    made = sample_profiles.time(ops=ops, modules=(), spans=(), step=step, phases_ms={"forward": step.median_ms})
+    step = sample_profile_parts.latency(total)
+    made = sample_profile_parts.time(ops=ops, modules=(), spans=(), step=step, phases_ms={"forward": step.median_ms})
     return sample_profiles.cnn(time=made)
 
 
@@ -128,7 +129,9 @@ def test_the_profilers_own_cost_cancels():
 def test_what_makes_two_profiles_incomparable_is_said():
     before = sample_profiles.cnn()
     after = dataclasses.replace(
-        sample_profiles.interrupted(), environment=sample_profiles.environment(fingerprint="other"), mode="inference"
+        sample_profiles.interrupted(),
+        environment=sample_profile_parts.environment(fingerprint="other"),
+        mode="inference",
     )
     cautions = " ".join(diff(before, after).cautions)
     for fact in ("different machines", "different mode: training before, inference after", "after is interrupted"):

@@ -7,6 +7,7 @@ import json
 import math
 
 import pytest
+import sample_profile_parts
 import sample_profiles
 from jsonschema import Draft202012Validator
 
@@ -29,9 +30,9 @@ def test_read_back_as_it_was(name, tmp_path):
 
 
 def test_not_finite_is_read_back_as_not_a_number():
-    odd = dataclasses.replace(sample_profiles.time().ops[0], self_ms=math.inf)
+    odd = dataclasses.replace(sample_profile_parts.time().ops[0], self_ms=math.inf)
     unknown = Quantity(math.nan, "ratio")
-    profile = sample_profiles.cnn(time=sample_profiles.time(ops=(odd,), busy=unknown))
+    profile = sample_profiles.cnn(time=sample_profile_parts.time(ops=(odd,), busy=unknown))
     found = Profile.from_json(profile.to_json())
     assert math.isnan(found.time.ops[0].self_ms)
     assert math.isnan(found.time.busy.value)

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+from sample_profile_parts import MIB, environment
 
 from perfkit._quantity import Comparison, Latency, Quantity, Verdict
 from perfkit._report import (
     Candidate,
     Effect,
-    Environment,
     Fidelity,
     LossCurves,
     Measurement,
@@ -23,7 +23,6 @@ from perfkit._report import (
     Step,
 )
 
-MIB = 2**20
 INFINITE, NAN = float("inf"), float("nan")
 HOSTILE = "<script>alert('x')</script>|`a`*b*[bold red]\"&amp;\x1b[31m\n# @octocat ]]>"
 
@@ -81,23 +80,6 @@ def fidelity(ok: bool = True, **changes) -> Fidelity:
         max_abs_error=0.0123,
         sqnr_db=Quantity(50.1, "dB"),
         top1_agreement=Quantity(0.9984, "ratio"),
-    )
-    return dataclasses.replace(found, **changes)
-
-
-def environment(**changes) -> Environment:
-    found = Environment(
-        fingerprint="a1b2c3d4e5f6",
-        cpu="AMD EPYC 9B14",
-        cores=2,
-        instruction_sets=("avx2", "avx512f", "avx512_bf16", "amx_bf16"),
-        memory_bytes=Quantity(16 * 2**30, "B"),
-        accelerators=(),
-        os="Linux 6.1",
-        python="3.11.7",
-        libraries={"torch": "2.13.0", "numpy": "2.4.0"},
-        threads={"torch": 2, "OMP_NUM_THREADS": 2},
-        settings={"governor": "performance", "float32_matmul_precision": "highest"},
     )
     return dataclasses.replace(found, **changes)
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 import pytest
+import sample_profile_parts
 import sample_profiles
 from html_page import Page, problems
 
@@ -147,7 +148,7 @@ def test_an_unfinished_profile_says_so_and_shows_what_there_is(pages):
 
 
 def test_a_handful_of_steps_is_not_drawn_as_a_distribution(pages):
-    few = sample_profiles.cnn(time=sample_profiles.time(step=sample_profiles.latency(11.7, 12)))
+    few = sample_profiles.cnn(time=sample_profile_parts.time(step=sample_profile_parts.latency(11.7, 12)))
     source = profile_html.render(few)
     assert "How many took how long" not in source
     assert "forward 3.70 ms, 28.7%" in Page(source, scripts=True).words

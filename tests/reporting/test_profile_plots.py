@@ -7,8 +7,10 @@ import re
 from xml.etree import ElementTree as ET
 
 import pytest
+import sample_profile_parts
 import sample_profiles
 
+from perfkit._quantity import Quantity
 from perfkit.profiling._memory_data import MemoryPoint
 from perfkit.profiling._profile import Ceilings, Series
 from perfkit.profiling._time_data import Op
@@ -54,7 +56,7 @@ def test_the_roofline_has_each_operation_that_computes_once():
 def test_what_reaches_more_lies_higher_and_more_intense_work_further_right():
     low = Op("low", "op", "a", "forward", 1, 1.0, 1e6, 1e6)
     high = Op("high", "op", "b", "forward", 1, 1.0, 1e8, 1e6)
-    profile = sample_profiles.cnn(time=sample_profiles.time(ops=(low, high)))
+    profile = sample_profiles.cnn(time=sample_profile_parts.time(ops=(low, high)))
     root = ET.fromstring(profile_plots.roofline(profile, 900))
     dots = {dot[0].text.partition(" ")[0]: dot for dot in root.iter("circle")}
     assert float(dots["high"].get("cx")) > float(dots["low"].get("cx"))
@@ -68,7 +70,7 @@ def test_names_of_dots_stand_in_the_picture_and_hide_no_other_and_no_dot(width):
         Op(f"aten::a_rather_long_name_{index}", "op", "encoder", "forward", 1, 1.0, 1e6 * 1.4**index, 1e6)
         for index in range(7)
     )
-    root = ET.fromstring(profile_plots.roofline(sample_profiles.cnn(time=sample_profiles.time(ops=ops)), width))
+    root = ET.fromstring(profile_plots.roofline(sample_profiles.cnn(time=sample_profile_parts.time(ops=ops)), width))
     boxes = []
     for text in root.iter("text"):
         if text.get("class") == "small halo":
@@ -85,16 +87,14 @@ def test_names_of_dots_stand_in_the_picture_and_hide_no_other_and_no_dot(width):
 
 def test_roofs_that_lie_close_together_share_a_line():
     profile = sample_profiles.cnn()
-    gflops = {
-        name: sample_profiles.Quantity(peak, "GFLOP/s") for name, peak in (("bfloat16", 101.0), ("float32", 100.0))
-    }
+    gflops = {name: Quantity(peak, "GFLOP/s") for name, peak in (("bfloat16", 101.0), ("float32", 100.0))}
     close = dataclasses.replace(profile, ceilings=dataclasses.replace(profile.ceilings, gflops=gflops))
     assert "bfloat16 101, float32 100 GFLOP/s" in profile_plots.roofline(close, 900)
 
 
 def test_no_roofline_without_roofs_or_operations():
     profile = sample_profiles.cnn()
-    no_bandwidth = Ceilings(profile.ceilings.gflops, sample_profiles.Quantity.missing("GB/s", "no"))
+    no_bandwidth = Ceilings(profile.ceilings.gflops, Quantity.missing("GB/s", "no"))
     idle = dataclasses.replace(profile.time, ops=())
     for changes in ({"ceilings": None}, {"ceilings": no_bandwidth}, {"time": None}, {"time": idle}):
         assert profile_plots.roofline(dataclasses.replace(profile, **changes), 900) == ""
@@ -103,7 +103,7 @@ def test_no_roofline_without_roofs_or_operations():
 def test_the_peak_survives_thinning():
     points = [MemoryPoint(0.1 * index, {"activations": 1e6}) for index in range(5000)]
     points[3333] = MemoryPoint(333.3, {"activations": 8e6})
-    picture = profile_plots.memory(sample_profiles.memory(timeline=tuple(points)), 900)
+    picture = profile_plots.memory(sample_profile_parts.memory(timeline=tuple(points)), 900)
     assert f"peak {format_bytes(8e6)}" in picture
     assert len(picture) < 60_000
 
@@ -112,7 +112,7 @@ def test_the_peak_of_an_arena_is_where_most_of_it_is_in_use():
     """XLA's arena has the same size all the time; what is "other" is not in use."""
     unused, full = {"activations": 1e6, "other": 7e6}, {"activations": 8e6}
     points = (MemoryPoint(0.0, unused), MemoryPoint(5.0, full), MemoryPoint(10.0, unused))
-    found = sample_profiles.memory(timeline=points, by_category=full)
+    found = sample_profile_parts.memory(timeline=points, by_category=full)
     (line,) = [
         line for line in ET.fromstring(profile_plots.memory(found, 900)).iter("line") if line.get("class") == "median"
     ]
@@ -122,8 +122,8 @@ def test_the_peak_of_an_arena_is_where_most_of_it_is_in_use():
 
 def test_memory_that_is_not_finite_is_drawn_as_nothing():
     points = (MemoryPoint(0.0, {"activations": float("nan")}), MemoryPoint(1.0, {"activations": 1e6}))
-    assert "peak 977 KiB" in profile_plots.memory(sample_profiles.memory(timeline=points), 900)
-    assert profile_plots.memory(sample_profiles.memory(timeline=points[:1]), 900) == ""
+    assert "peak 977 KiB" in profile_plots.memory(sample_profile_parts.memory(timeline=points), 900)
+    assert profile_plots.memory(sample_profile_parts.memory(timeline=points[:1]), 900) == ""
 
 
 def test_a_spike_survives_in_a_long_series():

@@ -7,9 +7,11 @@ import io
 import re
 
 import pytest
+import sample_profile_parts
 import sample_profiles
 from rich.console import Console
 
+from perfkit._quantity import Quantity
 from perfkit.profiling.diff import diff
 from perfkit.reporting.terminal import to_text
 
@@ -87,11 +89,11 @@ def test_what_is_not_there_has_its_reason_and_no_number():
 
 
 def test_doubtful_shares_are_said_to_be():
-    measured = sample_profiles.time()
+    measured = sample_profile_parts.time()
     slow = dataclasses.replace(
         measured,
-        overhead=sample_profiles.quantity(2.5, "ratio"),
-        attributed=sample_profiles.quantity(0.4, "ratio"),
+        overhead=sample_profile_parts.quantity(2.5, "ratio"),
+        attributed=sample_profile_parts.quantity(0.4, "ratio"),
     )
     text = str(sample_profiles.cnn(time=slow))
     assert "! The profiler makes a step 2.50 times as long" in text
@@ -132,7 +134,7 @@ def test_the_peaks_difference_is_in_bytes_as_those_it_consists_of():
 
 def test_steps_that_were_timed_while_the_machine_was_busy_are_told():
     profile = sample_profiles.cnn()
-    time = dataclasses.replace(profile.time, overhead=sample_profiles.Quantity(0.5, "ratio"))
+    time = dataclasses.replace(profile.time, overhead=Quantity(0.5, "ratio"))
     told = str(dataclasses.replace(profile, time=time))
     assert "busy with something else" in " ".join(told.split())
     assert "busy with something else" not in str(profile)
