@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__AVX512BF16__)
 #define PERFKIT_TILES 1
@@ -21,7 +22,7 @@ constexpr int TILE = 16;  // rows, and words of 32 bits in each
 
 #if PERFKIT_TILES
 // The system lends the tiles' registers to a process that asks for them; asked for once.
-inline bool have_tiles() {
+inline bool tiles_are_lent() {
 #if defined(PERFKIT_TILES_EMULATED)
     return true;
 #else
@@ -63,6 +64,50 @@ class TileShape {
     const bool used_;
     alignas(64) std::uint8_t before_[64];
 };
+
+// Whether they multiply as the manual says. The numbers are small integers, so that the order of sums changes no bit.
+inline bool tiles_are_right() {
+    alignas(64) std::uint16_t x[TILE][2 * TILE], w[TILE][2 * TILE];
+    unsigned seed = 1;
+    const auto next = [&seed] {
+        seed = seed * 1664525u + 1013904223u;
+        const float value = float(int(seed >> 28) - 8);
+        std::uint32_t word;
+        std::memcpy(&word, &value, 4);
+        return std::uint16_t(word >> 16);
+    };
+    for (auto* tile : {&x, &w})
+        for (auto& row : *tile)
+            for (auto& number : row) number = next();
+    const auto wide = [](std::uint16_t half) {
+        const std::uint32_t word = std::uint32_t(half) << 16;
+        float value;
+        std::memcpy(&value, &word, 4);
+        return value;
+    };
+    alignas(64) float found[TILE][TILE];
+    const TileShape shape;
+    settle();
+    _tile_zero(0);
+    _tile_loadd(1, x, 64);
+    _tile_loadd(2, w, 64);
+    _tile_dpbf16ps(0, 1, 2);
+    _tile_stored(0, found, 64);
+    settle();
+    for (int m = 0; m < TILE; ++m)
+        for (int n = 0; n < TILE; ++n) {
+            float sum = 0;
+            for (int k = 0; k < 2 * TILE; ++k) sum += wide(x[m][k]) * wide(w[k / 2][2 * n + k % 2]);
+            if (found[m][n] != sum) return false;
+        }
+    return true;
+}
+
+// Asked for once in a process.
+inline bool have_tiles() {
+    static const bool have = tiles_are_lent() && tiles_are_right();
+    return have;
+}
 #else
 inline bool have_tiles() { return false; }
 struct TileShape {

@@ -10,7 +10,7 @@
 
 #include "cpu_backward.hpp"
 #include "cpu_forward.hpp"
-#include "cpu_tiles.hpp"
+#include "cpu_instructions.hpp"
 
 namespace perfkit {
 
@@ -38,7 +38,7 @@ int run_call(const Call& call) {
 template <class Cell, class Data, class Operand>
 struct RunForward {
     static int run(const PerfkitRnnForward& call) {
-        Forward<Cell, Data, Operand>(call, use_tiles()).run();
+        Forward<Cell, Data, Operand>(call, have_tiles()).run();
         return 0;
     }
 };
@@ -46,7 +46,7 @@ struct RunForward {
 template <class Cell, class Data, class Operand>
 struct RunBackward {
     static int run(const PerfkitRnnBackward& call) {
-        Backward<Cell, Data, Operand>(call, use_tiles()).run();
+        Backward<Cell, Data, Operand>(call, have_tiles()).run();
         return 0;
     }
 };

@@ -8,10 +8,10 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from instruction_paths import EMULATED, in_place, need
 
 from perfkit.kernels import _native
 from perfkit.kernels.conv2d import cases, cpu_kernel, problem, reference, torch_problem
-from perfkit.measure._hardware import cpu
 
 if _native.find_compiler() is None:
     pytest.skip("no C++ compiler is installed", allow_module_level=True)
@@ -128,9 +128,10 @@ TILED = (
 """What AMX's tiles take in bfloat16: one step of words and several, channels that fill no tile, parts of a row."""
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
-def test_windows_of_four_in_bfloat16(case, layout):
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+def assert_windows_of_four(case, layout):
     """With what the backward pass wants, and without; what is infinite or no number stays in its windows."""
     tensors = whole(case, layout)
     made = dataclasses.replace(problem_of(case, tensors), dtype="bfloat16")
@@ -142,6 +143,22 @@ def test_windows_of_four_in_bfloat16(case, layout):
             assert_equal(run(made, *low), wanted)
         unsaved, _ = cpu_kernel.forward(dataclasses.replace(made, needs_grad=False), *low)
         assert_equal([unsaved], wanted[:1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
+def test_windows_of_four_in_bfloat16(case, layout):
+    assert_windows_of_four(case, LAYOUTS[layout])
+
+
+def test_windows_of_four_on_emulated_tiles(tmp_path, threads):
+    """AMX's instructions are what their manual says, on any processor with AVX-512."""
+    need("avx512f")
+    with in_place(cpu_kernel, tmp_path, EMULATED, ("-O1",)):
+        for case in TILED:
+            for layout in LAYOUTS.values():
+                threads(3)
+                assert_windows_of_four(case, layout)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
@@ -206,20 +223,11 @@ def test_what_is_no_number():
     assert_equal([unsaved], [wanted[0]])
 
 
-@pytest.mark.skipif("avx512f" not in cpu()[1], reason="a CPU without AVX-512, which runs that code in every test here")
-def test_without_avx512(tmp_path, monkeypatch):
-    source = tmp_path / "variant" / "cpu_kernel.cpp"
-    source.parent.mkdir()
-    source.write_text(f'#undef __AVX512F__\n#include "{cpu_kernel.SOURCE}"\n')
-    monkeypatch.setattr(cpu_kernel, "SOURCE", source)
-    for cached in (cpu_kernel.library, cpu_kernel.caller):
-        cached.cache_clear()
-    try:
+def test_without_avx512(tmp_path):
+    need("avx512f")  # where there is none, every test here runs that code
+    with in_place(cpu_kernel, tmp_path, "#undef __AVX512F__"):
         for case in (*cases.CASES[:6], CHUNKED[0]):
-            for layout in (torch.contiguous_format, torch.channels_last):
+            for layout in LAYOUTS.values():
                 tensors = whole(case, layout)
                 made = problem_of(case, tensors)
                 assert_equal(run(made, *tensors), expected(made, *tensors))
-    finally:
-        for cached in (cpu_kernel.library, cpu_kernel.caller):
-            cached.cache_clear()

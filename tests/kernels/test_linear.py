@@ -6,6 +6,7 @@ pytest.importorskip("torch")
 
 import torch
 import torch.nn.functional as F
+from instruction_paths import EMULATED, in_place, need
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,22 +56,17 @@ def test_the_kernel(sizes, dtype):
             assert_right(run(x, weight, given, activation), x, weight, given, activation)
 
 
-@pytest.mark.skipif("avx512f" not in cpu()[1], reason="a CPU without AVX-512, which runs that code in every test here")
-def test_without_avx512(tmp_path, monkeypatch):
-    source = tmp_path / "variant" / "cpu_kernel.cpp"
-    source.parent.mkdir()
-    source.write_text(f'#undef __AVX512F__\n#include "{cpu_kernel.SOURCE}"\n')
-    monkeypatch.setattr(cpu_kernel, "SOURCE", source)
-    for cached in (cpu_kernel.library, cpu_kernel.caller):
-        cached.cache_clear()
-    try:
+@pytest.mark.parametrize(
+    ("before", "flags"), [("#undef __AVX512F__", ()), (EMULATED, ("-O1",))], ids=["without AVX-512", "with AMX"]
+)
+def test_other_instructions(before, flags, tmp_path):
+    need("avx512f")
+    with in_place(cpu_kernel, tmp_path, before, flags):
+        assert cpu_kernel.library().perfkit_linear_has_tiles() == (before == EMULATED)
         for sizes in SIZES:
             for dtype in DTYPES:
                 x, weight, bias = tensors(*sizes, dtype)
                 assert_right(run(x, weight, bias, "relu"), x, weight, bias, "relu")
-    finally:
-        for cached in (cpu_kernel.library, cpu_kernel.caller):
-            cached.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
