@@ -18,7 +18,7 @@ from perfkit.reporting._format import clean, counted, format_interval, format_qu
 # The column's width on a desk and in a hand; the page shows the picture that fits.
 WIDE, NARROW = 740, 350
 # A list of every module of a large model belongs into the JSON.
-MOST_NAMES, MOST_CANDIDATES, MOST_TITLE = 60, 200, 120
+MOST_NAMES, MOST_CANDIDATES, MOST_ALIKE, MOST_TITLE = 60, 200, 6, 120
 
 
 def render(report: Report) -> str:
@@ -111,7 +111,7 @@ def _view(report: Report, label: str = "", anchor: str = "report") -> dict[str, 
         "candidates": candidates[:MOST_CANDIDATES],
         "more_candidates": max(0, len(candidates) - MOST_CANDIDATES),
         "left_out": [
-            (item.recipes[:MOST_NAMES], max(0, len(item.recipes) - MOST_NAMES), item.outcome, item.reason)
+            (item.recipes[:MOST_ALIKE], max(0, len(item.recipes) - MOST_ALIKE), item.outcome, item.reason)
             for item in _search_facts.left_out(report)[:MOST_CANDIDATES]
         ],
         "notes": report.notes,

@@ -20,8 +20,8 @@ from perfkit.reporting._format import clean, counted, listing, shorten
 STYLES = {"good": "bold green", "bad": "bold red", "neutral": "bold yellow"}
 BAR_CELLS = 16
 # What a reader can take in before the page takes over.
-MOST_REASONS, MOST_CANDIDATES, MOST_ALIKE = 3, 20, 4
-MOST_REASON_LENGTH, MOST_NAME_LENGTH = 110, 48
+MOST_REASONS, MOST_CANDIDATES, MOST_ALIKE = 3, 20, 2
+MOST_TEXT_LENGTH, MOST_NAME_LENGTH = 110, 48
 NARROWEST_SUMMARY = 96
 
 
@@ -119,7 +119,7 @@ def _steps(report: Report, *, bars: bool) -> Iterator[RenderableType]:
 def _step_details(facts: _facts.StepFacts) -> Iterator[RenderableType]:
     name = _name(facts.recipe)
     if facts.reasons:
-        told = [_reason(reason) for reason in facts.reasons[:MOST_REASONS]]
+        told = [_told(reason) for reason in facts.reasons[:MOST_REASONS]]
         if (rest := len(facts.reasons) - MOST_REASONS) > 0:
             told.append(counted(rest, "more reason"))
         yield indented(f"{name} skipped {'; '.join(told)}")
@@ -151,13 +151,13 @@ def _statements(report: Report) -> Iterator[RenderableType]:
 
 def _candidates(report: Report) -> Iterator[RenderableType]:
     tried = [
-        ((_name(item.recipe), item.outcome, item.speedup, item.fidelity, _reason(item.reason)), item.won)
+        ((_told(item.recipe), item.outcome, item.speedup, item.fidelity, _told(item.reason)), item.won)
         for item in _search_facts.candidate_facts(report)
     ]
     columns = ("outcome", "left"), ("speedup", "left"), ("fidelity", "left"), ("why it lost", "prose")
     yield from _first_rows(text_table("candidate", *columns), tried, "candidate")
     left_out = [
-        ((listing(map(_name, item.recipes), MOST_ALIKE), item.outcome, _reason(item.reason)), False)
+        ((listing(map(_told, item.recipes), MOST_ALIKE), item.outcome, _told(item.reason)), False)
         for item in _search_facts.left_out(report)
     ]
     yield from _first_rows(text_table("left out", ("outcome", "left"), ("why", "prose")), left_out, "reason")
@@ -221,7 +221,7 @@ def _summary_lines(item: _search_facts.SummaryFacts) -> Iterator[RenderableType]
     """The same as the table's row, for a screen too narrow for a table."""
     label = line(_name(item.label), "bold")
     yield Text("  ").join((label, line(item.headline.text, STYLES[item.headline.tone])))
-    recipe, lost = (_reason(text) for text in (item.recipe, item.lost))
+    recipe, lost = (_told(text) for text in (item.recipe, item.lost))
     yield indented(f"recipe {recipe}")
     yield indented(f"tried and lost {lost}")
     yield indented(f"vs compiler {_joined(' ', *item.compiled)}")
@@ -237,8 +237,8 @@ def _name(text: str) -> str:
     return shorten(clean(text), MOST_NAME_LENGTH)
 
 
-def _reason(text: str) -> str:
-    return shorten(clean(text), MOST_REASON_LENGTH)
+def _told(text: str) -> str:
+    return shorten(clean(text), MOST_TEXT_LENGTH)
 
 
 def text_table(first: str, *columns: tuple[str, str]) -> Table:
