@@ -167,3 +167,6 @@ def test_environment(reports):
     gpu = dataclasses.replace(environment, accelerators=("H100",), memory_bytes=Quantity.missing("B", "not permitted"))
     assert "H100" in _environment_facts.environment_line(gpu)
     assert ("memory", "unavailable: not permitted") in _environment_facts.environment_rows(gpu)
+    none = dataclasses.replace(environment, settings={"NVML": "NVML finds no GPU", "governor": "performance"})
+    rows = dict(_environment_facts.environment_rows(none))
+    assert (rows["accelerators"], rows["settings"]) == ("none: NVML finds no GPU", "governor performance")
