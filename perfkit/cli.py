@@ -62,7 +62,7 @@ def main() -> None:
 @common.mode_option()
 @common.batch_option
 @click.option("--budget", type=float, help="Seconds to spend.  [default: 90 for a search, 6 for a recipe]")
-@click.option("--tolerance", type=float, help="Relative error that the result may add.  [default: what the recipe says]")
+@click.option("--tolerance", type=float, help="Relative error that the result may add.  [default: the recipe's]")
 @click.option("--strict", is_flag=True, help="A recipe that touches nothing is an error.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as one HTML page.")
