@@ -37,7 +37,7 @@ def _file(name: str, about: str) -> Callable:
 @common.mode_option()
 @common.batch_option
 @click.option("--recipe", help="Profile what this chain makes of the model.  [default: the model as it is]")
-@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Seconds for timing steps.")
+@click.option("--budget", type=click.FloatRange(min=0, min_open=True), help="Seconds for timing steps.  [default: 6]")
 @_file("--html", "Write the profile as one HTML page.")
 @_file("--json", "Write the profile as JSON; - for standard output, instead of the screen.")
 @_file("--trace", "Write the profiled step as a trace that ui.perfetto.dev opens.")

@@ -61,7 +61,7 @@ def max_batch_size(
     seed: int = 0,
     progress: Callable[[str], Any] | None = None,
 ) -> MaxBatch:
-    """The largest batch that `model` can be run or trained on, by doubling and then bisection.
+    """The largest batch that `model` can be run or trained on, by doubling and then closing in on it.
 
     On a CPU nothing is driven out of memory: a batch is run only where the ones before it say that it fits. On other
     devices an out-of-memory error is an answer too, after which the cache is emptied.
@@ -127,19 +127,34 @@ def _search(needs: Callable[[int], float | None], limit: float | None, careful: 
         tried.append((count, found))
         return f"{count * unit} needs {found / 1e6:.3g} MB" if limit is not None and found > limit else ""
 
-    count = 1
+    count, by_line = 1, False
     while fits + 1 < too_many:
         reason = refused(count)
         if reason:
             too_many, why = count, reason
         else:
             fits = count
-        count = min(2 * fits, most) if too_many > most else (fits + too_many) // 2
+        if too_many > most:
+            count = min(2 * fits, most)
+        else:
+            by_line = (
+                not by_line
+            )  # memory grows nearly evenly: the line ends the search at once; where not, halving does
+            count = _between(tried, limit if by_line else None, fits, too_many)
         if count <= fits:
             break
     size = next((bytes_ for count, bytes_ in tried if count == fits), 0.0)
     rows = tuple((count * unit, bytes_) for count, bytes_ in tried)
     return MaxBatch(fits * unit, size, limit, rows, why)
+
+
+def _between(tried: list[tuple[int, float]], limit: float | None, fits: int, too_many: int) -> int:
+    """The next count to try: where the line through the two largest counts meets the limit, else the middle."""
+    if limit is not None and len(tried) > 1:
+        (x, a), (y, b) = sorted(tried)[-2:]
+        if b > a:
+            return min(max(int(y + (limit - b) * (y - x) / (b - a)), fits + 1), too_many - 1)
+    return (fits + too_many) // 2
 
 
 def _line(tried: list[tuple[int, float]], count: int) -> float:

@@ -61,8 +61,8 @@ def main() -> None:
 @common.recipe_option
 @common.mode_option()
 @common.batch_option
-@click.option("--budget", type=float, help="Seconds to spend on searching or measuring.")
-@click.option("--tolerance", type=float, help="Relative error that the result may add.")
+@click.option("--budget", type=float, help="Seconds to spend.  [default: 90 for a search, 6 for a recipe]")
+@click.option("--tolerance", type=float, help="Relative error that the result may add.  [default: the recipe's]")
 @click.option("--strict", is_flag=True, help="A recipe that touches nothing is an error.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as one HTML page.")
@@ -182,6 +182,8 @@ def max_batch(model, framework, mode, recipe, limit_mb, multiple_of) -> None:
     from perfkit._chain import chain_of
     from perfkit.reference._train_run import suited
 
+    if ":" in model:
+        raise InvalidInputError(f"MODEL={model!r}: expected a reference model; for yours call perfkit.max_batch_size")
     with common.status() as progress:
         loaded = common.load(model, framework, mode, 64)
         found = perfkit.max_batch_size(

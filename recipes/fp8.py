@@ -26,14 +26,9 @@ class Fp8(Quantizer):
             from perfkit.quantization.torch_quantize import unavailable
 
             return unavailable(device, needed=(8, 9), on_cpu=False)
-        return None
+        from perfkit.quantization.jax_quantize import fp8_unavailable
 
-    def refusal(self, work):
-        if work.framework == "jax":
-            from perfkit.quantization.jax_quantize import fp8_refusal
-
-            return fp8_refusal(work) or super().refusal(work)
-        return super().refusal(work)
+        return fp8_unavailable(device)
 
     def torch(self, work):
         from perfkit.quantization.torch_quantize import fp8

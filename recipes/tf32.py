@@ -21,7 +21,7 @@ class Tf32(Recipe):
 
     def unavailable(self, framework, device):
         if device not in ("cuda", "gpu"):
-            return f"TF32 is for NVIDIA GPUs of compute capability 8.0 and above; the model is on {device!r}"
+            return f"TF32 is for NVIDIA GPUs of compute capability 8.0 and above, and this is {device!r}"
         if framework == "torch":
             import torch
 

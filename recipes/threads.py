@@ -41,7 +41,7 @@ class Threads(Recipe):
         from perfkit.measure.environment import cores_allowed
 
         if device != "cpu":
-            return f"it is about the threads of a CPU; the model is on {device!r}"
+            return f"it is about the threads of a CPU, and this is {device!r}"
         if framework == "jax":
             return (
                 "XLA's threads are there for the whole process, from its first call on: start it with PJRT_NPROC=1 "

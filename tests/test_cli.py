@@ -80,6 +80,21 @@ def test_help_fits_a_terminal(command):
     assert "..." not in text.partition("Commands:")[2], "no summary is cut"
 
 
+def test_help_tells_how_long_it_takes(run):
+    from perfkit._optimize import CHAIN_BUDGET_S, SEARCH_BUDGET_S
+    from perfkit.profiling._run import BUDGET_S
+
+    told = {name: " ".join(run(name, "--help")[1].split()) for name in ("optimize", "profile")}
+    assert f"[default: {SEARCH_BUDGET_S:g} for a search, {CHAIN_BUDGET_S:g} for a recipe]" in told["optimize"]
+    assert f"[default: {BUDGET_S:g}]" in told["profile"]
+
+
+def test_max_batch_is_for_reference_models(run):
+    code, _, err = run("max-batch", "users_models:pair")
+    assert code == _cli_common.BAD_INPUT
+    assert "for yours call perfkit.max_batch_size" in err
+
+
 def test_recipes_lists_every_recipe(run):
     code, out, _ = run("recipes")
     assert code == 0

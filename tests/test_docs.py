@@ -2,25 +2,17 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from doc_pages import PAGES, ROOT, blocks, commands
 
 from perfkit import cli
 from perfkit._recipe_files import names
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PROFILES = (ROOT / "docs" / "profiling.md").read_text()
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").rglob("*.md")])
 LESSONS = sorted((ROOT / "docs" / "recipes").glob("*.md"))
-
-
-def blocks(language: str, text: str = README) -> list[str]:
-    """The fenced blocks of a page in that language ("" for none)."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return [text for name, text in fenced if name == language]
 
 
 def run(code: str, name: str) -> dict:
@@ -32,12 +24,12 @@ def run(code: str, name: str) -> dict:
     return names
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
+@pytest.mark.parametrize("number", range(len(blocks("python", README))))
 @pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
 @pytest.mark.usefixtures("hasty")
 def test_examples_run(number, capsys):
-    names = run(blocks("python")[number], f"README, example {number}")
+    names = run(blocks("python", README)[number], f"README, example {number}")
     assert names["result"].report.fidelity.ok
 
 
@@ -45,8 +37,9 @@ def test_examples_run(number, capsys):
 @pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 @pytest.mark.usefixtures("hasty")
 def test_lessons_run(page, capsys):
-    (code,) = blocks("python", page.read_text())
-    names = run(code, page.name)
+    code = blocks("python", page.read_text())
+    assert code
+    names = run("\n".join(code), page.name)
     if "result" in names:
         assert names["result"].report.fidelity.ok
 
@@ -102,13 +95,8 @@ def test_the_example_of_advice_runs(monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(findings)
 
 
-def commands(text: str = README) -> list[str]:
-    lines = [line.partition("#")[0].strip() for block in blocks("", text) for line in block.splitlines()]
-    return [line for line in lines if line]
-
-
 def test_there_are_commands():
-    assert {line.split()[0] for line in commands()} == {"make", "perfkit"}
+    assert {line.split()[0] for line in commands(README)} == {"make", "perfkit"}
 
 
 LINES = {line for page in PAGES for line in commands(page.read_text()) if line.startswith("perfkit ")}
@@ -124,7 +112,7 @@ def test_commands_are_understood(line):
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for line in commands():
+    for line in commands(README):
         if line.startswith("make"):
             assert re.search(rf"^{line.split()[1]}:", makefile, re.MULTILINE)
 
@@ -141,6 +129,15 @@ def test_the_recipe_table_is_complete():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def anchors(page):
+    """As GitHub makes them of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -3,16 +3,14 @@
 import re
 import shlex
 from importlib import import_module
-from pathlib import Path
 
 import pytest
+from doc_pages import ROOT, blocks, commands
 
 pytest.importorskip("torch")
 
-PAGE = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-EXAMPLES = [text for language, text in BLOCKS if language == "python"]
-COMMANDS = [line.partition("#")[0].strip() for language, text in BLOCKS if not language for line in text.splitlines()]
+PAGE = (ROOT / "docs" / "kernels.md").read_text()
+EXAMPLES, COMMANDS = blocks("python", PAGE), commands(PAGE)
 
 
 def test_there_are_examples_and_commands():

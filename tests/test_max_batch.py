@@ -24,12 +24,18 @@ def test_the_largest_that_fits_is_found_without_trying_one_that_does_not(limit):
     result, asked = found(lambda count: 100.0 + 10 * count, limit)
     assert result.batch_size == max((limit - 100) // 10, 0)
     assert [count for count in asked if 100 + 10 * count > limit] in ([], [1]), "the first cannot be foreseen"
-    assert len(asked) < 30
+    assert len(asked) <= result.batch_size.bit_length() + 1, "once it has doubled, the line tells"
 
 
 def test_steps_in_what_is_needed_are_found_too():
     result, _ = found(lambda count: 1000.0 * -(-count // 32), 5000.0)
     assert result.batch_size == 160
+
+
+def test_what_the_line_does_not_tell_is_found_by_trying():
+    result, asked = found(lambda count: 10.0 * count if count < 700 else 1e6, 8000.0, careful=False)
+    assert result.batch_size == 699
+    assert len(asked) < 40
 
 
 def test_running_out_of_memory_is_an_answer():

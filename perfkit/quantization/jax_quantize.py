@@ -108,11 +108,11 @@ def weight_only(work: Workload, recipe: LayerRecipe, bits: int) -> tuple[Workloa
     return _in_low(work, chosen, low, (note,))
 
 
-def fp8_refusal(work: Workload) -> str | None:
-    """Why this machine cannot multiply float8; None where it can."""
-    if work.device == "cpu":
+def fp8_unavailable(device_type: str) -> str | None:
+    """Why this machine cannot multiply float8 on devices of that type; None where it can."""
+    if device_type == "cpu":
         return "a CPU has no float8 products: XLA would widen both operands to float32; take int8 or bf16"
-    device = jax.devices(work.device)[0]
+    device = jax.devices(device_type)[0]
     if device.platform == "tpu":
         known = device.device_kind.startswith(FP8_TPUS)
         return None if known else f"{device.device_kind} has no float8 products, TPU7 has: take int8 or bf16"
@@ -128,14 +128,14 @@ def fp8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     """Weights in float8_e4m3fn with one scale per output, activations with one per row; sums in float32.
 
     Args:
-        work: an inference workload on a device for which `fp8_refusal` has nothing to say.
+        work: an inference workload on a device for which `fp8_unavailable` has nothing to say.
         recipe: says which layers.
 
     Raises:
         InvalidInputError: there are no inputs to see the model's products with.
         UnsupportedError: the hardware has no float8, the model is trained, or is quantized already.
     """
-    if refusal := fp8_refusal(work):
+    if refusal := fp8_unavailable(work.device):
         raise UnsupportedError(refusal)
     return in_float8(work, recipe)
 

@@ -25,14 +25,16 @@ def environment_rows(environment: Environment) -> tuple[tuple[str, str], ...]:
     def pairs(values: dict) -> str:
         return ", ".join(f"{name} {value}" for name, value in sorted(values.items())) or "none"
 
+    settings = dict(environment.settings)
+    why = settings.pop("NVML", "")
     return (
         ("processor", f"{environment.cpu}, {counted(environment.cores, 'core')}"),
         ("instruction sets", ", ".join(environment.instruction_sets) or "none known"),
         ("memory", with_reason(environment.memory_bytes)),
-        ("accelerators", ", ".join(environment.accelerators) or "none"),
+        ("accelerators", ", ".join(environment.accelerators) or (f"none: {why}" if why else "none")),
         ("system", f"{environment.os}, Python {environment.python}"),
         ("libraries", pairs(environment.libraries)),
         ("threads", pairs(environment.threads)),
-        ("settings", pairs(environment.settings)),
+        ("settings", pairs(settings)),
         ("fingerprint", environment.fingerprint),
     )

@@ -142,11 +142,13 @@ def format_percent(share: float) -> str:
         return NOT_FINITE
     if share in (0, 1):
         return f"{share:.0%}"
+    if 0 < share < 0.0005:
+        return "under 0.1%"
     for decimals in range(1, 6):
         text = f"{share:.{decimals}%}"
         if float(text[:-1]) not in (0, 100):
             return text
-    return "nearly 100%" if share > 0.5 else "nearly 0%"
+    return "nearly 100%"
 
 
 def format_change(before: float, after: float) -> str:

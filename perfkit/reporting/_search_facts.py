@@ -17,10 +17,12 @@ from perfkit.reporting._format import (
     spaced,
 )
 
+TRIED = ("won", "lost", "failed")
+
 
 @dataclass(frozen=True)
 class CandidateFacts:
-    """One chain that the search considered, in words."""
+    """One chain that the search tried, in words."""
 
     recipe: str
     outcome: str
@@ -28,6 +30,15 @@ class CandidateFacts:
     speedup: str
     fidelity: str
     seconds: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LeftOutFacts:
+    """Chains that the search did not try, for the same reason."""
+
+    recipes: tuple[str, ...]
+    outcome: str
     reason: str
 
 
@@ -52,9 +63,9 @@ class SummaryFacts:
 
 
 def candidate_facts(report: Report) -> tuple[CandidateFacts, ...]:
-    """The search, as it went: the winner first, then by ratio, then those without one."""
+    """What the search tried: the winner first, then by ratio, then those without one."""
     ranked = sorted(
-        report.candidates,
+        (item for item in report.candidates if item.outcome in TRIED),
         key=lambda item: (item.outcome != "won", -item.speedup.ratio if measured(item.speedup) else 0.0),
     )
     return tuple(
@@ -69,6 +80,16 @@ def candidate_facts(report: Report) -> tuple[CandidateFacts, ...]:
         )
         for item in ranked
     )
+
+
+def left_out(report: Report) -> tuple[LeftOutFacts, ...]:
+    """What the search did not try, by reason: what it could have tried first, and of that what is most."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for item in report.candidates:
+        if item.outcome not in TRIED:
+            found.setdefault((item.outcome, item.reason), []).append(spaced(item.recipe))
+    told = [LeftOutFacts(tuple(recipes), *why) for why, recipes in found.items()]
+    return tuple(sorted(told, key=lambda item: (item.outcome == "refused", -len(item.recipes))))
 
 
 def found_recipe(report: Report) -> str:

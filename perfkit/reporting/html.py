@@ -18,7 +18,7 @@ from perfkit.reporting._format import clean, counted, format_interval, format_qu
 # The column's width on a desk and in a hand; the page shows the picture that fits.
 WIDE, NARROW = 740, 350
 # A list of every module of a large model belongs into the JSON.
-MOST_NAMES, MOST_CANDIDATES, MOST_TITLE = 60, 200, 120
+MOST_NAMES, MOST_CANDIDATES, MOST_ALIKE, MOST_TITLE = 60, 200, 6, 120
 
 
 def render(report: Report) -> str:
@@ -107,8 +107,13 @@ def _view(report: Report, label: str = "", anchor: str = "report") -> dict[str, 
         "fidelity_rows": _facts.fidelity_rows(report.fidelity) if report.fidelity else (),
         "losses": _facts.losses(report),
         "parallel_rows": _parallel_facts.parallel_rows(report),
+        "considered": bool(report.candidates),
         "candidates": candidates[:MOST_CANDIDATES],
         "more_candidates": max(0, len(candidates) - MOST_CANDIDATES),
+        "left_out": [
+            (item.recipes[:MOST_ALIKE], max(0, len(item.recipes) - MOST_ALIKE), item.outcome, item.reason)
+            for item in _search_facts.left_out(report)[:MOST_CANDIDATES]
+        ],
         "notes": report.notes,
         "environment": _environment_facts.environment_rows(report.environment),
         "footer": " · ".join(part for part in (f"perfkit {report.perfkit_version}".strip(), report.created) if part),

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 
 from perfkit._report import Report
 from perfkit.reporting import _environment_facts, _facts, _parallel_facts, _search_facts, _table_facts
-from perfkit.reporting._format import clean, counted, shorten
+from perfkit.reporting._format import clean, counted, listing, shorten
 
 # A comment holds 65,536 characters; a reader holds fewer.
 MOST_NAME_LENGTH, MOST_TEXT_LENGTH = 80, 400
-MOST_STEPS, MOST_REASONS, MOST_CANDIDATES, MOST_NOTES = 30, 3, 25, 20
+MOST_STEPS, MOST_REASONS, MOST_CANDIDATES, MOST_ALIKE, MOST_NOTES = 30, 3, 25, 4, 20
 
 # What starts markup anywhere, and what does so at the start of a line. An underscore inside a word starts nothing.
 _MARKUP = re.compile(r"([\\`*\[\]<>~&$|]|(?<![^\W_])_|_(?![^\W_])|:(?=//))")
@@ -111,15 +111,20 @@ def _facts_list(report: Report) -> Iterator[str]:
 def _candidates(report: Report) -> Iterator[str]:
     if not report.candidates:
         return
-    facts = _search_facts.candidate_facts(report)
+    facts, left_out = _search_facts.candidate_facts(report), _search_facts.left_out(report)
     cells = (
         (code(item.recipe), text(item.outcome), item.speedup, item.fidelity, text(item.reason, 160))
         for item in facts[:MOST_CANDIDATES]
     )
-    table = _table(("candidate", "outcome", "speedup", "fidelity", "why it lost"), cells, right=0)
-    rest = len(facts) - MOST_CANDIDATES
-    more = f"\n\n{counted(rest, 'more candidate')} in the HTML and JSON reports" if rest > 0 else ""
-    yield _folded(f"{counted(len(facts), 'candidate')} considered", table + more)
+    parts = [_table(("candidate", "outcome", "speedup", "fidelity", "why it lost"), cells, right=0)] if facts else []
+    if (rest := len(facts) - MOST_CANDIDATES) > 0:
+        parts.append(f"{counted(rest, 'more candidate')} in the HTML and JSON reports")
+    rows = (
+        (listing(map(code, item.recipes), MOST_ALIKE), text(item.outcome), text(item.reason, 160))
+        for item in left_out[:MOST_CANDIDATES]
+    )
+    parts += [_table(("left out", "outcome", "why"), rows, right=0)] if left_out else []
+    yield _folded(f"{counted(len(report.candidates), 'candidate')} considered", "\n\n".join(parts))
 
 
 def _footer(report: Report) -> Iterator[str]:

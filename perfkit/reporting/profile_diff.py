@@ -38,21 +38,21 @@ class _Screen:
             yield line(f"! {caution}", "bold red")
         yield Text()
         shown = _diff_facts.weighty(diff, diff.ops)[:MOST_OPS]
-        table = _table("operation", shown)
+        table = _table("operation", "where", shown)
         for row in _diff_facts.foot(diff, shown):
             style = "bold" if row.name == "whole step" else ""
             table.add_row(*(cell(text, style) for text in (row.name, row.before, row.after, row.saved, "", "")))
         yield table
         yield Text()
         if modules := _diff_facts.weighty(diff, diff.modules)[:MOST_MODULES]:
-            yield _table("module", modules)
+            yield _table("module", "class", modules)
         yield from _memory(diff)
         yield Text()
         yield line(f"note: {_diff_facts.HOW}")
 
 
-def _table(first: str, changes: Sequence[Change]) -> Table:
-    columns = (("before", "right"), ("after", "right"), ("saved", "right"), ("", "left"), ("where", "prose"))
+def _table(first: str, last: str, changes: Sequence[Change]) -> Table:
+    columns = (("before", "right"), ("after", "right"), ("saved", "right"), ("", "left"), (last, "prose"))
     table = text_table(first, *columns)
     for change, row in zip(changes, _diff_facts.time_rows(changes), strict=True):
         style = "green" if change.saved_ms > 0 else "red" if change.saved_ms < 0 else ""

@@ -15,13 +15,13 @@ from rich.text import Text
 
 from perfkit._report import Report
 from perfkit.reporting import _environment_facts, _facts, _parallel_facts, _search_facts, _table_facts
-from perfkit.reporting._format import clean, counted, shorten
+from perfkit.reporting._format import clean, counted, listing, shorten
 
 STYLES = {"good": "bold green", "bad": "bold red", "neutral": "bold yellow"}
 BAR_CELLS = 16
 # What a reader can take in before the page takes over.
-MOST_REASONS, MOST_CANDIDATES = 3, 20
-MOST_REASON_LENGTH, MOST_NAME_LENGTH = 110, 48
+MOST_REASONS, MOST_CANDIDATES, MOST_ALIKE = 3, 20, 2
+MOST_TEXT_LENGTH, MOST_NAME_LENGTH = 110, 48
 NARROWEST_SUMMARY = 96
 
 
@@ -104,7 +104,7 @@ def _steps(report: Report, *, bars: bool) -> Iterator[RenderableType]:
     details = []
     for step in report.steps:
         facts = _facts.step_facts(step)
-        name = cell(shorten(clean(facts.recipe), MOST_NAME_LENGTH))
+        name = cell(_name(facts.recipe))
         if facts.status != "applied":
             name.append(f"  {facts.status}", "bold yellow")
         drawn = bar(step.speedup.ratio, most) if _facts.measured(step.speedup) else Text()
@@ -117,9 +117,9 @@ def _steps(report: Report, *, bars: bool) -> Iterator[RenderableType]:
 
 
 def _step_details(facts: _facts.StepFacts) -> Iterator[RenderableType]:
-    name = shorten(clean(facts.recipe), MOST_NAME_LENGTH)
+    name = _name(facts.recipe)
     if facts.reasons:
-        told = [shorten(clean(reason), MOST_REASON_LENGTH) for reason in facts.reasons[:MOST_REASONS]]
+        told = [_told(reason) for reason in facts.reasons[:MOST_REASONS]]
         if (rest := len(facts.reasons) - MOST_REASONS) > 0:
             told.append(counted(rest, "more reason"))
         yield indented(f"{name} skipped {'; '.join(told)}")
@@ -150,19 +150,29 @@ def _statements(report: Report) -> Iterator[RenderableType]:
 
 
 def _candidates(report: Report) -> Iterator[RenderableType]:
-    table = text_table(
-        "candidate", ("outcome", "left"), ("speedup", "left"), ("fidelity", "left"), ("why it lost", "prose")
-    )
-    candidates = _search_facts.candidate_facts(report)
-    for facts in candidates[:MOST_CANDIDATES]:
-        cells = (facts.outcome, facts.speedup, facts.fidelity, shorten(clean(facts.reason), MOST_REASON_LENGTH))
-        style = "bold" if facts.won else ""
-        name = shorten(clean(facts.recipe), MOST_NAME_LENGTH)
-        table.add_row(*(cell(value, style) for value in (name, *cells)))
+    tried = [
+        ((_told(item.recipe), item.outcome, item.speedup, item.fidelity, _told(item.reason)), item.won)
+        for item in _search_facts.candidate_facts(report)
+    ]
+    columns = ("outcome", "left"), ("speedup", "left"), ("fidelity", "left"), ("why it lost", "prose")
+    yield from _first_rows(text_table("candidate", *columns), tried, "candidate")
+    left_out = [
+        ((listing(map(_told, item.recipes), MOST_ALIKE), item.outcome, _told(item.reason)), False)
+        for item in _search_facts.left_out(report)
+    ]
+    yield from _first_rows(text_table("left out", ("outcome", "left"), ("why", "prose")), left_out, "reason")
+
+
+def _first_rows(table: Table, rows: Sequence[tuple[tuple[str, ...], bool]], noun: str) -> Iterator[RenderableType]:
+    """The table with as many rows of (cells, whether they stand out) as can be taken in; nothing without any."""
+    if not rows:
+        return
+    for cells, bold in rows[:MOST_CANDIDATES]:
+        table.add_row(*(cell(value, "bold" if bold else "") for value in cells))
     yield Text()
     yield table
-    if (rest := len(candidates) - MOST_CANDIDATES) > 0:
-        yield indented(f"{counted(rest, 'more candidate')} in the HTML and JSON reports")
+    if (rest := len(rows) - MOST_CANDIDATES) > 0:
+        yield indented(f"{counted(rest, f'more {noun}')} in the HTML and JSON reports")
 
 
 def _notes(report: Report) -> Iterator[RenderableType]:
@@ -194,24 +204,24 @@ def _summary_table(facts: Iterable[_search_facts.SummaryFacts], join: str) -> Ta
     table = text_table("model", *columns, ("error", "left"), ("tried and lost", "prose"))
     for item in facts:
         table.add_row(
-            cell(shorten(clean(item.label), MOST_NAME_LENGTH), "bold"),
-            cell(shorten(clean(item.recipe), MOST_NAME_LENGTH)),
+            cell(_name(item.label), "bold"),
+            cell(_name(item.recipe)),
             cell(_joined(join, *item.speedup), STYLES[item.headline.tone]),
             cell(_joined(join, *item.compiled)),
             cell(_joined(f" →{join}", *item.peak)),
             cell(
                 _joined(join, item.error, "" if item.fidelity_ok else "FAILED"), "" if item.fidelity_ok else "bold red"
             ),
-            cell(shorten(clean(item.lost), MOST_NAME_LENGTH)),
+            cell(_name(item.lost)),
         )
     return table
 
 
 def _summary_lines(item: _search_facts.SummaryFacts) -> Iterator[RenderableType]:
     """The same as the table's row, for a screen too narrow for a table."""
-    label = line(shorten(clean(item.label), MOST_NAME_LENGTH), "bold")
+    label = line(_name(item.label), "bold")
     yield Text("  ").join((label, line(item.headline.text, STYLES[item.headline.tone])))
-    recipe, lost = (shorten(clean(text), MOST_REASON_LENGTH) for text in (item.recipe, item.lost))
+    recipe, lost = (_told(text) for text in (item.recipe, item.lost))
     yield indented(f"recipe {recipe}")
     yield indented(f"tried and lost {lost}")
     yield indented(f"vs compiler {_joined(' ', *item.compiled)}")
@@ -221,6 +231,14 @@ def _summary_lines(item: _search_facts.SummaryFacts) -> Iterator[RenderableType]
 
 def _joined(join: str, *parts: str) -> str:
     return join.join(part for part in parts if part)
+
+
+def _name(text: str) -> str:
+    return shorten(clean(text), MOST_NAME_LENGTH)
+
+
+def _told(text: str) -> str:
+    return shorten(clean(text), MOST_TEXT_LENGTH)
 
 
 def text_table(first: str, *columns: tuple[str, str]) -> Table:

@@ -12,6 +12,7 @@ from quantize_models import HOW, Quantize, bound, cases, products, program
 
 import perfkit
 from perfkit import InvalidInputError, UnsupportedError
+from perfkit._recipe_files import recipe_class
 from perfkit._workload import Inputs
 from perfkit.backends.jax_backend import BACKEND
 from perfkit.backends.jax_precision import autocast
@@ -197,14 +198,14 @@ class TestRefusals:
 
     def test_float8_needs_hardware(self, monkeypatch):
         work = bound(**cases()["function"][0])
-        assert "CPU" in jax_quantize.fp8_refusal(work)
+        assert "CPU" in recipe_class("fp8")().unavailable("jax", "cpu")
         with pytest.raises(UnsupportedError, match="float8"):
             jax_quantize.fp8(work, Quantize())
 
         def device(**facts):
             kind = type("Device", (), {"platform": "gpu", "device_kind": "a GPU", **facts})
             monkeypatch.setattr(jax, "devices", lambda _: [kind()])
-            return jax_quantize.fp8_refusal(work.replace(device=facts.get("platform", "gpu")))
+            return jax_quantize.fp8_unavailable(facts.get("platform", "gpu"))
 
         assert device(compute_capability="8.9") is None
         assert device(compute_capability="9.0") is None

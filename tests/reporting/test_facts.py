@@ -106,7 +106,21 @@ def test_candidates_start_with_the_winner_and_then_the_fastest(reports):
     assert [item.outcome for item in facts[:2]] == ["won", "lost"]
     assert [item.recipe for item in facts[1:4]] == ["int8", "compile", "int8_dynamic"]
     assert facts[1].fidelity == "failed, 3.1e-3"
-    assert {item.outcome for item in facts[6:]} == {"refused", "failed", "not tried"}
+    assert [item.outcome for item in facts[6:]] == ["failed"]
+
+
+def test_what_was_not_tried_stands_by_its_reason(make):
+    short, refused = "the budget of 60 s was spent", "it needs a GPU"
+    chains = (
+        Candidate("tf32", "refused", refused),
+        *(Candidate(name, "not tried", short) for name in ("bf16+qat", "qat")),
+    )
+    made = make.report(
+        candidates=(*chains, Candidate("int8", "lost", "it is not faster"), Candidate("fp8", "refused", refused))
+    )
+    first, second = _search_facts.left_out(made)
+    assert (first.recipes, first.outcome, first.reason) == (("bf16 + qat", "qat"), "not tried", short)
+    assert (second.recipes, second.outcome, second.reason) == (("tf32", "fp8"), "refused", refused)
 
 
 def test_a_noisy_candidate_is_called_noisy(make):
@@ -153,3 +167,6 @@ def test_environment(reports):
     gpu = dataclasses.replace(environment, accelerators=("H100",), memory_bytes=Quantity.missing("B", "not permitted"))
     assert "H100" in _environment_facts.environment_line(gpu)
     assert ("memory", "unavailable: not permitted") in _environment_facts.environment_rows(gpu)
+    none = dataclasses.replace(environment, settings={"NVML": "NVML finds no GPU", "governor": "performance"})
+    rows = dict(_environment_facts.environment_rows(none))
+    assert (rows["accelerators"], rows["settings"]) == ("none: NVML finds no GPU", "governor performance")

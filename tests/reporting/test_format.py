@@ -70,7 +70,8 @@ def test_error(value, told):
 
 
 @pytest.mark.parametrize(
-    ("share", "told"), [(0, "0%"), (1, "100%"), (0.5, "50.0%"), (0.9996, "99.96%"), (1e-9, "nearly 0%")]
+    ("share", "told"),
+    [(0, "0%"), (1, "100%"), (0.5, "50.0%"), (0.9996, "99.96%"), (1 - 1e-9, "nearly 100%"), (1e-7, "under 0.1%")],
 )
 def test_only_all_reads_as_all(share, told):
     assert _format.format_percent(share) == told

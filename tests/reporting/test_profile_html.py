@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -64,6 +65,12 @@ def test_names_are_text_wherever_they_stand(pages, name):
     assert page.tags.count("script") == (2 if name == "hostile" else 1)
     assert clean(sample_profiles.HOSTILE)[:40] in page.words
     assert not any("alert('x')" in text for text in page.scripts if text.lstrip()[:1] == "<")
+
+
+def test_a_command_can_be_typed_as_it_stands():
+    profile = dataclasses.replace(sample_profiles.cnn(), command="perfkit optimize cnn --mode training")
+    text, *_ = re.findall(r'<p class="command"><code>(.*?)</code>', profile_html.render(profile))
+    assert re.sub(r"<[^>]+>", "", text) == "perfkit optimize cnn --mode training --recipe channels_last+compile"
 
 
 def test_data_is_what_was_measured_and_cannot_end_its_element(pages):

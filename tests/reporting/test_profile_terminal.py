@@ -112,6 +112,8 @@ def test_a_difference_says_what_was_saved_where():
     text = str(diff(before, after))
     for fact in ("per step", "as fast, 99% interval [", "was aten::convolution", "outside of operations", "whole step"):
         assert fact in text, fact
+    heads = [line.split()[-1] for line in text.splitlines() if line.startswith(("operation ", "module "))]
+    assert heads == ["where", "class"]
     assert "! " not in text
     other = str(diff(before, sample_profiles.in_jax()))
     assert "! different framework: torch before, jax after" in other
