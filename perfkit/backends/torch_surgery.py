@@ -194,13 +194,6 @@ def settle_forward(module: nn.Module) -> None:
         derive(part, forward=assigned.__func__)
 
 
-def leave_fast_path(model: nn.Module) -> None:
-    """TransformerEncoderLayer's fast path reads its layers' weights and never calls them: take the other path."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-
-
 def non_leaf_copies(tensors: Iterable[torch.Tensor]) -> dict[int, Any]:
     """deepcopy refuses tensors that have a history, such as cached or reparametrized weights: copy those beforehand."""
     return {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from perfkit._report import Skipped
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import copied, leave_fast_path
+from perfkit.backends.torch_encoder import leave_short_cuts
+from perfkit.backends.torch_surgery import copied
 from perfkit.parallel import torch_attention
 from perfkit.parallel.torch_by_heads import ThreeParallel
 from perfkit.parallel.torch_flow import Flow
@@ -151,8 +152,7 @@ def _unsplit(module: nn.Module) -> str | None:
 def _followed(work: Workload, layers: dict[str, nn.Module]) -> Followed:
     """Calls of a copy, followed."""
     twin = copied(work.model)
-    leave_fast_path(twin)
-    torch_attention.leave_nested(twin)
+    leave_short_cuts(twin)
     dropouts = {name: module for name, module in twin.named_modules() if type(module) is nn.Dropout}
     flow = Flow({name: twin.get_submodule(name) for name in layers}, dropouts)
     heads = HeadFlow({name: layer for name, layer in flow.layers.items() if isinstance(layer, nn.Linear)}, dropouts)
