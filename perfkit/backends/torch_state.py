@@ -48,7 +48,7 @@ def draws_random(work: Workload) -> bool:
 
 
 def remembered(module: nn.Module) -> Any:
-    """What a module holds beside its parameters and inner modules, for `unchanged` to compare with what it holds later."""
+    """What a module holds beside its parameters and inner modules, for `unchanged` to compare with later."""
     return _noted(module._buffers | _assigned(module))
 
 

@@ -22,7 +22,7 @@ from perfkit.parallel.torch_by_heads import ThreeParallel
 from perfkit.parallel.torch_flow import Flow
 from perfkit.parallel.torch_heads import Attention, HeadFlow
 from perfkit.parallel.torch_split import ChannelParallel, random_state
-from perfkit.pruning.torch_layers import shared_parameters
+from perfkit.pruning.torch_layers import bound_parameters
 
 if TYPE_CHECKING:
     from perfkit.recipes.tensor_parallel import TensorParallel
@@ -114,7 +114,7 @@ def _layers(model: nn.Module, recipe: TensorParallel) -> tuple[dict[str, nn.Modu
         for name, module in model.named_modules()
         if isinstance(module, LAYERS) and (id(module) not in inside or isinstance(module, nn.MultiheadAttention))
     }
-    shared = shared_parameters(model)
+    shared = bound_parameters(model)
     reasons = {name: _shares(shared, name, module) or _unsplit(module) for name, module in held.items()}
     chosen = recipe.selected(held)
     skipped = [
