@@ -21,7 +21,7 @@ from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends.adapter import Backend, Finished, Rounds, Traffic
 from perfkit.backends.checks import check_loss, does_not_run
 from perfkit.backends.jax_autocast_rules import primitives
-from perfkit.backends.jax_bind import check_outputs, device_of, model_of, with_numbers_read
+from perfkit.backends.jax_bind import check_donation, check_outputs, device_of, model_of, with_numbers_read
 from perfkit.backends.jax_compile import WITHOUT_YNNPACK, persistent_cache, watching
 from perfkit.backends.jax_dress import as_called, changing, dressed, finished, run_by, writer
 from perfkit.backends.jax_inputs import (
@@ -57,6 +57,7 @@ class JaxBackend(Backend):
         work = Workload(self, held, inputs, mode, device_of(held, inputs), training, seed)
         if inputs is None:
             return work
+        check_donation(work)
         self._check_runs(work)
         return with_numbers_read(work)
 

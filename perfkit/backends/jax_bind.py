@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Literal
 
 from perfkit._errors import InvalidInputError
 from perfkit._workload import Inputs, Workload
-from perfkit.backends.jax_inputs import NUMBERS, TAKE_APART, as_inputs, is_equinox
+from perfkit.backends.jax_inputs import NUMBERS, TAKE_APART, as_inputs, is_equinox, place_of
 from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
 
 
@@ -47,6 +48,35 @@ def model_of(model: Any, params: Any, mode: str) -> JaxModel:
     if mode == "training" and params is None:
         raise InvalidInputError("mode='training' needs what to train: pass params= and a function of (params, *inputs)")
     return FunctionModel(original=model, params=params)
+
+
+def check_donation(work: Workload) -> None:
+    """Refuse a function that takes the memory of the caller's arrays for its outputs.
+
+    Raises:
+        InvalidInputError: it is jitted with donate_argnums.
+    """
+    model, inputs = work.model, work.inputs
+    if not isinstance(model, FunctionModel):
+        return
+    try:
+        traced = jax.make_jaxpr(model.function())(model.params, model.rest, *inputs.args, **inputs.kwargs)
+    except Exception:  # whatever code raises that needs the value of something it is not told: it is not jitted
+        return
+    donated = {
+        taken
+        for eqn in traced.jaxpr.eqns
+        for taken, gone in zip(eqn.invars, eqn.params.get("donated_invars", ()), strict=False)
+        if gone and not isinstance(taken, Literal)
+    }
+    held = ["its parameters"] * len(jax.tree.leaves((model.params, model.rest)))
+    given = jax.tree_util.tree_leaves_with_path((inputs.args, dict(inputs.kwargs)))
+    for taken, place in zip(traced.jaxpr.invars, [*held, *(place_of(path) for path, _ in given)], strict=True):
+        if taken in donated:
+            raise InvalidInputError(
+                f"{model.name} donates {place} (donate_argnums of jax.jit), which are gone after one call, and here it "
+                "is called many times: pass it without donate_argnums, or what it was made of"
+            )
 
 
 def with_numbers_read(work: Workload) -> Workload:

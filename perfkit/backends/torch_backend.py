@@ -37,6 +37,7 @@ from perfkit.backends.torch_surgery import (
     cast,
     cast_attributes,
     copied,
+    copy_gradient_hooks,
     map_tensors,
     parts,
     settle_forward,
@@ -97,6 +98,7 @@ class TorchBackend(Backend):
         if work.training is None:
             return work.replace(model=copied(work.model))
         model, optimizer = copied(work.model, work.training.optimizer)
+        copy_gradient_hooks(work.model, model)
         return work.replace(model=model, training=dataclasses.replace(work.training, optimizer=optimizer))
 
     def finish(self, work: Workload) -> Finished:

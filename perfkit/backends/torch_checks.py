@@ -16,9 +16,17 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from perfkit._errors import InvalidInputError, PerfkitWarning
 from perfkit._workload import Inputs
-from perfkit.backends.torch_surgery import COMPILED_WITH, map_tensors, non_leaf_copies, parts, tensors_in
+from perfkit.backends.torch_surgery import (
+    COMPILED_WITH,
+    gradient_hooks,
+    map_tensors,
+    non_leaf_copies,
+    parts,
+    tensors_in,
+)
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, torch.dtype, torch.device)
+_CONTAINERS = (list, tuple, set, Mapping, torch.optim.Optimizer)
 
 
 def check_module(model: nn.Module) -> None:
@@ -98,15 +106,23 @@ def check_on_its_own(twin: nn.Module, original: nn.Module) -> None:
         InvalidInputError: a hook, or a function kept in an attribute, holds a module or tensor of the original.
     """
     foreign = {id(thing) for thing in (*original.modules(), *original.parameters(), *original.buffers())}
-    for name, module in twin.named_modules():
+    for holder, value in _kept(twin):
+        for function in _functions(value):
+            if any(id(thing) in foreign for thing in _enclosed(function)):
+                raise InvalidInputError(
+                    f"{holder} holds the function {function.__qualname__!r}, which has the model, or a part of it, "
+                    "from outside of its arguments: a copy would go on using the original's. Make it a method "
+                    "(self.hook), or let a hook use what it is given"
+                )
+
+
+def _kept(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What may hold functions: the attributes of modules, and the hooks of parameters."""
+    for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            for function in _functions(value):
-                if any(id(thing) in foreign for thing in _enclosed(function)):
-                    raise InvalidInputError(
-                        f"{attribute} of {name or type(twin).__name__} holds the function {function.__qualname__!r}, "
-                        "which has the model, or a part of it, from outside of its arguments: a copy would go on using "
-                        "the original's. Make it a method (self.hook), or let a hook use the module that it is given"
-                    )
+            yield f"{attribute} of {name or type(model).__name__}", value
+    for name, parameter in model.named_parameters():
+        yield f"a gradient hook of parameter {name!r}", gradient_hooks(parameter)
 
 
 def _functions(value: Any, depth: int = 3) -> Iterator[types.FunctionType]:
@@ -129,10 +145,23 @@ def _enclosed(function: types.FunctionType, depth: int = 3) -> Iterator[Any]:
     cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
     for thing in (*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         bound = getattr(thing, "__self__", None) if isinstance(thing, types.MethodType) else None
-        for item in thing if isinstance(thing, (list, tuple, set)) else (thing, bound):
+        for item in _contained(thing) if isinstance(thing, _CONTAINERS) else (thing, bound):
             yield item
             if depth and isinstance(item, types.FunctionType):
                 yield from _enclosed(item, depth - 1)
+
+
+def _contained(container: Any, depth: int = 5) -> Iterator[Any]:
+    """What nested containers and optimizers hold."""
+    if isinstance(container, torch.optim.Optimizer):
+        container = container.param_groups
+    if isinstance(container, Mapping):
+        container = [*container.keys(), *container.values()]
+    for item in container:
+        if depth and isinstance(item, _CONTAINERS):
+            yield from _contained(item, depth - 1)
+        else:
+            yield item
 
 
 def _filled(cell: types.CellType) -> bool:

@@ -12,8 +12,9 @@ from torch import nn
 
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
+from perfkit.backends.torch_encoder import leave_fast_path
 from perfkit.backends.torch_lowered import lowered
-from perfkit.backends.torch_surgery import around_forward, cast, leave_fast_path
+from perfkit.backends.torch_surgery import around_forward, cast
 
 LOW = (torch.bfloat16, torch.float16)
 _CONV = (nn.modules.conv._ConvNd,)

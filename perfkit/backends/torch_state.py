@@ -13,6 +13,7 @@ from torch import nn
 from perfkit._workload import Workload
 from perfkit.backends.torch_surgery import local
 
+_PLAIN = (str, bytes, bool, int, float, complex)
 _OF_TORCH = {*vars(nn.Module()), "_compiled_call_impl"}
 
 
@@ -44,6 +45,36 @@ def draws_random(work: Workload) -> bool:
         before = states()
         work.model(*inputs.args, **inputs.kwargs)
         return not all(map(torch.equal, before, states()))
+
+
+def remembered(module: nn.Module) -> Any:
+    """What a module holds beside its parameters and inner modules, for `unchanged` to compare with later."""
+    return _noted(module._buffers | _assigned(module))
+
+
+def _noted(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value, value._version
+    if isinstance(value, (list, tuple, deque)):
+        return [_noted(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _noted(item) for key, item in value.items()}
+    return value
+
+
+def unchanged(before: Any, now: Any) -> bool:
+    """Whether a module remembers the same.
+
+    A new tensor with a history, such as a computed weight, is none: no later step could go back through it.
+    """
+    if isinstance(before, tuple) and isinstance(now, tuple):
+        (old, version), (new, newest) = before, now
+        return version == newest if old is new else new.requires_grad
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(map(unchanged, before, now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        return before.keys() == now.keys() and all(unchanged(held, now[key]) for key, held in before.items())
+    return before is now or (isinstance(before, _PLAIN) and type(before) is type(now) and before == now)
 
 
 def _restoring(module: nn.Module) -> Iterator[Callable[[], Any]]:

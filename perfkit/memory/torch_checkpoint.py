@@ -53,8 +53,8 @@ def checkpointed(work: Workload, budget: float) -> tuple[Workload, Effect]:
 
 def _fixed(found: dict[str, Record]) -> dict[str, str]:
     """Modules that must not be run again, and why."""
-    why = "its forward changes its buffers, and would change them twice"
-    return {name: why for name, record in found.items() if record.changes}
+    why = "its forward changes its buffers or attributes, and would change them twice"
+    return {name: why for name, record in found.items() if name and record.changes}
 
 
 def _segments(name: str, module: nn.Module, found: dict[str, Record], most: float) -> Iterator[Segment]:
@@ -123,7 +123,7 @@ def _segment(name: str, found: dict[str, Record], chunks: int = 1) -> Segment:
 def _once(name: str, found: dict[str, Record]) -> str:
     """Why a module cannot be run again, whatever it is run from."""
     if any(one.changes for key, one in found.items() if key == name or key.startswith(f"{name}.")):
-        return "it changes its buffers"
+        return "it changes its buffers or attributes"
     return "it is called more than once" if found[name].calls > 1 else ""
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from perfkit._workload import Workload
+from perfkit.backends.torch_state import remembered, unchanged
 from perfkit.backends.torch_surgery import copied, parts, tensors_in
 
 MOST_CHUNKS = 32
@@ -28,7 +29,7 @@ class Record:
         order: when it was first called.
         calls: how often it was called.
         writes_input: it changed what went into it.
-        changes: it changed one of its buffers, other than a batch norm's statistics.
+        changes: it changed one of its buffers or attributes, other than a batch norm's statistics.
         sequence: steps of a sequence that it can run in pieces; 0 where it cannot.
     """
 
@@ -78,7 +79,9 @@ def _hooked(model: nn.Module, before: Any, after: Any) -> Iterator[None]:
     for name, module in model.named_modules():
         handles.append(
             module.register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: before(name, module, (args, kwargs)), with_kwargs=True
+                lambda module, args, kwargs, name=name: before(name, module, (args, kwargs)),
+                with_kwargs=True,
+                prepend=True,  # what the model's own hooks do belongs to the call, and is run again with it
             )
         )
         handles.append(
@@ -97,7 +100,7 @@ def _hooked(model: nn.Module, before: Any, after: Any) -> Iterator[None]:
 def _counting(model: nn.Module, found: dict[str, Record]) -> Iterator[None]:
     own = [part for tensor in (*model.parameters(), *model.buffers()) for part in parts(tensor)]
     held = {tensor.untyped_storage().data_ptr() for tensor in own}
-    stack: list[tuple[str, list[int], dict[str, int]]] = []
+    stack: list[tuple[str, Any, Any]] = []
     seen: list[torch.UntypedStorage] = []  # kept, so that no address is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,16 +117,14 @@ def _counting(model: nn.Module, found: dict[str, Record]) -> Iterator[None]:
         record.calls += 1
         record.input_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.requires_grad)
         record.sequence = _sequence(module, given)
-        buffers = {key: buffer._version for key, buffer in module.named_buffers(recurse=False)}
-        stack.append((name, [tensor._version for tensor in tensors], buffers))
+        stack.append((name, [(tensor, tensor._version) for tensor in tensors], remembered(module)))
 
-    def after(name: str, module: nn.Module, given: Any) -> None:
-        _, versions, buffers = stack.pop()
+    def after(name: str, module: nn.Module, _given: Any) -> None:
+        _, versions, held = stack.pop()
         record = found[name]
-        record.writes_input |= versions != [tensor._version for tensor in tensors_in(given)]
+        record.writes_input |= any(tensor._version != version for tensor, version in versions)
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            now = {key: buffer._version for key, buffer in module.named_buffers(recurse=False)}
-            record.changes |= now != buffers
+            record.changes |= not unchanged(held, remembered(module))
 
     with _hooked(model, before, after), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield

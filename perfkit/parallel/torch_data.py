@@ -12,9 +12,10 @@ from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from perfkit._errors import UnsupportedError
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import copied, map_tensors
+from perfkit.backends.torch_surgery import copied, gradient_hooks, map_tensors
 from perfkit.parallel.batch import part
 from perfkit.parallel.spread import Spread
 from perfkit.parallel.torch_mesh import alike, cut_along, follow, mesh_of
@@ -28,8 +29,14 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     """Each process trains on its part of the batch; gradients are averaged.
 
     Raises:
-        UnsupportedError: the optimizer holds state that cannot be sharded.
+        UnsupportedError: the optimizer holds state that cannot be sharded, or hooks need whole gradients.
     """
+    hooked = [name for name, parameter in work.model.named_parameters() if any(gradient_hooks(parameter))]
+    if recipe.shard and hooked:
+        raise UnsupportedError(
+            f"shard=True cuts parameters into parts, and hooks of {', '.join(hooked)} take gradients of whole ones: "
+            "leave it out"
+        )
     mesh = mesh_of(work.layout, work.device)["data"]
     group = mesh.get_group()
     work = part(work, recipe.batch_dim, mesh.get_local_rank(), map_tensors)

@@ -15,13 +15,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from perfkit._report import Skipped
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import copied, leave_fast_path
+from perfkit.backends.torch_encoder import leave_short_cuts
+from perfkit.backends.torch_surgery import copied
 from perfkit.parallel import torch_attention
 from perfkit.parallel.torch_by_heads import ThreeParallel
 from perfkit.parallel.torch_flow import Flow
 from perfkit.parallel.torch_heads import Attention, HeadFlow
 from perfkit.parallel.torch_split import ChannelParallel, random_state
-from perfkit.pruning.torch_layers import shared_parameters
+from perfkit.pruning.torch_layers import bound_parameters
 
 if TYPE_CHECKING:
     from perfkit.recipes.tensor_parallel import TensorParallel
@@ -113,7 +114,7 @@ def _layers(model: nn.Module, recipe: TensorParallel) -> tuple[dict[str, nn.Modu
         for name, module in model.named_modules()
         if isinstance(module, LAYERS) and (id(module) not in inside or isinstance(module, nn.MultiheadAttention))
     }
-    shared = shared_parameters(model)
+    shared = bound_parameters(model)
     reasons = {name: _shares(shared, name, module) or _unsplit(module) for name, module in held.items()}
     chosen = recipe.selected(held)
     skipped = [
@@ -151,8 +152,7 @@ def _unsplit(module: nn.Module) -> str | None:
 def _followed(work: Workload, layers: dict[str, nn.Module]) -> Followed:
     """Calls of a copy, followed."""
     twin = copied(work.model)
-    leave_fast_path(twin)
-    torch_attention.leave_nested(twin)
+    leave_short_cuts(twin)
     dropouts = {name: module for name, module in twin.named_modules() if type(module) is nn.Dropout}
     flow = Flow({name: twin.get_submodule(name) for name in layers}, dropouts)
     heads = HeadFlow({name: layer for name, layer in flow.layers.items() if isinstance(layer, nn.Linear)}, dropouts)

@@ -17,8 +17,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from perfkit._errors import UnsupportedError
 from perfkit._report import Effect
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import leave_fast_path
-from perfkit.parallel import torch_attention
+from perfkit.backends.torch_encoder import leave_short_cuts
 from perfkit.parallel.spread import Spread, split_in_words
 from perfkit.parallel.torch_by_heads import by_heads
 from perfkit.parallel.torch_mesh import alike, follow, mesh_of
@@ -55,8 +54,7 @@ def tensor_parallel(work: Workload, recipe: TensorParallel) -> tuple[Workload, E
         parallelize_module(model.get_submodule(name), mesh, split.style, src_data_rank=None)
     for dropout in frozenset().union(*(split.drops for split in splits.values())):
         drop_alike(model.get_submodule(dropout), mesh)
-    leave_fast_path(model)
-    torch_attention.leave_nested(model)
+    leave_short_cuts(model)
     if found.written_out:
         by_heads(model, mesh)
     if found.draws:

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
 from perfkit._workload import Inputs, Workload
-from perfkit.backends.torch_surgery import copied, is_composed, tensors_in
+from perfkit.backends.torch_surgery import copied, gradient_hooks, is_composed, tensors_in
 from perfkit.pruning.torch_trace import Following, Labels, Unpacking
 from perfkit.pruning.torch_units import NONE, Structure, Units, spread
 
@@ -101,7 +101,7 @@ def structure(work: Workload, wanted: set[str]) -> Structure:
     model = copied(work.model)
     labels = Labels(Units())
     modules = dict(model.named_modules())
-    shared = shared_parameters(model)
+    shared = bound_parameters(work.model)
     for name, module in modules.items():
         if (rule := _rule(module)) is not None:
             module.forward = _looked_at(name, module, shared.get(name), rule, labels)
@@ -137,13 +137,15 @@ def _without_fast_path():
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def shared_parameters(model: nn.Module) -> dict[str, str]:
-    """Modules that share a parameter -> why they are left alone."""
+def bound_parameters(model: nn.Module) -> dict[str, str]:
+    """Modules that share a parameter, or whose parameters have hooks -> why they are left alone."""
     holders: dict[int, list[str]] = {}
+    shared = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             holders.setdefault(id(parameter), []).append(name)
-    shared = {}
+            if any(gradient_hooks(parameter)):
+                shared[name] = "has a parameter with a hook, which would be given other gradients"
     for names in holders.values():
         for name in names:
             if len(names) > 1:

@@ -15,7 +15,7 @@ from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.torch_surgery import copied
 from perfkit.backends.torch_training import teacher
-from perfkit.pruning.torch_layers import RECURRENT, is_plain, label, shared_parameters
+from perfkit.pruning.torch_layers import RECURRENT, bound_parameters, is_plain, label
 from perfkit.pruning.torch_low_rank_recurrent import input_weights, reduced
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def factors(weight: torch.Tensor, energy: float) -> tuple[torch.Tensor, torch.Te
 def _reasons(work: Workload) -> dict[str, str]:
     """Layers that cannot be replaced -> why."""
     model = work.model
-    reasons = {name: f"it {why}" for name, why in shared_parameters(model).items()}
+    reasons = {name: f"it {why}" for name, why in bound_parameters(model).items()}
     uncalled = _uncalled(work)
     for name, layer in model.named_modules():
         kind = next((kind for kind in (nn.Linear, *RECURRENT) if isinstance(layer, kind)), None)

@@ -13,7 +13,7 @@ from perfkit._workload import Workload
 from perfkit.backends.torch_training import teacher
 from perfkit.pruning import torch_masks as masks
 from perfkit.pruning.torch_cut import cut, verified
-from perfkit.pruning.torch_layers import OWNERS, label, owners, shared_parameters, structure
+from perfkit.pruning.torch_layers import OWNERS, bound_parameters, label, owners, structure
 from perfkit.pruning.torch_rank import balanced, chosen, scores
 from perfkit.pruning.torch_sparse import SPARSE_KERNELS, use_sparse_kernel
 from perfkit.pruning.torch_units import Structure
@@ -99,7 +99,7 @@ def _word(module: nn.Module) -> str:
 
 def _weights(work: Workload, recipe: Prune) -> Effect:
     model, pattern = work.model, recipe.pattern
-    shared, wanted = shared_parameters(model), recipe.selected(owners(model))
+    shared, wanted = bound_parameters(model), recipe.selected(owners(model))
     tensors, touched, skipped = [], [], []
     for name, module in model.named_modules():
         called = label(model, name)

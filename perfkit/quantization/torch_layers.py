@@ -61,6 +61,8 @@ def dynamic(module: nn.Linear, top: int, bits: int = 8) -> None:
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = input.float()
+        if not x.numel():  # rows that nothing was routed to have no range
+            return _float_form(self, x)
         grid = *_quantized.choose_qparams.tensor(x, 0, top, EPSILON, torch.uint8), 0, top, torch.uint8
         return _float_form(
             self, _quantized.dequantize_per_tensor.tensor(_quantized.quantize_per_tensor.tensor(x, *grid), *grid)
@@ -110,9 +112,9 @@ def weight_only(module: nn.Module, bits: int = 8) -> None:
         beyond = input.dtype == torch.bfloat16 and input.shape[-1] % 16
         if input.device.type != "cpu" or beyond:
             return _float_form(self, input)
-        rows = input.reshape(-1, input.shape[-1])
+        rows = input.reshape(-1, self.in_features).contiguous()
         out = torch._weight_int8pack_mm(rows, self.weight_int8, self.weight_scale.to(input.dtype))
-        out = out.view(*input.shape[:-1], -1)
+        out = out.view(*input.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
     def conv(self, input: torch.Tensor) -> torch.Tensor:

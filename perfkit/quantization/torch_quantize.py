@@ -22,8 +22,8 @@ from torch import nn
 from perfkit._errors import missing
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
+from perfkit.backends.torch_encoder import leave_short_cuts
 from perfkit.backends.torch_stderr import without_lines
-from perfkit.backends.torch_surgery import leave_fast_path
 from perfkit.backends.torch_training import teacher
 from perfkit.measure.environment import has
 from perfkit.quantization import torch_int4, torch_integer_kernels, torch_layers, torch_qat, torch_rnn_int8
@@ -71,7 +71,7 @@ def int8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     layers, skipped = choose(work.model, recipe, (nn.Linear, *CONVS))
     trained = {name for name, module in layers.items() if torch_qat.is_trained(module)}
     folded = fold_norms(work, {name: m for name, m in layers.items() if isinstance(m, CONVS) and name not in trained})
-    leave_fast_path(work.model)
+    leave_short_cuts(work.model)
     multiplying = {name: module for name, module in layers.items() if _multiplies(module)}
     followers = linked(work, multiplying).followers
     observed, samples = calibrate(work, {name: m for name, m in multiplying.items() if name not in trained})
@@ -104,7 +104,7 @@ def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]
     if work.device == "cuda":
         return _int8_by_torchao(work, recipe)
     layers, skipped = choose(work.model, recipe, (nn.Linear,))
-    leave_fast_path(work.model)
+    leave_short_cuts(work.model)
     for module in layers.values():
         if isinstance(module, nn.Linear):
             torch_layers.dynamic(module, _top())
@@ -116,7 +116,7 @@ def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]
 def weight_only(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     """Weights in 8 bits in memory; everything is computed in the input's precision."""
     layers, skipped = choose(work.model, recipe, (nn.Linear, *CONVS), recurrent=False, dtypes=FLOATS)
-    leave_fast_path(work.model)
+    leave_short_cuts(work.model)
     for module in layers.values():
         if isinstance(module, nn.Embedding):
             torch_layers.embedding(module)
@@ -135,7 +135,7 @@ def int4_weight_only(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Eff
         options = {"group_size": recipe.group_size}
         return _by_torchao(work, recipe, "Int4WeightOnlyConfig", options, torch.bfloat16)
     layers, skipped = choose(work.model, recipe, (nn.Linear,), recurrent=False, dtypes=FLOATS)
-    leave_fast_path(work.model)
+    leave_short_cuts(work.model)
     touched = []
     for name, module in layers.items():
         if reason := torch_int4.refusal(module, recipe.group_size):
@@ -164,7 +164,7 @@ def qat(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     if recipe.distill:
         work = work.replace(training=replace(work.training, teacher=teacher(work)))
     layers, skipped = choose(work.model, recipe, (nn.Linear, *CONVS), trains=True)
-    leave_fast_path(work.model)
+    leave_short_cuts(work.model)
     for name in [name for name, module in layers.items() if isinstance(module, nn.Embedding)]:
         del layers[name]
         skipped.append(Skipped(name, "embeddings are rounded when 'int8' converts the model, not while it trains"))
@@ -208,7 +208,7 @@ def _by_torchao(
     for name in [name for name, module in layers.items() if isinstance(module, nn.Embedding)]:
         del layers[name]
         skipped.append(Skipped(name, "on CUDA only linear layers are quantized"))
-    leave_fast_path(work.model)
+    leave_short_cuts(work.model)
     chosen = {id(module) for module in layers.values()}
     with warnings.catch_warnings():
         # torchao 0.17's own use of what it deprecates

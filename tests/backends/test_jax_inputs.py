@@ -209,6 +209,10 @@ def test_auto_leaves_out_what_cannot_be_traced_and_says_why():
     assert "reads the value of an array" in str(perfkit.plan(_reading, params={"w": W}, example_inputs=(X,)))
 
 
+def _donated(params, x):
+    return x + 1, params["w"] + 1
+
+
 @dataclasses.dataclass
 class _Batch:
     x: jax.Array
@@ -223,6 +227,8 @@ CASES = {
     "equinox": (lambda: {"model": _Mlp(), "params": None}, "equinox.partition"),
     "haiku": (lambda: {"model": _Pair()}, "such as its .apply"),
     "inner collection": (lambda: {"model": linen.Dense(3)}, "params={'params': ...}"),
+    "donated parameters": (lambda: {"model": jax.jit(_donated, donate_argnums=0)}, "_donated donates its parameters"),
+    "donated input": (lambda: {"model": jax.jit(_donated, donate_argnums=1)}, "_donated donates argument 0 "),
     "NaN inputs": (lambda: {"example_inputs": (X * jnp.nan,)}, "nothing but NaN"),
 }
 
@@ -234,6 +240,8 @@ def test_what_cannot_be_used_is_said(case):
     with pytest.raises(InvalidInputError) as raised:
         perfkit.optimize(**(given | changes()), recipe="half")
     assert said in str(raised.value)
+    assert not X.is_deleted()
+    assert not W.is_deleted()
 
 
 def test_linen_modules_that_need_more_are_told_how():

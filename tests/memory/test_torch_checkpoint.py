@@ -51,6 +51,31 @@ class Counts(nn.Module):
         return torch.tanh(self.fc(x))
 
 
+class Echo(nn.Module):
+    """Adds what it computed in the last call, which it keeps in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.last = None
+
+    def forward(self, x):
+        before, y = self.last, torch.tanh(self.fc(x))
+        self.last = y.detach()
+        return y if before is None else y + before
+
+
+def among_others(layer):
+    return nn.Sequential(nn.Linear(8, 8), layer, nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 2))
+
+
+def with_computed_weights():
+    """torch's recurrent layers compute such weights anew or not, as they remember them from the call before."""
+    model = Padded(nn.LSTM)
+    nn.utils.parametrizations.weight_norm(model.rnn, "weight_hh_l0")
+    return model
+
+
 def convolutional():
     layers = []
     for index in range(6):
@@ -63,6 +88,8 @@ MODELS = {
     "lstm": (lambda: Padded(nn.LSTM, batch_first=True), lambda: torch.randn(4, 23, 6)),
     "gru": (lambda: Padded(nn.GRU), lambda: torch.randn(23, 4, 6)),
     "own": (Own, lambda: torch.randn(4, 8)),
+    "spectral norm": (lambda: among_others(nn.utils.spectral_norm(nn.Linear(8, 8))), lambda: torch.randn(4, 8)),
+    "echo": (lambda: among_others(Echo()), lambda: torch.randn(4, 8)),
 }
 
 
@@ -121,15 +148,19 @@ def test_it_stays_the_same_module_and_infers_as_before(name):
 
 
 def test_what_changes_its_buffers_is_run_once(monkeypatch):
-    def build():
-        return nn.Sequential(nn.Linear(8, 8), Counts(), nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 2))
-
-    monkeypatch.setitem(MODELS, "counts", (build, lambda: torch.randn(4, 8)))
+    monkeypatch.setitem(MODELS, "counts", (lambda: among_others(Counts()), lambda: torch.randn(4, 8)))
     backend, _, after, effect = sides("counts", "checkpoint(0.01)")
     assert [item.name for item in effect.skipped] == ["1"]
     assert "changes its buffers" in effect.skipped[0].reason
     backend.finish(after).train_step((after.inputs, after.training.targets))
     assert after.model[1].calls == 1
+
+
+def test_recurrent_layers_with_computed_weights_are_run_once(monkeypatch):
+    monkeypatch.setitem(MODELS, "computed", (with_computed_weights, lambda: torch.randn(23, 4, 6)))
+    backend, _, after, effect = sides("computed")
+    assert "rnn" in [item.name for item in effect.skipped]
+    backend.finish(after).train_step((after.inputs, after.training.targets))
 
 
 def test_a_sequence_shorter_than_the_pieces_runs_whole():

@@ -119,13 +119,44 @@ def test_four_bits_in_groups(rows, features):
     torch.testing.assert_close(layer.weight, restored, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(4, 5, 64).transpose(0, 1)[0], torch.randn(64, 4).T],
+    ids=["one token of each sequence, as a classifier takes it", "features not innermost"],
+)
 @pytest.mark.parametrize("recipe", QUANTIZERS)
-def test_inputs_in_any_order_of_dimensions(recipe):
-    """One token of each sequence, as a classifier takes it."""
+def test_inputs_in_any_order_of_dimensions(recipe, x):
     torch.manual_seed(0)
-    model, x = nn.Linear(64, 8), torch.randn(4, 5, 64).transpose(0, 1)[0]
     assert not x.is_contiguous()
-    assert applied(nn.Sequential(model), recipe, x).fidelity.ok
+    assert applied(nn.Sequential(nn.Linear(64, 8)), recipe, x).fidelity.ok
+
+
+@pytest.mark.parametrize("recipe", QUANTIZERS)
+def test_no_rows_at_all(recipe):
+    """What an expert is given that no token was routed to."""
+    layer = perfkit.apply(nn.Sequential(nn.Linear(64, 8)), recipe, example_inputs=(torch.randn(16, 64),)).model
+    assert layer(torch.randn(2, 0, 64)).shape == (2, 0, 8)
+
+
+class PaddedEncoder(nn.Module):
+    """In inference torch packs the padded sequences between the layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2)
+
+    def forward(self, x, padding):
+        return self.encoder(x, src_key_padding_mask=padding)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("recipe", QUANTIZERS)
+def test_an_encoder_of_padded_sequences(recipe):
+    torch.manual_seed(0)
+    padding = torch.arange(6) >= torch.tensor([6, 4, 2])[:, None]
+    outcome = applied(PaddedEncoder(), recipe, torch.randn(3, 6, 32), padding)
+    assert "encoder.layers.0.linear1" in outcome.effect.touched
+    assert outcome.fidelity.ok
 
 
 @pytest.mark.parametrize(("bits", "features"), [(8, 64), (4, 64), (4, 100), (4, 33)])
