@@ -137,9 +137,8 @@ def _search(needs: Callable[[int], float | None], limit: float | None, careful: 
         if too_many > most:
             count = min(2 * fits, most)
         else:
-            by_line = (
-                not by_line
-            )  # memory grows nearly evenly: the line ends the search at once; where not, halving does
+            # Memory grows nearly evenly, and the line ends the search at once; where it does not, halving does.
+            by_line = not by_line
             count = _between(tried, limit if by_line else None, fits, too_many)
         if count <= fits:
             break
