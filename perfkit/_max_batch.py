@@ -136,10 +136,8 @@ def _search(needs: Callable[[int], float | None], limit: float | None, careful: 
             fits = count
         if too_many > most:
             count = min(2 * fits, most)
-        else:
-            by_line = (
-                not by_line
-            )  # memory grows nearly evenly: the line ends the search at once; where not, halving does
+        else:  # memory grows nearly evenly, and the line ends it at once; where it does not, halving ends it
+            by_line = not by_line
             count = _between(tried, limit if by_line else None, fits, too_many)
         if count <= fits:
             break
