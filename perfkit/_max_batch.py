@@ -41,7 +41,7 @@ class MaxBatch:
     def __str__(self) -> str:
         within = "" if self.limit_bytes is None else f" of {self.limit_bytes / 1e6:.4g} MB"
         curve = ", ".join(f"{batch}: {size / 1e6:.3g} MB" for batch, size in sorted(self.tried))
-        return f"batch {self.batch_size} fits, {self.needs_bytes / 1e6:.3g} MB{within}; {self.stopped}\ntried {curve}"
+        return f"batch {self.batch_size} fits, {self.needs_bytes / 1e6:.4g} MB{within}; {self.stopped}\ntried {curve}"
 
 
 def max_batch_size(
@@ -120,12 +120,12 @@ def _search(needs: Callable[[int], float | None], limit: float | None, careful: 
     def refused(count: int) -> str:
         """Why a count does not fit; empty where it does."""
         if limit is not None and careful and len(tried) > 1 and (expected := _line(tried, count)) > limit:
-            return f"{count * unit} would need {expected / 1e6:.3g} MB"
+            return f"{count * unit} would need {expected / 1e6:.4g} MB"
         found = needs(count)
         if found is None:
             return f"the device ran out of memory at {count * unit}"
         tried.append((count, found))
-        return f"{count * unit} needs {found / 1e6:.3g} MB" if limit is not None and found > limit else ""
+        return f"{count * unit} needs {found / 1e6:.4g} MB" if limit is not None and found > limit else ""
 
     count, by_line = 1, False
     while fits + 1 < too_many:
@@ -136,8 +136,7 @@ def _search(needs: Callable[[int], float | None], limit: float | None, careful: 
             fits = count
         if too_many > most:
             count = min(2 * fits, most)
-        else:
-            # Memory grows nearly evenly, and the line ends the search at once; where it does not, halving does.
+        else:  # memory grows nearly evenly, and the line ends it at once; where it does not, halving ends it
             by_line = not by_line
             count = _between(tried, limit if by_line else None, fits, too_many)
         if count <= fits:

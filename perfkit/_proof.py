@@ -15,7 +15,7 @@ import perfkit
 from perfkit._chain import Chain
 from perfkit._errors import UnsupportedError
 from perfkit._measurement import measurement, parallel, payback
-from perfkit._quantity import Comparison, Verdict
+from perfkit._quantity import Comparison, Verdict, rounded
 from perfkit._recipe import LayerRecipe, ask
 from perfkit._report import Fidelity, LossCurves, Metric, Report, Step
 from perfkit._variant import Applied, Variant, compared, first_line, ready
@@ -261,17 +261,17 @@ def _explained(report: Report) -> str:
         return f"{recipe} was applied to {model}; nothing was measured"
     if report.savings:
         saved = "; ".join(
-            f"{item.ratio:.2f}× less in {item.what} ({item.before / 1e6:.3g} MB → {item.after / 1e6:.3g} MB)"
+            f"{rounded(item.ratio)}× less in {item.what} ({item.before / 1e6:.3g} MB → {item.after / 1e6:.3g} MB)"
             for item in report.savings
         )
-        interval = f"{speedup.confidence:.0%} interval {1 / speedup.high:.2f} to {1 / speedup.low:.2f}"
-        return f"{recipe} trains {model} with {saved}, at {1 / speedup.ratio:.2f}× the time ({interval})"
+        interval = f"{speedup.confidence:.0%} interval {rounded(1 / speedup.high)} to {rounded(1 / speedup.low)}"
+        return f"{recipe} trains {model} with {saved}, at {rounded(1 / speedup.ratio)}× the time ({interval})"
     if report.aim == "memory":
         return report.failing
-    interval = f"{speedup.confidence:.0%} interval {speedup.low:.2f} to {speedup.high:.2f}"
+    interval = f"{speedup.confidence:.0%} interval {rounded(speedup.low)} to {rounded(speedup.high)}"
     return {
-        Verdict.FASTER: f"{recipe} makes {model} {speedup.ratio:.2f}× faster ({interval})",
-        Verdict.SLOWER: f"{recipe} makes {model} slower: {speedup.ratio:.2f}× ({interval})",
+        Verdict.FASTER: f"{recipe} makes {model} {rounded(speedup.ratio)}× faster ({interval})",
+        Verdict.SLOWER: f"{recipe} makes {model} slower: {rounded(speedup.ratio)}× ({interval})",
         Verdict.NOISY: f"this machine is too noisy to tell what {recipe} does to {model}'s speed ({interval})",
         Verdict.SAME: f"{recipe} changes {model}'s speed by no more than the interval shows ({interval})",
     }[speedup.verdict]

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
+
+NOT_FINITE = "not finite"
+
+
+def rounded(ratio: float, decimals: int = 2) -> str:
+    """A ratio in digits that tell: `1.84`, `12.3`, `673`, `0.029`."""
+    if not math.isfinite(ratio):
+        return NOT_FINITE
+    if abs(ratio) >= 100:
+        return f"{ratio:,.0f}"
+    if abs(ratio) >= 10:
+        return f"{ratio:.1f}"
+    if abs(ratio) < 0.1:
+        return f"{ratio:.2g}"
+    return f"{ratio:.{decimals}f}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ class Comparison:
     noise: float
 
     def __str__(self) -> str:
-        return f"{self.ratio:.2f}× [{self.low:.2f}, {self.high:.2f}] {self.verdict}"
+        return f"{rounded(self.ratio)}× [{rounded(self.low)}, {rounded(self.high)}] {self.verdict}"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,11 @@ def test_the_largest_that_fits_is_found_without_trying_one_that_does_not(limit):
     assert len(asked) <= result.batch_size.bit_length() + 1, "once it has doubled, the line tells"
 
 
+def test_it_is_told_how_near_the_limit_is():
+    result, _ = found(lambda count: 265_500.0 * count, 500e6)
+    assert str(result).startswith("batch 1883 fits, 499.9 MB of 500 MB; 1884 would need 500.2 MB")
+
+
 def test_steps_in_what_is_needed_are_found_too():
     result, _ = found(lambda count: 1000.0 * -(-count // 32), 5000.0)
     assert result.batch_size == 160

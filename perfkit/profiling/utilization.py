@@ -31,5 +31,5 @@ def _utilization(time: Time, ceilings: Ceilings) -> Quantity:
         reason = ceiling.unavailable if ceiling is not None else None
         return Quantity.missing("ratio", reason or f"no ceiling was measured for {dtype}")
     reached = time.flops.value / time.step.median_ms / 1e6
-    method = f"{reached:.3g} GFLOP/s in a median step / {ceiling.value:.3g} GFLOP/s, the ceiling for {dtype}"
+    method = f"{reached:.3g} GFLOP/s at the median / {ceiling.value:.3g} GFLOP/s, the ceiling for {dtype}"
     return Quantity(reached / ceiling.value, "ratio", method=method)

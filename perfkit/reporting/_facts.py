@@ -9,10 +9,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from perfkit._quantity import Comparison, Verdict
+from perfkit._quantity import NOT_FINITE, Comparison, Verdict
 from perfkit._report import Fidelity, Report, Step
 from perfkit.reporting._format import (
-    NOT_FINITE,
     counted,
     format_comparison,
     format_count,

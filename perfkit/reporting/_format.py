@@ -6,9 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from perfkit._quantity import Comparison, Quantity
-
-NOT_FINITE = "not finite"
+from perfkit._quantity import NOT_FINITE, Comparison, Quantity, rounded
 
 _BIDI_CONTROLS = re.compile("[\u202a-\u202e\u2066-\u2069]")
 # What XML forbids and what a terminal would obey: C0 and C1 controls, lone surrogates, non-characters.
@@ -107,15 +105,15 @@ def format_seconds(value: float) -> str:
 
 def format_ratio(value: float) -> str:
     """A speed-up: `1.84×`."""
-    return _ratio(value, 2) + ("×" if math.isfinite(value) else "")
+    return rounded(value) + ("×" if math.isfinite(value) else "")
 
 
 def format_interval(comparison: Comparison) -> tuple[str, str]:
     """The ratio and its interval: `("1.84×", "[1.79, 1.90]")`, with a third decimal where the interval needs it."""
     tight = 0.9 < comparison.ratio < 1.1 and comparison.high - comparison.low < 0.02
     decimals = 3 if tight else 2
-    low, high = _ratio(comparison.low, decimals), _ratio(comparison.high, decimals)
-    figure = _ratio(comparison.ratio, decimals) + ("×" if math.isfinite(comparison.ratio) else "")
+    low, high = rounded(comparison.low, decimals), rounded(comparison.high, decimals)
+    figure = rounded(comparison.ratio, decimals) + ("×" if math.isfinite(comparison.ratio) else "")
     return figure, f"[{low}, {high}]"
 
 
@@ -189,15 +187,3 @@ def with_reason(quantity: Quantity) -> str:
     """A quantity, or `unavailable` and why."""
     told = format_quantity(quantity)
     return told if quantity.unavailable is None else f"{told}: {quantity.unavailable}"
-
-
-def _ratio(value: float, decimals: int) -> str:
-    if not math.isfinite(value):
-        return NOT_FINITE
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    if abs(value) >= 10:
-        return f"{value:.1f}"
-    if abs(value) < 0.1:
-        return f"{value:.2g}"
-    return f"{value:.{decimals}f}"

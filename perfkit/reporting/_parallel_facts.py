@@ -13,11 +13,13 @@ def parallel_rows(report: Report) -> tuple[tuple[str, str], ...]:
     if found is None:
         return ()
     peaks = ", ".join(map(format_quantity, found.rank_peak_bytes))
+    devices = f"{counted(found.devices, 'device')} in {found.processes} process{'' if found.processes == 1 else 'es'}"
+    one = "step" if report.mode == "training" else "call"
     rows = [
-        ("layout", f"{found.layout}; {counted(found.devices, 'device')}, processes: {found.processes}"),
+        ("layout", f"{found.layout}; {devices}"),
         *(("", part) for part in found.parts),
         ("efficiency", _share(found.efficiency)),
-        ("exchanged", _told(found.sent_bytes, " a call by each device")),
+        ("exchanged", _told(found.sent_bytes, f" a {one} by each device")),
         ("communicating", _share(found.communicating)),
         ("peak by process", peaks),
         ("model by process", ", ".join(map(format_bytes, found.rank_model_bytes))),

@@ -124,6 +124,8 @@ def _candidates(report: Report) -> Iterator[str]:
         for item in left_out[:MOST_CANDIDATES]
     )
     parts += [_table(("left out", "outcome", "why"), rows, right=0)] if left_out else []
+    if (rest := len(left_out) - MOST_CANDIDATES) > 0:
+        parts.append(f"{counted(rest, 'more reason')} in the HTML and JSON reports")
     yield _folded(f"{counted(len(report.candidates), 'candidate')} considered", "\n\n".join(parts))
 
 

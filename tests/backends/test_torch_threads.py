@@ -189,7 +189,7 @@ def test_what_cannot_be_is_refused_with_what_to_do(monkeypatch):
     monkeypatch.setattr(environment, "cores_allowed", lambda: 2)
     refused("threads(64)", "this process has 2 cores")
     refused("threads", "pass example_inputs, or give the number", example_inputs=None)
-    assert "the model is on 'cuda'" in Threads().unavailable("torch", "cuda")
+    assert "this is 'cuda'" in Threads().unavailable("torch", "cuda")
     assert "PJRT_NPROC" in Threads().unavailable("jax", "cpu")
     for wrong in (0, -1, 1.5, True, "2"):
         with pytest.raises(perfkit.InvalidInputError, match="expected a number of threads"):

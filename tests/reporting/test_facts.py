@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from perfkit._quantity import Quantity, Verdict
-from perfkit._report import Candidate
-from perfkit.reporting import _environment_facts, _facts, _search_facts, _table_facts
+from perfkit._report import Candidate, Parallel
+from perfkit.reporting import _environment_facts, _facts, _parallel_facts, _search_facts, _table_facts
 
 
 def test_headline_of_a_result(reports):
@@ -157,6 +157,16 @@ def test_losses_and_metric(reports):
     assert _facts.losses(reports["fast"]) == ""
     assert _facts.metric(reports["training"]) == "0.981 → 0.979 (a drop of 0.01 is allowed)"
     assert _facts.metric(reports["fast"]) == ""
+
+
+@pytest.mark.parametrize(("mode", "one"), [("training", "step"), ("inference", "call")])
+def test_several_devices(make, mode, one):
+    sent, unknown = Quantity(76.0, "B", method="counted"), Quantity.missing("ratio", "one program")
+    found = Parallel("data 4", 4, 1, ("data: the batch in 4 parts",), unknown, sent, unknown, (), ())
+    rows = dict(_parallel_facts.parallel_rows(make.report(parallel=found, mode=mode)))
+    assert rows["layout"] == "data 4; 4 devices in 1 process"
+    assert rows["exchanged"] == f"76 B (counted) a {one} by each device"
+    assert rows["communicating"] == "unavailable: one program"
 
 
 def test_environment(reports):

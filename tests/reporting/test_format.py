@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from perfkit import _proof
 from perfkit._quantity import Quantity, Verdict
 from perfkit.reporting import _format
 
@@ -60,6 +61,14 @@ def test_ratio(value, told):
 )
 def test_number(value, told):
     assert _format.format_number(value) == told
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(672.8, "673"), (12.34, "12.3"), (1.0, "1.00"), (0.0291, "0.029")])
+def test_a_ratio_reads_the_same_wherever_it_stands(make, ratio, told):
+    compared = make.comparison(ratio, spread=0.1, verdict=Verdict.FASTER)
+    assert _format.format_interval(compared)[0] == f"{told}×"
+    assert str(compared).startswith(f"{told}× [")
+    assert f" {told}× faster" in _proof._explained(make.report(speedup=compared))
 
 
 @pytest.mark.parametrize(
