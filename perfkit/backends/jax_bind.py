@@ -59,9 +59,8 @@ def check_donation(work: Workload) -> None:
     model, inputs = work.model, work.inputs
     if not isinstance(model, FunctionModel):
         return
-    given = model.params, model.rest, inputs.args, dict(inputs.kwargs)
     try:
-        traced = jax.make_jaxpr(model.function())(*given[:2], *inputs.args, **inputs.kwargs)
+        traced = jax.make_jaxpr(model.function())(model.params, model.rest, *inputs.args, **inputs.kwargs)
     except Exception:  # whatever code raises that needs the value of something it is not told: it is not jitted
         return
     donated = {
@@ -70,10 +69,10 @@ def check_donation(work: Workload) -> None:
         for taken, gone in zip(eqn.invars, eqn.params.get("donated_invars", ()), strict=False)
         if gone and not isinstance(taken, Literal)
     }
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(given)]
-    for taken, path in zip(traced.jaxpr.invars, paths, strict=True):
+    held = ["its parameters"] * len(jax.tree.leaves((model.params, model.rest)))
+    given = jax.tree_util.tree_leaves_with_path((inputs.args, dict(inputs.kwargs)))
+    for taken, place in zip(traced.jaxpr.invars, [*held, *(place_of(path) for path, _ in given)], strict=True):
         if taken in donated:
-            place = "its parameters" if path[0].idx < 2 else place_of(path[1:], positional=path[0].idx == 2)
             raise InvalidInputError(
                 f"{model.name} donates {place} (donate_argnums of jax.jit), which are gone after one call, and here it "
                 "is called many times: pass it without donate_argnums, or what it was made of"

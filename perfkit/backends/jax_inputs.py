@@ -143,16 +143,14 @@ def checked(inputs: Inputs) -> Inputs:
             kind = type(leaf).__name__
             if type(leaf).__module__ == "torch":
                 raise InvalidInputError(
-                    f"example_inputs hold a torch.{kind} ({place_of(path[1:], path[0].idx == 0)}): pass JAX or numpy arrays"
+                    f"example_inputs hold a torch.{kind} ({place_of(path)}): pass JAX or numpy arrays"
                 )
             raise InvalidInputError(
-                f"example_inputs hold a {kind} ({place_of(path[1:], path[0].idx == 0)}), and JAX does not know what arrays are in it: register "
-                "the class as a pytree (jax.tree_util.register_dataclass), or pass its arrays"
+                f"example_inputs hold a {kind} ({place_of(path)}), and JAX does not know what arrays are in it: "
+                "register the class as a pytree (jax.tree_util.register_dataclass), or pass its arrays"
             )
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise InvalidInputError(
-                f"example_inputs hold a shape without numbers ({place_of(path[1:], path[0].idx == 0)}): pass an array"
-            )
+            raise InvalidInputError(f"example_inputs hold a shape without numbers ({place_of(path)}): pass an array")
         if getattr(leaf, "size", 1) == 0:
             raise InvalidInputError(f"example_inputs hold an empty array of shape {list(leaf.shape)}")
     args, kwargs = as_arrays((inputs.args, dict(inputs.kwargs)))
@@ -219,7 +217,7 @@ def _is_text(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSU"
 
 
-def place_of(path: tuple, positional: bool) -> str:
-    """Where among a call's arguments a leaf is: "argument 0.mask", "mask.left"."""
-    where = jax.tree_util.keystr(path, simple=True, separator=".")
-    return f"argument {where}" if positional else where
+def place_of(path: tuple) -> str:
+    """Where in (args, kwargs) a leaf is: "argument 0.mask", "mask.left"."""
+    where = jax.tree_util.keystr(path[1:], simple=True, separator=".")
+    return f"argument {where}" if path[0].idx == 0 else where

@@ -178,8 +178,10 @@ def _told_apart(model: JaxModel) -> JaxModel:
     generator = np.random.default_rng(0)
 
     def one(leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or not leaf.size:
+            return leaf
         array = np.asarray(leaf)
-        if not jnp.issubdtype(array.dtype, jnp.floating) or (array != array.reshape(-1)[0]).any():
+        if (array != array.reshape(-1)[0]).any():
             return leaf
         return jnp.asarray(array + (0.1 * generator.standard_normal(array.shape)).astype(array.dtype))
 

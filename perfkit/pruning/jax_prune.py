@@ -150,8 +150,8 @@ def _scores(work: Workload, recipe: Any, sets: Sequence[UnitSet]) -> list[Any]:
     """How important each unit of each set is, by the recipe's criterion."""
     if recipe.criterion == "activation":
         return _activations(work, sets)
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(work.model.params)]
-    gradients = [np.asarray(leaf) for leaf in jax.tree.leaves(_gradients(work))] if recipe.criterion == "taylor" else ()
+    leaves = jax.tree.leaves(work.model.params)
+    gradients = jax.tree.leaves(_gradients(work)) if recipe.criterion == "taylor" else ()
     return [_weighed(units, recipe, leaves, gradients) for units in sets]
 
 
@@ -159,7 +159,9 @@ def _weighed(units: UnitSet, recipe: Any, leaves: Sequence[Any], gradients: Sequ
     """The summed importance of the weights that make each unit; for "magnitude" the square of their L2 norm."""
     found = {
         slot.leaf: importance(
-            recipe.criterion, leaves[slot.leaf], gradients[slot.leaf] if recipe.criterion == "taylor" else None
+            recipe.criterion,
+            np.asarray(leaves[slot.leaf]),
+            np.asarray(gradients[slot.leaf]) if recipe.criterion == "taylor" else None,
         )
         for slot in units.producers
     }

@@ -261,6 +261,16 @@ def test_a_function_of_parameters():
     close(mlp(result.after.model.params, x), mlp(masked, x))
 
 
+def test_parameters_that_are_no_weights():
+    """A random key, and what a later version will hold."""
+
+    def mlp(params, x):
+        return jnp.tanh(x @ params["in"]) @ params["out"] + 0 * jax.random.normal(params["key"])
+
+    params = {"in": rows(6, 8), "out": rows(8, 3), "key": jax.random.key(0), "more": jnp.zeros((0, 3))}
+    assert prune(mlp, rows(4, 6), params=params).effect.notes == ("in: 8 → 4",)
+
+
 def test_complex_units_are_ranked_by_their_size():
     """By their real parts alone others would go: those are largest where the whole is smallest."""
 
