@@ -48,6 +48,7 @@ def autocast(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
     one run of the model showed; without, what autocast does to layers of that kind.
     """
     model, device = work.model, work.device
+    outputs = outputs_dtype(work)
     leave_fast_path(model)  # which does not look for autocast on a CPU
     recurrent = only_in_float32(model, dtype, device)
     keep_in_float32(recurrent, outputs=None)
@@ -56,7 +57,6 @@ def autocast(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
     if work.inputs is not None and seen is None:
         return work, Effect(skipped=tuple(_not_lowered(model, kept)), notes=("autocast casts nothing in this model",))
 
-    outputs = outputs_dtype(work)
     outside = outputs if outputs in LOW else torch.float32
 
     def wrap(forward: Callable) -> Callable:
