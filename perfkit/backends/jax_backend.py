@@ -37,7 +37,7 @@ from perfkit.backends.jax_inputs import (
 from perfkit.backends.jax_model import LinenModel, NnxModel
 from perfkit.backends.jax_placement import device_bytes
 from perfkit.backends.jax_precision import cast
-from perfkit.backends.jax_training import Trainer, checked_optimizer
+from perfkit.backends.jax_training import Trainer, checked_optimizer, warn_of_ascent
 from perfkit.backends.jax_trees import leaves
 
 
@@ -53,6 +53,7 @@ class JaxBackend(Backend):
         training = None
         if mode == "training":
             optimizer = checked_optimizer(optimizer, held.params)
+            warn_of_ascent(optimizer, held.params)
             training = Training(loss, jax.tree.map(jnp.asarray, targets), optimizer)
         work = Workload(self, held, inputs, mode, device_of(held, inputs), training, seed)
         if inputs is None:

@@ -146,8 +146,8 @@ def checked(inputs: Inputs) -> Inputs:
                     f"example_inputs hold a torch.{kind} ({place_of(path)}): pass JAX or numpy arrays"
                 )
             raise InvalidInputError(
-                f"example_inputs hold a {kind} ({place_of(path)}), and JAX does not know what arrays are in it: register "
-                "the class as a pytree (jax.tree_util.register_dataclass), or pass its arrays"
+                f"example_inputs hold a {kind} ({place_of(path)}), and JAX does not know what arrays are in it: "
+                "register the class as a pytree (jax.tree_util.register_dataclass), or pass its arrays"
             )
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise InvalidInputError(f"example_inputs hold a shape without numbers ({place_of(path)}): pass an array")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from perfkit._batch import axis_of, even_rows
-from perfkit._errors import InvalidInputError
+from perfkit._errors import InvalidInputError, PerfkitWarning
 from perfkit.backends.jax_convolutions import channels_last
 
 if TYPE_CHECKING:
@@ -118,6 +119,27 @@ def checked_optimizer(optimizer: Any, params: Any) -> optax.GradientTransformati
         f"optimizer takes no step on these parameters: {type(error).__name__}: {error}. It is called as "
         "optimizer.update(gradients, state, params), with value=loss where it takes more"
     ) from error
+
+
+def warn_of_ascent(optimizer: optax.GradientTransformation, params: Any) -> None:
+    """Say which complex parameters an optimizer would move uphill: JAX's gradients are conjugates of the slope."""
+    if not any(map(jnp.iscomplexobj, jax.tree.leaves(params))):
+        return
+    gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1j if jnp.iscomplexobj(leaf) else 0), params)
+    steps, _ = update(optimizer, gradients, optimizer.init(params), params, jnp.float32(0))
+    climbing = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, step in jax.tree_util.tree_leaves_with_path(steps)
+        if jnp.iscomplexobj(step) and float(step.imag.sum()) < 0
+    ]
+    if climbing:
+        warnings.warn(
+            f"the optimizer takes the complex parameter(s) {', '.join(climbing)} uphill in their imaginary parts, "
+            "since JAX's gradients are conjugated: pass optax.chain(optax.stateless(lambda gradients, _: "
+            "jax.tree.map(jnp.conj, gradients)), optimizer)",
+            PerfkitWarning,
+            stacklevel=5,
+        )
 
 
 def _failing(optimizer: optax.GradientTransformation, params: Any) -> Exception | None:

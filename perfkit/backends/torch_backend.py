@@ -30,6 +30,7 @@ from perfkit.backends.torch_checks import (
     warn_of_hidden_modules,
     writes_to_inputs,
 )
+from perfkit.backends.torch_hooks import copy_gradient_hooks
 from perfkit.backends.torch_peak import peak_during
 from perfkit.backends.torch_state import keeping_state
 from perfkit.backends.torch_surgery import (
@@ -37,7 +38,6 @@ from perfkit.backends.torch_surgery import (
     cast,
     cast_attributes,
     copied,
-    copy_gradient_hooks,
     map_tensors,
     parts,
     settle_forward,

@@ -19,7 +19,7 @@ from perfkit.backends.torch_precision import (
     keep_in_float32,
     named,
     only_in_float32,
-    widest_dtype,
+    outputs_dtype,
 )
 from perfkit.backends.torch_state import keeping_state
 from perfkit.backends.torch_surgery import around_forward, cast_attributes
@@ -48,10 +48,10 @@ def cast_weights(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
     kept += [Skipped(name, f"its parameters are {dtypes_of(m)}") for name, m in holders.items() if name not in touched]
     if not touched:
         return work, Effect((), tuple(kept), ("the model has no parameters to store in another precision",))
+    held, outside = {p.dtype for p in model.parameters()}, outputs_dtype(work)
     keep_in_float32(recurrent, outputs=dtype)
     for module in updating:
         around_forward(module, lambda forward: at_the_boundary(forward, torch.float32, dtype))
-    held, outside = {p.dtype for p in model.parameters()}, widest_dtype(model)
     if work.trains:
         cast_ones = [module for module in model.modules() if id(module) not in left]
         _register({module: constant[module] for module in cast_ones})

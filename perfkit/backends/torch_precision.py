@@ -14,7 +14,8 @@ from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.torch_encoder import leave_fast_path
 from perfkit.backends.torch_lowered import lowered
-from perfkit.backends.torch_surgery import around_forward, cast
+from perfkit.backends.torch_state import keeping_state
+from perfkit.backends.torch_surgery import around_forward, cast, tensors_in
 
 LOW = (torch.bfloat16, torch.float16)
 _CONV = (nn.modules.conv._ConvNd,)
@@ -40,13 +41,14 @@ def tf32_allowed() -> Iterator[None]:
 
 
 def autocast(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
-    """`forward` under `torch.autocast`; outputs return in float32, or in float16 where that is all the model holds.
+    """`forward` under `torch.autocast`; outputs return in float32, or in 16 bits where the model's are in those.
 
     torch.autocast accumulates matrix products of low precision in float32 and keeps sensitive operations in float32.
     Recurrent layers that the device cannot run in `dtype` stay in float32. With example inputs, the effect tells what
     one run of the model showed; without, what autocast does to layers of that kind.
     """
     model, device = work.model, work.device
+    outputs = outputs_dtype(work)
     leave_fast_path(model)  # which does not look for autocast on a CPU
     recurrent = only_in_float32(model, dtype, device)
     keep_in_float32(recurrent, outputs=None)
@@ -55,8 +57,7 @@ def autocast(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
     if work.inputs is not None and seen is None:
         return work, Effect(skipped=tuple(_not_lowered(model, kept)), notes=("autocast casts nothing in this model",))
 
-    widest = widest_dtype(model)
-    outside = widest if widest in LOW else torch.float32
+    outside = outputs if outputs in LOW else torch.float32
 
     def wrap(forward: Callable) -> Callable:
         def low(module, *args, **kwargs):
@@ -104,9 +105,18 @@ def named(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     return ((name or type(module).__name__, module) for name, module in model.named_modules())
 
 
-def widest_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype that holds all floating-point parameters; None where there are none."""
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+def outputs_dtype(work: Workload) -> torch.dtype | None:
+    """What outputs return in: the one dtype of the example's, else the one that holds all parameters; None of none.
+
+    The model is run only where it has parameters in several.
+    """
+    dtypes = {p.dtype for p in work.model.parameters() if p.is_floating_point()}
+    if len(dtypes) > 1 and work.inputs is not None:
+        with torch.random.fork_rng(), torch.no_grad(), keeping_state(work.model):
+            work.backend.seed(work.seed)
+            outputs = work.model(*work.inputs.args, **work.inputs.kwargs)
+        found = {tensor.dtype for tensor in tensors_in(outputs) if tensor.is_floating_point()}
+        dtypes = found if len(found) == 1 else dtypes
     return functools.reduce(torch.promote_types, dtypes) if dtypes else None
 
 

@@ -168,22 +168,6 @@ def copied(*things: Any) -> Any:
     return copies if len(copies) > 1 else copies[0]
 
 
-def gradient_hooks(parameter: torch.Tensor) -> tuple[list[Callable], list[Callable]]:
-    """What is called with a parameter's gradient, and what once it was added to the parameter's."""
-    kinds = parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)
-    return tuple(list(hooks.values()) if hooks else [] for hooks in kinds)
-
-
-def copy_gradient_hooks(model: nn.Module, copied_to: nn.Module) -> None:
-    """deepcopy leaves the hooks of parameters behind, masks of gradients among them."""
-    for parameter, twin in zip(model.parameters(), copied_to.parameters(), strict=True):
-        with_gradient, once_added = gradient_hooks(parameter)
-        for hook in with_gradient:
-            twin.register_hook(hook)
-        for hook in once_added:
-            twin.register_post_accumulate_grad_hook(hook)
-
-
 def _copy_hooks(optimizer: torch.optim.Optimizer, copied_to: torch.optim.Optimizer) -> None:
     """deepcopy leaves an optimizer's hooks behind, gradient clipping among them. They are given the optimizer."""
     for name, hooks in vars(optimizer).items():

@@ -1,5 +1,7 @@
 """A training step is the framework's own: nothing but what a recipe asks for stands between gradients and optimizer."""
 
+import warnings
+
 import pytest
 
 pytest.importorskip("jax")
@@ -105,3 +107,23 @@ def test_what_cannot_be_trained_is_said_before_anything_is_done(changes, said):
     with pytest.raises(perfkit.InvalidInputError) as raised:
         perfkit.optimize(**_given(**changes()), recipe="compile")
     assert said in str(raised.value)
+
+
+def test_complex_parameters_that_would_go_uphill_are_told():
+    """JAX's gradient of |w|² is 2·conj(w): against it, the imaginary part grows."""
+    conjugated = optax.stateless(lambda gradients, _: jax.tree.map(jnp.conj, gradients))
+    task = {
+        "model": lambda params, x: abs(params["w"] * x),
+        "params": {"w": jnp.array([0.5 + 1j])},
+        "example_inputs": (jnp.ones((4, 1)),),
+        "targets": jnp.zeros((4, 1)),
+        "loss": lambda y, t: ((y - t) ** 2).mean(),
+        "mode": "training",
+    }
+    with pytest.warns(perfkit.PerfkitWarning, match="complex parameter.* w uphill"):
+        perfkit.apply(recipe="compile", optimizer=optax.adam(0.1), **task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = perfkit.apply(recipe="compile", optimizer=optax.chain(conjugated, optax.adam(0.1)), **task)
+    losses = [float(result.train_step((task["example_inputs"], task["targets"]))) for _ in range(5)]
+    assert losses == sorted(losses, reverse=True)

@@ -90,7 +90,7 @@ def keep_first_column(parameter):
 
 
 def trained(model, recipe):
-    """The model's first weight after a training step, and what the recipe left alone."""
+    """The model after a training step, and what the recipe left alone."""
     result = perfkit.apply(
         model,
         recipe,
@@ -101,7 +101,7 @@ def trained(model, recipe):
         optimizer=functools.partial(torch.optim.SGD, lr=0.1),
     )
     result.train_step(((torch.ones(4, 4),), torch.ones(4, 2)))
-    return result.model[0].weight, [item.name for item in result.report.steps[0].effect.skipped]
+    return result.model, [item.name for item in result.report.steps[0].effect.skipped]
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "half", "prune(amount=0.5, round_to=1)", "low_rank(energy=0.5)"])
@@ -110,10 +110,34 @@ def test_hooks_of_parameters_mask_gradients_as_before(recipe, once_added):
     mask = torch.tensor([1.0, 0, 0, 0])
     model = with_hook(keep_first_column if once_added else lambda gradient: gradient * mask, once_added)
     before = model[0].weight.detach().clone()
-    after, left_alone = trained(model, recipe)
+    result, left_alone = trained(model, recipe)
+    after = result[0].weight
     assert torch.equal(after[:, 1:], before[:, 1:])
     assert not torch.equal(after[:, 0], before[:, 0])
     assert ("0" in left_alone) == recipe.startswith(("prune", "low_rank"))
+
+
+class Masking(nn.Module):
+    """Masks a gradient in a method, with what is its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.seen = nn.Linear(4, 2), 0
+        self.fc.weight.register_hook(self.masked)
+
+    def masked(self, gradient):
+        self.seen += 1
+        return gradient * 0
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def test_hooks_of_parameters_that_are_methods_are_the_copys():
+    model = Masking()
+    result, _ = trained(model, "half")
+    assert torch.equal(result.fc.weight, model.fc.weight)
+    assert result.seen > model.seen == 0
 
 
 def test_hooks_of_parameters_that_would_train_the_original_are_refused():

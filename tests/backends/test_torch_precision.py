@@ -81,6 +81,25 @@ def test_outputs_return_in_the_models_precision(recipe, dtype):
     torch.testing.assert_close(y, expected, rtol=0, atol=4 * 2**-8)
 
 
+class Mixed(nn.Module):
+    """A norm in float32 among layers in bfloat16, as language models have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(4), nn.Linear(4, 4).bfloat16()
+
+    def forward(self, x):
+        return self.fc(self.norm(x).bfloat16())
+
+
+@pytest.mark.parametrize("recipe", ["half", "bf16"])
+def test_outputs_of_a_model_in_two_precisions_stay_in_theirs(recipe):
+    torch.manual_seed(0)
+    result = applied(Mixed(), recipe, torch.randn(3, 4))
+    assert result.effect.status == "applied"
+    assert result.model(torch.randn(3, 4)).dtype == torch.bfloat16
+
+
 def test_half_takes_tensors_along_that_are_no_buffers():
     torch.manual_seed(0)
     result = applied(Own(), "half", torch.randn(3, 4))

@@ -134,6 +134,22 @@ def test_one_process_is_told_how_to_start_several():
     assert "perfkit launch" in plan.steps[0].refusal
 
 
+def test_parameters_with_hooks_are_not_cut_into_parts():
+    import torch
+
+    import perfkit
+    from perfkit.backends import backend
+    from perfkit.parallel.torch_data import data_parallel
+    from perfkit.recipes.data_parallel import DataParallel
+
+    model = torch.nn.Linear(2, 2)
+    model.weight.register_hook(lambda gradient: gradient * 0)
+    given = {"loss": torch.nn.MSELoss(), "targets": torch.ones(4, 2), "optimizer": torch.optim.SGD, "seed": 0}
+    work = backend("torch").bind(model, None, (torch.ones(4, 2),), mode="training", **given)
+    with pytest.raises(perfkit.UnsupportedError, match="hooks of weight take gradients of whole ones"):
+        data_parallel(work, DataParallel(shard=True))
+
+
 def test_inference_is_refused():
     import torch
 

@@ -1,0 +1,30 @@
+"""Hooks of parameters, which see gradients while a torch model trains, and which deepcopy leaves behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def gradient_hooks(parameter: torch.Tensor) -> tuple[list[Callable], list[Callable]]:
+    """What is called with a parameter's gradient, and what once it was added to the parameter's."""
+    kinds = parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)
+    before, after = (list(hooks.values()) if hooks else [] for hooks in kinds)
+    return before, after
+
+
+def copy_gradient_hooks(model: nn.Module, copied_to: nn.Module) -> None:
+    """Give a copy's parameters the hooks of the model's; what is a method of the model becomes one of the copy."""
+    twins = dict(copied_to.named_parameters())
+    memo = {id(module): copied_to.get_submodule(name) for name, module in model.named_modules()}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        with_gradient, once_added = gradient_hooks(parameter)
+        for hook in with_gradient:
+            twins[name].register_hook(copy.deepcopy(hook, memo))
+        for hook in once_added:
+            twins[name].register_post_accumulate_grad_hook(copy.deepcopy(hook, memo))
