@@ -20,7 +20,7 @@ from perfkit.parallel import world
 from perfkit.parallel.gathering import gathered, trained
 from perfkit.parallel.pipeline_plan import MICRO_BATCHES
 from perfkit.parallel.planning import predict
-from perfkit.parallel.planning_parts import Cluster, Costs, Prediction, Way
+from perfkit.parallel.planning_parts import Cluster, Costs, Prediction, Program, Way
 
 ONE, ALL_CORES = "one process", "one process on all cores"
 SYNC_EVERY = 8
@@ -53,7 +53,9 @@ def rows_of(
     variants = {recipe: trained(bound, recipe) for recipe in recipes}
     calls = {recipe: variant.call for recipe, variant in variants.items()}
     calls |= by_one(framework, gathered(bound, chain_of(recipes[0])))
-    costs, cluster, seconds = calibrated(framework, bound, rounds, list(ways.values()), calls, progress)
+    costs, cluster, seconds = calibrated(framework, bound, rounds, calls, progress)
+    if framework == "jax":
+        costs = replace(costs, programs={way: program(bound, way, variants[name].work) for name, way in ways.items()})
     for recipe, variant in variants.items():
         prediction = predict(costs, ways[recipe], cluster) if recipe in ways else None
         yield {
@@ -100,24 +102,23 @@ def by_one(framework: str, bound: Workload) -> dict[str, Callable[[], Any]]:
 
 
 def calibrated(
-    framework: str,
-    bound: Workload,
-    rounds: int,
-    ways: Sequence[Way],
-    calls: dict[str, Callable[[], Any]],
-    progress: Callable[[str], Any],
+    framework: str, bound: Workload, rounds: int, calls: dict[str, Callable[[], Any]], progress: Callable[[str], Any]
 ) -> tuple[Costs, Cluster, dict[str, list[float]]]:
-    """What predictions rest on, and the seconds of the calls."""
+    """What predictions rest on, programs left out, and the seconds of the calls."""
     if framework == "torch":
         from perfkit.parallel import torch_calibration
 
         return torch_calibration.calibrated(bound, 0, rounds, calls, progress)
-    from perfkit.parallel import jax_costs, jax_link, jax_programs
+    from perfkit.parallel import jax_link
 
-    programs, refused = jax_programs.programs(jax_costs.Step(bound, 0), ways, progress)
-    assert not refused, refused
-    costs, cluster, seconds = jax_link.calibrated(bound, 0, rounds, calls, progress)
-    return replace(costs, programs=programs), cluster, seconds
+    return jax_link.calibrated(bound, 0, rounds, calls, progress)
+
+
+def program(bound: Workload, way: Way, spread: Workload) -> Program:
+    """What the program of a layout does that is timed: another one's stages might be cut elsewhere."""
+    from perfkit.parallel import jax_costs, jax_programs
+
+    return jax_programs.program(jax_costs.Step(bound, 0), way, spread)
 
 
 def predicted(prediction: Prediction | None) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def test_the_pages_show_what_was_recorded():
     for page in LESSONS:
         assert page.stem in names()
         if page in plan_pages.SPREAD.values():
-            continue  # written by another benchmark, and looked at in tests/parallel/test_planning.py
+            continue  # written by another benchmark, and looked at in tests/test_bench_plan.py
         shown = pages.between(page, compression.MARKS)
         assert shown.strip() == "\n".join(compression.measured(page.stem)).strip(), (
             "run python -m bench.compression --pages"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -18,15 +18,13 @@ from perfkit._batch import sliced
 from perfkit._errors import InvalidInputError
 from perfkit._workload import Workload
 from perfkit.backends.jax_training import Trainer
-from perfkit.backends.jax_trees import leaves_with_names
 from perfkit.parallel.batch import length
 from perfkit.parallel.jax_mesh import replicated
-from perfkit.parallel.jax_piped import operations_of
-from perfkit.parallel.planning_parts import Costs
+from perfkit.parallel.planning_parts import KEPT_BYTES, Costs, fresh
 from perfkit.parallel.planning_timing import in_turn, needed_passes, within
 
-Run = Callable[[Callable, tuple], Callable[[], Any]]
-"""Makes a call of a function and what it is given: on one device, or on all of them."""
+MORE = 3
+"""How many times as much memory is touched where it comes from the system anew as where it is kept."""
 
 
 class Step:
@@ -81,13 +79,31 @@ def _fixed(function: Callable) -> Callable:
     return lambda params, *others, **named: function(jax.lax.stop_gradient(params), *others, **named)
 
 
-def alone(function: Callable, given: tuple) -> Callable[[], Any]:
-    """A call on one device; it returns when the results are there."""
-    program = jax.jit(lambda *given: function(*given))  # its own program: nothing that is given is donated
-    return lambda: jax.block_until_ready(program(*given))
+class Call:
+    """A program and what it is given; it returns when the results are there."""
+
+    def __init__(self, program: Any, given: tuple):
+        self.compiled, self.given = program.lower(*given).compile(), given
+
+    @property
+    def temporary(self) -> int:
+        """Bytes of memory that it takes while it runs, on one device."""
+        return self.compiled.memory_analysis().temp_size_in_bytes
+
+    def __call__(self) -> Any:
+        return jax.block_until_ready(self.compiled(*self.given))
 
 
-def on_all(mesh: Mesh, function: Callable, given: tuple) -> Callable[[], Any]:
+Run = Callable[[Callable, tuple], Call]
+"""Makes a call of a function and what it is given: on one device, or on all of them."""
+
+
+def alone(function: Callable, given: tuple) -> Call:
+    """A call on one device."""
+    return Call(jax.jit(lambda *given: function(*given)), given)  # its own program: nothing that is given is donated
+
+
+def on_all(mesh: Mesh, function: Callable, given: tuple) -> Call:
     """A call on every device of a mesh at a time, each by itself and with all that is given."""
     (axis,) = mesh.axis_names
 
@@ -96,11 +112,10 @@ def on_all(mesh: Mesh, function: Callable, given: tuple) -> Callable[[], Any]:
 
     whole, apart = PartitionSpec(), PartitionSpec(axis)
     program = jax.jit(jax.shard_map(each, mesh=mesh, in_specs=whole, out_specs=apart, check_vma=False))
-    everywhere = replicated(given, mesh)
-    return lambda: jax.block_until_ready(program(*everywhere))
+    return Call(program, replicated(given, mesh))
 
 
-def waited_for(mesh: Mesh, function: Callable, given: tuple) -> Callable[[], Any]:
+def waited_for(mesh: Mesh, function: Callable, given: tuple) -> Call:
     """A call on the first device of a mesh, while the others wait for it within the same program."""
     (axis,) = mesh.axis_names
 
@@ -113,52 +128,60 @@ def waited_for(mesh: Mesh, function: Callable, given: tuple) -> Callable[[], Any
 
     whole, apart = PartitionSpec(), PartitionSpec(axis)
     program = jax.jit(jax.shard_map(each, mesh=mesh, in_specs=whole, out_specs=(apart, whole), check_vma=False))
-    everywhere = replicated(given, mesh)
-    return lambda: jax.block_until_ready(program(*everywhere))
+    return Call(program, replicated(given, mesh))
 
 
-def timed_calls(step: Step, devices: int, run: Run) -> dict[Any, Callable[[], Any]]:
-    """What is timed: steps by the rows of their micro-batches, "update", "adding", and "forward" of the smallest."""
+def touching(size: int) -> tuple[Callable, tuple]:
+    """Going through so many bytes of memory, which the program takes while it runs, and no others."""
+
+    def touch(value: jax.Array) -> jax.Array:
+        begun = jnp.broadcast_to(value, size // value.nbytes)
+        return jax.lax.fori_loop(0, 2, lambda _, memory: memory + value, begun)[0]  # a loop's arrays lie in memory
+
+    return touch, (jnp.float32(1),)
+
+
+def timed_calls(step: Step, devices: int, run: Run) -> dict[Any, Call]:
+    """What is timed: steps by the rows of their micro-batches, and by name what else `costs` reads."""
     passes = needed_passes(step.rows, devices)
-    calls: dict[Any, Callable[[], Any]] = {rows: run(*step.whole(rows, times)) for rows, times in passes.items()}
+    calls: dict[Any, Call] = {rows: run(*step.whole(rows, times)) for rows, times in passes.items()}
     rows = min(passes)
-    forward = run(*step.whole(rows, passes[rows], forward=True))
-    return calls | {"update": run(*step.update()), "adding": run(*step.adding()), "forward": forward}
+    calls["forward"] = run(*step.whole(rows, passes[rows], forward=True))
+    calls |= {"update": run(*step.update()), "adding": run(*step.adding())}
+    return calls | {"kept": run(*touching(KEPT_BYTES // 2)), "fresh": run(*touching(MORE * KEPT_BYTES // 2))}
 
 
-def costs(step: Step, devices: int, times: Mapping[Any, float]) -> Costs:
-    """What `planning` asks beside the programs of layouts, from times of `timed_calls`."""
+def costs(step: Step, devices: int, calls: Mapping[Any, Call], times: Mapping[Any, float]) -> Costs:
+    """What `planning` asks beside the programs of layouts.
+
+    Args:
+        calls: those of `timed_calls`.
+        times: of each the seconds.
+    """
     passes = needed_passes(step.rows, devices)
     trained, update_s = jax.tree.leaves(step.work.model.params), times["update"]
-    in_passes = {name: max(seconds - update_s, 0.0) for name, seconds in times.items()}
+    fresh_s = max(times["fresh"] - MORE * times["kept"], 0.0) / calls["fresh"].temporary
+
+    def in_passes(name: Any) -> float:
+        return max(times[name] - update_s - fresh_s * fresh(calls[name].temporary), 0.0)
+
     return Costs(
         rows=step.rows,
-        pass_s={rows: in_passes[rows] / count for rows, count in passes.items()},
+        pass_s={rows: in_passes(rows) / count for rows, count in passes.items()},
         update_s=update_s,
         forward_s=0.0,
         units=(),
         splits={},
         gradients=tuple(leaf.nbytes for leaf in reversed(trained)),
-        again=1 + in_passes["forward"] / (in_passes[min(passes)] or math.inf),
+        again=1 + in_passes("forward") / (in_passes(min(passes)) or math.inf),
         adding_s=times["adding"],
+        temporary=calls[step.rows].temporary,
+        fresh_s=fresh_s,
     )
 
 
 def measured(step: Step, devices: int, budget_s: float) -> Costs:
     """The same, timed here on one device, all batch sizes in turn."""
-    times = in_turn(timed_calls(step, devices, alone), within(budget_s))
-    return costs(step, devices, {name: median(found) for name, found in times.items()})
-
-
-def share_reading(work: Workload, names: Iterable[str]) -> float:
-    """The share of a forward call's time that operations take which read these parameters, each run by itself."""
-    model, inputs, wanted = work.model, work.inputs, set(names)
-    args, kwargs = inputs.args, dict(inputs.kwargs)
-    operations = operations_of(model.function(), model.params, model.rest, args, kwargs)
-    whole = jax.tree.leaves(model.params)
-    parts = [whole[index] if row is None else whole[index][row] for index, row in operations.parts]
-    seconds = operations.costs([*parts, *jax.tree.leaves((model.rest, args, kwargs))], trains=False).seconds
-    named = [name for name, _ in leaves_with_names(model.params)[0]]
-    reading = {place for place, (index, _) in enumerate(operations.parts) if named[index] in wanted}
-    read_s = sum(each for eqn, each in zip(operations.eqns, seconds, strict=True) if operations.weights(eqn) & reading)
-    return read_s / (sum(seconds) or 1.0)
+    calls = timed_calls(step, devices, alone)
+    times = in_turn(calls, within(budget_s))
+    return costs(step, devices, calls, {name: median(found) for name, found in times.items()})

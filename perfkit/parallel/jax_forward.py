@@ -41,13 +41,13 @@ def in_stages(model: JaxModel) -> Finished:
         return {"params": params, **rest} if isinstance(model, LinenModel) else params
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return stages.on_packed(model.function(), None, model.rest, args, kwargs)[0]
+        return stages.on_packed(stages.own, model.function(), None, model.rest, args, kwargs)[0]
 
     return Finished(called, call, nullcontext, params=params, program=stages.compiled)
 
 
 class Stages:
-    """One program over the mesh, on parameters that are packed once.
+    """One program over the mesh, on parameters that are packed once: the model's own, and others as they come.
 
     Args:
         model: placed by `Piped`.
@@ -56,7 +56,8 @@ class Stages:
     def __init__(self, model: JaxModel):
         assert isinstance(model.placement, Piped)
         self.placement: Piped = model.placement
-        self.packed, self.rest = self.placement.trained(model.params), self.placement.state(model.rest)
+        self.own, self.rest = self.placement.trained(model.params), self.placement.state(model.rest)
+        self.packed = self.own
         self.packed_of: list[weakref.ref] = []
         self.programs: dict[Any, Program] = {}
 
@@ -66,7 +67,8 @@ class Stages:
 
     def pieces(self) -> tuple[Any, Any]:
         """Parameters and other state as the caller's model holds them."""
-        params, rest = self.placement.pieces((self.packed, self.rest))
+        params, rest = self.placement.pieces((self.own, self.rest))
+        self.packed = self.own
         self.packed_of = list(map(weakref.ref, jax.tree.leaves(params)))
         return params, rest
 
@@ -87,19 +89,21 @@ class Stages:
         packed_of = [each() for each in self.packed_of]
         if len(packed_of) != len(leaves) or any(one is not other for one, other in zip(packed_of, leaves, strict=True)):
             self._pack(params, leaves)
-        return self.on_packed(function, key, rest, args, kwargs)
+        return self.on_packed(self.packed, function, key, rest, args, kwargs)
 
-    def on_packed(self, function: Function, key: Any, rest: Any, args: tuple, kwargs: dict) -> tuple[Any, dict]:
-        """The same on the parameters that were packed last."""
+    def on_packed(
+        self, packed: dict[str, jax.Array], function: Function, key: Any, rest: Any, args: tuple, kwargs: dict
+    ) -> tuple[Any, dict]:
+        """The same on packed parameters."""
         if key not in self.programs:
             whole = NamedSharding(self.placement.mesh, PartitionSpec())
             run = changing(self.placement.function(function))
             self.programs[key] = Program(run, jit=partial(jax.jit, out_shardings=whole))
         program = self.programs[key]
         if _traced(jax.tree.leaves((rest, args, kwargs))):
-            return program(self.packed, rest, args, kwargs)
+            return program(packed, rest, args, kwargs)
         args, kwargs = self.placement.batch((args, kwargs))
-        return local(program(self.packed, self.placement.state(rest), args, kwargs))
+        return local(program(packed, self.placement.state(rest), args, kwargs))
 
     def _pack(self, params: Any, leaves: list[Any]) -> None:
         if elsewhere := [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable]:

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from perfkit._workload import Workload
 from perfkit.parallel.jax_costs import Step, costs, on_all, timed_calls, waited_for
+from perfkit.parallel.jax_handing import handing, turns_of
 from perfkit.parallel.links import Measured
 from perfkit.parallel.planning_parts import Cluster, Costs
 from perfkit.parallel.planning_timing import in_turn, needed_passes
@@ -88,8 +89,10 @@ def calibrated(
     step = Step(work, batch_dim)
     passes = needed_passes(step.rows, devices)
     rows = min(passes)
+    own = timed_calls(step, devices, partial(on_all, mesh))
     calls: dict[Any, Callable[[], Any]] = {("link", key): call for key, call in operations(mesh).items()}
-    calls |= {("model", name): call for name, call in timed_calls(step, devices, partial(on_all, mesh)).items()}
+    calls |= {("model", name): call for name, call in own.items()}
+    calls |= {("turn", key): call for key, call in handing(mesh).items()}
     calls["waited for", rows] = waited_for(mesh, *step.whole(rows, passes[rows]))
     calls |= {("other", name): call for name, call in (others or {}).items()}
     times = in_turn(calls, range(rounds), told=told)
@@ -100,4 +103,6 @@ def calibrated(
     model, link = part("model"), link_of(devices, part("link"))
     crowding = min(max(model[rows] / part("waited for")[rows], 1.0), devices)
     last = {key: found for (of, key), found in times.items() if of == "other"}
-    return costs(step, devices, model), Cluster(devices, link, overlaps=False, crowding=crowding), last
+    turns = turns_of(devices, part("turn"))
+    cluster = Cluster(devices, link, overlaps=False, crowding=crowding, turns=turns)
+    return costs(step, devices, own, model), cluster, last

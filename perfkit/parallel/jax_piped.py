@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from perfkit._batch import axis_of, rows_of
+from perfkit._batch import axis_of
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit.backends.jax_trees import leaves_with_names
 from perfkit.parallel.jax_inlined import inlined
@@ -164,7 +164,7 @@ class Piped(OnMesh):
         cuts, parts = self.cuts, self.mesh.shape.get("data", 1) if self.batch_dim is not None else 1
         micro_batches = cuts.micro_batches * parts
         inputs, structure = jax.tree.flatten((args, kwargs))
-        count = rows_of(inputs, cuts.batch_dim)
+        count = inputs[cuts.batched].shape[cuts.batch_dim]
         if count % micro_batches:
             raise InvalidInputError(
                 f"a batch of {count} rows (dimension {cuts.batch_dim}) cannot be shared by {micro_batches} "

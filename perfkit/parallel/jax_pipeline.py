@@ -87,6 +87,7 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
         tuple(map(tuple, owned)),
         plan.micro_batches,
         recipe.batch_dim,
+        _batched(work, recipe.batch_dim),
         _output_dims(work, plan, (args, kwargs)),
     )
     placement = Piped(mesh_of(work.layout), model, cuts)
@@ -183,6 +184,13 @@ def _begins(operations: Operations, name: str) -> int:
     if first not in operations.places():
         raise UnsupportedError(f"split_at={name!r}: no cut is possible there")
     return first
+
+
+def _batched(work: Workload, batch_dim: int) -> int:
+    """The number of an input that is as long as the batch: a key of random numbers before it may not be."""
+    shapes = map(jnp.shape, jax.tree.leaves((work.inputs.args, dict(work.inputs.kwargs))))
+    rows = length(work, batch_dim)
+    return next(number for number, shape in enumerate(shapes) if shape[batch_dim : batch_dim + 1] == (rows,))
 
 
 def _output_dims(work: Workload, plan: Plan, batch: Any) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from perfkit.backends.jax_compile import persistent_cache
 from perfkit.backends.jax_training import Trainer
 from perfkit.parallel.gathering import gathered
 from perfkit.parallel.jax_collectives import Collective, collectives
-from perfkit.parallel.jax_costs import Step, share_reading
+from perfkit.parallel.jax_costs import Step
+from perfkit.parallel.jax_shares import share_kept
 from perfkit.parallel.planning_parts import Program, Way
 
 KINDS = {
@@ -47,22 +48,30 @@ def _program(step: Step, way: Way) -> Program:
     work = gathered(step.work, chain)
     check(chain, work)
     applied = apply(chain, work)
-    work = applied.works[-1]
     split = [
         name for part in applied.steps if part.recipe.startswith("tensor_parallel") for name in part.effect.touched
     ]
     if way.tensor > 1 and not split:
         raise UnsupportedError("no layer can be split")
+    return program(step, way, applied.works[-1])
+
+
+def program(step: Step, way: Way, work: Workload) -> Program:
+    """What the program does of a workload that was spread in that way."""
     trainer = Trainer(work)
     with persistent_cache():
         batch = trainer.placement.batch(step.batch(step.rows))
-        text = trainer.program.jitted.lower(trainer.state, *batch).compile().as_text()
-    kept = 1 - share_reading(step.work, split) * (1 - 1 / way.tensor) if split else 1.0
+        compiled = trainer.program.jitted.lower(trainer.state, *batch).compile()
+        kept = share_kept(step.work, work, way.data) if way.tensor > 1 else 1.0
+    sent = collectives(compiled.as_text(), work.world.devices)
+    handed = [item for item in sent if way.pipeline > 1 and item.looped and item.kind == "collective-permute"]
     return Program(
-        sends=tuple(map(_sent, collectives(text, work.world.devices))),
+        sends=tuple(_sent(item) for item in sent if item not in handed),
         kept=kept,
         bytes=work.model.placement.bytes_of(work.model.params),
         stages=_stages(work) if way.pipeline > 1 else (),
+        temporary=compiled.memory_analysis().temp_size_in_bytes,
+        handed=max((item.bytes for item in handed), default=0),
     )
 
 

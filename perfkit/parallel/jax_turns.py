@@ -32,6 +32,7 @@ class Cuts:
         owned: numbers of the parts that each stage has.
         micro_batches: into how many parts the rows of a device are divided.
         batch_dim: the dimension of the inputs that is divided.
+        batched: the number of an input, as they are flat, that is of the batch: its length there tells the rows.
         output_dims: of each output the dimension of the rows.
     """
 
@@ -41,6 +42,7 @@ class Cuts:
     owned: tuple[tuple[int, ...], ...]
     micro_batches: int
     batch_dim: int
+    batched: int
     output_dims: tuple[int, ...]
 
 

@@ -58,10 +58,10 @@ class Measured(Link):
         if ranks == 1:
             return 0.0
         scale = 1.0 if kind == "send" else (ranks - 1) / (self.ranks - 1)
-        return _on_a_line(self.points[kind], size) * scale
+        return on_a_line(self.points[kind], size) * scale
 
 
-def _on_a_line(points: Sequence[tuple[float, float]], size: float) -> float:
+def on_a_line(points: Sequence[tuple[float, float]], size: float) -> float:
     """Between the two points around a size; beyond the ends as between the two that are nearest."""
     if len(points) == 1:
         return points[0][1]

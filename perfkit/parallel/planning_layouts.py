@@ -16,7 +16,7 @@ from perfkit._workload import Workload, check_mode
 from perfkit.parallel import world
 from perfkit.parallel.links import Ring
 from perfkit.parallel.planning import candidates, ranked
-from perfkit.parallel.planning_parts import Cluster, Costs, Prediction
+from perfkit.parallel.planning_parts import Cluster, Costs, Prediction, fresh
 
 LATENCY_US = 10.0
 """Of one message, where nobody says: a launch of NCCL's, or a switched network."""
@@ -114,7 +114,7 @@ def layouts(
         if link is not None:
             measured += f"; the link was given: {link_gbps:g} Gbit/s, {link_latency_us:g} µs"
         predictions = tuple(ranked(costs, cluster))
-        one_s = costs.passing_s(costs.rows) + costs.update_s
+        one_s = costs.passing_s(costs.rows) + costs.update_s + costs.fresh_s * fresh(costs.temporary)
         name = backend.model_name(work)
         return Layouts(name, work.device, devices, costs.rows, one_s, measured, predictions, refused)
 

@@ -7,6 +7,17 @@ from dataclasses import dataclass, field
 
 from perfkit.parallel.links import Link
 
+KEPT_BYTES = 32 << 20
+"""Up to so many bytes glibc keeps what a program gives back, and takes larger pieces from the system in each call.
+
+Source: `DEFAULT_MMAP_THRESHOLD_MAX` in malloc/malloc.c
+"""
+
+
+def fresh(temporary: int) -> int:
+    """Bytes that the system gives in each call to a program that takes so many while it runs, in one piece."""
+    return temporary if temporary > KEPT_BYTES else 0
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -67,12 +78,16 @@ class Program:
         kept: share of a pass that is left for one device where layers are split.
         bytes: of the parameters that the device holds.
         stages: of a pipeline: of each stage the share of a pass, and bytes of its parameters.
+        temporary: bytes of memory that the program takes while it runs.
+        handed: of a pipeline: bytes of what a stage hands on in each turn, forwards and as much backwards.
     """
 
     sends: tuple[tuple[str, float, int, int], ...]
     kept: float
     bytes: int
     stages: tuple[tuple[float, int], ...] = ()
+    temporary: int = 0
+    handed: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,8 @@ class Costs:
 
     Args:
         rows: of the whole batch.
-        pass_s: seconds of forward and backward by rows, on as many devices at a time as there will be.
+        pass_s: seconds of forward and backward by rows, on as many devices at a time as there will be; what `fresh_s`
+            tells of it left out.
         update_s: of the optimizer's step.
         forward_s: of a forward call on the whole batch, with what belongs to no unit.
         units: in the order of their calls.
@@ -91,6 +107,8 @@ class Costs:
         programs: JAX: by layout. Then there are no others, and `units`, `splits` and `stages` are not asked for.
         again: how many times as long a pass takes whose backward computes activations again, as JAX's pipelines do.
         adding_s: of adding gradients of all parameters to others.
+        temporary: bytes of memory that a step of the whole batch on one device takes while it runs.
+        fresh_s: of the first touch of a byte of memory that comes from the system anew, as `fresh` has it.
     """
 
     rows: int
@@ -104,6 +122,8 @@ class Costs:
     programs: Mapping[Way, Program] = field(default_factory=dict)
     again: float = 1.0
     adding_s: float = 0.0
+    temporary: int = 0
+    fresh_s: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -150,6 +170,8 @@ class Cluster:
         overheads: of the framework.
         crowding: threads that want each core while all devices compute; 1 where each device has cores of its own. JAX:
             how many times as long a step takes then as while the others wait for it.
+        turns: JAX: seconds of a pipeline's turn whose stages do next to nothing, by bytes that they hand on, forwards
+            and backwards; empty where the link was given.
     """
 
     devices: int
@@ -157,6 +179,7 @@ class Cluster:
     overlaps: bool = True
     overheads: Overheads = field(default_factory=Overheads)
     crowding: float = 1.0
+    turns: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from perfkit.parallel.planning_parts import Cluster, Costs, Prediction, Program, Way
+from perfkit.parallel.links import on_a_line
+from perfkit.parallel.planning_parts import Cluster, Costs, Prediction, Program, Way, fresh
 
 COPIES = 4
 """Weights, gradients and two moments."""
@@ -19,21 +20,36 @@ Adding reads two arrays and writes one. A row is read and its weights written, t
 def of_program(costs: Costs, way: Way, program: Program, cluster: Cluster) -> Prediction:
     """What a step takes that runs such a program."""
     one_s = costs.passing_s(costs.rows / way.data / way.micro_batches) * program.kept
-    computing_s, waiting_s, overhead_s = one_s, 0.0, 0.0
+    computing_s, waiting_s, overhead_s = one_s, 0.0, costs.fresh_s * fresh(program.temporary)
     if way.pipeline > 1:
         times = stage_times(costs, program, one_s)
         computing_s = way.micro_batches * turn_s(times, way, cluster)
         waiting_s = passing_s(times, way, cluster) - computing_s
-        overhead_s = PACKED * costs.adding_s * program.bytes / (costs.bytes or 1)
+        overhead_s += PACKED * costs.adding_s * program.bytes / (costs.bytes or 1)
     return Prediction(
         way=way,
         computing_s=computing_s + costs.update_s * program.bytes / (costs.bytes or 1),
-        sending_s=sum(cluster.link.seconds(kind, size, ranks) * times for kind, size, ranks, times in program.sends),
+        sending_s=_handing_s(way, program, cluster)
+        + sum(cluster.link.seconds(kind, size, ranks) * times for kind, size, ranks, times in program.sends),
         waiting_s=waiting_s,
         overhead_s=overhead_s,
         held_bytes=COPIES * program.bytes,
-        sent_bytes=sum(size * times for _, size, _, times in program.sends),
+        sent_bytes=2 * turns_of(way) * program.handed + sum(size * times for _, size, _, times in program.sends),
     )
+
+
+def turns_of(way: Way) -> int:
+    """Turns of a pipeline in one direction, until the last stage has had the last micro-batch."""
+    return way.micro_batches + way.pipeline - 1
+
+
+def _handing_s(way: Way, program: Program, cluster: Cluster) -> float:
+    """What handing on takes in all turns: measured with all that belongs to it, or the messages of a link."""
+    if way.pipeline == 1:
+        return 0.0
+    if cluster.turns:
+        return turns_of(way) * on_a_line(cluster.turns, program.handed)
+    return 2 * turns_of(way) * cluster.link.seconds("send", program.handed, way.pipeline)
 
 
 def stage_times(costs: Costs, program: Program, one_s: float) -> list[float]:
@@ -51,14 +67,13 @@ def stage_times(costs: Costs, program: Program, one_s: float) -> list[float]:
 
 
 def passing_s(times: Sequence[float], way: Way, cluster: Cluster) -> float:
-    """Seconds of all turns of a pipeline, until the last stage has had the last micro-batch.
+    """Seconds of all turns of a pipeline.
 
     Args:
         times: of the stages, while all devices compute.
     """
-    turns = way.micro_batches + way.pipeline - 1
     working = ([times[stage] for stage in range(way.pipeline) if 0 <= turn - stage < way.micro_batches]
-               for turn in range(turns))  # fmt: skip
+               for turn in range(turns_of(way)))  # fmt: skip
     return sum(turn_s(each, way, cluster) for each in working)
 
 

@@ -251,6 +251,8 @@ def inference_of_a_function():
         "own": _distance(result(x), model(params, x)),
         "given": _distance(result.model(result.params, x), model(params, x)),
         "others": _distance(result.model(others, x), model(others, x)),
+        "own after others": _distance(result(x), model(params, x)),
+        "params after others": _distance(result.params["head"], params["head"]),
         "own again": _distance(result.model(params, x), model(params, x)),
         "in a program": _distance(jax.jit(result.model)(others, x), model(others, x)),
         "by inputs": _distance(jax.jit(by_inputs(result.model))(x), by_inputs(model)(x)),
@@ -275,7 +277,19 @@ def keyed():
     work, effect = applied(work, "pipeline_parallel(4, micro_batches=4)")
     outputs = work.backend.finish(work).call(*inputs)
     one = model(params, inputs[0][:2], inputs[1])
-    return {"off": _distance(outputs, jnp.tile(one, (4, 1))), "notes": effect.notes}
+    found = {"off": _distance(outputs, jnp.tile(one, (4, 1))), "notes": effect.notes}
+
+    def keyed_first(params, key, x):
+        return (
+            jnp.tanh(x @ params["a"] * jax.random.bernoulli(key, 0.5, (4,))) @ params["b"] @ params["c"] @ params["d"]
+        )
+
+    inputs = jax.random.PRNGKey(1), normal(8, 4)  # two numbers, and no typed key
+    whole = bound(keyed_first, inputs, normal(8, 4), squared, optax.sgd(0.01), params)
+    works = whole, applied(whole, "pipeline_parallel(4)")[0], applied(whole, CHAINS["both"])[0]
+    finished = [work.backend.finish(work) for work in works]
+    batch = whole.inputs, whole.training.targets
+    return found | {"first": [[float(each.train_step(batch)) for _ in range(STEPS)] for each in finished]}
 
 
 def refused(recipe, work):

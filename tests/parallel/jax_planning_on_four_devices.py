@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jax_on_four_devices import Noisy, bound, normal, squared
 
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit.parallel import jax_costs, jax_link, jax_programs, planning_layouts
+from perfkit.parallel import jax_costs, jax_link, jax_piped, jax_programs, jax_shares, planning_layouts
 from perfkit.parallel.planning import candidates
+from perfkit.parallel.planning_parts import KEPT_BYTES
 
 IN, HIDDEN, OUT, ROWS = 8, 16, 4, 32
 PARAMS = {"up": normal(IN, HIDDEN), "down": normal(HIDDEN, OUT)}
 INPUTS, TARGETS = normal(ROWS, IN), normal(ROWS, OUT)
+MEMORY = {"kept": KEPT_BYTES // 2, "fresh": KEPT_BYTES * 3 // 2}
 
 
 def model(params, x):
@@ -42,17 +45,45 @@ def costs():
     found = jax_costs.measured(one, 4, budget_s=0.0)
     together, cluster, others = jax_link.calibrated(one.work, 0, 2, {"other": lambda: None})
     inputs, targets = one.batch(8)[0][0], one.batch(8)[2]
+    calls = {name: jax_costs.alone(*jax_costs.touching(size)) for name, size in MEMORY.items()}
     return {
         "rows": [sorted(each.pass_s) for each in (found, together)],
         "gradients": found.gradients,
         "seconds": [*found.pass_s.values(), found.update_s, *together.pass_s.values()],
         "again": found.again,
         "adding": found.adding_s,
+        "fresh": found.fresh_s,
+        "temporary": found.temporary,
+        "memory": [calls[name].temporary for name in ("kept", "fresh")],
+        "turns": [size for size, _ in cluster.turns],
         "crowding": cluster.crowding,
         "kinds": sorted(cluster.link.points),
         "others": {name: len(seconds) for name, seconds in others.items()},
         "batch": [inputs.shape, targets.shape],
     }
+
+
+def loops():
+    """Shares of operations where features in parts go into a loop; and where its own weights are in parts."""
+    params = {"into": normal(IN, HIDDEN), "own": normal(HIDDEN, HIDDEN)}
+
+    def looping(params, x):
+        def turn(state, features):
+            return jnp.tanh(features @ params["own"] + state), None
+
+        state, _ = jax.lax.scan(turn, jnp.zeros(HIDDEN), x @ params["into"])
+        return state.sum()
+
+    operations = jax_piped.operations_of(lambda params, rest, x: (looping(params, x), rest), params, (), (INPUTS,), {})
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    columns, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((None, "tensor"), ()))
+    found = {}
+    for name, lies in {"gathered": (columns, whole), "weights": (columns, columns)}.items():
+        given = [jax.device_put(params[each], where) for each, where in zip(params, lies, strict=True)]
+        shares = jax_shares.shares(operations, [*given, jax.device_put(INPUTS, whole)])
+        primitives = [eqn.primitive.name.removeprefix("reduce_") for eqn in operations.eqns]
+        found[name] = dict(zip(primitives, shares, strict=True))
+    return found
 
 
 def each_by_itself():
@@ -103,6 +134,7 @@ if __name__ == "__main__":
         "second dimension": programs(along=1),
         "costs": costs(),
         "each": each_by_itself(),
+        "loops": loops(),
         "given": told(layouts(link_gbps=10)),
         "measured": told(layouts()),
         "changing": told(layouts(link_gbps=10, **noisy)),

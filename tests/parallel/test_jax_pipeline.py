@@ -111,6 +111,14 @@ def test_a_key_among_the_inputs_draws_alike_in_each_micro_batch_and_that_is_told
     assert any("the same in each micro-batch" in note for note in four["keyed"]["notes"])
 
 
+def test_a_raw_key_before_the_data_is_not_taken_for_the_batch(four):
+    one, *staged = four["keyed"]["first"]
+    change = max(abs(later - earlier) for earlier, later in itertools.pairwise(one))
+    for losses in staged:
+        assert losses == pytest.approx(one, rel=8 * ROUNDING, abs=1e-3 * change)
+    assert change > 1e-3
+
+
 def test_parts_of_accumulate_go_through_the_stages(four):
     staged, one = four["accumulated"]["losses"]
     change = max(abs(later - earlier) for earlier, later in itertools.pairwise(one))
@@ -132,8 +140,9 @@ def test_inference_is_that_of_one_device_by_weights_as_they_are(four, model):
 
 def test_a_function_in_stages_takes_its_own_parameters_and_others(four):
     found = four["function"]
-    for how in ("own", "given", "others", "own again", "in a program", "fidelity", "by inputs"):
+    for how in ("own", "given", "others", "own after others", "own again", "in a program", "fidelity", "by inputs"):
         assert found[how] <= 8 * 8 * 16**0.5 * ROUNDING, how  # eight blocks of some operations, sums of 16 numbers
+    assert found["params after others"] == 0
     whole = (8 * 16 * 16 + 16 * 4) * 4
     assert whole / 4 <= found["bytes"][0] < whole, "each device holds its stage"
 

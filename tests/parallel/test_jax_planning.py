@@ -12,6 +12,9 @@ pytest.importorskip("flax")
 
 from jax_workers import result, start
 
+from perfkit.parallel.jax_handing import SIZES
+from perfkit.parallel.planning_parts import KEPT_BYTES
+
 IN, HIDDEN, OUT, ROWS = 8, 16, 4, 32
 WHOLE = 4 * (IN * HIDDEN + HIDDEN * OUT)
 ROOT = Path(__file__).parents[2]
@@ -58,8 +61,8 @@ def test_programs_tell_what_is_sent(four, along):
 def test_a_pipeline_sends_in_every_turn(four):
     found = four["programs"][0]["pipeline 2 of 8 × data 2"]
     cut = 2 * HIDDEN * 4  # of a micro-batch's two rows
-    turns = sum(times for kind, size, _, times in found["sends"] if (kind, size) == ("send", cut))
-    assert turns == 2 * (8 + 2 - 1), "forwards and backwards, one for each micro-batch and one for the second stage"
+    assert found["handed"] == cut
+    assert all(size != cut for kind, size, _, _ in found["sends"] if kind == "send"), "counted once, by turns"
     (first, second), sizes = zip(*found["stages"], strict=True)
     assert first + second == pytest.approx(1)
     assert sizes == (4 * IN * HIDDEN, 4 * HIDDEN * OUT)
@@ -74,8 +77,18 @@ def test_programs_tell_what_a_device_holds_and_computes(four):
     assert found["pipeline 2 of 8 × data 2, sharded"]["bytes"] == 4 * IN * HIDDEN / 2
     assert found["data 4"]["kept"] == 1
     assert found["data 4"]["stages"] == []
-    assert 1 / 4 < found["tensor 4"]["kept"] < 1, "tanh is not counted as split"
-    assert found["tensor 4"]["kept"] < found["data 2 × tensor 2"]["kept"] < 1
+    assert found["tensor 4"]["kept"] == pytest.approx(1 / 4), (
+        "tanh stands between split layers, and is split as they are"
+    )
+    for layout in ("data 2 × tensor 2", "data 2, sharded × tensor 2"):
+        assert found[layout]["kept"] == pytest.approx(1 / 2), layout
+    assert all(program["temporary"] > 0 for program in found.values())
+
+
+def test_a_loop_is_split_where_its_weights_or_what_it_makes_are(four):
+    found = four["loops"]
+    assert found["gathered"] == {"dot_general": 1 / 4, "scan": 1, "sum": 1}
+    assert found["weights"] == {"dot_general": 1 / 4, "scan": 1 / 4, "sum": 1 / 4}
 
 
 def test_every_device_makes_the_whole_call_by_itself(four):
@@ -98,6 +111,11 @@ def test_what_is_timed(four):
     assert all(seconds >= 0 for seconds in found["seconds"])
     assert found["again"] >= 1
     assert found["adding"] > 0
+    assert found["fresh"] >= 0
+    assert found["temporary"] > 0
+    kept, anew = found["memory"]
+    assert 0 < kept <= KEPT_BYTES < anew
+    assert found["turns"] == list(SIZES)
     assert 1 <= found["crowding"] <= 4
     assert found["kinds"] == ["all_gather", "all_reduce", "reduce_scatter", "send"]
     assert found["others"] == {"other": 2}
