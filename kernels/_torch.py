@@ -68,7 +68,12 @@ class Threads(ctypes.Structure):
     @classmethod
     def of_torch(cls) -> Threads:
         """torch's own, as many as it uses."""
-        return cls(torch.get_num_threads(), parallel())
+        return _as_many(torch.get_num_threads())
+
+
+@functools.cache
+def _as_many(count: int) -> Threads:
+    return Threads(count, parallel())
 
 
 class Known:

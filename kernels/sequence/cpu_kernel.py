@@ -6,6 +6,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,23 @@ from perfkit.kernels.conv2d import cpu_kernel as convolution
 from perfkit.kernels.conv2d.problem import Problem as Convolution
 from perfkit.kernels.linear import cpu_kernel as linear
 from perfkit.kernels.linear.problem import Problem as Linear
+from perfkit.kernels.rnn import cpu_kernel as recurrent
+from perfkit.kernels.rnn.problem import Problem as Recurrent
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 
-Problem = Convolution | Linear
-Layer = tuple[Problem, Tensor, "Tensor | None"]
-"""A layer's problem, weight and bias: dense, on CPU, of the problem's shapes and dtype."""
+
+class LastStep(NamedTuple):
+    """A stack of recurrent layers of one direction, without rows, of which the last step's outputs alone are wanted."""
+
+    problem: Recurrent
+    batch_first: bool
+
+
+Problem = Convolution | Linear | LastStep
+Layer = tuple[Problem, Sequence["Tensor | None"]]
+"""A layer's problem, and its weight and bias, or all weights of recurrent ones, in torch's order: dense, on CPU, of the
+problem's shapes and dtype."""
 
 
 class _Layer(ctypes.Structure):
@@ -47,34 +59,35 @@ def library() -> ctypes.CDLL:
 
 def caller(layers: Sequence[Layer], size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     """y, of `size`, from x, dense as the first problem has it. Where weights lie is known from now on."""
-    told = [_told(problem) for problem, _, _ in layers]
-    steps = (_Layer * len(layers))(*map(_layer, layers, told))
+    told = [_told(*layer) for layer in layers]
+    steps = (_Layer * len(layers))(*(layer for layer, _ in told))
     run, threads, empty, count = library().perfkit_sequence, Threads.of_torch, torch.empty, len(layers)
-    dtype = getattr(torch, layers[-1][0].dtype)
+    dtype, device = layers[-1][1][0].dtype, torch.device("cpu")  # whatever the default device is
 
     def call(x: Tensor) -> Tensor:
-        y = empty(size, dtype=dtype)
+        y = empty(size, dtype=dtype, device=device)
         if run(steps, count, x.data_ptr(), y.data_ptr(), threads()):
             raise MemoryError("a kernel found no memory for its working space")
         return y
 
-    call.told = told  # which the steps point to
+    call.told = told
     return call
 
 
-def _told(problem: Problem) -> ctypes.Array:
-    return convolution.told(problem) if isinstance(problem, Convolution) else linear.told(problem)
-
-
-def _layer(layer: Layer, told: ctypes.Array) -> _Layer:
-    problem, weight, bias = layer
-    convolves = isinstance(problem, Convolution)
-    run = convolution.library().perfkit_conv2d_forward if convolves else linear.library().perfkit_linear
-    outputs = problem.outputs * (
-        problem.batch * problem.out_size[0] * problem.out_size[1] if convolves else problem.rows
-    )
-    return _Layer(
-        *(ctypes.cast(run, ctypes.c_void_p), ctypes.cast(told, ctypes.c_void_p)),
-        *(weight.data_ptr(), None if bias is None else bias.data_ptr()),
-        *(convolves, outputs * weight.element_size()),
-    )
+def _told(problem: Problem, tensors: Sequence[Tensor | None]) -> tuple[_Layer, Sequence[ctypes.Array]]:
+    """A layer, and what it points to that is no tensor."""
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    if isinstance(problem, LastStep):
+        run, numbers = recurrent.library().perfkit_rnn_last, recurrent.told_of_last(*problem)
+        layers, outputs = problem.problem.layers, problem.problem.batch * problem.problem.hidden
+        each = len(addresses) // layers
+        rows = [address for at in range(0, len(addresses), each) for address in (*addresses[at : at + each], 0, 0)[:4]]
+        addresses = [(ctypes.c_void_p * len(rows))(*rows), None]
+    elif isinstance(problem, Convolution):
+        run, numbers = convolution.library().perfkit_conv2d_forward, convolution.told(problem)
+        outputs = problem.outputs * problem.batch * problem.out_size[0] * problem.out_size[1]
+    else:
+        run, numbers, outputs = linear.library().perfkit_linear, linear.told(problem), problem.outputs * problem.rows
+    pointers = [ctypes.cast(each, ctypes.c_void_p) for each in (run, numbers, *addresses)]
+    layer = _Layer(*pointers, isinstance(problem, Convolution), outputs * tensors[0].element_size())
+    return layer, (numbers, addresses[0])

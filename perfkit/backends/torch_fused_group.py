@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from perfkit.backends import torch_fused_conv as convolutions
 from perfkit.backends import torch_fused_linear as linears
+from perfkit.backends import torch_fused_rnn as recurrent
 from perfkit.backends.torch_fused_sequence import Layers, run
 from perfkit.kernels import linear as linear_op
 from perfkit.kernels.conv2d.problem import options
@@ -83,6 +84,8 @@ def layers(links: tuple, x: Tensor) -> tuple[Layers | None, Any]:
 def _problem(links: tuple, x: Tensor) -> Any:
     """What a layer and all that follows it compute of x in a kernel; None where they do not."""
     layer = links[-1]
+    if isinstance(layer, nn.RNNBase):
+        return recurrent.last_problem(links, x)
     if isinstance(layer, nn.Linear):
         rest = len(links) - 1 - rectified(links)
         problem = linear_problem(links, x) if linears.is_fused(layer) else None

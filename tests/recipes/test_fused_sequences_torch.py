@@ -58,25 +58,6 @@ def in_line():
     return nn.Sequential(net.conv, net.relu, net.pool, nn.Flatten(), net.first, nn.ReLU(), net.second)
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """How many layers each sequence has that is made; the kernels take whatever they can, on any CPU."""
-    from perfkit.kernels import _op
-    from perfkit.kernels.linear import cpu_shape, torch_call
-
-    monkeypatch.setattr(cpu_shape, "slower", lambda _problem: None)
-    monkeypatch.setattr(torch_call, "_known", {})
-    _op._choose.cache_clear()
-    found, caller = [], sequences.caller
-
-    def counted(layers, size):
-        found.append(len(layers))
-        return caller(layers, size)
-
-    monkeypatch.setattr(sequences, "caller", counted)
-    return found
-
-
 def optimized(model, x):
     return perfkit.apply(model, "fused_kernels", example_inputs=x).model
 
