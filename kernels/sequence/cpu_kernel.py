@@ -61,11 +61,11 @@ def caller(layers: Sequence[Layer], size: tuple[int, ...]) -> Callable[[Tensor],
     """y, of `size`, from x, dense as the first problem has it. Where weights lie is known from now on."""
     told = [_told(*layer) for layer in layers]
     steps = (_Layer * len(layers))(*(layer for layer, _ in told))
-    run, threads, empty, count = library().perfkit_sequence, Threads.of_torch, torch.empty, len(layers)
-    dtype, device = layers[-1][1][0].dtype, torch.device("cpu")  # whatever the default device is
+    run, threads, empty, count = library().perfkit_sequence, Threads.of_torch, torch.empty_like, len(layers)
+    like = layers[-1][1][0].new_empty(1).expand(size)  # of the size, in no memory: quicker than its size is
 
     def call(x: Tensor) -> Tensor:
-        y = empty(size, dtype=dtype, device=device)
+        y = empty(like)
         if run(steps, count, x.data_ptr(), y.data_ptr(), threads()):
             raise MemoryError("a kernel found no memory for its working space")
         return y
