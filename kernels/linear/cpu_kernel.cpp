@@ -132,8 +132,9 @@ struct Pass {
 template <class T>
 void linear(const PerfkitLinear& p, const Pass<T>& pass, Threads threads) {
     const i64 work = p.rows * p.outputs * p.inputs, useful = std::min(threads.count, work / WORTH + 1);
-    // by outputs where there are few rows, so that each thread reads a part of the weights only
-    const i64 across = p.rows <= 2 * ROWS ? std::min(useful, (p.outputs + MANY - 1) / MANY) : 1;
+    // by outputs where there are fewer rows, so that each thread reads a part only of what is more: the weights
+    const bool wide = p.rows <= std::max<i64>(2 * ROWS, p.outputs);
+    const i64 across = wide ? std::min(useful, (p.outputs + MANY - 1) / MANY) : 1;
     const i64 down = across > 1 ? 1 : std::min(useful > 1 ? 2 * useful : 1, (p.rows + ROWS - 1) / ROWS);
     const i64 columns = (p.outputs + across * MANY - 1) / (across * MANY) * MANY;
     const i64 rows = (p.rows + down * ROWS - 1) / (down * ROWS) * ROWS;

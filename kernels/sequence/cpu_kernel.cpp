@@ -14,6 +14,13 @@ extern "C" struct PerfkitLayer {
 
 namespace {
 
+// As vectors are read: one that lies in two cache lines takes twice as long.
+struct Release {
+    void operator()(char* at) const { ::operator delete(at, std::align_val_t{64}); }
+};
+using Lines = std::unique_ptr<char[], Release>;
+Lines lines(std::int64_t bytes) { return Lines(static_cast<char*>(::operator new(bytes, std::align_val_t{64}))); }
+
 using Linear = int (*)(const void* problem, const void* x, void* weight, void* bias, void* y, perfkit::Threads);
 using Convolution = int (*)(const void* problem, const void* x, void* weight, void* bias, void* y, void* argmax,
                             perfkit::Threads);
@@ -23,10 +30,10 @@ using Convolution = int (*)(const void* problem, const void* x, void* weight, vo
 // Returns 1 where memory is short, else 0.
 extern "C" int perfkit_sequence(const PerfkitLayer* layers, std::int64_t count, const void* x, void* y,
                                 perfkit::Threads threads) try {
-    std::unique_ptr<char[]> last;
+    Lines last;
     for (std::int64_t i = 0; i < count; ++i) {
         const PerfkitLayer& layer = layers[i];
-        std::unique_ptr<char[]> own(i + 1 < count ? new char[layer.bytes] : nullptr);
+        Lines own = i + 1 < count ? lines(layer.bytes) : nullptr;
         void* const to = own ? own.get() : y;
         const int failed =
             layer.convolves
