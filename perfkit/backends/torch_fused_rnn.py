@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from perfkit.backends.torch_spellings import Last
 from perfkit.backends.torch_surgery import around_call, derive
+from perfkit.kernels._torch import lowered
 from perfkit.kernels.rnn.torch_call import picked_at_once, run
 from perfkit.kernels.sequence.cpu_kernel import LastStep
 
@@ -58,7 +59,9 @@ def last_problem(links: tuple, x: Tensor) -> LastStep | None:
     state = "LSTM state" if module.mode == "LSTM" else "state"
     if links[0].reads not in (output, state) or not _usual(x, module.weight_ih_l0, 3):
         return None
-    problem = picked_at_once(x, module.mode, module.all_weights, module.batch_first, module.bidirectional)
+    weights = [lowered("cpu", *direction) for direction in module.all_weights]
+    form = module.mode, weights, module.batch_first, module.bidirectional
+    problem = picked_at_once(*lowered("cpu", x), *form)
     dropped = module.dropout and module.training and module.num_layers > 1
     return None if problem is None or module.bidirectional or dropped else LastStep(problem, module.batch_first)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from perfkit.backends import torch_fused_conv as convolutions
 from perfkit.kernels import _autotune, _op
-from perfkit.kernels._torch import PLAIN, observer
+from perfkit.kernels._torch import PLAIN, autocasts, observer
 from perfkit.kernels.sequence.cpu_kernel import Problem, caller
 
 KEPT = "_perfkit_sequences"
@@ -49,25 +49,32 @@ def run(links: tuple, x: Any, layers: Callable[[tuple, Tensor], tuple[Layers | N
     kept = vars(first).get(KEPT)
     if kept is None:
         kept = vars(first).setdefault(KEPT, _Kept())
-    key = len(links), x.shape, x.dtype, _autotune.state()
+    low = _autocasts_to(x)
+    key = len(links), x.shape, x.dtype, low, _autotune.state()
     known = kept.get(key, _unknown)
     if known is None:
         return None
     if known is not _unknown and known.holds(links):
         return known.call(x) if known.quiet(x) else None
-    new = _Sequence(links)
+    new = _Sequence(links, low)
     if not new.quiet(x):
         return None
     if len(kept) >= _MOST:
         kept.clear()
     found, y = layers(links, x)
     if found and new.holds(links):
-        parts = [(problem, [getattr(layer, name) for name in _names(layer)]) for layer, problem in found]
-        new.call = caller(parts, tuple(y.shape))
+        new.learn([problem for _, problem in found], x, tuple(y.shape))
         kept[key] = new
     else:
         kept[key] = None
     return y
+
+
+def _autocasts_to(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of it and of weights like it."""
+    if not torch._C._is_any_autocast_enabled() or not autocasts("cpu") or x.dtype != torch.float32:
+        return None
+    return torch.get_autocast_dtype("cpu")
 
 
 def _names(layer: nn.Module) -> Sequence[str]:
@@ -93,18 +100,41 @@ class _Sequence:
 
     call: Callable[[Tensor], Tensor]
 
-    def __init__(self, links: tuple):
+    def __init__(self, links: tuple, low: torch.dtype | None):
         modules = [link for link in links if isinstance(link, nn.Module)]
-        layers = [each for each in modules if isinstance(each, LAYERS)]
+        layers = [each for each in reversed(modules) if isinstance(each, LAYERS)]
         self.links, self.modules, self.types = links, modules, list(map(type, modules))
         self.own = list(map(vars, modules))
         self.hooks = [*(getattr(each, name) for each in modules for name in _HOOKS), *convolutions.GLOBAL_HOOKS]
         self.read = [(each, _READ[kind]) for each in modules for kind in _READ if isinstance(each, kind)]
         self.told = [tell(each) for each, tell in self.read]
         self.places = [(layer._parameters, name) for layer in layers for name in _names(layer)]
-        parameters = [getattr(layer, name) for layer in layers for name in _names(layer)]
+        self.low, self.of_layers = low, [[getattr(layer, name) for name in _names(layer)] for layer in layers]
+        parameters = list(chain(*self.of_layers))
         self.parameters, self.tensors = list(map(id, parameters)), [each for each in parameters if each is not None]
         self.forms, self.addresses = list(map(_form, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
+
+    def learn(self, problems: Sequence[Problem], x: Tensor, size: tuple[int, ...]) -> None:
+        """Make the call of tensors such as x, which gives one of `size`."""
+        if self.low is None:
+            self.call = caller(list(zip(problems, self.of_layers, strict=True)), x, size)
+            return
+        # As autocast has it: weights are what they are at each call, and are rounded then.
+        low, tensors = self.low, self.tensors
+        with torch.inference_mode(False):  # what is made within could not be written to outside
+            copies = [torch.empty_like(each, dtype=low) for each in tensors]
+        of = dict(zip(map(id, tensors), copies, strict=True)) | {id(None): None}
+        run = caller(
+            [(problem, [of[id(each)] for each in own]) for problem, own in zip(problems, self.of_layers, strict=True)],
+            x.to(low),
+            size,
+        )
+
+        def call(x: Tensor) -> Tensor:
+            torch._foreach_copy_(copies, tensors)
+            return run(x.to(low))
+
+        self.call = call
 
     def holds(self, links: tuple) -> bool:
         """Whether they are these links, and are what they were."""
@@ -119,14 +149,14 @@ class _Sequence:
         )
 
     def quiet(self, x: Tensor) -> bool:
-        """Whether numbers are wanted of x as it lies, and no more: no hook, gradient, autocast, trace or mode."""
+        """Whether numbers are wanted of x as it lies, and no more: no hook, gradient, trace, mode or other autocast."""
         tensors = [x, *self.tensors]
         return not (
             any(self.hooks)
             or any(map(operator.contains, self.own, repeat("forward")))
             or not (x.is_cpu and x.is_contiguous())
             or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-            or torch._C._is_any_autocast_enabled()
+            or (self.low is None and torch._C._is_any_autocast_enabled())
             or _op.tracing()
             or observer(tensors)
         )

@@ -228,9 +228,8 @@ class _Groups(ast.NodeTransformer):
         keywords = ast.Dict([ast.Constant(item.arg) for item in node.keywords], [item.value for item in node.keywords])
         return ast.Tuple([self._path(node.func), ast.Tuple(node.args[1:], ast.Load()), keywords], ast.Load())
 
-
     def _path(self, node: ast.expr) -> ast.expr:
-        """The same submodule from where its module has it: nn.Module.__getattr__ looks there last, in half a microsecond."""
+        """The same submodule from where its module has it: nn.Module.__getattr__ takes half a microsecond to look there."""
         if not isinstance(node, ast.Attribute):
             return node
         held, attribute = self.find(node.value), node.attr

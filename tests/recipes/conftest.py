@@ -16,9 +16,9 @@ def made(monkeypatch):
     _op._choose.cache_clear()
     found, caller = [], sequences.caller
 
-    def counted(layers, size):
+    def counted(layers, x, size):
         found.append(len(layers))
-        return caller(layers, size)
+        return caller(layers, x, size)
 
     monkeypatch.setattr(sequences, "caller", counted)
     return found

@@ -256,3 +256,20 @@ def test_it_compiles_whole():
     result.compile(backend="eager", fullgraph=True)
     with torch.no_grad():
         assert_close(result(x), model, x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_is_one_call_too(kind, made):
+    torch.manual_seed(0)
+    model, x = Net(kind).eval(), inputs()
+    result = perfkit.apply(model, "bf16+fused_kernels", example_inputs=x).model
+    made.clear()
+    with torch.no_grad():
+        for batch in (1, 3):
+            x = inputs(batch)
+            assert result(x).dtype == torch.float32
+            assert_close(result(x).bfloat16(), model, x.bfloat16())
+        for each in (result, model):
+            each.rnn.weight_hh_l0.data.mul_(0.5)
+        assert_close(result(x).bfloat16(), model, x.bfloat16())
+    assert made == [2, 2]

@@ -169,3 +169,53 @@ def test_a_layer_that_is_left_alone_is_in_no_sequence(made):
         for _ in range(2):
             assert_same(result(x), model(x))
     assert not made
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_any_batch_on_any_number_of_threads(threads, dtype, error, made):
+    torch.manual_seed(0)
+    model = Net().eval().to(dtype)
+    result = optimized(model, batch().to(dtype))
+    double = copy.deepcopy(model).double()
+    before = torch.get_num_threads()
+    made.clear()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            for rows in (1, 15, 16, 49, 100):  # threads take rows of their own from 16 for each on
+                x = batch(rows).to(dtype)
+                y = result(x)
+                torch.testing.assert_close(y.double(), double(x.double()), rtol=error, atol=error)
+                assert torch.equal(result(x), y)
+    finally:
+        torch.set_num_threads(before)
+    assert made == [3] * 5
+
+
+def test_autocast_rounds_what_weights_are_at_the_call(made):
+    torch.manual_seed(0)
+    model, x = Net().eval(), batch()
+    result = optimized(model, x)
+    made.clear()
+
+    def same(dtype):
+        with torch.autocast("cpu", dtype):
+            for _ in range(2):
+                new, old = result(x), model(x)
+                assert new.dtype == old.dtype
+                torch.testing.assert_close(new, old, rtol=3e-2, atol=3e-2)
+
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            same(torch.bfloat16)
+    assert made == [3]
+    with torch.no_grad():
+        for each in (result, model):
+            each.first.weight.data.mul_(0.5)
+        same(torch.bfloat16)
+        same(torch.float16)
+        assert_same(result(x), model(x))
+        x = x.bfloat16()
+        same(torch.bfloat16)
+    assert made == [3]
