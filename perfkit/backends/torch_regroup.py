@@ -229,7 +229,7 @@ class _Groups(ast.NodeTransformer):
         return ast.Tuple([self._path(node.func), ast.Tuple(node.args[1:], ast.Load()), keywords], ast.Load())
 
     def _path(self, node: ast.expr) -> ast.expr:
-        """The same submodule from where its module has it: nn.Module.__getattr__ takes half a microsecond to look there."""
+        """The same submodule from where its module has it: nn.Module.__getattr__ looks there for half a microsecond."""
         if not isinstance(node, ast.Attribute):
             return node
         held, attribute = self.find(node.value), node.attr
