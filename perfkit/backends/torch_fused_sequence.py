@@ -61,6 +61,7 @@ def run(links: tuple, x: Any, layers: Callable[[tuple, Tensor], tuple[Layers | N
     new = _Sequence(links, low)
     if not new.quiet(x) or observer(new.tensors):
         return None
+    new.remember()
     if len(kept) >= _MOST:
         kept.clear()
     found, y = layers(links, x)
@@ -114,6 +115,9 @@ class _Sequence:
         self.low, self.of_layers = low, [[getattr(layer, name) for name in _names(layer)] for layer in layers]
         parameters = list(chain(*self.of_layers))
         self.parameters, self.tensors = list(map(id, parameters)), [each for each in parameters if each is not None]
+
+    def remember(self) -> None:
+        """How the parameters lie, of which somebody who looks on may make tensors that lie nowhere."""
         self.addresses, self.alike = list(map(Tensor.data_ptr, self.tensors)), _alike(self.tensors)
 
     def learn(self, problems: Sequence[Problem], x: Tensor, size: tuple[int, ...]) -> None:

@@ -152,11 +152,13 @@ def test_stacks_on_any_number_of_threads(threads, dtype, options, made):
     assert made == [2, 2, 2]
 
 
-@pytest.mark.parametrize("net", [Both, First, BatchFirstTakenForTimeFirst])
-def test_whatever_else_is_read_stays_as_written(net, made):
+@pytest.mark.parametrize(
+    ("net", "options"), [(Both, ""), (First, ""), (BatchFirstTakenForTimeFirst, ""), (Net, "(exclude='rnn')")]
+)
+def test_whatever_else_is_read_or_left_alone_stays_as_written(net, options, made):
     torch.manual_seed(0)
     model, x = net().eval(), inputs()
-    result = optimized(model, x)
+    result = perfkit.apply(model, f"fused_kernels{options}", example_inputs=x).model
     with torch.no_grad():
         for _ in range(2):
             assert_close(result(x), model, x)

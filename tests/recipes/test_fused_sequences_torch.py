@@ -219,3 +219,17 @@ def test_autocast_rounds_what_weights_are_at_the_call(made):
         x = x.bfloat16()
         same(torch.bfloat16)
     assert made == [3, 3]
+
+
+def test_parameters_of_torch_func_lie_nowhere(made):
+    torch.manual_seed(0)
+    model, x = Net().eval(), batch()
+    result = optimized(model, x)
+    halves = {name: torch.stack([each.detach(), each.detach() / 2]) for name, each in model.named_parameters()}
+    with torch.no_grad():
+        new, old = (
+            torch.func.vmap(lambda given, of=of: torch.func.functional_call(of, given, (x,)))(halves)
+            for of in (result, model)
+        )
+        assert_same(new, old)
+        assert_same(result(x), model(x))
