@@ -51,6 +51,14 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype) if narrow else tensor
 
 
+def lowered(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast makes of an operation's arguments, where it is on for such devices."""
+    if not autocasts(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(cast(tensor, dtype) for tensor in tensors)
+
+
 @functools.cache
 def parallel() -> int:
     """The address of `GOMP_parallel` of torch's OpenMP runtime, GNU's or LLVM's; 0 where it has none in sight."""
@@ -68,7 +76,12 @@ class Threads(ctypes.Structure):
     @classmethod
     def of_torch(cls) -> Threads:
         """torch's own, as many as it uses."""
-        return cls(torch.get_num_threads(), parallel())
+        return _as_many(torch.get_num_threads())
+
+
+@functools.cache
+def _as_many(count: int) -> Threads:
+    return Threads(count, parallel())
 
 
 class Known:

@@ -15,6 +15,7 @@ constexpr int OUTPUTS = 4;            // with so many of w are in registers;
 constexpr int FEW = 2;                // of so few rows
 constexpr int MANY = WIDE ? 8 : 4;    // with more of w
 constexpr i64 WORTH = 1 << 17;        // multiply-adds that are worth waking a thread for
+constexpr i64 ALL = 64;               // rows that each thread may read all of
 constexpr i64 NEAR = 5 << 12;         // bytes of x that stay in the first-level cache,
 constexpr i64 FAR = 1 << 19;          // and of w in the second-level cache
 
@@ -132,8 +133,9 @@ struct Pass {
 template <class T>
 void linear(const PerfkitLinear& p, const Pass<T>& pass, Threads threads) {
     const i64 work = p.rows * p.outputs * p.inputs, useful = std::min(threads.count, work / WORTH + 1);
-    // by outputs where there are few rows, so that each thread reads a part of the weights only
-    const i64 across = p.rows <= 2 * ROWS ? std::min(useful, (p.outputs + MANY - 1) / MANY) : 1;
+    // by outputs where there are few rows, and fewer than those, so that each thread reads a part of the weights only
+    const bool wide = p.rows <= std::max<i64>(2 * ROWS, std::min(p.outputs, ALL));
+    const i64 across = wide ? std::min(useful, (p.outputs + MANY - 1) / MANY) : 1;
     const i64 down = across > 1 ? 1 : std::min(useful > 1 ? 2 * useful : 1, (p.rows + ROWS - 1) / ROWS);
     const i64 columns = (p.outputs + across * MANY - 1) / (across * MANY) * MANY;
     const i64 rows = (p.rows + down * ROWS - 1) / (down * ROWS) * ROWS;

@@ -37,9 +37,10 @@ def caller(problem: Problem, leading: tuple[int, ...]) -> Call:
     """y of (*leading, N) from x of (*leading, K), all dense: with everything worked out that depends on no numbers."""
     numbers, run, threads = told(problem), library().perfkit_linear, Threads.of_torch
     size, dtype, empty = (*leading, problem.outputs), getattr(torch, problem.dtype), torch.empty
+    device = torch.device("cpu")  # whatever the default device is
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = empty(size, dtype=dtype)
+        y = empty(size, dtype=dtype, device=device)
         at = None if bias is None else bias.data_ptr()
         if run(numbers, x.data_ptr(), weight.data_ptr(), at, y.data_ptr(), threads()):
             raise MemoryError("the linear kernel found no memory for its working space")

@@ -20,7 +20,7 @@ class Forward : ForwardSteps<Cell, Data, Operand> {
         : Base(call, tiles), lines_of_slice_(p_.layers * p_.directions) {
         ways_.resize(lines_of_slice_);
         const i64 width = H_ * p_.directions;
-        if (!p_.inner && p_.layers > 1 && p_.directions == 2) between_.allocate(order_.stored * width);
+        if (!p_.inner && p_.layers > 1 && (p_.directions == 2 || !p_.y)) between_.allocate(order_.stored * width);
         for (i64 i = 0; i < lines_of_slice_; ++i) {
             auto& way = ways_[i];
             const i64 layer = i / p_.directions;
@@ -29,7 +29,7 @@ class Forward : ForwardSteps<Cell, Data, Operand> {
             way.x = layer ? Rows<const Data>{below.data, below.step, below.row}
                           : Rows<const Data>{static_cast<const Data*>(p_.x), p_.x_step, p_.x_row};
             way.out = output(layer);
-            way.out.data += i % p_.directions * H_;
+            if (way.out.data) way.out.data += i % p_.directions * H_;
             way.ih.allocate(H_, round_up(way.inputs, GRAIN<Operand>));
             way.hh.allocate(H_, round_up(H_, GRAIN<Operand>));
             way.bias.allocate_zeros(blocks_ * KEPT * L);
@@ -113,7 +113,7 @@ class Forward : ForwardSteps<Cell, Data, Operand> {
         if (layer == p_.layers - 1) return y;
         if (p_.inner)
             return {static_cast<Data*>(p_.inner) + layer * order_.stored * width, order_.step * width, width};
-        if (p_.directions == 1 || (p_.layers - layer) % 2) return y;
+        if (y.data && (p_.directions == 1 || (p_.layers - layer) % 2)) return y;
         return {between_.data(), order_.step * width, width};
     }
     i64 chunk_of(const Line& line) const {
@@ -148,7 +148,7 @@ class Forward : ForwardSteps<Cell, Data, Operand> {
     // A line through all steps; `mine` is this thread's part of it.
     void sequence(Shared& line, Space& space, i64 mine) {
         const i64 T = p_.steps, W = line.layer * p_.directions + line.way;
-        if (mine == 0 && p_.ragged == 1) clear(line, ways_[W].out);
+        if (mine == 0 && p_.ragged == 1 && ways_[W].out.data) clear(line, ways_[W].out);
         i64 phase = 0;
         const auto time = [&](i64 step) { return line.way ? T - 1 - step : step; };
         for (i64 step = 0; step < T;) {

@@ -136,7 +136,7 @@ class ForwardSteps {
         if constexpr (Cell::CELLS) store(&space.c[own], c);
         if constexpr (STATE) store(&space.state[own], h);
         put(&after[b * space.h_stride + unit], h);
-        put(ways_[W].out.at(t, place) + unit, h, width);
+        if (ways_[W].out.data) put(ways_[W].out.at(t, place) + unit, h, width);
         if constexpr (SAVE && S > 1) {
             Data* gates = static_cast<Data*>(p_.gates) + at * S * H_ + unit;
             for (int s = 0; s < S; ++s) put(gates + s * H_, saved[s], width);
@@ -145,7 +145,7 @@ class ForwardSteps {
         if (b >= staying) {
             const i64 state = (W * p_.batch + order_.order[line.first + b]) * H_ + unit;
             put(static_cast<Data*>(call_.hn) + state, h, width);
-            if (Cell::CELLS) put(static_cast<Data*>(call_.cn) + state, c, width);
+            if (Cell::CELLS && call_.cn) put(static_cast<Data*>(call_.cn) + state, c, width);
         }
     }
 

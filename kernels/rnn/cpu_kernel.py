@@ -111,17 +111,14 @@ def caller(problem: Problem, batch_first: bool, bias: bool) -> Call | None:
         `call(x, h0, c0, weights) -> y, hn, cn` for contiguous tensors, of which no copy is made. States may be
         None, for zeros; the weights are in one sequence. None where the kernel reads other dtypes.
     """
-    if DTYPES[problem.dtype] != getattr(torch, problem.dtype) or problem.ragged != "no":
+    if not takes_as_it_is(problem):
         return None
     run, address = library().perfkit_rnn_forward_in_line, Tensor.data_ptr
     count, lstm = problem.layers * problem.directions, problem.mode == "LSTM"
     sizes = (problem.batch, problem.steps) if batch_first else (problem.steps, problem.batch)
     of_y, of_states = (*sizes, problem.hidden * problem.directions), (count, problem.batch, problem.hidden)
-
-    def strides(width: int) -> tuple[int, int]:
-        return (width, sizes[1] * width) if batch_first else (sizes[1] * width, width)
-
-    of_x, past_y = strides(problem.inputs), (*strides(of_y[2]), 0, 0, 0)
+    of_x = _dense_strides(problem, batch_first, problem.inputs)
+    past_y = (*_dense_strides(problem, batch_first, of_y[2]), 0, 0, 0)
     fill, about = struct.Struct(f"{_FORWARD.size // 8 + 4 * count}q").pack, (*_about(problem), 0)
     threads, lent = torch.get_num_threads, parallel()
 
@@ -136,6 +133,18 @@ def caller(problem: Problem, batch_first: bool, bias: bool) -> Call | None:
         return y, hn, cn
 
     return call
+
+
+def takes_as_it_is(problem: Problem) -> bool:
+    """Whether contiguous tensors need no copy."""
+    return DTYPES[problem.dtype] == getattr(torch, problem.dtype) and problem.ragged == "no"
+
+
+def told_of_last(problem: Problem, batch_first: bool) -> ctypes.Array:
+    """What `perfkit_rnn_last` is told of a problem of one direction without rows."""
+    numbers = dict.fromkeys(Stack._fields, 0) | dict(zip(Stack._fields, _about(problem), strict=False))
+    numbers["x_step"], numbers["x_row"] = _dense_strides(problem, batch_first, problem.inputs)
+    return ctypes.create_string_buffer(_FORWARD.pack(*numbers.values(), 0, 0))
 
 
 def backward(problem: Problem, x, rows, h0, c0, weights, batch_first, y, gates, cells, inner, d_y, d_hn, d_cn):
@@ -222,6 +231,11 @@ def _strides(x: Tensor, batch_first: bool) -> tuple[int, int]:
         return 0, x.stride(0)
     first, second, _ = x.stride()
     return (second, first) if batch_first else (first, second)
+
+
+def _dense_strides(problem: Problem, batch_first: bool, width: int) -> tuple[int, int]:
+    """The same of a contiguous tensor of so many features."""
+    return (width, problem.steps * width) if batch_first else (problem.batch * width, width)
 
 
 def _pointer(tensor: Tensor | None) -> int:

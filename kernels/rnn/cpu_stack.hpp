@@ -30,7 +30,8 @@ extern "C" struct PerfkitRnn {
     const void *h0, *c0;         // (W, B, H), null for zeros; c0 for LSTM only
     const void* x;               // row b of step t is at x + t * x_step + b * x_row, and row p of packed data at
     i64 x_step, x_row;           // x + p * x_row, in numbers; features are contiguous; y and gradients likewise
-    void* y;                     // forward: written, zeros past a row's length; backward: as forward left it
+    void* y;                     // forward: written, zeros past a row's length; backward: as forward left it; null,
+                                 // of one direction, where no outputs are wanted
     i64 y_step, y_row;
     void* gates;   // (W, R, S, H), what the backward pass needs; forward: null to save nothing
     float* cells;  // (W, R, H), LSTM only
@@ -39,7 +40,7 @@ extern "C" struct PerfkitRnn {
 
 extern "C" struct PerfkitRnnForward {
     PerfkitRnn stack;
-    void *hn, *cn;  // (W, B, H); cn for LSTM only
+    void *hn, *cn;  // (W, B, H); cn for LSTM only, null where it is not wanted
 };
 
 // Gradients, d_ for each of what has one.

@@ -69,6 +69,17 @@ def run(
     return found
 
 
+def picked_at_once(
+    x: Tensor, mode: str, weights: Sequence[Sequence[Tensor]], batch_first: bool, bidirectional: bool
+) -> Problem | None:
+    """The problem without states or gradients, checked, where the CPU kernel takes it as it lies; else None."""
+    flat = [weight for direction in weights for weight in direction]
+    form = mode, len(weights[0]) == 4, bidirectional, batch_first, False
+    problem, choice = _picked(x, None, None, None, flat, form, None)
+    at_once = choice.implementation == "cpu" and torch_stack.module("cpu").takes_as_it_is(problem)
+    return problem if at_once else None
+
+
 def _nothing_on(tensors: list[Tensor]) -> bool:
     """Numbers are wanted of plain tensors, and no more: no gradient, autocast, trace, mode or transformation."""
     if observer(tensors) or torch._C._is_any_autocast_enabled() or _op.tracing():

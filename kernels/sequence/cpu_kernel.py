@@ -6,6 +6,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,23 @@ from perfkit.kernels.conv2d import cpu_kernel as convolution
 from perfkit.kernels.conv2d.problem import Problem as Convolution
 from perfkit.kernels.linear import cpu_kernel as linear
 from perfkit.kernels.linear.problem import Problem as Linear
+from perfkit.kernels.rnn import cpu_kernel as recurrent
+from perfkit.kernels.rnn.problem import Problem as Recurrent
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 
-Problem = Convolution | Linear
-Layer = tuple[Problem, Tensor, "Tensor | None"]
-"""A layer's problem, weight and bias: dense, on CPU, of the problem's shapes and dtype."""
+
+class LastStep(NamedTuple):
+    """A stack of recurrent layers of one direction, without rows, of which the last step's outputs alone are wanted."""
+
+    problem: Recurrent
+    batch_first: bool
+
+
+Problem = Convolution | Linear | LastStep
+Layer = tuple[Problem, Sequence["Tensor | None"]]
+"""A layer's problem, and its weight and bias, or all weights of recurrent ones, in torch's order: dense, on CPU, of the
+problem's shapes and dtype."""
 
 
 class _Layer(ctypes.Structure):
@@ -29,8 +41,14 @@ class _Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("run", "problem", "weight", "bias")),
-        *((name, ctypes.c_int64) for name in ("convolves", "bytes")),
+        *((name, ctypes.c_int64) for name in ("convolves", "numbers", "bytes")),
     )
+
+
+class _Sequence(ctypes.Structure):
+    """`PerfkitSequence`."""
+
+    _fields_ = (("layers", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("count", "rows", "x_bytes", "work")))
 
 
 @functools.cache
@@ -41,40 +59,57 @@ def library() -> ctypes.CDLL:
         UnsupportedError: there is no C++ compiler, or it fails.
     """
     found = _native.load(SOURCE)
-    found.perfkit_sequence.argtypes = (ctypes.c_void_p, ctypes.c_int64, *(ctypes.c_void_p,) * 2, Threads)
+    found.perfkit_sequence.argtypes = (*(ctypes.c_void_p,) * 3, Threads)
     return found
 
 
-def caller(layers: Sequence[Layer], size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """y, of `size`, from x, dense as the first problem has it. Where weights lie is known from now on."""
-    told = [_told(problem) for problem, _, _ in layers]
-    steps = (_Layer * len(layers))(*map(_layer, layers, told))
-    run, threads, empty, count = library().perfkit_sequence, Threads.of_torch, torch.empty, len(layers)
-    dtype = getattr(torch, layers[-1][0].dtype)
+def caller(layers: Sequence[Layer], x: Tensor, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    """y, of `size`, from tensors like x, dense as the first problem has it. Where weights lie is known from now on."""
+    rows = _rows(layers[0][0])
+    rows = rows if all(_rows(problem) % rows == 0 for problem, _ in layers) else 1
+    told = [_told(*layer, rows) for layer in layers]
+    steps = (_Layer * len(layers))(*(layer for layer, _ in told))
+    work = sum(_work(problem) for problem, _ in layers)
+    all_steps = _Sequence(ctypes.addressof(steps), len(layers), rows, x.nbytes // rows, work)
+    run, threads, empty, where = library().perfkit_sequence, Threads.of_torch, torch.empty_like, ctypes.byref(all_steps)
+    like = layers[-1][1][0].new_empty(1).expand(size)  # of the size, in no memory: quicker than its size is
 
     def call(x: Tensor) -> Tensor:
-        y = empty(size, dtype=dtype)
-        if run(steps, count, x.data_ptr(), y.data_ptr(), threads()):
+        y = empty(like)
+        if run(where, x.data_ptr(), y.data_ptr(), threads()):
             raise MemoryError("a kernel found no memory for its working space")
         return y
 
-    call.told = told  # which the steps point to
+    call.told = steps, told
     return call
 
 
-def _told(problem: Problem) -> ctypes.Array:
-    return convolution.told(problem) if isinstance(problem, Convolution) else linear.told(problem)
+def _rows(problem: Problem) -> int:
+    """How many rows or images are computed apart."""
+    return 1 if isinstance(problem, LastStep) else problem.batch if isinstance(problem, Convolution) else problem.rows
 
 
-def _layer(layer: Layer, told: ctypes.Array) -> _Layer:
-    problem, weight, bias = layer
-    convolves = isinstance(problem, Convolution)
-    run = convolution.library().perfkit_conv2d_forward if convolves else linear.library().perfkit_linear
-    outputs = problem.outputs * (
-        problem.batch * problem.out_size[0] * problem.out_size[1] if convolves else problem.rows
-    )
-    return _Layer(
-        *(ctypes.cast(run, ctypes.c_void_p), ctypes.cast(told, ctypes.c_void_p)),
-        *(weight.data_ptr(), None if bias is None else bias.data_ptr()),
-        *(convolves, outputs * weight.element_size()),
-    )
+def _work(problem: Problem) -> int:
+    """Multiply-adds, of what can be computed in rows."""
+    if isinstance(problem, Convolution):
+        return problem.batch * problem.outputs * problem.conv_size[0] * problem.conv_size[1] * problem.taps
+    return 0 if isinstance(problem, LastStep) else problem.work
+
+
+def _told(problem: Problem, tensors: Sequence[Tensor | None], rows: int) -> tuple[_Layer, Sequence[ctypes.Array]]:
+    """A layer, and what it points to that is no tensor."""
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    if isinstance(problem, LastStep):
+        run, numbers = recurrent.library().perfkit_rnn_last, recurrent.told_of_last(*problem)
+        layers, outputs = problem.problem.layers, problem.problem.batch * problem.problem.hidden
+        each = len(addresses) // layers
+        four = [address for at in range(0, len(addresses), each) for address in (*addresses[at : at + each], 0, 0)[:4]]
+        addresses = [(ctypes.c_void_p * len(four))(*four), None]
+    elif isinstance(problem, Convolution):
+        run, numbers = convolution.library().perfkit_conv2d_forward, convolution.told(problem)
+        outputs = problem.outputs * problem.batch * problem.out_size[0] * problem.out_size[1]
+    else:
+        run, numbers, outputs = linear.library().perfkit_linear, linear.told(problem), problem.outputs * problem.rows
+    pointers = [ctypes.cast(each, ctypes.c_void_p) for each in (run, numbers, *addresses)]
+    size = outputs * tensors[0].element_size() // rows
+    return _Layer(*pointers, isinstance(problem, Convolution), len(numbers), size), (numbers, addresses[0])

@@ -91,6 +91,8 @@ def _watched(work: Workload, layers: dict[str, Part]) -> set[str]:
             layer = layer_of.get(id(links[-1]))
             if layer is None:
                 return grouped.apart(links, x), False
+            if isinstance(layer.module, nn.RNNBase):
+                return grouped.apart(links, x), bool(layer.runs)
             if isinstance(layer.module, nn.Linear):
                 y = grouped.apart(links, x)
                 if after and not layer.runs and grouped.linear_problem(links, x) is not None:

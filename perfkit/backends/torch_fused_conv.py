@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from perfkit.backends import torch_fused_linear as linears
-from perfkit.backends.torch_regroup import METHODS, ROWS
+from perfkit.backends import torch_fused_rnn as recurrent
+from perfkit.backends.torch_spellings import METHODS, ROWS
 from perfkit.backends.torch_surgery import INTEGER, ROUNDS, derive
 from perfkit.kernels.conv2d.torch_call import conv2d
 
@@ -56,10 +57,12 @@ class Group(NamedTuple):
 def may_begin(thing: Any) -> bool:
     """Whether it is a convolution as torch has it, or on integer weights: of few channels, floats are faster.
 
-    Or a linear layer as torch has it.
+    Or a linear or recurrent layer as torch has it.
     """
     if isinstance(thing, nn.Linear):
         return linears.may_begin(thing)
+    if isinstance(thing, nn.RNNBase):
+        return recurrent.may_begin(thing)
     own = type(thing).forward is nn.Conv2d.forward if isinstance(thing, nn.Conv2d) else False
     return own or (isinstance(thing, nn.Conv2d) and getattr(type(thing), INTEGER, False))
 

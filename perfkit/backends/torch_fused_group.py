@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from perfkit.backends import torch_fused_conv as convolutions
 from perfkit.backends import torch_fused_linear as linears
+from perfkit.backends import torch_fused_rnn as recurrent
 from perfkit.backends.torch_fused_sequence import Layers, run
 from perfkit.kernels import linear as linear_op
+from perfkit.kernels._torch import lowered
 from perfkit.kernels.conv2d.problem import options
 from perfkit.kernels.conv2d.torch_run import picked
 from perfkit.kernels.linear.problem import Problem
@@ -83,6 +85,8 @@ def layers(links: tuple, x: Tensor) -> tuple[Layers | None, Any]:
 def _problem(links: tuple, x: Tensor) -> Any:
     """What a layer and all that follows it compute of x in a kernel; None where they do not."""
     layer = links[-1]
+    if isinstance(layer, nn.RNNBase):
+        return recurrent.last_problem(links, x)
     if isinstance(layer, nn.Linear):
         rest = len(links) - 1 - rectified(links)
         problem = linear_problem(links, x) if linears.is_fused(layer) else None
@@ -91,7 +95,8 @@ def _problem(links: tuple, x: Tensor) -> Any:
         if isinstance(read, str) or read.norm is not None or read.rounds is not None:
             return None
         rest, given = read.rest, options(*convolutions.options_of(layer, read))
-        problem, choice = picked(x, layer.weight, layer.bias, given, False, None, recorded=False)
+        tensors = lowered("cpu", x, layer.weight, layer.bias)
+        problem, choice = picked(*tensors, given, False, None, recorded=False)
         problem = None if choice.implementation != "cpu" or problem.channels_last else problem
     return problem if all(convolutions.step_of(link)[0] == "rows" for link in links[:rest]) else None
 
@@ -99,10 +104,10 @@ def _problem(links: tuple, x: Tensor) -> Any:
 def linear_problem(links: tuple, x: Tensor) -> Problem | None:
     """What a linear layer, and a ReLU behind it, compute in the kernel: where it pays, or is too little to matter."""
     layer = links[-1]
-    dtypes = {each.dtype for each in (x, layer.weight, layer.bias) if each is not None}
+    dtypes = {each.dtype for each in lowered("cpu", x, layer.weight, layer.bias) if each is not None}
     if len(dtypes) > 1 or not x.is_cpu or x.dim() == 0 or x.size(-1) != layer.weight.size(1):
         return None
-    dtype, activation = str(x.dtype).removeprefix("torch."), "relu" if rectified(links) else None
+    dtype, activation = str(*dtypes).removeprefix("torch."), "relu" if rectified(links) else None
     made = Problem("cpu", dtype, prod(x.shape[:-1]), layer.weight.size(1), layer.weight.size(0), activation)
     if linear_op.OP.named(made, "cpu").why_not(made):
         return None

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch._dynamo.callback import callback_handler
 from torch.nn.utils.rnn import PackedSequence
 
+from perfkit.backends.torch_spellings import Last
 from perfkit.backends.torch_surgery import around_call, derive
-from perfkit.kernels.rnn.torch_call import run
+from perfkit.kernels._torch import lowered
+from perfkit.kernels.rnn.torch_call import picked_at_once, run
+from perfkit.kernels.sequence.cpu_kernel import LastStep
 
 FORWARDS = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +43,27 @@ def refusal(module: nn.RNNBase) -> str | None:
 def is_fused(module: nn.Module) -> bool:
     """Whether `fuse` was here."""
     return getattr(type(module), FUSED, False)
+
+
+def may_begin(module: nn.RNNBase) -> bool:
+    """Whether it is a recurrent layer as torch has it, or one that runs in the kernels."""
+    return type(module).forward in FORWARDS or is_fused(module)
+
+
+def last_problem(links: tuple, x: Tensor) -> LastStep | None:
+    """What a recurrent layer whose last step alone is read computes of x in the CPU kernel; None where it does not."""
+    module = links[-1]
+    if not is_fused(module) or len(links) != 2 or not isinstance(links[0], Last):
+        return None
+    output = "batch-first output" if module.batch_first else "output"
+    state = "LSTM state" if module.mode == "LSTM" else "state"
+    if links[0].reads not in (output, state) or not _usual(x, module.weight_ih_l0, 3):
+        return None
+    weights = [lowered("cpu", *direction) for direction in module.all_weights]
+    form = module.mode, weights, module.batch_first, module.bidirectional
+    problem = picked_at_once(*lowered("cpu", x), *form)
+    dropped = module.dropout and module.training and module.num_layers > 1
+    return None if problem is None or module.bidirectional or dropped else LastStep(problem, module.batch_first)
 
 
 def fuse(module: nn.RNNBase) -> None:

@@ -1,4 +1,4 @@
-"""Convolutions and linear layers that follow each other, by one call of `perfkit.kernels.sequence`.
+"""Layers that follow each other, by one call of `perfkit.kernels.sequence`.
 
 Of small layers the checks of each call take longer than the layers. So what a group of links is found to be is kept
 with its first layer, beside everything that it was read from: where that is as it was, all of it is one call. For
@@ -8,15 +8,16 @@ inference, where nobody looks on and each layer is a kernel's.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from perfkit.backends import torch_fused_conv as convolutions
 from perfkit.kernels import _autotune, _op
-from perfkit.kernels._torch import PLAIN, observer
+from perfkit.kernels._torch import PLAIN, autocasts, observer
 from perfkit.kernels.sequence.cpu_kernel import Problem, caller
 
 KEPT = "_perfkit_sequences"
@@ -25,12 +26,17 @@ _MOST = 64  # kinds of inputs of a layer
 Layers = list[tuple[nn.Module, Problem]]
 """Layers that follow each other, with nothing between them but what their problems say, and what each computes."""
 
+LAYERS = (nn.Conv2d, nn.Linear, nn.RNNBase)
 _READ = {
     nn.Conv2d: operator.attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.MaxPool2d: operator.attrgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
     nn.Flatten: operator.attrgetter("start_dim", "end_dim"),
+    nn.RNNBase: operator.attrgetter("mode", "batch_first", "bidirectional", "dropout", "training"),
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_form = operator.attrgetter("shape", "dtype")
+GUARDS = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+"""What torch.compile looks with whether tensors are as they were: in a quarter of the time that asking each takes."""
 
 
 def run(links: tuple, x: Any, layers: Callable[[tuple, Tensor], tuple[Layers | None, Tensor]]) -> Tensor | None:
@@ -40,27 +46,43 @@ def run(links: tuple, x: Any, layers: Callable[[tuple, Tensor], tuple[Layers | N
         layers: tells of links and x which layers they are, None where some of them are no kernel's, and computes them.
     """
     first = links[-1]
-    if type(x) not in PLAIN or not isinstance(first, (nn.Conv2d, nn.Linear)):
+    if type(x) not in PLAIN or not isinstance(first, LAYERS):
         return None
-    kept = vars(first).setdefault(KEPT, _Kept())
-    key = len(links), x.shape, x.dtype, _autotune.state()
+    kept = vars(first).get(KEPT)
+    if kept is None:
+        kept = vars(first).setdefault(KEPT, _Kept())
+    low = _autocasts_to(x)
+    key = len(links), x.shape, x.dtype, low, torch.is_inference_mode_enabled(), _autotune.state()
     known = kept.get(key, _unknown)
     if known is None:
         return None
     if known is not _unknown and known.holds(links):
         return known.call(x) if known.quiet(x) else None
-    new = _Sequence(links)
-    if not new.quiet(x):
+    new = _Sequence(links, low)
+    if not new.quiet(x) or observer(new.tensors):
         return None
+    new.remember()
     if len(kept) >= _MOST:
         kept.clear()
     found, y = layers(links, x)
-    if found and new.holds(links):
-        new.call = caller([(problem, layer.weight, layer.bias) for layer, problem in found], tuple(y.shape))
+    if found and new.holds(links) and all(map(Tensor.is_contiguous, new.tensors)):
+        new.learn([problem for _, problem in found], x, tuple(y.shape))
         kept[key] = new
     else:
         kept[key] = None
     return y
+
+
+def _autocasts_to(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of it and of weights like it."""
+    if not torch._C._is_any_autocast_enabled() or not autocasts("cpu") or x.dtype != torch.float32:
+        return None
+    return torch.get_autocast_dtype("cpu")
+
+
+def _names(layer: nn.Module) -> Sequence[str]:
+    """Of its parameters, in the order in which its kernel takes them."""
+    return layer._flat_weights_names if isinstance(layer, nn.RNNBase) else ("weight", "bias")
 
 
 class _Kept(dict):
@@ -76,69 +98,82 @@ class _Kept(dict):
 _unknown = object()
 
 
-class _Weight(NamedTuple):
-    """A parameter, where its module holds it, and what it was."""
-
-    holder: dict[str, Tensor | None]
-    name: str
-    tensor: Tensor | None
-    at: int
-    shape: torch.Size
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, layer: nn.Module, name: str) -> _Weight:
-        tensor = getattr(layer, name)
-        told = (0, torch.Size(), torch.float32) if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.dtype)
-        return cls(layer._parameters, name, tensor, *told)
-
-    def holds(self) -> bool:
-        tensor = self.holder.get(self.name)
-        return tensor is self.tensor and (
-            tensor is None
-            or (
-                tensor.data_ptr() == self.at
-                and tensor.dtype is self.dtype
-                and tensor.is_contiguous()
-                and tensor.shape == self.shape
-            )
-        )
-
-
 class _Sequence:
     """Links as one call, and what must be so for it to be what they compute. Final."""
 
     call: Callable[[Tensor], Tensor]
 
-    def __init__(self, links: tuple):
+    def __init__(self, links: tuple, low: torch.dtype | None):
         modules = [link for link in links if isinstance(link, nn.Module)]
-        layers = [each for each in modules if isinstance(each, (nn.Conv2d, nn.Linear))]
+        layers = [each for each in reversed(modules) if isinstance(each, LAYERS)]
         self.links, self.modules, self.types = links, modules, list(map(type, modules))
         self.own = list(map(vars, modules))
         self.hooks = [*(getattr(each, name) for each in modules for name in _HOOKS), *convolutions.GLOBAL_HOOKS]
-        read = [(each, _READ[kind]) for each in modules for kind in _READ if isinstance(each, kind)]
-        self.read = [(each, tell, tell(each)) for each, tell in read]
-        self.weights = [_Weight.of(layer, name) for layer in layers for name in ("weight", "bias")]
-        self.tensors = [weight.tensor for weight in self.weights if weight.tensor is not None]
+        self.read = [(each, _READ[kind]) for each in modules for kind in _READ if isinstance(each, kind)]
+        self.told = [tell(each) for each, tell in self.read]
+        self.places = [(layer._parameters, name) for layer in layers for name in _names(layer)]
+        self.low, self.of_layers = low, [[getattr(layer, name) for name in _names(layer)] for layer in layers]
+        parameters = list(chain(*self.of_layers))
+        self.parameters, self.tensors = list(map(id, parameters)), [each for each in parameters if each is not None]
+
+    def remember(self) -> None:
+        """How the parameters lie, of which somebody who looks on may make tensors that lie nowhere."""
+        self.addresses, self.alike = list(map(Tensor.data_ptr, self.tensors)), _alike(self.tensors)
+
+    def learn(self, problems: Sequence[Problem], x: Tensor, size: tuple[int, ...]) -> None:
+        """Make the call of tensors such as x, which gives one of `size`."""
+        if self.low is None:
+            self.call = caller(list(zip(problems, self.of_layers, strict=True)), x, size)
+            return
+        # As autocast has it: weights are what they are at each call, and are rounded then.
+        low, tensors = self.low, self.tensors
+        with torch.inference_mode(False):  # what is made within could not be written to outside
+            copies = [torch.empty_like(each, dtype=low) for each in tensors]
+        of = dict(zip(map(id, tensors), copies, strict=True)) | {id(None): None}
+        run = caller(
+            [(problem, [of[id(each)] for each in own]) for problem, own in zip(problems, self.of_layers, strict=True)],
+            x.to(low),
+            size,
+        )
+
+        def call(x: Tensor) -> Tensor:
+            torch._foreach_copy_(copies, tensors)
+            return run(x.to(low))
+
+        self.call = call
 
     def holds(self, links: tuple) -> bool:
         """Whether they are these links, and are what they were."""
         return (
             links == self.links
             and list(map(type, self.modules)) == self.types
-            and all(tell(module) == told for module, tell, told in self.read)
-            and all(weight.holds() for weight in self.weights)
+            and [id(holder.get(name)) for holder, name in self.places] == self.parameters
+            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+            and self.alike(*self.tensors)
+            and [tell(each) for each, tell in self.read] == self.told
         )
 
     def quiet(self, x: Tensor) -> bool:
-        """Whether numbers are wanted of x as it lies, and no more: no hook, gradient, autocast, trace or mode."""
-        tensors = [x, *self.tensors]
+        """Whether numbers are wanted of x as it lies, and no more: no hook, gradient, trace, mode or other autocast."""
         return not (
             any(self.hooks)
-            or any("forward" in own for own in self.own)
+            or any(map(operator.contains, self.own, repeat("forward")))
             or not (x.is_cpu and x.is_contiguous())
-            or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-            or torch._C._is_any_autocast_enabled()
+            or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.tensors)))
+            or (self.low is None and torch._C._is_any_autocast_enabled())
             or _op.tracing()
-            or observer(tensors)
+            or observer((x,))
         )
+
+
+def _alike(tensors: list[Tensor]) -> Callable[..., bool]:
+    """Whether such tensors are of the classes, dtypes, sizes and strides that these are, and numbers as they lie."""
+    if GUARDS is not None:
+        return GUARDS(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    forms, strides = list(map(_form, tensors)), list(map(Tensor.stride, tensors))
+
+    def alike(*given: Tensor) -> bool:
+        plain = PLAIN.issuperset(map(type, given)) and not any(map(Tensor.is_neg, given))
+        return plain and list(map(_form, given)) == forms and list(map(Tensor.stride, given)) == strides
+
+    return alike

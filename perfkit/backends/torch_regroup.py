@@ -1,4 +1,4 @@
-"""A module's forward with the calls that follow a convolution handed over as one group, everything else as written.
+"""A module's forward with the calls that follow a layer handed over as one group, everything else as written.
 
     x = self.pool(F.relu(self.conv(x)))      becomes      x = group((self.pool, F.relu, self.conv), x)
 
@@ -18,34 +18,10 @@ from typing import Any
 from torch import nn
 
 from perfkit.backends.torch_source import arguments, remade, source
+from perfkit.backends.torch_spellings import BY_NAME, CALLS, METHODS, Spelled, last_of, unpacked
 
 _GROUP = "_perfkit_group"
 _MODULE = types.ModuleType
-
-
-class Method:
-    """A call of a method, as a callable of the object: `Method("relu")(x)` is `x.relu()`."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(x, self.name)(*args, **kwargs)
-
-
-class Rows:
-    """Images as rows: `Rows("view")(x)` is `x.view(x.size(0), -1)`, `Rows("flatten")(x)` is `x.flatten(1)`."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __call__(self, x: Any) -> Any:
-        return x.flatten(1) if self.name == "flatten" else getattr(x, self.name)(x.size(0), -1)
-
-
-METHODS = {name: Method(name) for name in ("relu", "relu_")}
-ROWS = {f"_perfkit_rows_{name}": Rows(name) for name in ("view", "reshape", "flatten")}
-_BY_NAME = {f"_perfkit_{name}": method for name, method in METHODS.items()} | ROWS
 
 
 def regrouped(
@@ -70,17 +46,20 @@ def regrouped(
     """
     tree, imports = source(function)
 
+    def find(path: ast.expr) -> Any:
+        return _found(path, tree, owner, function.__globals__)
+
     def leads(path: ast.expr, to: Callable[[Any], bool]) -> bool:
-        found = _found(path, tree, owner, function.__globals__)
+        found = find(path)
         return found is not None and to(found)
 
-    tree = _Rows().visit(tree)
-    finder = _Groups(tree, lambda path: leads(path, first), lambda path: leads(path, later))
+    tree = Spelled().visit(tree)
+    finder = _Groups(tree, find, lambda path: leads(path, first), lambda path: leads(path, later))
     tree = finder.visit(tree)
     if not finder.found:
         return None
-    new = remade(function, tree, imports, {_GROUP: group, **_BY_NAME})
-    begun = [_found(path, tree, owner, function.__globals__) for path in finder.found]
+    new = remade(function, tree, imports, {_GROUP: group, **BY_NAME})
+    begun = list(map(find, finder.found))
     return new, [each for each in begun if isinstance(each, nn.Module)]
 
 
@@ -100,25 +79,17 @@ def _found(path: ast.expr, tree: ast.FunctionDef, owner: nn.Module, names: dict[
     return held[index] if isinstance(held, nn.ModuleDict) and index in held else None
 
 
-class _Rows(ast.NodeTransformer):
-    """Turns what makes rows of a variable's images into a call of one of `ROWS`."""
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
-        if not (isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)) or node.keywords:
-            return node
-        x, name, arguments = node.func.value, node.func.attr, [ast.unparse(argument) for argument in node.args]
-        sizes = [[f"{x.id}.{size}", "-1"] for size in ("size(0)", "shape[0]")]
-        if arguments not in ({"view": sizes, "reshape": sizes, "flatten": [["1"]]}.get(name, ())):
-            return node
-        return ast.copy_location(ast.Call(_name(f"_perfkit_rows_{name}"), [x], []), node)
-
-
 class _Groups(ast.NodeTransformer):
     """Finds the groups of one function and replaces them."""
 
-    def __init__(self, tree: ast.FunctionDef, first: Callable[[ast.expr], bool], later: Callable[[ast.expr], bool]):
-        self.first, self.later = first, later
+    def __init__(
+        self,
+        tree: ast.FunctionDef,
+        find: Callable[[ast.expr], Any],
+        first: Callable[[ast.expr], bool],
+        later: Callable[[ast.expr], bool],
+    ):
+        self.find, self.first, self.later = find, first, later
         self.found: list[ast.expr] = []
         nodes = list(ast.walk(tree))
         names = [node for node in nodes if isinstance(node, ast.Name)]
@@ -160,24 +131,37 @@ class _Groups(ast.NodeTransformer):
     def _join(self, one: ast.stmt, other: ast.stmt) -> ast.stmt | None:
         if not (isinstance(one, ast.Assign) and isinstance(other, (ast.Assign, ast.Return)) and other.value):
             return None
-        if len(one.targets) != 1 or not isinstance(one.targets[0], ast.Name) or not self._begun(one.value):
+        if len(one.targets) != 1 or not self._begun(one.value):
             return None
-        name = one.targets[0].id
+        names = unpacked(one.targets[0])
         held, links = other.value, 0
         while (inner := self._inside(held)) is not None:
             last, held, links = held, inner, links + 1
-        if not links or not isinstance(held, ast.Name) or held.id != name:
+        read = held
+        while isinstance(read, ast.Subscript):
+            read = read.value
+        if not isinstance(read, ast.Name) or read.id not in names:
             return None
-        if sum(isinstance(node, ast.Name) and node.id == name for node in ast.walk(other.value)) != 1:
+        whole = read is held and not names[read.id]
+        goes_on = one.value if whole else last_of(one.value, names[read.id], read, held)
+        if goes_on is None or (whole and not links):
             return None
-        again = isinstance(other, ast.Assign) and ast.dump(other.targets[0]) == ast.dump(one.targets[0])
-        if not (again or isinstance(other, ast.Return) or self._dead(name, other)):
+        if sum(isinstance(node, ast.Name) and node.id in names for node in ast.walk(other.value)) != 1:
             return None
-        if isinstance(last.func, ast.Attribute) and last.func.value is held:
-            last.func.value = one.value
+        if not all(self._gone(name, other) for name in names):
+            return None
+        if not links:
+            other.value = goes_on
+        elif isinstance(last.func, ast.Attribute) and last.func.value is held:
+            last.func.value = goes_on
         else:
-            last.args[0] = one.value
+            last.args[0] = goes_on
         return other
+
+    def _gone(self, name: str, statement: ast.Assign | ast.Return) -> bool:
+        """Whether a statement is the last one to read what a variable is before it."""
+        again = isinstance(statement, ast.Assign) and ast.dump(statement.targets[0]) == ast.dump(_stored(name))
+        return again or isinstance(statement, ast.Return) or self._dead(name, statement)
 
     def _dead(self, name: str, statement: ast.stmt) -> bool:
         """Whether nothing that may run after a statement reads a variable. Of loops that is not known."""
@@ -206,7 +190,7 @@ class _Groups(ast.NodeTransformer):
             return None
         if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS and not node.args and not node.keywords:
             return node.func.value
-        if isinstance(node.func, ast.Name) and node.func.id in ROWS:
+        if isinstance(node.func, ast.Name) and node.func.id in CALLS:
             return node.args[0]
         if not node.args or isinstance(node.args[0], ast.Starred) or not self._leads(node.func, self.later):
             return None
@@ -232,7 +216,7 @@ class _Groups(ast.NodeTransformer):
             return self.generic_visit(node)
         first = calls[starts[-1]]
         self.found.append(first.func)
-        links = [*map(self._link, calls[: starts[-1]]), first.func]
+        links = [*map(self._link, calls[: starts[-1]]), self._path(first.func)]
         called = ast.Call(_name(_GROUP), [ast.Tuple(links, ast.Load()), self.visit(first.args[0])], [])
         return ast.copy_location(called, first)
 
@@ -240,13 +224,27 @@ class _Groups(ast.NodeTransformer):
         if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS and not node.args:
             return _name(f"_perfkit_{node.func.attr}")
         if len(node.args) == 1 and not node.keywords:
-            return node.func
+            return self._path(node.func)
         keywords = ast.Dict([ast.Constant(item.arg) for item in node.keywords], [item.value for item in node.keywords])
-        return ast.Tuple([node.func, ast.Tuple(node.args[1:], ast.Load()), keywords], ast.Load())
+        return ast.Tuple([self._path(node.func), ast.Tuple(node.args[1:], ast.Load()), keywords], ast.Load())
+
+    def _path(self, node: ast.expr) -> ast.expr:
+        """The same submodule from where its module has it: nn.Module.__getattr__ looks there for half a microsecond."""
+        if not isinstance(node, ast.Attribute):
+            return node
+        held, attribute = self.find(node.value), node.attr
+        if not isinstance(held, nn.Module) or getattr(held, attribute, held) is not held._modules.get(attribute):
+            return node
+        modules = ast.Attribute(self._path(node.value), "_modules", ast.Load())
+        return ast.Subscript(modules, ast.Constant(attribute), ast.Load())
 
 
 def _name(name: str) -> ast.Name:
     return ast.Name(name, ast.Load())
+
+
+def _stored(name: str) -> ast.Name:
+    return ast.Name(name, ast.Store())
 
 
 def _plain(node: ast.expr) -> bool:

@@ -58,25 +58,6 @@ def in_line():
     return nn.Sequential(net.conv, net.relu, net.pool, nn.Flatten(), net.first, nn.ReLU(), net.second)
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """How many layers each sequence has that is made; the kernels take whatever they can, on any CPU."""
-    from perfkit.kernels import _op
-    from perfkit.kernels.linear import cpu_shape, torch_call
-
-    monkeypatch.setattr(cpu_shape, "slower", lambda _problem: None)
-    monkeypatch.setattr(torch_call, "_known", {})
-    _op._choose.cache_clear()
-    found, caller = [], sequences.caller
-
-    def counted(layers, size):
-        found.append(len(layers))
-        return caller(layers, size)
-
-    monkeypatch.setattr(sequences, "caller", counted)
-    return found
-
-
 def optimized(model, x):
     return perfkit.apply(model, "fused_kernels", example_inputs=x).model
 
@@ -188,3 +169,67 @@ def test_a_layer_that_is_left_alone_is_in_no_sequence(made):
         for _ in range(2):
             assert_same(result(x), model(x))
     assert not made
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_any_batch_on_any_number_of_threads(threads, dtype, error, made):
+    torch.manual_seed(0)
+    model = Net().eval().to(dtype)
+    result = optimized(model, batch().to(dtype))
+    double = copy.deepcopy(model).double()
+    before = torch.get_num_threads()
+    made.clear()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            for rows in (1, 15, 16, 49, 100):  # threads take rows of their own from 16 for each on
+                x = batch(rows).to(dtype)
+                y = result(x)
+                torch.testing.assert_close(y.double(), double(x.double()), rtol=error, atol=error)
+                assert torch.equal(result(x), y)
+    finally:
+        torch.set_num_threads(before)
+    assert made == [3] * 5
+
+
+def test_autocast_rounds_what_weights_are_at_the_call(made):
+    torch.manual_seed(0)
+    model, x = Net().eval(), batch()
+    result = optimized(model, x)
+    made.clear()
+
+    def same(dtype):
+        with torch.autocast("cpu", dtype):
+            for _ in range(2):
+                new, old = result(x), model(x)
+                assert new.dtype == old.dtype
+                torch.testing.assert_close(new, old, rtol=3e-2, atol=3e-2)
+
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            same(torch.bfloat16)
+    assert made == [3, 3]
+    with torch.no_grad():
+        for each in (result, model):
+            each.first.weight.data.mul_(0.5)
+        same(torch.bfloat16)
+        same(torch.float16)
+        assert_same(result(x), model(x))
+        x = x.bfloat16()
+        same(torch.bfloat16)
+    assert made == [3, 3]
+
+
+def test_parameters_of_torch_func_lie_nowhere(made):
+    torch.manual_seed(0)
+    model, x = Net().eval(), batch()
+    result = optimized(model, x)
+    halves = {name: torch.stack([each.detach(), each.detach() / 2]) for name, each in model.named_parameters()}
+    with torch.no_grad():
+        new, old = (
+            torch.func.vmap(lambda given, of=of: torch.func.functional_call(of, given, (x,)))(halves)
+            for of in (result, model)
+        )
+        assert_same(new, old)
+        assert_same(result(x), model(x))
