@@ -13,7 +13,8 @@ class Compile(Recipe):
 
     Fuses elementwise operations and takes Python out of the way. It costs seconds on the first call and again for every
     new input shape; the report says after how many calls that is earned back. For inference in PyTorch the weights are
-    frozen into the program, which lets it reorder them for the hardware; `load_state_dict` and `.to` compile anew.
+    frozen into the program, which lets it reorder them for the hardware; `load_state_dict` and `.to` compile anew. In
+    JAX what it computes of parameters alone, such as casts, is kept in memory until others come.
 
     Args:
         mode: PyTorch only: as torch.compile has it; "reduce-overhead" uses CUDA graphs, "max-autotune" times kernels.

@@ -5,10 +5,11 @@
 - `problem.py`: one call without its numbers.
 - `reference.py`: the same in the framework's own operations, and what runs where gradients are wanted or anything looks
   on: torch.compile, autocast, torch.func, dispatch modes, profilers, tensor subclasses.
-- `cpu_kernel.cpp`, `cpu_tiles.hpp`: the kernel, on vectors and on AMX's tiles. It reads weights as they lie at each
-  call: none are kept, so none can be stale. `cpu_kernel.py` and `cpu_ffi.cpp` bind it to torch and JAX.
+- `cpu_kernel.cpp`, `cpu_across.hpp`, `cpu_tiles.hpp`: the kernel, on vectors for weights as torch has them and as JAX
+  has them, and on AMX's tiles. It reads weights as they lie at each call: none are kept, so none can be stale.
+  `cpu_kernel.py` and `cpu_ffi.cpp` bind it to torch and JAX.
 - `cpu_shape.py`: which calls it takes, where it pays, and what it is told.
-- `jax_op.py`: the layer in JAX, in bfloat16 on tiles, with gradients.
+- `jax_op.py`: the layer in JAX, with gradients.
 - `torch_call.py`: the way of a call. A small layer takes a microsecond or two: what a kind of call is found to be is
   remembered.
 

@@ -7,7 +7,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-ffi::Error on_tiles(ffi::Span<const std::int64_t> shape, std::int64_t threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
+ffi::Error across(ffi::Span<const std::int64_t> shape, std::int64_t threads, ffi::AnyBuffer x, ffi::AnyBuffer w,
                     ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
     PerfkitLinear p;
     if (shape.size() * sizeof(std::int64_t) != sizeof p)
@@ -15,14 +15,14 @@ ffi::Error on_tiles(ffi::Span<const std::int64_t> shape, std::int64_t threads, f
     std::memcpy(&p, shape.begin(), sizeof p);
     const int failed = perfkit_linear_across(&p, x.untyped_data(), w.untyped_data(), static_cast<const float*>(bias.untyped_data()),
                                              y->untyped_data(), {threads});
-    if (failed == 2) return ffi::Error(ffi::ErrorCode::kUnimplemented, "this process may not use AMX's tiles");
+    if (failed == 2) return ffi::Error(ffi::ErrorCode::kUnimplemented, "this processor lacks AVX-512, or its bfloat16");
     if (failed) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for the linear kernel's working space");
     return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(perfkit_linear_xla, on_tiles,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(perfkit_linear_xla, across,
                               ffi::Ffi::Bind()
                                   .Attr<ffi::Span<const std::int64_t>>("shape")
                                   .Attr<std::int64_t>("threads")

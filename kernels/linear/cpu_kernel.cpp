@@ -5,6 +5,7 @@
 // Both x and w lie with K innermost, so both are read as whole vectors as they are: lanes are inputs, and a sum's lanes
 // are added up once it is complete. So nothing is ever packed, copied or kept of the weights: what they are when a call
 // comes is what it uses. ROWS x OUTPUTS sums are in registers; K is cut so that what they read stays in the cache.
+#include "cpu_across.hpp"
 #include "cpu_tiles.hpp"
 
 namespace {
@@ -45,14 +46,6 @@ INLINE void add_lanes(const Floats* sums, float* to) {
         to[n] += sum;
     }
 #endif
-}
-
-// use(std::integral_constant<int, count>()), for 1 <= count <= MOST.
-template <int MOST, class Use>
-INLINE void counted(i64 count, Use use) {
-    if constexpr (MOST > 1)
-        if (count < MOST) return counted<MOST - 1>(count, use);
-    use(std::integral_constant<int, MOST>());
 }
 
 // sums[m][n] = the products of inputs 0 to K - 1 of R rows of x with N of w.
@@ -176,19 +169,38 @@ extern "C" int perfkit_linear(const PerfkitLinear* p, void* x, void* w, void* bi
     return 1;
 }
 
-// Whether bfloat16 numbers are multiplied on tiles.
-extern "C" int perfkit_linear_has_tiles() { return perfkit::have_tiles(); }
+// Whether there are instructions that the following needs.
+extern "C" int perfkit_linear_has_across(std::int64_t bfloat16) {
+#if defined(__AVX512F__)
+    return !bfloat16 || PERFKIT_BFLOAT16;
+#else
+    return 0;
+#endif
+}
 
-// The same on tiles with w: (K, N), and a bias in float32. Returns 2 where there are no tiles.
+// The same with w: (K, N), and a bias in float32. Returns 2 where there are no instructions for it.
 extern "C" int perfkit_linear_across(const PerfkitLinear* p, void* x, void* w, const float* bias, void* y,
                                      perfkit::Threads threads) try {
 #if PERFKIT_TILES
-    if (perfkit::have_tiles()) {
+    if (by_tiles(*p)) {
         std::vector<float> biases(p->outputs + L);
         std::copy(bias, bias + p->outputs, biases.begin());
         linear_by_tiles(*p, x, w, biases.data(), y, threads);
         return 0;
     }
+#endif
+#if defined(__AVX512F__)
+    const auto run = [&](auto type) {
+        using T = decltype(type);
+        const AcrossPass<T> pass{*p, static_cast<const typename T::Number*>(x),
+                                 static_cast<const typename T::Weight*>(w), bias, y};
+        linear_across(pass, threads);
+        return 0;
+    };
+    if (!p->bfloat16) return run(Singles());
+#if PERFKIT_BFLOAT16
+    return p->wide_weight ? run(Pairs<float>()) : run(Pairs<std::uint16_t>());
+#endif
 #endif
     return 2;
 } catch (const std::bad_alloc&) {

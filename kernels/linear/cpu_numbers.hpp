@@ -10,15 +10,34 @@
 #include "_thread_pool.hpp"
 #include "_vector.hpp"
 
+#if defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define PERFKIT_BFLOAT16 1  // instructions that multiply such numbers
+#else
+#define PERFKIT_BFLOAT16 0
+#endif
+
 extern "C" struct PerfkitLinear {
     std::int64_t rows, outputs, inputs, relu, bfloat16;
-    std::int64_t across;               // w is (K, N); of bfloat16 numbers, on tiles alone, as
-    std::int64_t wide_weight, wide_y;  // where w or y is float32 all the same
+    std::int64_t across;               // w is (K, N), as is
+    std::int64_t wide_weight, wide_y;  // where of bfloat16 numbers w or y is float32 all the same
 };
 
 namespace {
 
 using namespace perfkit;
+
+#if defined(__AVX512F__)
+// Which lanes of a vector are there, where `count` numbers are left.
+INLINE __mmask16 lanes(i64 count) { return __mmask16((1u << std::clamp<i64>(count, 0, L)) - 1); }
+#endif
+
+// use(std::integral_constant<int, count>()), for 1 <= count <= MOST; of more, MOST.
+template <int MOST, class Use>
+INLINE void counted(i64 count, Use use) {
+    if constexpr (MOST > 1)
+        if (count < MOST) return counted<MOST - 1>(count, use);
+    use(std::integral_constant<int, MOST>());
+}
 
 using Halves = std::uint16_t __attribute__((vector_size(2 * L)));
 
@@ -54,7 +73,16 @@ INLINE Halves rounded(Floats x) {
     return __builtin_convertvector((x != x ? Ints{} + 0x7fc0 : half) & 0xffff, Halves);
 }
 
-#if defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if PERFKIT_BFLOAT16
+// `count` lanes, as 16 bits in the lower half of each; zero beyond.
+INLINE Ints halves_at(const std::uint16_t* at, i64 count) {
+    return Ints(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(count), at)));
+}
+INLINE Ints halves_at(const float* at, i64 count) {
+    const Halves half = rounded(Floats(_mm512_maskz_loadu_ps(lanes(count), at)));
+    return Ints(_mm512_cvtepu16_epi32(__m256i(half)));
+}
+
 struct Bfloat16 {
     using Number = std::uint16_t;
     using Vector = Ints;

@@ -17,6 +17,15 @@ LEAST_WORK = 1 << 14
 LEAST_INPUTS = 128
 """Products summed for one output from which adding up a sum's lanes is a small part of the work."""
 
+LEAST_INPUTS_IN_JAX = 32
+"""The same against XLA, measured there too. From few rows to 2048 of 1024 inputs to as many outputs the kernel took no
+more time than XLA's product, mostly a half to three quarters of it, and of one row in bfloat16 a sixth."""
+
+MOST_WEIGHTS = 1 << 22
+"""Weights up to which that is so: it was of 2048 x 2048, and not of 4096 x 4096, but for few rows in bfloat16."""
+
+FEW_ROWS = 4
+
 MOST_ROWS = 16
 """Rows of x up to which reading the weights takes longer than multiplying with them, whatever multiplies."""
 
@@ -42,17 +51,21 @@ def refusal(problem: Problem) -> str | None:
 
 
 def _refusal_in_jax(problem: Problem) -> str | None:
-    if problem.dtype != "bfloat16" or not has("amx_bf16"):
-        return "it multiplies bfloat16 on AMX's tiles, and this CPU or this call has none"
+    wanted = "avx512_bf16" if problem.dtype == "bfloat16" else "avx512f"
+    if not has(wanted):
+        return f"of {problem.dtype} it wants {wanted}, which this CPU lacks"
     if missing := _native.missing():
         return missing
     from perfkit.kernels.linear.jax_op import library
 
-    return None if library().perfkit_linear_has_tiles() else "the system does not let this process use AMX's tiles"
+    able = library().perfkit_linear_has_across(problem.dtype == "bfloat16")
+    return None if able else f"the C++ compiler builds without {wanted}"
 
 
 def slower(problem: Problem) -> str | None:
     """Why the framework's own product is expected to be as fast; None where it is not."""
+    if problem.framework == "jax":
+        return _slower_in_jax(problem)
     if problem.work < LEAST_WORK or problem.inputs < LEAST_INPUTS:
         return f"{problem.rows} rows of {problem.inputs} inputs to {problem.outputs} are too little work to gain by it"
     if not has("avx512f"):
@@ -60,11 +73,31 @@ def slower(problem: Problem) -> str | None:
     if problem.dtype == "bfloat16" and not has("avx512_bf16"):
         return "this CPU has no bfloat16 instructions"
     if problem.dtype == "bfloat16" and has("amx_bf16") and problem.rows >= TILE_ROWS:
-        packed = 2 * min(problem.rows, problem.outputs) * problem.inputs
-        return f"{packed} bytes to pack are more than the cache holds" if packed > MOST_PACKED else None
+        return _too_large(problem)
     others = "Intel" in cpu()[0] or has("amx_bf16")
     most = MOST_ROWS if others else MOST_ROWS_MEASURED[problem.dtype]
     return f"above {most} rows torch's own product is as fast" if problem.rows > most else None
+
+
+def _slower_in_jax(problem: Problem) -> str | None:
+    if problem.inputs < LEAST_INPUTS_IN_JAX:
+        return f"{problem.inputs} inputs are too little work to gain by it"
+    half = problem.dtype == "bfloat16"
+    if half and has("amx_bf16") and problem.rows >= TILE_ROWS:
+        return _too_large(problem)
+    if problem.inputs * problem.outputs > MOST_WEIGHTS and not (half and problem.rows <= FEW_ROWS):
+        return f"above {MOST_WEIGHTS} weights, which no cache holds, XLA's product is as fast"
+    if half:
+        return None
+    if ("Intel" in cpu()[0] or has("amx_bf16")) and problem.rows > MOST_ROWS:
+        return f"above {MOST_ROWS} rows XLA's product is as fast"
+    return None
+
+
+def _too_large(problem: Problem) -> str | None:
+    """Why oneDNN is faster on tiles; None where it is not."""
+    packed = 2 * min(problem.rows, problem.outputs) * problem.inputs
+    return f"{packed} bytes to pack are more than the cache holds" if packed > MOST_PACKED else None
 
 
 def shape(problem: Problem) -> tuple[int, ...]:

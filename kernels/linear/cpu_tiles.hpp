@@ -34,15 +34,6 @@ Aligned<Word> aligned(i64 count) {
 
 constexpr i64 parts(i64 length, i64 each) { return (length + each - 1) / each; }
 
-// `count` lanes, as 16 bits in the lower half of each; zero beyond.
-INLINE Ints halves_at(const std::uint16_t* at, i64 count) {
-    return Ints(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), at)));
-}
-INLINE Ints halves_at(const float* at, i64 count) {
-    const Halves half = rounded(Floats(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), at)));
-    return Ints(_mm512_cvtepu16_epi32(__m256i(half)));
-}
-
 // The operand that is packed: for each 16 rows, for each 32 inputs, a tile.
 struct Packed {
     const i64 rows, K, steps, panels;

@@ -1,8 +1,8 @@
-"""A linear layer in bfloat16 in JAX: XLA's product, or the kernel on AMX's tiles as a custom call.
+"""A linear layer in JAX: XLA's product, or the kernel as a custom call.
 
-XLA converts bfloat16 to float32 on a CPU to multiply it, weights included, at each call. The kernel reads weights in
-float32 or bfloat16 as they lie, and rounds those that are float32 as it packs them. Its gradients are those of XLA's
-product.
+XLA converts bfloat16 to float32 on a CPU to multiply it, weights included, at each call, and multiplies few rows on one
+thread. The kernel reads weights in float32 or bfloat16 as they lie; those that are float32 where x is bfloat16 it
+rounds. Its gradients are those of XLA's product.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def linear(
     """act(x weight + bias), with gradients for x, weight and bias.
 
     Args:
-        x: (..., K), bfloat16 for the kernel.
-        weight: (K, N), bfloat16, or float32 that is rounded to x's dtype.
+        x: (..., K), float32 or bfloat16 for the kernel.
+        weight: (K, N), of x's dtype, or float32 that is rounded to it.
         bias: (N,), of any float dtype, or None.
         activation: None or "relu".
         out_dtype: of y; x's where it is None.
@@ -70,7 +70,8 @@ def linear(
     )
     if op.OP.choose(made, implementation).implementation == "library":
         return by_library(made, x, weight, bias)
-    y = _by_kernel(made, x.reshape(made.rows, made.inputs), weight, bias)
+    biases = jnp.zeros(made.outputs, jnp.float32) if bias is None else bias.astype(jnp.float32)
+    y = _by_kernel(made, x.reshape(made.rows, made.inputs), weight, biases)
     return y.reshape(*x.shape[:-1], made.outputs)
 
 
@@ -84,11 +85,11 @@ def by_library(made: Problem, x: Array, weight: Array, bias: Array | None) -> Ar
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_kernel(made: Problem, x: Array, weight: Array, bias: Array | None) -> Array:
+def _by_kernel(made: Problem, x: Array, weight: Array, bias: Array) -> Array:
     return _forward(made)(x, weight, bias)[0]
 
 
-def _kept(made: Problem, x: Array, weight: Array, bias: Array | None):
+def _kept(made: Problem, x: Array, weight: Array, bias: Array):
     return _by_kernel(made, x, weight, bias), (x, weight, bias)
 
 
@@ -107,7 +108,6 @@ def _forward(made: Problem):
         here = replace(made, rows=x.shape[0])
         library()
         call = jax.ffi.ffi_call(HANDLER, jax.ShapeDtypeStruct((here.rows, made.outputs), made.out_dtype))
-        biases = jnp.zeros(made.outputs, jnp.float32) if bias is None else bias.astype(jnp.float32)
-        return (call(x, weight, biases, shape=np.array(shape(here), np.int64), threads=np.int64(processors())),)
+        return (call(x, weight, bias, shape=np.array(shape(here), np.int64), threads=np.int64(processors())),)
 
     return by_rows(run, (0, None, None), (0,))

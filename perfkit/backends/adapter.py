@@ -76,6 +76,7 @@ class Finished:
         trainer: holds all that training changes, for `perfkit.parallel.checkpoint`; None for inference.
         restore: JAX: `restore(state, remembered)` takes over what a checkpoint held of `trainer.settled`.
         rounds: where the processes' models differ for some steps; None elsewhere.
+        kept_bytes: tells what memory that program takes between calls, beside parameters; None where there is none.
     """
 
     model: Any
@@ -87,6 +88,7 @@ class Finished:
     trainer: Any = None
     restore: Callable[[Any, Any], None] | None = None
     rounds: Rounds | None = None
+    kept_bytes: Callable[[], int] | None = None
 
 
 class Backend(ABC):

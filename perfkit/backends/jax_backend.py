@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from perfkit._errors import InvalidInputError, PerfkitWarning, UnsupportedError
 from perfkit._quantity import Quantity
@@ -23,7 +22,7 @@ from perfkit.backends.checks import check_loss, does_not_run
 from perfkit.backends.jax_autocast_rules import primitives
 from perfkit.backends.jax_bind import check_donation, check_outputs, device_of, model_of, with_numbers_read
 from perfkit.backends.jax_compile import WITHOUT_YNNPACK, persistent_cache, watching
-from perfkit.backends.jax_dress import as_called, changing, dressed, finished, run_by, writer
+from perfkit.backends.jax_dress import as_called, dressed, finished, gathering, writer
 from perfkit.backends.jax_inputs import (
     NUMBERS,
     as_arrays,
@@ -153,7 +152,9 @@ class JaxBackend(Backend):
         if unseen:
             return Quantity.missing("B", f"XLA runs {unseen} fusion(s) in YNNPACK, whose memory it does not count")
         peak = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        return Quantity(peak, "B", method=f"XLA memory analysis of {form}: temporaries and outputs")
+        kept = finished.kept_bytes() if finished.kept_bytes else 0
+        parts = "temporaries and outputs" + (", and what it keeps of parameters" if kept else "")
+        return Quantity(peak + kept, "B", method=f"XLA memory analysis of {form}: {parts}")
 
     def optimizer_state(self, work: Workload, finished: Finished) -> Quantity:
         if not work.trains:
@@ -238,7 +239,7 @@ def _finished_training(work: Workload) -> Finished:
             into(*trainer.pieces)
 
         if held.placement.scattered:
-            _gathering(module, trainer, held)
+            gathering(module, trainer, held)
         call, model, params = module, module, None
     else:
         write = _nowhere
@@ -283,18 +284,6 @@ def _finished_training(work: Workload) -> Finished:
 
 def _memory_kind(leaf: jax.Array) -> str:
     return next(iter(leaf.devices())).default_memory().kind
-
-
-def _gathering(module: nnx.Module, trainer: Trainer, model: NnxModel) -> None:
-    """Let a call of a module gather its parameters from all devices first."""
-    programs: dict[Any, Callable] = {}
-
-    def run(function, key, _, rest, args, kwargs):
-        if key not in programs:
-            programs[key] = jax.jit(changing(function))
-        return programs[key](trainer.held[0], rest, args, kwargs)
-
-    run_by(module, model, run)
 
 
 def _nowhere() -> None:

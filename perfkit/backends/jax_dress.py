@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
@@ -15,9 +16,14 @@ from perfkit.backends.adapter import Finished
 from perfkit.backends.jax_compile import Program
 from perfkit.backends.jax_inputs import with_settings
 from perfkit.backends.jax_model import Function, JaxModel, LinenModel, NnxModel, nnx_function
+from perfkit.backends.jax_placement import ONE_DEVICE
+from perfkit.backends.jax_prepared import Prepared
 from perfkit.backends.jax_quantized import is_quantized
 from perfkit.backends.jax_trees import leaves
-from perfkit.backends.jax_variables import gather, indices, values_of
+from perfkit.backends.jax_variables import Gathered, indices, values_of
+
+if TYPE_CHECKING:
+    from perfkit.backends.jax_training import Trainer
 
 NOT_PICKLED = (
     "an optimized {} is a compiled or rewritten program, which cannot be pickled: save {} and the result's .recipe; "
@@ -29,18 +35,27 @@ def finished(model: JaxModel) -> Finished:
     """An inference model as its caller uses it."""
     if isinstance(model, NnxModel):
         module, runner = dressed(model)
-        program = (lambda: runner.program.compiled) if model.ahead else None
-        return Finished(module, module, lambda: keeping_variables(module), program=program)
+        return Finished(module, module, lambda: keeping_variables(module), **_told(model, runner))
     run = as_called(model)
     params = _packed(model)
-    program = (lambda: run.program.compiled) if model.ahead else None
+    told = _told(model, run)
     if params is None:
-        return Finished(run, run, nullcontext, program=program)
+        return Finished(run, run, nullcontext, **told)
 
     def call(*args, **kwargs):
         return run(params, *args, **kwargs)
 
-    return Finished(run, call, nullcontext, params=lambda: params, program=program)
+    return Finished(run, call, nullcontext, params=lambda: params, **told)
+
+
+def _told(model: JaxModel, runner: Any) -> dict[str, Callable[[], Any]]:
+    """What a report reads of the program behind a model, once it was called."""
+    if not model.ahead:
+        return {}
+    return {
+        "program": lambda: runner.program.compiled,
+        "kept_bytes": lambda: getattr(runner.program, "kept_bytes", 0),
+    }
 
 
 def as_called(model: JaxModel) -> Callable:
@@ -75,7 +90,7 @@ class DressedFunction:
                 )
             return function(params, rest, *args, **kwargs)[0]
 
-        self.program = Program(run) if model.ahead else run
+        self.program = program_of(model, run) if model.ahead else run
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.model.params is None:
@@ -173,6 +188,18 @@ def run_by(module: nnx.Module, model: NnxModel, run: Callable[..., tuple[Any, di
     become(module, __call__)
 
 
+def gathering(module: nnx.Module, trainer: Trainer, model: NnxModel) -> None:
+    """Let a call of a module gather its parameters from all devices first."""
+    programs: dict[Any, Callable] = {}
+
+    def run(function, key, _, rest, args, kwargs):
+        if key not in programs:
+            programs[key] = jax.jit(changing(function))
+        return programs[key](trainer.held[0], rest, args, kwargs)
+
+    run_by(module, model, run)
+
+
 class _Eager:
     """Runs the transformed function operation by operation."""
 
@@ -187,46 +214,68 @@ class _Eager:
         return outputs
 
 
+_SELDOM_CHANGED = (nnx.Param, nnx.BatchStat)
+
+
 class _Ahead:
     """Runs the transformed function as one compiled program on the module's values as they are at each call.
 
-    Splitting an nnx module takes longer than running a small model, so only its variables are gathered on each call;
-    where the module's structure or settings are no longer those that were compiled, it is split and compiled anew.
+    Splitting an nnx module takes longer than running a small model, and so does finding its variables: they are
+    remembered for as long as it holds what it held. Where the module's structure or settings are no longer those that
+    were compiled, it is split and compiled anew.
     """
 
     def __init__(self, model: NnxModel):
         self.model = model
-        self.structure: list | None = None
+        self.gathered: Gathered | None = None
 
     def __call__(self, module: nnx.Module, args: tuple, kwargs: dict) -> Any:
-        variables, structure = gather(module)
-        if structure != self.structure:
-            self._build(module, variables)
-            self.structure = structure
+        gathered = self.gathered
+        if gathered is None or gathered.module is not module or not gathered.holds():
+            gathered = self._gather(module)
+        variables = gathered.variables
         args, kwargs = self.model.placement.batch(with_settings((args, kwargs), self.model.reads_numbers))
-        outputs, changed = self.program([variable.get_raw_value() for variable in variables], args, kwargs)
+        values = [variable.get_raw_value() for variable in variables]
+        held, moving = ([values[at] for at in places] for places in self.places)
+        outputs, changed = self.program(held, moving, args, kwargs)
         for index, value in changed.items():
             variables[index].set_raw_value(value)
         return outputs
+
+    def _gather(self, module: nnx.Module) -> Gathered:
+        gathered, before = Gathered(module), self.gathered
+        if before is None or gathered.structure != before.structure:
+            self._build(module, gathered.variables)
+        self.gathered = gathered
+        return gathered
 
     def _build(self, module: nnx.Module, variables: list[Any]) -> None:
         graphdef, params, rest = nnx.split(module, nnx.Param, ...)
         function = self.model.transformed(nnx_function(self.model.original, graphdef))
         states = [indices(state, module, variables) for state in (params, rest)]
 
-        def run(values, args, kwargs):
+        fixed = [isinstance(variable, _SELDOM_CHANGED) for variable in variables]
+        places = self.places = [[at for at, flag in enumerate(fixed) if flag is kind] for kind in (True, False)]
+
+        def run(held, moving, args, kwargs):
+            values = dict(zip(itertools.chain(*places), (*held, *moving), strict=True))
             params, rest = (jax.tree.unflatten(tree, [values[i] for i in order]) for order, tree in states)
             outputs, new_rest = function(params, rest, *args, **kwargs)
             changes = zip(states[1][0], values_of(new_rest), strict=True)
             changed = {index: new for index, new in changes if new is not values[index]}
             return outputs, changed
 
-        self.program = Program(run)
+        self.program = program_of(self.model, run)
+
+
+def program_of(model: JaxModel, run: Callable) -> Program | Prepared:
+    """`run(held, *inputs)` of a model for inference, compiled at its first call."""
+    return Prepared(run) if model.placement is ONE_DEVICE else Program(run)
 
 
 @contextmanager
 def keeping_variables(module: nnx.Module) -> Iterator[None]:
-    variables = gather(module)[0]
+    variables = Gathered(module).variables
     before = [variable.get_raw_value() for variable in variables]
     try:
         yield
@@ -237,7 +286,7 @@ def keeping_variables(module: nnx.Module) -> Iterator[None]:
 
 def writer(module: nnx.Module) -> Callable[[Any, Any], None]:
     """A function that writes parameters and other state into the module's variables."""
-    variables = gather(module)[0]
+    variables = Gathered(module).variables
     orders = [indices(state, module, variables)[0] for state in nnx.split(module, nnx.Param, ...)[1:]]
 
     def write(params: Any, rest: Any) -> None:

@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from perfkit._report import Effect
@@ -32,6 +33,7 @@ from perfkit.backends.jax_fused_steps import Unlike
 from perfkit.backends.jax_rewriting import context_of
 from perfkit.backends.jax_trees import array_names
 from perfkit.kernels._op import trace as kernels_called
+from perfkit.kernels.rounding.jax_op import rounded, takes
 
 if TYPE_CHECKING:
     from perfkit.recipes.fused_kernels import FusedKernels
@@ -117,6 +119,14 @@ class _Fuser:
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, Literal) else values[atom]
 
+        def entering(atom: Any) -> Any:
+            """As a kernel reads it: a cast of the program's input is one too."""
+            eqn = None if isinstance(atom, Literal) else made_by.get(atom)
+            if eqn is not None and not self.trains and _enters(eqn, jaxpr) and not name(eqn.invars[0]):
+                x = read(eqn.invars[0])
+                return rounded(x) if takes(x) else read(atom)
+            return read(atom)
+
         def name(atom: Any) -> str:
             return "" if isinstance(atom, Literal) else named.get(atom, "")
 
@@ -125,10 +135,10 @@ class _Fuser:
             if at in reasons:
                 self._layer(operands[1:2], eqn).misses[reasons[at]] = None
             if at in found:
-                self._group(found[at], jaxpr.eqns, values, read, name)
+                self._group(found[at], jaxpr.eqns, values, read, entering, name)
             elif at not in inside:
                 with context_of(eqn):
-                    results = self._apply(eqn, [read(atom) for atom in eqn.invars], operands, live)
+                    results = self._apply(eqn, [read(atom) for atom in eqn.invars], operands, live, entering)
                 values.update(zip(eqn.outvars, results, strict=True))
             if eqn.primitive.name in _MOVES and operands[0]:
                 named[eqn.outvars[0]] = operands[0]
@@ -146,12 +156,14 @@ class _Fuser:
             called = ".".join(parts[0] for parts in alike) or ".".join(paths[0])
         return self.seen.setdefault(called, Layer("" if self.chosen(called) else LEFT))
 
-    def _group(self, group: Any, eqns: Sequence[Any], values: dict, read: Callable, name: Callable) -> None:
+    def _group(
+        self, group: Any, eqns: Sequence[Any], values: dict, read: Callable, entering: Callable, name: Callable
+    ) -> None:
         first, last = eqns[group.equations[0]], eqns[group.equations[-1]]
         layer = self._layer([name(first.invars[1])], first)
         if not layer.refused:
             with context_of(last), kernels_called() as choices:
-                y = group(eqns, read)
+                y = group(eqns, entering)
             if layer.saw(str(group), choices):
                 values[last.outvars[0]] = y
                 return
@@ -159,13 +171,13 @@ class _Fuser:
             with context_of(eqns[at]):
                 values.update(zip(eqns[at].outvars, bind(eqns[at], map(read, eqns[at].invars)), strict=True))
 
-    def _apply(self, eqn: Any, operands: list[Any], names: list[str], live: set) -> Sequence[Any]:
+    def _apply(self, eqn: Any, operands: list[Any], names: list[str], live: set, entering: Callable) -> Sequence[Any]:
         holds = eqn.primitive.name in _INNER and _holds_candidates(eqn, not self.trains)
         if eqn.primitive.name == "scan" and not holds:
-            return self._scan(eqn, operands, self._layer(names, eqn), live)
+            return self._scan(eqn, operands, self._layer(names, eqn), live, entering)
         return self._inner(eqn, operands, names) if holds else bind(eqn, operands)
 
-    def _scan(self, eqn: Any, operands: list[Any], layer: Layer, live: set) -> Sequence[Any]:
+    def _scan(self, eqn: Any, operands: list[Any], layer: Layer, live: set, entering: Callable) -> Sequence[Any]:
         try:
             found = recurrence(eqn, operands, [var in live for var in eqn.outvars])
         except Unlike as reason:
@@ -173,7 +185,7 @@ class _Fuser:
             return bind(eqn, operands)
         if not layer.refused:
             with kernels_called() as choices:
-                results = found(eqn, operands, self.trains)
+                results = found(eqn, list(map(entering, eqn.invars)), self.trains)
             if layer.saw(found.mode, choices):
                 return results
         return bind(eqn, operands)
@@ -202,6 +214,12 @@ class _Fuser:
             assert closed or not new.consts, "an open jaxpr receives its constants as arguments"
             versions[key] = new if closed else new.jaxpr
         return versions[key]
+
+
+def _enters(eqn: Any, jaxpr: Any) -> bool:
+    """Whether it casts an input of the jaxpr to bfloat16."""
+    cast = eqn.primitive.name == "convert_element_type" and eqn.params["new_dtype"] == jnp.bfloat16
+    return cast and any(eqn.invars[0] is var for var in jaxpr.invars)
 
 
 def _live(jaxpr: Any) -> set:

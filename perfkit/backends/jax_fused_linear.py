@@ -1,7 +1,4 @@
-"""Linear layers in bfloat16 in a jaxpr, with the bias and ReLU that follow them, as calls of `kernels.linear`.
-
-For inference. Weights that are cast to bfloat16 on the way are handed over as they were: the kernel rounds them.
-"""
+"""Linear layers in a jaxpr, with the bias and ReLU that follow them, as calls of `kernels.linear`: for inference."""
 
 from __future__ import annotations
 
@@ -10,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import Literal
 
 from perfkit.backends.jax_autocast_rules import precision_reason
 from perfkit.backends.jax_fused_conv import channel_of, is_relu, only_reader
 from perfkit.kernels.linear.jax_op import linear
 
-DTYPE = "bfloat16"
+_RESULTS = {"float32": ("float32",), "bfloat16": ("bfloat16", "float32")}
+"""What the kernel multiplies, and the dtypes in which it gives the result."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +22,11 @@ class LinearGroup:
 
     Args:
         equations: their places in the jaxpr, the product first.
-        weight: what holds the weights, before they are cast.
         bias: what holds the bias; None where there is none.
         activation: as `linear` takes it.
     """
 
     equations: tuple[int, ...]
-    weight: Any
     bias: Any
     activation: str | None
 
@@ -41,7 +36,7 @@ class LinearGroup:
 
     def __call__(self, eqns: Sequence[Any], read: Callable[[Any], Any]) -> Any:
         """The value of the last equation's output; `read` gives those of variables and literals."""
-        x, weight, out = read(eqns[self.equations[0]].invars[0]), read(self.weight), eqns[self.equations[-1]].outvars[0]
+        (x, weight), out = map(read, eqns[self.equations[0]].invars), eqns[self.equations[-1]].outvars[0]
         bias = None if self.bias is None else jnp.broadcast_to(jnp.ravel(read(self.bias)), weight.shape[1:])
         return linear(x, weight, bias, self.activation, out.aval.dtype)
 
@@ -61,7 +56,7 @@ def linear_groups(eqns: Sequence[Any], uses: Mapping, made_by: Mapping) -> dict[
 
 
 def _is_layer(eqn: Any) -> bool:
-    """Whether it is a product of bfloat16 rows with a matrix, (inputs, outputs)."""
+    """Whether it is a product of rows with a matrix, (inputs, outputs), in what the kernel multiplies."""
     product = _product(eqn)
     if product is None:
         return False
@@ -69,8 +64,8 @@ def _is_layer(eqn: Any) -> bool:
     x, weight = (atom.aval for atom in eqn.invars)
     if any(batched) or weight.ndim != 2 or tuple(lhs) != (x.ndim - 1,) or tuple(rhs) != (0,):
         return False
-    low = x.dtype.name == weight.dtype.name == DTYPE and eqn.outvars[0].aval.dtype.name in (DTYPE, "float32")
-    return low and not precision_reason(product.params["precision"])
+    alike = x.dtype == weight.dtype and eqn.outvars[0].aval.dtype.name in _RESULTS.get(x.dtype.name, ())
+    return alike and not precision_reason(product.params["precision"])
 
 
 def _product(eqn: Any) -> Any:
@@ -93,11 +88,9 @@ def _product(eqn: Any) -> Any:
 
 
 def _group(eqns: Sequence[Any], start: int, uses: Mapping, made_by: Mapping) -> LinearGroup:
-    weight, bias, activation = eqns[start].invars[1], None, None
-    cast = None if isinstance(weight, Literal) else made_by.get(weight)
-    if cast is not None and cast.primitive.name == "convert_element_type" and _wide(cast.invars[0]):
-        weight = cast.invars[0]
-    places, best = [start], LinearGroup((start,), weight, None, None)
+    bias = activation = None
+    results = _RESULTS[eqns[start].invars[0].aval.dtype.name]
+    places, best = [start], LinearGroup((start,), None, None)
     while activation is None:
         value = eqns[places[-1]].outvars[0]
         at = only_reader(value, uses)
@@ -114,11 +107,7 @@ def _group(eqns: Sequence[Any], start: int, uses: Mapping, made_by: Mapping) -> 
             activation = "relu"
         elif name != "convert_element_type":
             return best
-        if eqn.outvars[0].aval.dtype.name not in (DTYPE, "float32"):
+        if eqn.outvars[0].aval.dtype.name not in results:
             return best
-        best = LinearGroup(tuple(places), weight, bias, activation)
+        best = LinearGroup(tuple(places), bias, activation)
     return best
-
-
-def _wide(atom: Any) -> bool:
-    return not isinstance(atom, Literal) and atom.aval.dtype == jnp.float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,14 +50,17 @@ def bound(eqn: Any, given: Sequence[Any], rules: Rules) -> Sequence[Any]:
     )
 
 
-def _ruled(value: Any, rules: Rules) -> bool:
+def holds(eqn: Any, names: Container[str]) -> bool:
+    """Whether an equation is one of these primitives, or holds one."""
+    return eqn.primitive.name in names or any(_ruled(each, names) for each in eqn.params.values())
+
+
+def _ruled(value: Any, rules: Container[str]) -> bool:
     """Whether a parameter of an equation holds an operation that a rule is for."""
     if isinstance(value, (tuple, list)):
         return any(_ruled(each, rules) for each in value)
     inner = getattr(value, "jaxpr", value)
-    return isinstance(inner, Jaxpr) and any(
-        eqn.primitive.name in rules or any(_ruled(each, rules) for each in eqn.params.values()) for eqn in inner.eqns
-    )
+    return isinstance(inner, Jaxpr) and any(holds(eqn, rules) for eqn in inner.eqns)
 
 
 def _within(value: Any, rules: Rules) -> Any:

@@ -5,6 +5,9 @@ Splitting a module takes longer than running a small one.
 
 from __future__ import annotations
 
+import itertools
+import operator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,43 +33,70 @@ class _Attribute:
             self.holder[self.name] = value
 
 
-def gather(module: nnx.Module) -> tuple[list[Any], list]:
-    """A module's variables, each once, its other arrays, and everything else that a compiled program depends on."""
-    variables: list[Any] = []
-    structure: list = []
-    _gather(module, variables, structure, {})
-    return variables, structure
+class Gathered:
+    """A module's variables, each once, its other arrays, and everything else that a compiled program depends on.
 
+    Attributes:
+        module: whose they are.
+        variables: nnx variables, and what takes the place of one for arrays that are none.
+        structure: the rest, to be compared.
+    """
 
-def _gather(node: Any, variables: list, structure: list, seen: dict[int, int]) -> None:
-    place = seen.get(id(node))
-    if place is not None:
-        structure.append(place)
-        return
-    if isinstance(node, nnx.Variable):
-        seen[id(node)] = len(seen)
-        variables.append(node)
-        structure.append(type(node))
-        return
-    if _is_node(node):
-        seen[id(node)] = len(seen)
-        structure.append(type(node))
-        items = [item for item in vars(node).items() if not item[0].startswith("_pytree__")]
-    elif isinstance(node, dict):
-        items = list(node.items())
-    elif isinstance(node, (list, tuple)):
-        structure.append(len(node))
-        items = list(enumerate(node))
-    else:
-        structure.append(node if isinstance(node, (bool, int, float, str, type(None))) else id(node))
-        return
-    for name, value in items:
-        structure.append(name)
-        if isinstance(value, (jax.Array, np.ndarray)):
-            variables.append(_Attribute(node, name))
-            structure.append(jax.Array)
+    def __init__(self, module: nnx.Module):
+        self.module = module
+        self.variables: list[Any] = []
+        self.structure: list = []
+        self._objects: list[Any] = []
+        self._contents: list[Iterable[Any]] = []  # of containers that can change
+        self._gather(module, {})
+        self._seen = list(self._now())
+
+    def holds(self) -> bool:
+        """Whether nothing was put into the module or taken out of it since; far quicker than gathering again."""
+        return all(map(operator.is_, self._now(), self._seen))
+
+    def _now(self) -> Iterator[Any]:
+        kinds = map(type, self._objects)
+        return itertools.chain(kinds, itertools.chain.from_iterable(self._contents), (_END,))
+
+    def _gather(self, node: Any, seen: dict[int, int]) -> None:
+        place = seen.get(id(node))
+        if place is not None:
+            self.structure.append(place)
+            return
+        if isinstance(node, nnx.Variable):
+            seen[id(node)] = len(seen)
+            self.variables.append(node)
+            self.structure.append(type(node))
+            self._objects.append(node)
+            return
+        if _is_node(node):
+            seen[id(node)] = len(seen)
+            self.structure.append(type(node))
+            self._objects.append(node)
+            self._contents += [vars(node), vars(node).values()]
+            items = [item for item in vars(node).items() if not item[0].startswith("_pytree__")]
+        elif isinstance(node, dict):
+            self._contents += [node, node.values()]
+            items = list(node.items())
+        elif isinstance(node, (list, tuple)):
+            self._contents.append(node)
+            self.structure.append(len(node))
+            items = list(enumerate(node))
         else:
-            _gather(value, variables, structure, seen)
+            self.structure.append(node if isinstance(node, (bool, int, float, str, type(None))) else id(node))
+            return
+        for name, value in items:
+            self.structure.append(name)
+            if isinstance(value, (jax.Array, np.ndarray)):
+                self.variables.append(_Attribute(node, name))
+                self.structure.append(jax.Array)
+            else:
+                self._gather(value, seen)
+
+
+_END = object()
+"""Comes last: what is compared has as many items then."""
 
 
 def _is_node(value: Any) -> bool:

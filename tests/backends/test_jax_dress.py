@@ -14,6 +14,7 @@ from flax import nnx
 
 import perfkit
 from perfkit import UnsupportedError
+from perfkit.backends import jax_dress
 
 pytestmark = pytest.mark.usefixtures("hasty")  # numbers and messages are looked at, no speed
 
@@ -62,6 +63,19 @@ class Sowing(nnx.Module):
         return y * 2
 
 
+class Growing(nnx.Module):
+    """Layers in a list, and a setting."""
+
+    def __init__(self, rngs):
+        self.fc, self.factor = nnx.Linear(4, 4, rngs=rngs), 2.0
+        self.more = nnx.List([nnx.Linear(4, 4, rngs=rngs)])
+
+    def __call__(self, x):
+        for layer in self.more:
+            x = layer(x)
+        return self.fc(x) * self.factor
+
+
 @pytest.mark.parametrize("recipe", ["compile", "half"])
 @pytest.mark.parametrize("kind", [Raw, Carrying, Sowing])
 @pytest.mark.filterwarnings("ignore:Sowing adds state:perfkit.PerfkitWarning")
@@ -87,6 +101,33 @@ def test_new_values_in_arrays_that_are_no_variables():
         each.positions = jnp.full(4, 7.0)
         each.more["items"] = jnp.zeros(4)
     np.testing.assert_allclose(model(X), plain(X), rtol=1e-5)
+
+
+CHANGES = [
+    lambda module: setattr(module, "factor", 3.0),
+    lambda module: setattr(module.fc, "kernel", nnx.Param(jnp.ones((4, 4)))),
+    lambda module: setattr(module, "fc", nnx.Linear(4, 4, rngs=nnx.Rngs(1))),
+    lambda module: module.more.append(nnx.Linear(4, 4, rngs=nnx.Rngs(2))),
+    lambda module: module.fc.kernel.set_value(module.fc.kernel[...] * 2),
+]
+
+
+def test_what_is_put_into_a_module_later_is_used():
+    model = perfkit.optimize(Growing(nnx.Rngs(0)), "compile", example_inputs=(X,)).model
+    plain = Growing(nnx.Rngs(0))
+    for change in CHANGES:
+        for each in (model, plain):
+            change(each)
+        np.testing.assert_allclose(model(X), plain(X), rtol=1e-5, atol=1e-5)
+
+
+def test_a_module_that_nothing_was_put_into_is_not_looked_through_again(monkeypatch):
+    model = perfkit.optimize(Growing(nnx.Rngs(0)), "compile", example_inputs=(X,)).model
+    expected, other = np.asarray(model(X)), copy.deepcopy(model)
+    monkeypatch.delattr(jax_dress, "Gathered")
+    np.testing.assert_array_equal(model(X), expected)
+    with pytest.raises(NameError):
+        other(X)
 
 
 def test_copies_go_their_own_way_and_pickling_is_refused_with_what_to_do():

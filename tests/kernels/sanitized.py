@@ -7,6 +7,7 @@ from max_pool_calls import CASES as POOLS
 from max_pool_calls import images
 from torch import nn
 
+from perfkit.kernels._torch import Threads
 from perfkit.kernels.conv2d import cases, conv2d
 from perfkit.kernels.linear import Problem as LinearProblem
 from perfkit.kernels.linear import cpu_kernel as linear_kernel
@@ -93,7 +94,23 @@ def linear():
             problem = LinearProblem("cpu", str(dtype)[6:], rows, inputs, outputs, "relu")
             for given in (bias, None):
                 linear_kernel.caller(problem, (rows,))(x, weight, given)
+            linear_as_jax_has_it(problem, x, weight.T.contiguous(), bias.float())
         yield
+
+
+def linear_as_jax_has_it(problem, x, weight, bias):
+    library = linear_kernel.library()
+    if not library.perfkit_linear_has_across(problem.dtype == "bfloat16"):
+        return
+    library.perfkit_linear_across.argtypes = library.perfkit_linear.argtypes
+    dtypes = {"weight_dtype": str(weight.dtype)[6:], "out_dtype": str(x.dtype)[6:]}
+    told = linear_kernel.told(replace(problem, framework="jax", **dtypes))
+    y = torch.empty(problem.rows, problem.outputs, dtype=x.dtype)
+    failed = library.perfkit_linear_across(
+        told, *(tensor.data_ptr() for tensor in (x, weight, bias, y)), Threads.of_torch()
+    )
+    assert not failed
+    torch.testing.assert_close(y, torch.relu(x @ weight + bias.to(x.dtype)), rtol=2e-2, atol=0.5)
 
 
 def main():
