@@ -15,10 +15,17 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from perfkit._errors import UnsupportedError
 from perfkit.kernels._cache import cache_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 HEADERS = Path(__file__).parent
 
@@ -69,12 +76,12 @@ def _load(source: Path, more: tuple[str, ...]) -> ctypes.CDLL:
     native, macros = _target(compiler)
     flags = (*FLAGS, *filter(None, (native,)), *more, *shlex.split(os.environ.get("PERFKIT_CXXFLAGS", "")))
     library = _folder() / f"{source.parent.name}-{_key(source, compiler, flags, macros)}.so"
-    if library.exists():
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError:  # damaged, by a full disk for instance: building it anew replaces it
-            pass
-    _build(source, library, (*compiler, *flags))
+    if (kept := _kept(library)) is not None:
+        return kept
+    with _alone(library):
+        if (kept := _kept(library)) is not None:  # another process built it meanwhile
+            return kept
+        _build(source, library, (*compiler, *flags))
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -82,6 +89,31 @@ def _load(source: Path, more: tuple[str, ...]) -> ctypes.CDLL:
             f"the kernel built from {source.name} cannot be loaded ({error}): if the folder forbids executing, "
             "set PERFKIT_CACHE to one that does not"
         ) from error
+
+
+def _kept(library: Path) -> ctypes.CDLL | None:
+    """None where it is not built, or damaged, by a full disk for instance: building it anew replaces it."""
+    try:
+        return ctypes.CDLL(str(library)) if library.exists() else None
+    except OSError:
+        return None
+
+
+@contextmanager
+def _alone(library: Path) -> Iterator[None]:
+    """While no other process builds it: all that start together would, and each takes longer then.
+
+    Where files cannot be locked they do, and the last one's stays.
+    """
+    lock = library.with_suffix(".lock")
+    with ExitStack() as stack:
+        if fcntl is not None:
+            with suppress(OSError):  # also where the folder cannot be written, of which `_build` tells
+                file = stack.enter_context(lock.open("w"))
+                stack.callback(lock.unlink, missing_ok=True)  # whoever comes later finds the library
+                fcntl.flock(file, fcntl.LOCK_EX)
+                stack.callback(fcntl.flock, file, fcntl.LOCK_UN)  # what was forked meanwhile has the file open, too
+        yield
 
 
 def missing() -> str | None:
@@ -132,7 +164,7 @@ def _folder() -> Path:
 
 
 def _build(source: Path, library: Path, command: tuple[str, ...]) -> None:
-    """Build under a name of its own and move it into place whole: several processes may do so at once."""
+    """Build under a name of its own and move it into place whole: whoever loads it finds all of it."""
     try:
         handle, partial = tempfile.mkstemp(dir=library.parent, prefix=f".{library.stem}-", suffix=".so")
     except OSError as error:

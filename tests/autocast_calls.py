@@ -1,4 +1,4 @@
-"""Functions to autocast and what they are called with, compiled quickly."""
+"""Functions to autocast and what they are called with."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from perfkit.backends.jax_autocast import autocast
 
 LOW = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 IMAGES = ("NHWC", "HWIO", "NHWC")
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiling takes the time in these tests."""
 
 
 def normal(seed: int, *shape: int):
@@ -30,8 +28,8 @@ def convolve(x, kernel, **options):
 
 
 def run(fns, *args):
-    """The results of several functions of the same arguments, compiled together and quickly."""
-    return jax.jit(lambda *args: [fn(*args) for fn in fns], compiler_options=QUICK)(*args)
+    """The results of several functions of the same arguments, compiled together."""
+    return jax.jit(lambda *args: [fn(*args) for fn in fns])(*args)
 
 
 def traced(fn, *args, dtype="bfloat16"):

@@ -14,6 +14,10 @@ import pytest
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
 
+# What is tested is what programs compute, and not how fast: XLA's compiler need not try hard, which is a third of its
+# time. Read when JAX first compiles; processes that tests start inherit it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
 FRAMEWORKS = tuple(name for name in ("torch", "jax") if find_spec(name))
 SLOWER = "ignore:.* makes .* slower here:perfkit.PerfkitWarning"
 

@@ -12,12 +12,15 @@ HERE = Path(__file__).parent / "parallel"
 TIMEOUT_S = 600
 
 
+def on_devices(count: int) -> dict[str, str]:
+    """The environment of a process that has so many CPU devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
 def start(script: str, devices: int, *arguments: object, **variables: str) -> subprocess.Popen:
-    # What is tested is what is computed, and not how fast: the compiler need not try hard.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     about = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
+        **on_devices(devices),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}",
     }

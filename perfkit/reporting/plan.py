@@ -29,8 +29,8 @@ def _parts(plan: Plan) -> Iterator[RenderableType]:
     if plan.candidates:
         tried = [item.recipe for item in plan.candidates if not item.reason]
         yield line(
-            f"recipe='auto' would try {counted(len(tried), 'chain')} while its budget lasts, first those that the ratios "
-            "of earlier ones promise most of, and return the original if none is faster:"
+            f"recipe='auto' would try {counted(len(tried), 'chain')} while its budget lasts, those first that what it "
+            "measured promises most of, and return the original if none is faster:"
         )
         yield line("")
         yield from map(line, tried)

@@ -8,7 +8,7 @@ pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
-from autocast_calls import QUICK, normal, run
+from autocast_calls import normal, run
 from jaxpr_walk import assert_low_but_close, relative_error
 
 from perfkit.backends.jax_autocast import autocast, autocast_counts
@@ -105,7 +105,7 @@ def test_training_under_autocast_converges():
         return optax.apply_updates(params, updates), state, value
 
     def train(step):
-        step, weights, state, losses = jax.jit(step, compiler_options=QUICK), params, optimizer.init(params), []
+        step, weights, state, losses = jax.jit(step), params, optimizer.init(params), []
         for _ in range(60):
             weights, state, value = step(weights, state, x, y)
             losses.append(float(value))

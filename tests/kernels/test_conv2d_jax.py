@@ -15,6 +15,7 @@ pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
+from jax_workers import on_devices
 
 from perfkit import InvalidInputError, UnsupportedError
 from perfkit.kernels import _native, trace
@@ -143,8 +144,8 @@ assert y.sharding.spec[0] == "data", y.sharding
 
 @needs_compiler
 def test_sharded():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", SHARDED]
+    done = subprocess.run(command, env=os.environ | on_devices(2), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -1,5 +1,6 @@
 """Building C++ at first use: what is cached, what is refused and how."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -84,12 +85,23 @@ def test_a_damaged_library_is_built_anew(source, tmp_path):
 
 
 @needs_compiler
-def test_processes_may_race(source, tmp_path):
+def test_of_processes_that_race_one_builds(source, counted, tmp_path):
     load = f"print(_native.load(Path({str(source)!r})).answer())"
     code = f"from pathlib import Path; from perfkit.kernels import _native; {load}"
     racing = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [process.communicate()[0].strip() for process in racing] == ["42"] * 3
-    assert len(built(tmp_path)) == 1, "partial files are left"
+    assert counted() == 1
+    assert len(built(tmp_path)) == 1, "partial files or locks are left"
+
+
+@needs_compiler
+def test_where_files_cannot_be_locked_it_is_built_all_the_same(source, monkeypatch, tmp_path):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(_native.fcntl, "flock", refuse)
+    assert _native.load(source).answer() == 42
+    assert len(built(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
+from jax_workers import on_devices
 from rnn_jax_calls import PADDED, SMALL, arrays, assert_close, both_passes, call, expected
 
 from perfkit import UnsupportedError
@@ -192,9 +193,8 @@ print("passed")
 @needs_compiler
 def test_several_devices_each_have_some_of_the_rows():
     """In sharded programs, where XLA gathers nothing and adds up the weights' gradients, and in shard_map."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "ignore", "-c", SHARDED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | on_devices(2), capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "passed", done.stderr[-3000:]
 
 
