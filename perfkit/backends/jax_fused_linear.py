@@ -91,7 +91,7 @@ def _group(eqns: Sequence[Any], start: int, uses: Mapping, made_by: Mapping) -> 
     bias = activation = None
     results = _RESULTS[eqns[start].invars[0].aval.dtype.name]
     places, best = [start], LinearGroup((start,), None, None)
-    while activation is None:
+    while True:
         value = eqns[places[-1]].outvars[0]
         at = only_reader(value, uses)
         if at is None:
@@ -99,11 +99,11 @@ def _group(eqns: Sequence[Any], start: int, uses: Mapping, made_by: Mapping) -> 
         eqn = eqns[at]
         name = eqn.primitive.name
         places.append(at)
-        if name == "add" and bias is None:
+        if name == "add" and bias is activation is None:
             bias = channel_of(eqn.invars[1 - eqn.invars.index(value)], value.aval.shape, made_by)
             if bias is None:
                 return best
-        elif is_relu(eqn, made_by):
+        elif activation is None and is_relu(eqn, made_by):
             activation = "relu"
         elif name != "convert_element_type":
             return best
