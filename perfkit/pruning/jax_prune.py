@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,9 @@ from perfkit.pruning.jax_masks import Group, masking, zeroed
 from perfkit.pruning.jax_modules import evaluating
 from perfkit.pruning.jax_units import UnitSet, along, summed
 from perfkit.pruning.jax_weights import importance, weight_groups
+
+Numbered = Sequence[Any] | Mapping[int, Any]
+"""A model's leaves by their number, all or some."""
 
 NO_FASTER = "dense kernels run no faster on zeros: this shows what sparsity does to the outputs, not to the speed"
 
@@ -150,18 +153,20 @@ def _scores(work: Workload, recipe: Any, sets: Sequence[UnitSet]) -> list[Any]:
     """How important each unit of each set is, by the recipe's criterion."""
     if recipe.criterion == "activation":
         return _activations(work, sets)
-    leaves = jax.tree.leaves(work.model.params)
-    gradients = jax.tree.leaves(_gradients(work)) if recipe.criterion == "taylor" else ()
-    return [_weighed(units, recipe, leaves, gradients) for units in sets]
+    producing = {slot.leaf for units in sets for slot in units.producers}  # of the others some may be no numbers
+
+    def numbers(tree: Any) -> dict[int, np.ndarray]:
+        return {number: np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(tree)) if number in producing}
+
+    gradients = numbers(_gradients(work)) if recipe.criterion == "taylor" else {}
+    return [_weighed(units, recipe, numbers(work.model.params), gradients) for units in sets]
 
 
-def _weighed(units: UnitSet, recipe: Any, leaves: Sequence[Any], gradients: Sequence[Any]) -> Any:
+def _weighed(units: UnitSet, recipe: Any, leaves: Numbered, gradients: Numbered) -> Any:
     """The summed importance of the weights that make each unit; for "magnitude" the square of their L2 norm."""
     found = {
         slot.leaf: importance(
-            recipe.criterion,
-            np.asarray(leaves[slot.leaf]),
-            np.asarray(gradients[slot.leaf]) if recipe.criterion == "taylor" else None,
+            recipe.criterion, leaves[slot.leaf], gradients[slot.leaf] if recipe.criterion == "taylor" else None
         )
         for slot in units.producers
     }

@@ -62,7 +62,7 @@ def test_the_kernel(sizes, dtype):
 def test_other_instructions(before, flags, tmp_path):
     need("avx512f")
     with in_place(cpu_kernel, tmp_path, before, flags):
-        assert cpu_kernel.library().perfkit_linear_has_tiles() == (before == EMULATED)
+        assert cpu_kernel.library().perfkit_linear_has_across(True) == (before == EMULATED)
         for sizes in SIZES:
             for dtype in DTYPES:
                 x, weight, bias = tensors(*sizes, dtype)

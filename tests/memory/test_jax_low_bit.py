@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax_workers import result, start
+from shared_runs import once
 
 from perfkit import UnsupportedError, backends
 from perfkit._chain import chain_of, check
@@ -219,7 +220,8 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return result(start("jax_low_bit_on_four_devices.py", 4, CHECKPOINTS=str(tmp_path_factory.mktemp("low_bit"))))
+    run, folder = "jax_low_bit_on_four_devices", tmp_path_factory.mktemp("low_bit")
+    return once(run, lambda: result(start(f"{run}.py", 4, CHECKPOINTS=str(folder))))
 
 
 @pytest.mark.parametrize("recipe", ["data_parallel", "data_parallel(shard=True)", "data_parallel(engine='pmap')"])

@@ -9,6 +9,7 @@ pytest.importorskip("jax")
 pytest.importorskip("flax")
 
 from jax_workers import result, start
+from shared_runs import once
 
 from perfkit._chain import chain_of
 from perfkit._errors import InvalidInputError
@@ -19,11 +20,15 @@ ROUNDING = 2.0**-24
 
 @pytest.fixture(scope="module")
 def four() -> dict:
-    return result(start("jax_on_four_devices.py", 4))
+    return once("jax_on_four_devices", lambda: result(start("jax_on_four_devices.py", 4)))
 
 
 @pytest.fixture(scope="module")
 def two() -> list[dict]:
+    return once("jax_on_two_processes", two_processes)
+
+
+def two_processes() -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1] - 1  # jax's coordinator listens at the next one

@@ -6,6 +6,7 @@ pytest.importorskip("jax")
 pytest.importorskip("flax")
 
 from jax_workers import result, start
+from shared_runs import once
 
 STEPS, ROUNDING = 7, 2.0**-24
 CASES = ("every step", "every third", "warm-up", "weights", "state", "diloco", "diloco after warm-up")
@@ -15,7 +16,8 @@ OVER = {"every step": 0, "warm-up": 0}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return result(start("jax_local_on_four_devices.py", 4, tmp_path_factory.mktemp("local")))
+    run = ("jax_local_on_four_devices.py", 4, tmp_path_factory.mktemp("local"))
+    return once("jax_local_on_four_devices", lambda: result(start(*run)))
 
 
 @pytest.mark.parametrize("case", CASES)

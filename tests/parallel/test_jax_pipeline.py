@@ -8,6 +8,7 @@ pytest.importorskip("jax")
 pytest.importorskip("flax")
 
 from jax_workers import result, start
+from shared_runs import once
 
 MODELS, CHAINS = ("cnn2", "text_lstm", "transformer"), ("pipeline", "both")
 TRAINED = [*itertools.product(MODELS, CHAINS), ("text_lstm", "shard")]
@@ -20,7 +21,7 @@ PARAMETERS = {"cnn2": 8, "text_lstm": 9, "transformer": 18}
 
 @pytest.fixture(scope="module")
 def four() -> dict:
-    return result(start("jax_pipeline_on_four_devices.py", 4))
+    return once("jax_pipeline_on_four_devices", lambda: result(start("jax_pipeline_on_four_devices.py", 4)))
 
 
 @pytest.mark.parametrize(("model", "chain"), TRAINED)

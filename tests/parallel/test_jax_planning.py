@@ -11,6 +11,7 @@ pytest.importorskip("jax")
 pytest.importorskip("flax")
 
 from jax_workers import result, start
+from shared_runs import once
 
 from perfkit.parallel.jax_handing import SIZES
 from perfkit.parallel.planning_parts import KEPT_BYTES
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def four() -> dict:
-    return result(start("jax_planning_on_four_devices.py", 4))
+    return once("jax_planning_on_four_devices", lambda: result(start("jax_planning_on_four_devices.py", 4)))
 
 
 def sent(program: dict, kind: str) -> float:

@@ -8,6 +8,7 @@ pytest.importorskip("jax")
 pytest.importorskip("flax")
 
 from jax_workers import result, start
+from shared_runs import once
 
 MODELS, CHAINS = ("cnn2", "text_lstm", "transformer"), ("tensor", "both")
 ROUNDING = 2.0**-24
@@ -17,7 +18,7 @@ FAN_IN = {"cnn2": 3136, "text_lstm": 24, "transformer": 64}
 
 @pytest.fixture(scope="module")
 def four() -> dict:
-    return result(start("jax_tensor_on_four_devices.py", 4))
+    return once("jax_tensor_on_four_devices", lambda: result(start("jax_tensor_on_four_devices.py", 4)))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -91,7 +92,7 @@ OUTPUT = ROWS * LENGTH * WIDTH * 4
 
 @pytest.fixture(scope="module")
 def attention() -> dict:
-    return result(start("jax_attention_on_four_devices.py", 4))
+    return once("jax_attention_on_four_devices", lambda: result(start("jax_attention_on_four_devices.py", 4)))
 
 
 @pytest.mark.parametrize("model", ["nnx", "linen", "blocks", "beside", "own", "LSTMCell", "OptimizedLSTMCell"])

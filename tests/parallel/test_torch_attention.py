@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from shared_runs import once, shared_folder
 from torch import nn
 from torch_workers import together
 
@@ -50,20 +51,20 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("attention")
+def folder():
+    return shared_folder("attention")
 
 
 @pytest.fixture(scope="module")
 def four(folder):
     """What every one of four processes found, by rank."""
-    return together("attention_worker.py", 4, folder)
+    return once("attention by four", lambda: together("attention_worker.py", 4, folder))
 
 
 @pytest.fixture(scope="module")
 def two(four, folder):
     """The same of two, which read what the four wrote."""
-    return together("attention_worker.py", 2, folder)
+    return once("attention by two", lambda: together("attention_worker.py", 2, folder))
 
 
 @pytest.fixture(params=["two", "four"])

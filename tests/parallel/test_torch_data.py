@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from shared_runs import once
 from torch_workers import together
 
 TRAINED = {
@@ -24,7 +25,7 @@ each; Adam divides by the size of a gradient, and so carries its relative error 
 
 @pytest.fixture(scope="module")
 def found():
-    return together("torch_data_worker.py", 2)
+    return once("torch_data_worker", lambda: together("torch_data_worker.py", 2))
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -1,6 +1,7 @@
 """local_sgd in torch: two processes do what its formulas say, and send as little as it says."""
 
 import pytest
+from shared_runs import once
 from torch_workers import together
 
 from perfkit._chain import chain_of
@@ -14,7 +15,8 @@ STEPS = 7
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     pytest.importorskip("torch")
-    return together("torch_local_worker.py", 2, tmp_path_factory.mktemp("local"))
+    run = ("torch_local_worker.py", 2, tmp_path_factory.mktemp("local"))
+    return once("torch_local_worker", lambda: together(*run))
 
 
 @pytest.mark.parametrize("case", [*EXACT, *OUTER])

@@ -8,6 +8,7 @@ pytest.importorskip("torch")
 
 import torch
 from sample_models import training
+from shared_runs import once
 from torch import fx, nn
 from torch.torch_version import TorchVersion
 from torch_workers import together
@@ -45,7 +46,8 @@ def launched(processes, *arguments):
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     """One launch for all tests of this file but one."""
-    return launched(4, str(tmp_path_factory.mktemp("checkpoint")))
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return once("pipeline_worker", lambda: launched(4, folder))
 
 
 @pytest.mark.parametrize("model", MODELS)

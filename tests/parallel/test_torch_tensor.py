@@ -6,6 +6,7 @@ pytest.importorskip("torch")
 
 import torch
 from sample_models import torch_models
+from shared_runs import once
 from torch import nn
 from torch_workers import together
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 @pytest.fixture(scope="module")
 def told():
     """What every process found, by rank: one launch for all tests of this file."""
-    return together("tensor_worker.py", 4)
+    return once("tensor_worker", lambda: together("tensor_worker.py", 4))
 
 
 @pytest.mark.parametrize("model", MODELS)
