@@ -17,10 +17,9 @@ import numpy as np
 from jax.extend.core import Literal
 
 from perfkit.backends.jax_autocast_casting import bind
-from perfkit.backends.jax_autocast_rewrite import context_of
 from perfkit.backends.jax_compile import persistent_cache
 from perfkit.backends.jax_inputs import tracing
-from perfkit.backends.jax_rewriting import holds
+from perfkit.backends.jax_rewriting import context_of, holds
 
 _MOVES = ("reshape", "transpose", "broadcast_in_dim", "squeeze", "copy", "copy_p", "slice", "rev")
 """Operations that XLA does on the way, as it reads: a copy of their result would gain nothing."""

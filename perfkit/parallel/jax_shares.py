@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from perfkit._workload import Workload
 from perfkit.backends.jax_autocast_casting import bind
 from perfkit.parallel.jax_piped import operations_of
-from perfkit.parallel.jax_stages import Operations
+from perfkit.parallel.jax_stages import Operations, quickest
 
+CONVOLUTION = "conv_general_dilated"
 LOOPS = ("scan", "while")
 
 
@@ -44,7 +46,8 @@ def _given(operations: Operations, params: Any, others: Any) -> list[Any]:
 def shares(operations: Operations, given: Sequence[Any]) -> list[float]:
     """Of each operation the share that a device computes: the smallest part of an array that it reads or makes.
 
-    A loop reads arrays in parts also where it puts them together: there only its weights and what it makes count.
+    A loop reads arrays in parts also where it puts them together: there only its weights and what it makes count. A
+    convolution copies what its taps see for however few channels it computes, so its part is timed.
 
     Args:
         given: arrays as they lie.
@@ -59,20 +62,37 @@ def shares(operations: Operations, given: Sequence[Any]) -> list[float]:
         return [[values[var] for var in eqn.outvars] for eqn in jaxpr.eqns]
 
     made = jax.jit(everything).lower(*given).compile().output_shardings
-    parts = {var: _part(leaf.shape, leaf.sharding) for var, leaf in zip(jaxpr.invars, given, strict=True)}
+    lies = {var: leaf.sharding.shard_shape(leaf.shape) for var, leaf in zip(jaxpr.invars, given, strict=True)}
     for eqn, shardings in zip(jaxpr.eqns, made, strict=True):
-        parts |= {var: _part(var.aval.shape, each) for var, each in zip(eqn.outvars, shardings, strict=True)}
+        lies |= {var: each.shard_shape(var.aval.shape) for var, each in zip(eqn.outvars, shardings, strict=True)}
     weights = set(jaxpr.invars[: operations.parameters])
 
     def share(eqn: Any) -> float:
         read = [atom for atom in eqn.invars if not isinstance(atom, Literal)]
         if eqn.primitive.name in LOOPS:
             read = [var for var in read if var in weights]
-        return min((parts.get(var, 1.0) for var in [*read, *eqn.outvars]), default=1.0)
+        arrays = [(math.prod(lies[var]), math.prod(var.aval.shape)) for var in (*read, *eqn.outvars) if var in lies]
+        part = min((there / (whole or 1) for there, whole in arrays), default=1.0)
+        if part < 1 and eqn.primitive.name == CONVOLUTION and all(var in lies for var in read):
+            return max(part, _timed(eqn, [lies[var] for var in read]))
+        return part
 
     return list(map(share, operations.eqns))
 
 
-def _part(shape: tuple[int, ...], sharding: Any) -> float:
-    """The share of an array that lies on one device."""
-    return math.prod(sharding.shard_shape(shape)) / (math.prod(shape) or 1)
+def _timed(eqn: Any, shapes: Sequence[tuple[int, ...]]) -> float:
+    """How long an operation takes on arrays of such shapes, as a share of what it takes on whole ones.
+
+    0 where parts of these shapes do not go together: XLA moves them before.
+    """
+    program = jax.jit(lambda *given: bind(eqn, given))
+
+    def seconds(shapes: Sequence[tuple[int, ...]]) -> float:
+        given = [jnp.zeros(each, var.aval.dtype) for each, var in zip(shapes, eqn.invars, strict=True)]
+        return quickest(program, given)[0]
+
+    try:
+        there = seconds(shapes)
+    except (TypeError, ValueError):
+        return 0.0
+    return there / seconds([var.aval.shape for var in eqn.invars])

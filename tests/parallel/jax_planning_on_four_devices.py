@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,25 @@ def loops():
     return found
 
 
+def convolutions():
+    """Shares of a convolution, with elements for seconds: its kernel in parts by outputs; and an input by channels."""
+    images, kernel = normal(2, 8, 8, 4), normal(3, 3, 4, 16)
+
+    def convolved(params, rest, x):
+        return jax.lax.conv_general_dilated(x, params, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")), rest
+
+    operations = jax_piped.operations_of(convolved, kernel, (), (images,), {})
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    last, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((None, None, None, "tensor"), ()))
+    with mock.patch.object(
+        jax_shares, "quickest", lambda program, given: (sum(x.size for x in given), program(*given))
+    ):
+        return [
+            jax_shares.shares(operations, [jax.device_put(kernel, first), jax.device_put(images, second)])
+            for first, second in ((last, whole), (whole, last))
+        ]
+
+
 def each_by_itself():
     """Every device makes a whole call, and they agree with one device's."""
     one = step()
@@ -135,6 +155,7 @@ if __name__ == "__main__":
         "costs": costs(),
         "each": each_by_itself(),
         "loops": loops(),
+        "convolutions": convolutions(),
         "given": told(layouts(link_gbps=10)),
         "measured": told(layouts()),
         "changing": told(layouts(link_gbps=10, **noisy)),

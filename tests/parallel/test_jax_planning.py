@@ -92,6 +92,14 @@ def test_a_loop_is_split_where_its_weights_or_what_it_makes_are(four):
     assert found["weights"] == {"dot_general": 1 / 4, "scan": 1 / 4, "sum": 1 / 4}
 
 
+def test_a_convolution_in_parts_is_timed(four):
+    """By what it reads here: the images whole and a fourth of the kernel."""
+    images, kernel = 2 * 8 * 8 * 4, 3 * 3 * 4 * 16
+    by_outputs, apart = four["convolutions"]
+    assert by_outputs == [(images + kernel / 4) / (images + kernel)]
+    assert apart == [1 / 4], "parts that do not go together are brought together first"
+
+
 def test_every_device_makes_the_whole_call_by_itself(four):
     found = four["each"]
     assert found["off"] == 0
