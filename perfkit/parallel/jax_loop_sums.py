@@ -52,11 +52,9 @@ class _Apart:
         if eqn.effects:
             return bound(eqn, given, self.rules)
         consts, carry = scan_sizes(eqn.params)
-        fixed, start, xs = (
-            [*map(self._gathered, given[:consts])],
-            given[consts : consts + carry],
-            given[consts + carry :],
-        )
+        fixed = [*map(self._gathered, given[:consts])]
+        start = [*map(self._by_rows, given[consts : consts + carry])]
+        xs = [self._by_rows(value, first=1) for value in given[consts + carry :]]
         body, _ = inlined(jaxpr_as_fun(eqn.params["jaxpr"]), (), eqn.params["jaxpr"].in_avals)
         sums = _sums(body.jaxpr, consts, carry, self.rows)
         if not sums:
@@ -66,7 +64,7 @@ class _Apart:
         def step(carried: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
             # The body's own sums begin anew at each step, and nobody reads what becomes of them.
             now = [start[at] if at in sums else value for at, value in enumerate(carried)]
-            outputs = evaluated(body, [*fixed, *now, *x], self.rules, kept)
+            outputs = [*map(self._by_rows, evaluated(body, [*fixed, *now, *x], self.rules, kept))]
             ends = len(outputs) - len(kept)
             factors = dict(zip(kept, outputs[ends:], strict=True))
             after = outputs[:carry]
@@ -94,10 +92,23 @@ class _Apart:
             return value
         return lax.with_sharding_constraint(value, NamedSharding(self.mesh, PartitionSpec()))
 
-    def _lying(self, value: Any) -> Any:
-        """A value with a first dimension for the devices, of which each holds its own."""
-        spec = PartitionSpec("data", *(PartitionSpec.UNCONSTRAINED,) * (value.ndim - 1))
-        return lax.with_sharding_constraint(value, NamedSharding(self.mesh, spec))
+    def _by_rows(self, value: Any, first: int = 0) -> Any:
+        """Vectors of the rows of the batch, with each device's rows on it; anything else as it lies.
+
+        Left to XLA, what a weight's gradient is made of can lie as the weight does: then it is sent at every step.
+        Of a dimension as long as the batch that is another one, the values are the same, with more to send.
+
+        Args:
+            first: the first dimension that may be the batch; of what a loop reads step by step, 0 is the step.
+        """
+        shape = jnp.shape(value)[first:]
+        return self._lying(value, first + shape.index(self.rows)) if self.rows in shape and len(shape) > 1 else value
+
+    def _lying(self, value: Any, axis: int = 0) -> Any:
+        """A value in equal parts along "data" by that dimension, and in any along the others."""
+        spec = [PartitionSpec.UNCONSTRAINED] * jnp.ndim(value)
+        spec[axis] = "data"
+        return lax.with_sharding_constraint(value, NamedSharding(self.mesh, PartitionSpec(*spec)))
 
 
 class Term(NamedTuple):

@@ -296,7 +296,6 @@ def loops():
     """Gradients by the sums of loops as they are and apart, how far they may differ, and what is sent for them."""
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from perfkit.parallel.jax_collectives import collectives
     from perfkit.parallel.jax_loop_sums import summed_apart
 
     mesh, found = Mesh(np.array(jax.devices()), "data"), {}
@@ -311,13 +310,40 @@ def loops():
 
             programs = [jax.jit(each) for each in (gradient, summed_apart(gradient, mesh, rows))]
             one, apart = (jax.tree.map(np.asarray, program(params, x)) for program in programs)
-            sent = collectives(programs[1].lower(params, x).compile().as_text(), len(jax.devices()))
             found[f"{name} {rows}"] = {
                 "off": max(float(np.linalg.norm(apart[key] - one[key]) / np.linalg.norm(one[key])) for key in one),
                 "terms": rows * turns,
-                "in_loops": sum(each.looped for each in sent),
+                "in_loops": sent_in_loops(programs[1], params, x),
             }
     return found
+
+
+def sent_in_loops(program, *given):
+    from perfkit.parallel.jax_collectives import collectives
+
+    return sum(each.looped for each in collectives(program.lower(*given).compile().as_text(), len(jax.devices())))
+
+
+def shared_cell():
+    """What the loops of a cell send with its weights in parts: as they are, and with sums apart."""
+    from flax import linen as nn
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from perfkit.parallel.jax_loop_sums import summed_apart
+
+    mesh, model, rows, turns = Mesh(np.array(jax.devices()), "data"), nn.RNN(nn.LSTMCell(2 * WIDTH)), WIDTH, 6
+    x = jax.device_put(normal(rows, turns, WIDTH), NamedSharding(mesh, PartitionSpec("data")))
+    lies = jax.eval_shape(model.init, jax.random.key(0), x)
+    lies = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec(*(None,) * (leaf.ndim - 1), "data")), lies)
+    params = jax.device_put(model.init(jax.random.key(0), x), lies)
+
+    def gradient(params, x):
+        return jax.grad(lambda params: jnp.square(model.apply(params, x)).sum())(params)
+
+    return [
+        sent_in_loops(jax.jit(each, out_shardings=lies), params, x)
+        for each in (gradient, summed_apart(gradient, mesh, rows))
+    ]
 
 
 if __name__ == "__main__":
@@ -330,6 +356,7 @@ if __name__ == "__main__":
                 "two_axes": two_axes(),
                 "noise": noise(),
                 "loops": loops(),
+                "shared_cell": shared_cell(),
                 "refusals": refusals(),
                 "end_to_end": end_to_end(),
             }

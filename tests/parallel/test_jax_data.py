@@ -85,6 +85,12 @@ def test_sums_of_loops_are_the_same_apart(four, loop, rows):
     assert found["in_loops"] == (loop == "read_on_the_way")
 
 
+def test_loops_over_weights_in_parts_send_nothing(four):
+    as_they_are, apart = four["shared_cell"]
+    assert as_they_are > 0
+    assert apart == 0
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_device_holds_a_quarter_of_what_can_be_shared_out(four, model):
     found = four[model]["shard"]
