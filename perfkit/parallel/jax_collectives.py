@@ -22,10 +22,14 @@ SENT = {
 The result of a reduce-scatter is one part of what was reduced.
 """
 
+VIEWS = ("bitcast", "get-tuple-element", "tuple")
+"""Operations that write nothing."""
+
 _OPERATION = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(SENT)})(-start)?\(")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(body|condition|to_apply|calls|\w+_computations?)=\{?((?:%[\w.\-]+(?:, )?)+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_MADE = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^)]*)\)")
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,]*)\]")
 
 
@@ -87,6 +91,28 @@ def told(found: tuple[Collective, ...]) -> str:
     if any(item.times is None for item in found):
         parts.append("loops of unknown length counted as one round")
     return ", ".join(parts) or "no collective operation"
+
+
+def filled_first(hlo: str) -> int:
+    """Bytes that a program fills out of constants alone, where it meets a collective operation before any loop; else 0.
+
+    Most of them are what loops begin with. Nothing has to be there for them, so they come first; but the thread of a
+    device that has come to the operation waits in it, and the others' arrays are filled by what threads are left.
+    """
+    filled, meets, free = 0, False, set()
+    for line in dict(_computations(hlo)).get("ENTRY", ()):
+        if not (made := _MADE.match(line)):
+            continue
+        name, type_, operation, operands = made.groups()
+        if operation == "while":
+            break
+        meets |= operation.removesuffix("-start") in SENT
+        if operation == "constant":
+            free.add(name)
+        elif (read := re.findall(r"%([\w.\-]+)", operands)) and free.issuperset(read):
+            free.add(name)
+            filled += 0 if operation in VIEWS else _bytes(type_, halves=False)
+    return filled if meets else 0
 
 
 def _size(count: int) -> str:

@@ -27,6 +27,10 @@ MORE = 3
 """How many times as much memory is touched where it comes from the system anew as where it is kept."""
 
 
+TOUCHES = 3
+"""How often all of that memory is written, in one call."""
+
+
 class Step:
     """A training step of a workload, on any number of rows of its example batch.
 
@@ -136,7 +140,9 @@ def touching(size: int) -> tuple[Callable, tuple]:
 
     def touch(value: jax.Array) -> jax.Array:
         begun = jnp.broadcast_to(value, size // value.nbytes)
-        return jax.lax.fori_loop(0, 2, lambda _, memory: memory + value, begun)[0]  # a loop's arrays lie in memory
+        return jax.lax.fori_loop(1, TOUCHES, lambda _, memory: memory + value, begun)[
+            0
+        ]  # a loop's arrays lie in memory
 
     return touch, (jnp.float32(1),)
 
@@ -177,6 +183,7 @@ def costs(step: Step, devices: int, calls: Mapping[Any, Call], times: Mapping[An
         adding_s=times["adding"],
         temporary=calls[step.rows].temporary,
         fresh_s=fresh_s,
+        filling_s=times["kept"] / TOUCHES / calls["kept"].temporary,
     )
 
 

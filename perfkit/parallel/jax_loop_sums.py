@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,7 @@ class _Apart:
             return bound(eqn, given, self.rules)
         consts, carry = scan_sizes(eqn.params)
         fixed = [*map(self._gathered, given[:consts])]
-        start = [*map(self._by_rows, given[consts : consts + carry])]
+        start = [*map(partial(self._by_rows, weights=fixed), given[consts : consts + carry])]
         xs = [self._by_rows(value, first=1) for value in given[consts + carry :]]
         body, _ = inlined(jaxpr_as_fun(eqn.params["jaxpr"]), (), eqn.params["jaxpr"].in_avals)
         sums = _sums(body.jaxpr, consts, carry, self.rows)
@@ -64,7 +65,8 @@ class _Apart:
         def step(carried: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
             # The body's own sums begin anew at each step, and nobody reads what becomes of them.
             now = [start[at] if at in sums else value for at, value in enumerate(carried)]
-            outputs = [*map(self._by_rows, evaluated(body, [*fixed, *now, *x], self.rules, kept))]
+            outputs = evaluated(body, [*fixed, *now, *x], self.rules, kept)
+            outputs = [*map(partial(self._by_rows, weights=fixed), outputs)]
             ends = len(outputs) - len(kept)
             factors = dict(zip(kept, outputs[ends:], strict=True))
             after = outputs[:carry]
@@ -92,7 +94,7 @@ class _Apart:
             return value
         return lax.with_sharding_constraint(value, NamedSharding(self.mesh, PartitionSpec()))
 
-    def _by_rows(self, value: Any, first: int = 0) -> Any:
+    def _by_rows(self, value: Any, first: int = 0, weights: Sequence[Any] = ()) -> Any:
         """Vectors of the rows of the batch, with each device's rows on it; anything else as it lies.
 
         Left to XLA, what a weight's gradient is made of can lie as the weight does: then it is sent at every step.
@@ -100,9 +102,12 @@ class _Apart:
 
         Args:
             first: the first dimension that may be the batch; of what a loop reads step by step, 0 is the step.
+            weights: what has the shape of one of these is its gradient.
         """
         shape = jnp.shape(value)[first:]
-        return self._lying(value, first + shape.index(self.rows)) if self.rows in shape and len(shape) > 1 else value
+        if self.rows not in shape or len(shape) < 2 or shape in map(jnp.shape, weights):
+            return value
+        return self._lying(value, first + shape.index(self.rows))
 
     def _lying(self, value: Any, axis: int = 0) -> Any:
         """A value in equal parts along "data" by that dimension, and in any along the others."""

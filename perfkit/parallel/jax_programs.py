@@ -13,7 +13,7 @@ from perfkit._workload import Workload
 from perfkit.backends.jax_compile import persistent_cache
 from perfkit.backends.jax_training import Trainer
 from perfkit.parallel.gathering import gathered
-from perfkit.parallel.jax_collectives import Collective, collectives
+from perfkit.parallel.jax_collectives import Collective, collectives, filled_first
 from perfkit.parallel.jax_costs import Step
 from perfkit.parallel.jax_shares import share_kept
 from perfkit.parallel.planning_parts import Program, Way
@@ -63,7 +63,8 @@ def program(step: Step, way: Way, work: Workload) -> Program:
         batch = trainer.placement.batch(step.batch(step.rows))
         compiled = trainer.program.jitted.lower(trainer.state, *batch).compile()
         kept = share_kept(step.work, work, way.data) if way.tensor > 1 else 1.0
-    sent = collectives(compiled.as_text(), work.world.devices)
+    hlo = compiled.as_text()
+    sent = collectives(hlo, work.world.devices)
     handed = [item for item in sent if way.pipeline > 1 and item.looped and item.kind == "collective-permute"]
     return Program(
         sends=tuple(_sent(item) for item in sent if item not in handed),
@@ -72,6 +73,7 @@ def program(step: Step, way: Way, work: Workload) -> Program:
         stages=_stages(work) if way.pipeline > 1 else (),
         temporary=compiled.memory_analysis().temp_size_in_bytes,
         handed=max((item.bytes for item in handed), default=0),
+        filled=filled_first(hlo),
     )
 
 

@@ -80,6 +80,7 @@ class Program:
         stages: of a pipeline: of each stage the share of a pass, and bytes of its parameters.
         temporary: bytes of memory that the program takes while it runs.
         handed: of a pipeline: bytes of what a stage hands on in each turn, forwards and as much backwards.
+        filled: bytes that it fills while devices wait for each other in a first collective operation.
     """
 
     sends: tuple[tuple[str, float, int, int], ...]
@@ -88,6 +89,7 @@ class Program:
     stages: tuple[tuple[float, int], ...] = ()
     temporary: int = 0
     handed: int = 0
+    filled: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Costs:
         adding_s: of adding gradients of all parameters to others.
         temporary: bytes of memory that a step of the whole batch on one device takes while it runs.
         fresh_s: of the first touch of a byte of memory that comes from the system anew, as `fresh` has it.
+        filling_s: of writing a byte of memory that was touched before.
     """
 
     rows: int
@@ -124,6 +127,7 @@ class Costs:
     adding_s: float = 0.0
     temporary: int = 0
     fresh_s: float = 0.0
+    filling_s: float = 0.0
 
     @property
     def bytes(self) -> int:

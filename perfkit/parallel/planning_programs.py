@@ -31,11 +31,22 @@ def of_program(costs: Costs, way: Way, program: Program, cluster: Cluster) -> Pr
         computing_s=computing_s + costs.update_s * program.bytes / (costs.bytes or 1),
         sending_s=_handing_s(way, program, cluster)
         + sum(cluster.link.seconds(kind, size, ranks) * times for kind, size, ranks, times in program.sends),
-        waiting_s=waiting_s,
+        waiting_s=waiting_s + _filling_s(costs, program, cluster),
         overhead_s=overhead_s,
         held_bytes=COPIES * program.bytes,
         sent_bytes=2 * turns_of(way) * program.handed + sum(size * times for _, size, _, times in program.sends),
     )
+
+
+def _filling_s(costs: Costs, program: Program, cluster: Cluster) -> float:
+    """What filling memory takes longer where all other devices' threads wait for the last one, which fills its own.
+
+    Devices that have threads to themselves fill at the same time.
+    """
+    if cluster.overlaps:
+        return 0.0
+    together_s = program.filled * (costs.filling_s + (costs.fresh_s if fresh(program.temporary) else 0.0))
+    return together_s * (cluster.devices / cluster.crowding - 1)
 
 
 def turns_of(way: Way) -> int:

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("jax")
 
-from perfkit.parallel.jax_collectives import collectives, told
+from perfkit.parallel.jax_collectives import collectives, filled_first, told
 
 
 def program(*lines: str, others: str = "") -> str:
@@ -91,3 +91,23 @@ def test_a_loop_of_unknown_length_is_said_to_be_one():
     found = collectives(program("%w = f32[4]{0} while(%p), condition=%cond.1, body=%body.1", others=LOOP), 2)
     assert [item.times for item in found] == [None, None]
     assert told(found).endswith("loops of unknown length counted as one round")
+
+
+FILLED = (
+    "%zero = f32[] constant(0)",
+    "%zeros = f32[8]{0} fusion(%zero), kind=kLoop, calls=%fill",
+    "%two = (f32[8]{0}, s32[4]{0}) fusion(%zeros, %zero), kind=kLoop, calls=%both",
+    "%one = f32[8]{0} get-tuple-element(%two), index=0",
+    "%read = f32[8]{0} copy(%p)",
+    "%mixed = f32[8]{0} add(%one, %read)",
+)
+GATHER = "%g = f32[4]{0} all-gather-start(%p), replica_groups={{0,1}}, dimensions={0}"
+ENDLESS = "%loop = (s32[], f32[8]{0}) while(%t), condition=%c, body=%b"
+
+
+@pytest.mark.parametrize(
+    ("lines", "filled"),
+    [((GATHER, *FILLED, ENDLESS), 32 + 48), ((*FILLED, GATHER, ENDLESS), 32 + 48), ((*FILLED, ENDLESS, GATHER), 0), (FILLED, 0)],
+)
+def test_what_is_filled_while_devices_wait_for_each_other(lines, filled):
+    assert filled_first(program(*lines)) == filled

@@ -40,6 +40,18 @@ def test_a_program_pays_for_memory_that_the_system_gives_anew(temporary, pages_s
     assert predict(known, way, cluster()).overhead_s == pytest.approx(pages_s)
 
 
+@pytest.mark.parametrize(
+    ("overlaps", "crowding", "times"), [(True, 1.0, 0), (False, 1.0, 1), (False, 2.0, 0), (False, 1.6, 0.25)]
+)
+def test_devices_that_share_threads_fill_memory_one_after_the_other(overlaps, crowding, times):
+    way = Way(data=2, shard=True)
+    known = dataclasses.replace(COSTS, fresh_s=1e-9, filling_s=2e-9)
+    programs = [Program((), kept=1.0, bytes=40 * MB, temporary=size, filled=MB) for size in (MB, KEPT_BYTES + 1)]
+    shared = dataclasses.replace(cluster(2), overlaps=overlaps, crowding=crowding)
+    found = [predict(dataclasses.replace(known, programs={way: each}), way, shared).waiting_s for each in programs]
+    assert found == pytest.approx([times * MB * 2e-9, times * MB * 3e-9])
+
+
 def test_stages_that_wait_leave_their_cores_to_the_others():
     way, times = Way(pipeline=2, micro_batches=8), [0.3, 0.1]
     shared = dataclasses.replace(cluster(), crowding=2.0)
