@@ -111,7 +111,7 @@ class _Apart:
 
     def _lying(self, value: Any, axis: int = 0) -> Any:
         """A value in equal parts along "data" by that dimension, and in any along the others."""
-        spec = [PartitionSpec.UNCONSTRAINED] * jnp.ndim(value)
+        spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * jnp.ndim(value)
         spec[axis] = "data"
         return lax.with_sharding_constraint(value, NamedSharding(self.mesh, PartitionSpec(*spec)))
 
