@@ -10,6 +10,16 @@ namespace perfkit {
 template <int N>
 constexpr int MOST_ROWS = (REGISTERS - 1) / (N + 1) < 8 ? (REGISTERS - 1) / (N + 1) : 8;
 
+// body(0) to body(N - 1), of constants: unlike what a loop indexes, what they index stays in registers.
+template <class Body, int... I>
+INLINE void each_of(std::integer_sequence<int, I...>, Body body) {
+    (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Body>
+INLINE void each(Body body) {
+    each_of(std::make_integer_sequence<int, N>{}, body);
+}
+
 // Sums are rows of N vectors; row r becomes that of `starts` plus the product of row r of x with the panel w. They may
 // lie where the starts are. Not inlined: what the code around it keeps in registers would leave too few for the sums.
 template <int R, int N, class Operand>
@@ -19,25 +29,29 @@ __attribute__((noinline)) void dot(const Operand* x, i64 stride, const Operand* 
     constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 3 ? 2 : 8 / (R * N);
     constexpr int P = PAIR<Operand>;
     Floats found[CHAINS][R][N] = {};
-    for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) found[0][r][n] = load<Floats>(starts + r * starts_stride + n * L);
-    const auto add = [&](Floats(&to)[R][N], i64 k) INLINE_LAMBDA {
+    each<R>([&](auto r) INLINE_LAMBDA {
+        each<N>([&](auto n) INLINE_LAMBDA { found[0][r][n] = load<Floats>(starts + r * starts_stride + n * L); });
+    });
+    const auto add = [&](auto chain, i64 k) INLINE_LAMBDA {
         Floats number[R];
-        for (int r = 0; r < R; ++r) number[r] = spread(x + r * stride + k);
-        for (int n = 0; n < N; ++n) {
+        each<R>([&](auto r) INLINE_LAMBDA { number[r] = spread(x + r * stride + k); });
+        each<N>([&](auto n) INLINE_LAMBDA {
             const Floats weights = load<Floats>(w + (k * N + n * P) * L);
-            for (int r = 0; r < R; ++r) to[r][n] = added(Operand{}, to[r][n], number[r], weights);
-        }
+            each<R>([&](auto r) INLINE_LAMBDA {
+                found[chain][r][n] = added(Operand{}, found[chain][r][n], number[r], weights);
+            });
+        });
     };
     i64 k = 0;
     for (; k + CHAINS * P <= columns; k += CHAINS * P)
-        for (int chain = 0; chain < CHAINS; ++chain) add(found[chain], k + chain * P);
-    for (; k < columns; k += P) add(found[0], k);
-    for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) {
-            for (int chain = 1; chain < CHAINS; ++chain) found[0][r][n] += found[chain][r][n];
+        each<CHAINS>([&](auto chain) INLINE_LAMBDA { add(chain, k + chain * P); });
+    for (; k < columns; k += P) add(std::integral_constant<int, 0>{}, k);
+    each<R>([&](auto r) INLINE_LAMBDA {
+        each<N>([&](auto n) INLINE_LAMBDA {
+            each<CHAINS - 1>([&](auto chain) INLINE_LAMBDA { found[0][r][n] += found[chain + 1][r][n]; });
             store(sums + r * sums_stride + n * L, found[0][r][n]);
-        }
+        });
+    });
 }
 
 // The same for any number of rows. With `tiles` x has rows to the next multiple of 16; what is in those that are not
