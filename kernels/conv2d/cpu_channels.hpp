@@ -11,13 +11,6 @@
 
 namespace {
 
-// In a register: compilers read a number anew for each product, and there are fewer loads than products at a time.
-template <class V>
-INLINE V held(V value) {
-    asm("" : "+v"(value));
-    return value;
-}
-
 constexpr i64 MOST_CHANNELS = 4;  // vectors of output channels that are summed at once
 
 // Where it is taken: enough registers, and few lanes that no channel fills.

@@ -58,7 +58,7 @@ INLINE void multiply(const typename T::Number* x, const typename T::Number* w, i
         for (int n = 0; n < N; ++n) of[n] = take(w + n * step + k);
 #pragma GCC unroll 8
         for (int m = 0; m < R; ++m) {
-            const typename T::Vector here = take(x + m * step + k);
+            const typename T::Vector here = T::held_of(take(x + m * step + k));
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) found[m][n] = T::add(found[m][n], here, of[n]);
         }

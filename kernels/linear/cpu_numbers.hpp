@@ -56,6 +56,7 @@ struct Float32 {
         return value;
 #endif
     }
+    static INLINE Vector held_of(Vector x) { return held(x); }
     static INLINE Floats add(Floats sum, Vector a, Vector b) { return sum + a * b; }
     static float wide(Number x) { return x; }
     static Number narrow(float x) { return x; }
@@ -91,6 +92,7 @@ struct Bfloat16 {
     static Vector take_part(const Number* at, i64 count) {
         return Vector(_mm512_maskz_loadu_epi16(__mmask32((std::uint64_t(1) << count) - 1), at));
     }
+    static INLINE Vector held_of(Vector x) { return x; }
     static INLINE Floats add(Floats sum, Vector a, Vector b) {
         return Floats(_mm512_dpbf16_ps(__m512(sum), bits<__m512bh>(a), bits<__m512bh>(b)));
     }
@@ -111,6 +113,7 @@ struct Bfloat16 {
         for (i64 lane = 0; lane < count; ++lane) value[lane] = at[lane];
         return bits<Floats>(__builtin_convertvector(value, Ints) << 16);
     }
+    static INLINE Vector held_of(Vector x) { return x; }
     static INLINE Floats add(Floats sum, Vector a, Vector b) { return sum + a * b; }
     static float wide(Number x) { return widened(x); }
     static Number narrow(float x) { return rounded(x); }

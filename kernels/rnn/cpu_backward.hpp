@@ -182,8 +182,8 @@ class Backward {
             each_panel<1, V>(H_, 0, blocks_of(H_), [&](auto vectors, i64 block) INLINE_LAMBDA {
                 constexpr int N = decltype(vectors)::value;
                 float* to = &d_h[block * L];
-                product<N>(way.hh.panel(block), way.hh.columns, hidden, stride_, there, tiles_, to, padded_, to,
-                           padded_);
+                product<N>({Factors<Operand>{hidden, stride_, way.hh.panel(block), way.hh.columns}}, there, tiles_, to,
+                           padded_, to, padded_);
             });
             gathered.rows += there;
         }
@@ -242,8 +242,8 @@ class Backward {
             const float nothing[V * L] = {};
             each_panel<1, V>(way.inputs, 0, blocks_of(way.inputs), [&](auto vectors, i64 block) INLINE_LAMBDA {
                 constexpr int N = decltype(vectors)::value;
-                product<N>(way.ih.panel(block), way.ih.columns, gathered.gates.data(), stride_, gathered.rows, tiles_,
-                           nothing, 0, gathered.found.data(), N * L);
+                product<N>({Factors<Operand>{gathered.gates.data(), stride_, way.ih.panel(block), way.ih.columns}},
+                           gathered.rows, tiles_, nothing, 0, gathered.found.data(), N * L);
                 for (i64 row = 0; row < gathered.rows; ++row)
                     for (int n = 0; n < N; ++n) {
                         const i64 unit = (block + n) * L;
@@ -269,8 +269,9 @@ class Backward {
             pack_columns<Operand, V>(gathered.panel.data(), block, units, columns,
                                      [&](i64 k) { return k < gathered.rows ? rows[k] : nullptr; });
             float* to = &sums[block * L * G * HS_];
-            product<N>(gathered.panel.data(), columns, &gathered.transposed[slot * HS_ * gathered.columns],
-                       gathered.columns, G * HS_, tiles_, to, N * L, to, N * L);
+            const Operand* gates = &gathered.transposed[slot * HS_ * gathered.columns];
+            product<N>({Factors<Operand>{gates, gathered.columns, gathered.panel.data(), columns}}, G * HS_, tiles_, to,
+                       N * L, to, N * L);
         });
     }
 

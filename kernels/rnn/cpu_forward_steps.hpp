@@ -40,6 +40,7 @@ class ForwardSteps {
     struct Space {
         i64 chunk, x_stride, h_stride;
         bool in_tiles;                  // all of its products
+        bool at_once;                   // both parts of a step are one sum, without tiles
         std::vector<Array<Operand>> x;  // of each part: (chunk, x_stride)
         Array<float> sums;              // (panels, chunk, V, KEPT, L); in tiles, of each part: (2, AT_A_TIME, SUMS)
         Array<Operand> h[2];            // before and after a step, by turns: (rows, h_stride)
@@ -53,6 +54,8 @@ class ForwardSteps {
             const PerfkitRnn& p = f.p_;
             const i64 rows = line.last - line.first;
             in_tiles = f.tiles_ && rows >= TILE / 2;
+            // Few rows gain more from weights that are loaded for the input parts of several steps.
+            at_once = !Cell::GRU && !in_tiles && rows >= TILE;
             const i64 padded = round_up(rows, in_tiles ? AT_A_TIME : TILE);
             const i64 W = line.layer * p.directions + line.way;
             chunk = std::max(round_up(rows_of_x, TILE), padded);
@@ -92,7 +95,7 @@ class ForwardSteps {
         if constexpr (Cell::GRU) std::memcpy(to + kept_at(2, units), bias + 3 * L, units * sizeof(float));
     }
 
-    // The input's parts of the gates of steps [first, last); in tiles, only what they are made of.
+    // The input's parts of the gates of steps [first, last); only what they are made of where a step adds them up.
     void input_parts(const Line& line, const Space& space, i64 part, i64 first, i64 last) {
         const auto& way = ways_[line.layer * p_.directions + line.way];
         const Array<Operand>& x = space.x[part];
@@ -104,7 +107,7 @@ class ForwardSteps {
                          space.x_stride);
         }
         const auto [from, to] = blocks_of_part(part);
-        if (space.in_tiles) return;
+        if (space.in_tiles || space.at_once) return;
         each_panel<G, V>(H_, from, to, [&](auto vectors, i64 block) INLINE_LAMBDA {
             constexpr int N = decltype(vectors)::value;
             float* sums = &space.sums[block / V * space.chunk * WIDTH];
@@ -112,8 +115,8 @@ class ForwardSteps {
             const i64 n = kept_at(2, units_of(H_, block));
             float of_input[N * L];
             input_bias<N>(bias, block, of_input);
-            product<N>(way.ih.panel(block), way.ih.columns, x.data(), space.x_stride, rows, tiles_, of_input, 0, sums,
-                       WIDTH);
+            product<N>({Factors<Operand>{x.data(), space.x_stride, way.ih.panel(block), way.ih.columns}}, rows, tiles_,
+                       of_input, 0, sums, WIDTH);
             if constexpr (Cell::GRU)
                 for (float* row = sums; row < sums + rows * WIDTH; row += WIDTH)
                     store(row + 3 * L, load<Floats>(row + n)), store(row + n, load<Floats>(bias + n));
@@ -159,8 +162,13 @@ class ForwardSteps {
         const auto multiply = [&](auto vectors, i64 panel) INLINE_LAMBDA {
             constexpr int N = decltype(vectors)::value;
             float* sums = sums_of(panel);
-            product<N>(way.hh.panel(panel), way.hh.columns, before.data(), space.h_stride, there, tiles_, sums, WIDTH,
-                       sums, WIDTH);
+            const Factors<Operand> hidden{before.data(), space.h_stride, way.hh.panel(panel), way.hh.columns};
+            const Factors<Operand> input{&space.x[part][row * space.x_stride], space.x_stride, way.ih.panel(panel),
+                                         way.ih.columns};
+            if (space.at_once)
+                product<N>({input, hidden}, there, tiles_, &way.bias[panel * KEPT * L], 0, sums, WIDTH);
+            else
+                product<N>({hidden}, there, tiles_, sums, WIDTH, sums, WIDTH);
         };
         const auto finish = [&](i64 block, i64 b) INLINE_LAMBDA {
             const i64 width = H_ - block * L;

@@ -10,44 +10,64 @@ namespace perfkit {
 template <int N>
 constexpr int MOST_ROWS = (REGISTERS - 1) / (N + 1) < 8 ? (REGISTERS - 1) / (N + 1) : 8;
 
-// Sums are rows of N vectors; row r becomes that of `starts` plus the product of row r of x with the panel w. They may
-// lie where the starts are. Not inlined: what the code around it keeps in registers would leave too few for the sums.
+// body(0) to body(N - 1), of constants: unlike what a loop indexes, what they index stays in registers.
+template <class Body, int... I>
+INLINE void each_of(std::integer_sequence<int, I...>, Body body) {
+    (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Body>
+INLINE void each(Body body) {
+    each_of(std::make_integer_sequence<int, N>{}, body);
+}
+
+// Sums are rows of N vectors; row r becomes that of `starts` plus the products of row r of each x with its panel. They
+// may lie where the starts are. Not inlined: what the code around it keeps in registers would leave too few for the sums.
 template <int R, int N, class Operand>
-__attribute__((noinline)) void dot(const Operand* x, i64 stride, const Operand* w, i64 columns, const float* starts,
+__attribute__((noinline)) void dot(const Factors<Operand>* from, const Factors<Operand>* to, const float* starts,
                                    i64 starts_stride, float* sums, i64 sums_stride) {
     // Few sums are made of several chains each: every product would wait for the last one's result.
     constexpr int CHAINS = R * N >= 8 ? 1 : R * N >= 3 ? 2 : 8 / (R * N);
     constexpr int P = PAIR<Operand>;
     Floats found[CHAINS][R][N] = {};
-    for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) found[0][r][n] = load<Floats>(starts + r * starts_stride + n * L);
-    const auto add = [&](Floats(&to)[R][N], i64 k) INLINE_LAMBDA {
-        Floats number[R];
-        for (int r = 0; r < R; ++r) number[r] = spread(x + r * stride + k);
-        for (int n = 0; n < N; ++n) {
-            const Floats weights = load<Floats>(w + (k * N + n * P) * L);
-            for (int r = 0; r < R; ++r) to[r][n] = added(Operand{}, to[r][n], number[r], weights);
-        }
-    };
-    i64 k = 0;
-    for (; k + CHAINS * P <= columns; k += CHAINS * P)
-        for (int chain = 0; chain < CHAINS; ++chain) add(found[chain], k + chain * P);
-    for (; k < columns; k += P) add(found[0], k);
-    for (int r = 0; r < R; ++r)
-        for (int n = 0; n < N; ++n) {
-            for (int chain = 1; chain < CHAINS; ++chain) found[0][r][n] += found[chain][r][n];
+    each<R>([&](auto r) INLINE_LAMBDA {
+        each<N>([&](auto n) INLINE_LAMBDA { found[0][r][n] = load<Floats>(starts + r * starts_stride + n * L); });
+    });
+    for (; from < to; ++from) {
+        const auto [x, stride, w, columns] = *from;
+        const auto add = [&, x = x, stride = stride, w = w](auto chain, i64 k) INLINE_LAMBDA {
+            Floats number[R];
+            each<R>([&](auto r) INLINE_LAMBDA { number[r] = spread(x + r * stride + k); });
+            each<N>([&](auto n) INLINE_LAMBDA {
+                const Floats weights = load<Floats>(w + (k * N + n * P) * L);
+                each<R>([&](auto r) INLINE_LAMBDA {
+                    found[chain][r][n] = added(Operand{}, found[chain][r][n], number[r], weights);
+                });
+            });
+        };
+        i64 k = 0;
+        for (; k + CHAINS * P <= columns; k += CHAINS * P)
+            each<CHAINS>([&](auto chain) INLINE_LAMBDA { add(chain, k + chain * P); });
+        for (; k < columns; k += P) add(std::integral_constant<int, 0>{}, k);
+    }
+    each<R>([&](auto r) INLINE_LAMBDA {
+        each<N>([&](auto n) INLINE_LAMBDA {
+            each<CHAINS - 1>([&](auto chain) INLINE_LAMBDA { found[0][r][n] += found[chain + 1][r][n]; });
             store(sums + r * sums_stride + n * L, found[0][r][n]);
-        }
+        });
+    });
 }
 
-// The same for any number of rows. With `tiles` x has rows to the next multiple of 16; what is in those that are not
-// `rows` is not used.
-template <int N, class Operand>
-void product(const Operand* w, i64 columns, const Operand* x, i64 stride, i64 rows, bool tiles, const float* starts,
-             i64 starts_stride, float* sums, i64 sums_stride) {
+// The same for any number of rows. With `tiles` each x has rows to the next multiple of 16; what is in those that are
+// not `rows` is not used.
+template <int N, int F, class Operand>
+void product(const Factors<Operand> (&given)[F], i64 rows, bool tiles, const float* starts, i64 starts_stride,
+             float* sums, i64 sums_stride) {
+    Factors<Operand> factors[F];
+    std::copy(given, given + F, factors);
     const auto next = [&](auto run, i64 count) INLINE_LAMBDA {
-        run(x, stride, w, columns, starts, starts_stride, sums, sums_stride);
-        x += count * stride, starts += count * starts_stride, sums += count * sums_stride, rows -= count;
+        run(factors, factors + F, starts, starts_stride, sums, sums_stride);
+        for (auto& factor : factors) factor.x += count * factor.stride;
+        starts += count * starts_stride, sums += count * sums_stride, rows -= count;
     };
 #if PERFKIT_TILES
     if constexpr (PAIR<Operand> == 2) {

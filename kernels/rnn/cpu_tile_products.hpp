@@ -63,22 +63,21 @@ INLINE void tile_sums(const Factors<Bf16>* from, const Factors<Bf16>* to, const 
     if constexpr (N > 2) tile_sums<R, N, 2>(from, to, starts, starts_stride, sums, sums_stride, meanwhile);
 }
 
-// Row r of `sums` becomes that of `starts`, which may be the same, plus the product of row r of x with the panel w; of
-// 16 rows, or 32.
+// Row r of `sums` becomes that of `starts`, which may be the same, plus the products of row r of each x with its panel;
+// of 16 rows, or 32.
 template <int R, int N>
-__attribute__((noinline)) void dot_tiles(const Bf16* x, i64 stride, const Bf16* w, i64 columns, const float* starts,
+__attribute__((noinline)) void dot_tiles(const Factors<Bf16>* from, const Factors<Bf16>* to, const float* starts,
                                          i64 starts_stride, float* sums, i64 sums_stride) {
-    const Factors<Bf16> factors{x, stride, w, columns};
-    tile_sums<R, N>(&factors, &factors + 1, starts, starts_stride, sums, sums_stride, [] {});
+    tile_sums<R, N>(from, to, starts, starts_stride, sums, sums_stride, [] {});
 }
 
 // The same of 16 rows, of which `rows` are wanted and have sums.
 template <int N>
-void dot_in_tile(i64 rows, const Bf16* x, i64 stride, const Bf16* w, i64 columns, const float* starts,
-                 i64 starts_stride, float* sums, i64 sums_stride) {
+void dot_in_tile(i64 rows, const Factors<Bf16>* from, const Factors<Bf16>* to, const float* starts, i64 starts_stride,
+                 float* sums, i64 sums_stride) {
     constexpr float NOTHING[N * L] = {};
     alignas(64) float found[TILE][N * L];
-    dot_tiles<1, N>(x, stride, w, columns, NOTHING, 0, found[0], N * L);
+    dot_tiles<1, N>(from, to, NOTHING, 0, found[0], N * L);
     for (i64 r = 0; r < rows; ++r)
         for (int n = 0; n < N; ++n)
             store(sums + r * sums_stride + n * L,
