@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from perfkit._errors import UnsupportedError, first_line
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends import jax_autocast
@@ -41,6 +42,9 @@ def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
 
     In training the optimizer keeps float32 parameters and each step casts copies of them; running statistics stay
     float32, since small updates to them would be lost.
+
+    Raises:
+        UnsupportedError: the model does not run so.
     """
     model = work.model
     written = _output_dtypes(work)
@@ -68,19 +72,38 @@ def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
     model = model.then(wrap)
     if not work.trains:
         model = model.with_state(cast(model.params, dtype), cast(model.rest, dtype))
-    return work.replace(model=model), Effect(tuple(touched), skipped)
+    low_work = work.replace(model=model)
+    if written is not None:
+        _check_runs(low_work, dtype)
+    return low_work, Effect(tuple(touched), skipped)
+
+
+def _check_runs(work: Workload, dtype: str) -> None:
+    try:
+        _outputs(work)
+    except Exception as error:  # whatever an operation raises that was given this dtype, or two
+        raise UnsupportedError(
+            f"weights in {dtype} do not fit the rest of {work.model.name}, which has an operation that does not take "
+            f"{dtype}: {type(error).__name__}: {first_line(error)}. Choose 'bf16' or 'fp16', which cast at each matrix "
+            "product and leave such operations in float32"
+        ) from error
 
 
 def _output_dtypes(work: Workload) -> list[Any] | None:
     """The dtypes of the model's outputs; None where they cannot be told."""
-    model, inputs = work.model, work.inputs
-    if inputs is None:
+    if work.inputs is None:
         return None
     try:
-        outputs, _ = jax.eval_shape(model.function(), model.params, model.rest, *inputs.args, **inputs.kwargs)
+        outputs = _outputs(work)
     except Exception:  # whatever code raises that reads the values of what it is given
         return None
     return [leaf.dtype for leaf in jax.tree.leaves(outputs)]
+
+
+def _outputs(work: Workload) -> Any:
+    """The shapes and dtypes of the model's outputs."""
+    model, inputs = work.model, work.inputs
+    return jax.eval_shape(model.function(), model.params, model.rest, *inputs.args, **inputs.kwargs)[0]
 
 
 def _restored(outputs: Any, written: list[Any] | None, dtype: str) -> Any:

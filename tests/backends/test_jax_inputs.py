@@ -171,6 +171,16 @@ def test_half_gives_outputs_back_in_the_dtypes_they_had():
         assert result(x).dtype == jnp.float64
 
 
+def test_half_tells_what_to_take_where_an_operation_has_no_16_bits():
+    def spectrum(params, x):
+        return jnp.abs(jnp.fft.rfft(x @ params["w"])) @ params["w"][:2]
+
+    with pytest.raises(UnsupportedError, match=r"RFFT .* got bfloat16\. Choose 'bf16' or 'fp16'"):
+        _optimized(spectrum, "half", (X,))
+    for recipe in ("bf16", "fp16"):
+        assert _optimized(spectrum, recipe, (X,)).report.fidelity.ok
+
+
 def test_half_does_nothing_to_what_is_in_16_bits():
     params = {"low": W.astype("bfloat16"), "wide": W}
     plan = perfkit.plan(lambda p, x: x @ p["low"] + x @ p["wide"], "half", params=params, example_inputs=(X,))
