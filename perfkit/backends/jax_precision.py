@@ -11,6 +11,7 @@ from perfkit._errors import UnsupportedError, first_line
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends import jax_autocast
+from perfkit.backends.jax_trees import leaves_with_names
 
 
 def cast(tree: Any, dtype: Any, only: tuple = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)) -> Any:
@@ -34,7 +35,8 @@ def autocast(work: Workload, dtype: str) -> tuple[Workload, Effect]:
     )
     touched = tuple(f"{count} × {primitive}" for primitive, count in counts.low.items())
     kept = (*counts.skipped, *counts.kept)
-    return low, Effect(touched, tuple(Skipped(f"{item.count} × {item.primitive}", item.reason) for item in kept))
+    effect = Effect(touched, tuple(Skipped(f"{item.count} × {item.primitive}", item.reason) for item in kept))
+    return (low if touched else work), effect
 
 
 def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
@@ -59,11 +61,8 @@ def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
 
         return low
 
-    found = {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf.dtype
-        for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
+    named, _ = leaves_with_names(model.params)
+    found = {name: leaf.dtype for name, leaf in named if jnp.issubdtype(leaf.dtype, jnp.floating)}
     touched = [name for name, held in found.items() if held != jnp.dtype(dtype)]
     skipped = tuple(Skipped(name, f"it is {dtype} already") for name in found if name not in touched)
     if not touched:
