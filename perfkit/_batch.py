@@ -3,9 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from perfkit._errors import InvalidInputError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How many samples a call is of, and along which dimension of the inputs they lie."""
+
+    count: int
+    dim: int
+
+
+def samples_of(
+    inputs: Iterable[Shape], outputs: Iterable[Shape], sequences: Callable[[], set[tuple[int, int]]]
+) -> Samples | None:
+    """How many samples a call is of; None where that cannot be told.
+
+    Along an input's second dimension, where the model reads it as sequences with time first, else along its first one;
+    outputs must have as many. A sequence alone is no batch.
+
+    Args:
+        inputs, outputs: their shapes; targets are among the outputs.
+        sequences: tells (steps, rows) of what the model reads step by step, rows being 0 without a batch; asked where
+            it matters.
+    """
+    outputs = list(outputs)
+    firsts, leading = {shape[0] for shape in outputs if shape}, {size for shape in outputs for size in shape[:2]}
+    for shape in inputs:
+        if len(shape) > 1 and shape[1] in leading and shape[0] != shape[1] and _time_first(shape, sequences()):
+            return Samples(shape[1], 1)
+        if shape and shape[0] in firsts:
+            return None if (shape[0], 0) in sequences() else Samples(shape[0], 0)
+    return None
+
+
+def _time_first(shape: Shape, sequences: set[tuple[int, int]]) -> bool:
+    """Whether one of the sequences is this input, or a part of it in time, such as the one step that a cell reads."""
+    return any(rows == shape[1] and steps <= shape[0] and (steps > 1 or len(shape) > 2) for steps, rows in sequences)
 
 
 def axis_of(shape: tuple[int, ...], rows: int, batch_dim: int) -> int | None:

@@ -18,6 +18,7 @@ want to catch it apart from the others. `PerfkitWarning` is the one warning cate
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -90,3 +91,9 @@ def missing(package: str, needed_for: str, extra: str | None = None) -> MissingD
     """The error for a library that is not installed, with the command that installs it."""
     target = f"'perfkit[{extra}]'" if extra else package
     return MissingDependencyError(f"{needed_for} needs {package}, which is not installed: pip install {target}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; what it says again and again ("Error dispatching computation: " in XLA) once."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"(\S[^:]*: )\1+", r"\1", line)[:300]

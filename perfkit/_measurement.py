@@ -84,11 +84,13 @@ def payback(optimizing_s: float, before: Measurement, after: Measurement, speedu
 def _throughput(variant: Variant, latency: Latency | None) -> Quantity:
     if latency is None:
         return Quantity.missing("items/s", variant.unmeasured)
-    batch = variant.work.backend.batch_size(variant.work.inputs)
-    if batch is None:
-        return Quantity.missing("items/s", "the inputs have no batch dimension")
-    batch *= variant.work.spread.shares if variant.work.spread else 1
-    return Quantity(batch / latency.median_ms * 1e3, "items/s", method=f"{batch} items per median call")
+    samples = variant.work.samples
+    if samples is None:
+        return Quantity.missing("items/s", "no dimension of the inputs is known to be the batch")
+    where = "" if samples.dim == 0 else f", along dimension {samples.dim} of the inputs,"
+    return Quantity(
+        samples.count / latency.median_ms * 1e3, "items/s", method=f"{samples.count} items{where} per median call"
+    )
 
 
 def compile_seconds(variant: Variant, latency: Latency | None) -> Quantity:

@@ -13,12 +13,12 @@ import numpy as np
 
 import perfkit
 from perfkit._chain import Chain
-from perfkit._errors import UnsupportedError
+from perfkit._errors import UnsupportedError, first_line
 from perfkit._measurement import measurement, parallel, payback
 from perfkit._quantity import Comparison, Verdict, rounded
 from perfkit._recipe import LayerRecipe, ask
 from perfkit._report import Fidelity, LossCurves, Metric, Report, Step
-from perfkit._variant import Applied, Variant, compared, first_line, ready
+from perfkit._variant import Applied, Variant, compared, ready
 from perfkit.measure import fidelity, loss_curves
 from perfkit.measure.environment import environment
 

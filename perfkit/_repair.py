@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from glob import escape
 
 from perfkit._chain import Chain
-from perfkit._errors import PerfkitError
+from perfkit._errors import PerfkitError, first_line
 from perfkit._recipe import LayerRecipe
 from perfkit._report import Skipped
-from perfkit._variant import Applied, Variant, apply, first_line, observed, ready
+from perfkit._variant import Applied, Variant, apply, observed, ready
 from perfkit._workload import Workload
 
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, replace
 
 from perfkit._chain import NOTHING, Chain
-from perfkit._errors import FidelityError, InvalidInputError, PerfkitError
+from perfkit._errors import FidelityError, InvalidInputError, PerfkitError, first_line
 from perfkit._pipeline import Result, concluded, unchanged
 from perfkit._proof import Settings, check_numbers
 from perfkit._quantity import Comparison, Verdict
@@ -15,7 +15,7 @@ from perfkit._recipe import Recipe, Stage, ask, refusal
 from perfkit._recipe_files import names, recipe_class
 from perfkit._report import Candidate
 from perfkit._search_order import Agenda
-from perfkit._variant import Applied, Variant, apply, compared, first_line, observed, ready
+from perfkit._variant import Applied, Variant, apply, compared, observed, ready
 from perfkit._workload import Workload
 
 QUICK_BUDGET_S = 1.0

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from perfkit._chain import NOTHING, Chain
-from perfkit._errors import InvalidInputError, UnsupportedError
+from perfkit._errors import InvalidInputError, UnsupportedError, first_line
 from perfkit._quantity import Comparison, Latency, Quantity
 from perfkit._recipe import ask
 from perfkit._report import Step
@@ -150,9 +149,3 @@ def _repeated(call: Callable[[], Any], times: int) -> Callable[[], Any]:
             call()
 
     return repeated
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; what it says again and again ("Error dispatching computation: " in XLA) once."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"(\S[^:]*: )\1+", r"\1", line)[:300]

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
+from perfkit._batch import Samples
 from perfkit._errors import InvalidInputError
 from perfkit.parallel.world import ALONE, World
 
@@ -83,6 +84,7 @@ class Workload:
         world: the processes that run `optimize` together; alone unless a recipe of the chain is for several.
         layout: how the chain's recipes share their devices; None where none asks for several.
         spread: how the model is spread over them; None where every process has a whole one of its own.
+        samples: of how many samples the caller's example inputs are; None where that cannot be told.
     """
 
     backend: Backend
@@ -96,6 +98,7 @@ class Workload:
     world: World = ALONE
     layout: Layout | None = None
     spread: Spread | None = None
+    samples: Samples | None = None
 
     def replace(self, **changes: Any) -> Self:
         """The next workload: this one with some fields changed."""

@@ -121,6 +121,8 @@ def rnn_int8(
     out, h, c = _empty(x, batch_sizes, h0, weights, mode, hidden, bidirectional, batch_first)
     for state, initial in ((h, h0), (c, c0 if mode == "LSTM" else None)):
         state.zero_() if initial is None else state.copy_(initial)
+    if not h.size(1):
+        return out, h, c
     sizes, starts = _steps(x, batch_sizes, batch_first)
     run = library().perfkit_rnn_int8_layer
     fixed = _Layer(
@@ -190,10 +192,11 @@ def _strides(x: Tensor, batch_first: bool) -> tuple[int, int]:
 
 def _check(x, batch_sizes, h0, c0, layers: list[Direction], mode, hidden, directions, batch_first) -> None:
     """What the kernel relies on: a pointer to anything else would be read out of bounds."""
-    if x.dim() != (3 if batch_sizes is None else 2) or 0 in x.shape:
-        raise InvalidInputError(
-            f"x has shape {list(x.shape)}: expected (T, B, I), or (P, I) with batch_sizes, none of them zero"
-        )
+    if x.dim() != (3 if batch_sizes is None else 2):
+        raise InvalidInputError(f"x has shape {list(x.shape)}: expected (T, B, I), or (P, I) with batch_sizes")
+    batch_dim = None if batch_sizes is not None else 0 if batch_first else 1
+    if any(size == 0 for dim, size in enumerate(x.shape) if dim != batch_dim):
+        raise InvalidInputError(f"x has shape {list(x.shape)}: only its batch may be empty")
     batch = x.size(0 if batch_first else 1)
     if batch_sizes is not None:
         batch, steps = int(batch_sizes[0]), batch_sizes.diff()

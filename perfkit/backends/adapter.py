@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from perfkit._batch import Samples, samples_of
 from perfkit._errors import PerfkitError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -247,6 +249,13 @@ class Backend(ABC):
         """Length of the first dimension of the first input; None where there is none."""
         shapes = [leaf.shape for leaf in self.leaves((inputs.args, inputs.kwargs))] if inputs else []
         return next((int(shape[0]) for shape in shapes if len(shape)), None)
+
+    def samples(self, work: Workload, outputs: Any, sequences: Callable[[], set[tuple[int, int]]]) -> Samples | None:
+        """Of how many samples a call is that gave these outputs; see `samples_of`."""
+        targets = None if work.training is None else work.training.targets
+        inputs = (work.inputs.args, dict(work.inputs.kwargs))
+        given, made = ([tuple(leaf.shape) for leaf in self.leaves(tree)] for tree in (inputs, (outputs, targets)))
+        return samples_of(given, made, functools.cache(sequences))
 
     def describe(self, inputs: Inputs | None) -> str:
         """Shapes and dtypes: "float32[64, 1, 28, 28]"."""

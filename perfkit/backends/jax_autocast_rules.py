@@ -154,16 +154,19 @@ def inner_jaxprs(eqn: Any) -> Iterator[Any]:
         yield from inner if isinstance(inner, tuple) else (inner,)
 
 
-def primitives(jaxpr: Any) -> set[str]:
-    """The names of all primitives in a jaxpr, inner ones included."""
-    found = set()
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations in a jaxpr, inner ones included."""
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        found.add(eqn.primitive.name)
+        yield eqn
         for value in eqn.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
-                    found |= primitives(inner)
-    return found
+                    yield from equations(inner)
+
+
+def primitives(jaxpr: Any) -> set[str]:
+    """The names of all primitives in a jaxpr, inner ones included."""
+    return {eqn.primitive.name for eqn in equations(jaxpr)}
 
 
 def kept_reason(eqn: Any) -> str | None:

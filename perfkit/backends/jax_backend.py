@@ -36,6 +36,7 @@ from perfkit.backends.jax_inputs import (
 from perfkit.backends.jax_model import LinenModel, NnxModel
 from perfkit.backends.jax_placement import device_bytes
 from perfkit.backends.jax_precision import cast
+from perfkit.backends.jax_sequences import sequences_seen
 from perfkit.backends.jax_training import Trainer, checked_optimizer, warn_of_ascent
 from perfkit.backends.jax_trees import leaves
 
@@ -58,8 +59,9 @@ class JaxBackend(Backend):
         if inputs is None:
             return work
         check_donation(work)
-        self._check_runs(work)
-        return with_numbers_read(work)
+        outputs = self._check_runs(work)
+        work = with_numbers_read(work)
+        return work.replace(samples=self.samples(work, outputs, lambda: sequences_seen(work)))
 
     def as_inputs(self, work: Workload, example_inputs: Any) -> Inputs:
         return checked(as_inputs(work.model, example_inputs))
@@ -208,7 +210,8 @@ class JaxBackend(Backend):
     def forget(self) -> None:
         gc.collect()
 
-    def _check_runs(self, work: Workload) -> None:
+    def _check_runs(self, work: Workload) -> Any:
+        """The outputs."""
         model, inputs = work.model, work.inputs
         with self.preserved():
             try:
@@ -221,6 +224,7 @@ class JaxBackend(Backend):
             check_outputs(model.name, list(self.leaves(outputs)), outputs)
             if work.training is not None:
                 check_loss(work.training, outputs, lambda loss: getattr(loss, "shape", None))
+        return outputs
 
 
 def _as_called(work: Workload) -> Workload:

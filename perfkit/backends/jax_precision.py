@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from perfkit._errors import UnsupportedError, first_line
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends import jax_autocast
+from perfkit.backends.jax_trees import leaves_with_names
 
 
 def cast(tree: Any, dtype: Any, only: tuple = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)) -> Any:
@@ -33,7 +35,8 @@ def autocast(work: Workload, dtype: str) -> tuple[Workload, Effect]:
     )
     touched = tuple(f"{count} × {primitive}" for primitive, count in counts.low.items())
     kept = (*counts.skipped, *counts.kept)
-    return low, Effect(touched, tuple(Skipped(f"{item.count} × {item.primitive}", item.reason) for item in kept))
+    effect = Effect(touched, tuple(Skipped(f"{item.count} × {item.primitive}", item.reason) for item in kept))
+    return (low if touched else work), effect
 
 
 def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
@@ -41,6 +44,9 @@ def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
 
     In training the optimizer keeps float32 parameters and each step casts copies of them; running statistics stay
     float32, since small updates to them would be lost.
+
+    Raises:
+        UnsupportedError: the model does not run so.
     """
     model = work.model
     written = _output_dtypes(work)
@@ -55,11 +61,8 @@ def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
 
         return low
 
-    found = {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf.dtype
-        for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
+    named, _ = leaves_with_names(model.params)
+    found = {name: leaf.dtype for name, leaf in named if jnp.issubdtype(leaf.dtype, jnp.floating)}
     touched = [name for name, held in found.items() if held != jnp.dtype(dtype)]
     skipped = tuple(Skipped(name, f"it is {dtype} already") for name in found if name not in touched)
     if not touched:
@@ -68,19 +71,38 @@ def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
     model = model.then(wrap)
     if not work.trains:
         model = model.with_state(cast(model.params, dtype), cast(model.rest, dtype))
-    return work.replace(model=model), Effect(tuple(touched), skipped)
+    low_work = work.replace(model=model)
+    if written is not None:
+        _check_runs(low_work, dtype)
+    return low_work, Effect(tuple(touched), skipped)
+
+
+def _check_runs(work: Workload, dtype: str) -> None:
+    try:
+        _outputs(work)
+    except Exception as error:  # whatever an operation raises that was given this dtype, or two
+        raise UnsupportedError(
+            f"weights in {dtype} do not fit the rest of {work.model.name}, which has an operation that does not take "
+            f"{dtype}: {type(error).__name__}: {first_line(error)}. Choose 'bf16' or 'fp16', which cast at each matrix "
+            "product and leave such operations in float32"
+        ) from error
 
 
 def _output_dtypes(work: Workload) -> list[Any] | None:
     """The dtypes of the model's outputs; None where they cannot be told."""
-    model, inputs = work.model, work.inputs
-    if inputs is None:
+    if work.inputs is None:
         return None
     try:
-        outputs, _ = jax.eval_shape(model.function(), model.params, model.rest, *inputs.args, **inputs.kwargs)
+        outputs = _outputs(work)
     except Exception:  # whatever code raises that reads the values of what it is given
         return None
     return [leaf.dtype for leaf in jax.tree.leaves(outputs)]
+
+
+def _outputs(work: Workload) -> Any:
+    """The shapes and dtypes of the model's outputs."""
+    model, inputs = work.model, work.inputs
+    return jax.eval_shape(model.function(), model.params, model.rest, *inputs.args, **inputs.kwargs)[0]
 
 
 def _restored(outputs: Any, written: list[Any] | None, dtype: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from perfkit._batch import Samples
 from perfkit._errors import InvalidInputError
 from perfkit._quantity import Quantity
 from perfkit._report import NO_OPTIMIZER
@@ -32,6 +33,7 @@ from perfkit.backends.torch_checks import (
 )
 from perfkit.backends.torch_hooks import copy_gradient_hooks
 from perfkit.backends.torch_peak import peak_during
+from perfkit.backends.torch_sequences import sequences_seen
 from perfkit.backends.torch_state import keeping_state
 from perfkit.backends.torch_surgery import (
     ELSEWHERE,
@@ -73,9 +75,7 @@ class TorchBackend(Backend):
         settle_forward(work.model)
         check_on_its_own(work.model, model)
         work.model.train(mode == "training")
-        if inputs is not None:
-            self._check_runs(work)
-        return work
+        return work if inputs is None else work.replace(samples=self._check_runs(work))
 
     def as_inputs(self, work: Workload, example_inputs: Any) -> Inputs:
         return as_inputs(work.model, example_inputs)
@@ -200,7 +200,8 @@ class TorchBackend(Backend):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _check_runs(self, work: Workload) -> None:
+    def _check_runs(self, work: Workload) -> Samples | None:
+        """Of how many samples the inputs are."""
         inputs, name = work.inputs, self.model_name(work)
 
         def run() -> tuple[Any, bool]:
@@ -212,7 +213,8 @@ class TorchBackend(Backend):
 
         with self.preserved(), torch.no_grad():
             try:
-                outputs, written = run()
+                with sequences_seen(work.model) as sequences:
+                    outputs, written = run()
             except Exception as error:
                 raise does_not_run(name, self.describe(inputs), error) from error
             check_outputs(name, outputs, inputs)
@@ -225,6 +227,7 @@ class TorchBackend(Backend):
                     raise writes_to_inputs(name, f"and does not run on them again: {error!r}") from error
                 if written:
                     raise writes_to_inputs(name, "at each call")
+        return self.samples(work, outputs, lambda: sequences)
 
 
 _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [

@@ -1,8 +1,9 @@
-"""Hooks of parameters, which see gradients while a torch model trains, and which deepcopy leaves behind."""
+"""Hooks of a torch model: of its modules' calls; and of parameters, which deepcopy leaves behind."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -28,3 +29,16 @@ def copy_gradient_hooks(model: nn.Module, copied_to: nn.Module) -> None:
             twins[name].register_hook(copy.deepcopy(hook, memo))
         for hook in once_added:
             twins[name].register_post_accumulate_grad_hook(copy.deepcopy(hook, memo))
+
+
+def call_hooks(module: nn.Module) -> list[Callable]:
+    """What the caller wants called around this module's calls; what torch's own libraries put there is not among it."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [hook for hook in hooks if not _made_in(hook).startswith(("torch.", "perfkit."))]
+
+
+def _made_in(hook: Callable) -> str:
+    """The module that defines it."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return getattr(hook, "__module__", None) or type(hook).__module__

@@ -229,14 +229,20 @@ class _Groups(ast.NodeTransformer):
         return ast.Tuple([self._path(node.func), ast.Tuple(node.args[1:], ast.Load()), keywords], ast.Load())
 
     def _path(self, node: ast.expr) -> ast.expr:
-        """The same submodule from where its module has it: nn.Module.__getattr__ looks there for half a microsecond."""
+        """The same submodule from where its module has it: nn.Module.__getattr__ looks there for half a microsecond.
+
+        `self._modules.get("conv") or self.conv`: what was taken out since is what the module says it is.
+        """
         if not isinstance(node, ast.Attribute):
             return node
         held, attribute = self.find(node.value), node.attr
         if not isinstance(held, nn.Module) or getattr(held, attribute, held) is not held._modules.get(attribute):
             return node
-        modules = ast.Attribute(self._path(node.value), "_modules", ast.Load())
-        return ast.Subscript(modules, ast.Constant(attribute), ast.Load())
+        owner = self._path(node.value)
+        get = ast.Attribute(ast.Attribute(owner, "_modules", ast.Load()), "get", ast.Load())
+        return ast.BoolOp(
+            ast.Or(), [ast.Call(get, [ast.Constant(attribute)], []), ast.Attribute(owner, attribute, ast.Load())]
+        )
 
 
 def _name(name: str) -> ast.Name:

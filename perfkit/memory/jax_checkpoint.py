@@ -10,7 +10,7 @@ import jax
 from perfkit._report import Effect
 from perfkit._workload import Workload
 from perfkit.backends.jax_compile import counted_bytes
-from perfkit.memory.jax_segments import Cut, in_segments
+from perfkit.memory.jax_segments import Cut, has_long_loops, in_segments
 from perfkit.memory.segments import budget_bytes
 
 SEGMENTS = (4, 8, 16)
@@ -29,8 +29,10 @@ def checkpointed(work: Workload, budget: float) -> tuple[Workload, Effect]:
     needs, cut = min(tried, key=lambda entry: entry[0])
     if needs >= before:
         return work, Effect(notes=(f"no way of cutting it needs less than its {before / 1e6:.3g} MB",))
+    model, inputs = work.model, work.inputs
+    loops = has_long_loops(model.function(), model.params, model.rest, *inputs.args, **inputs.kwargs)
     notes = [
-        f"{cut}: the gradient's program needs {needs / 1e6:.3g} MB in place of {before / 1e6:.3g} MB; "
+        f"{cut.told(loops)}: the gradient's program needs {needs / 1e6:.3g} MB in place of {before / 1e6:.3g} MB; "
         f"{len(tried)} way(s) were compiled"
     ]
     if needs > limit:

@@ -36,10 +36,12 @@ class Cut:
     keeps_products: bool = False
     opaque: bool = False
 
-    def __str__(self) -> str:
+    def told(self, loops: bool) -> str:
+        """What it does to a function, with or without long loops."""
         if self.keeps_products:
             return "all but the results of matrix products and convolutions is computed again"
-        return f"{self.segments} segments, and loops in {self.segments} pieces of time, each but the last run again"
+        pieces = f", and loops in {self.segments} pieces of time" if loops else ""
+        return f"{self.segments} segments{pieces}, each but the last run again"
 
 
 def in_segments(function: Callable, cut: Cut) -> Callable:
@@ -47,11 +49,22 @@ def in_segments(function: Callable, cut: Cut) -> Callable:
 
     @functools.wraps(function, updated=())
     def cut_function(*args: Any, **kwargs: Any) -> Any:
-        jaxpr, values, structure = trace(function, args, kwargs)
-        flat = jax.make_jaxpr(lambda *given: inlined(jaxpr, given))(*values)
+        jaxpr, flat, values, structure = _flat(function, args, kwargs)
         return untraced(jaxpr, _evaluated(flat, values, cut), structure)
 
     return cut_function
+
+
+def has_long_loops(function: Callable, *args: Any, **kwargs: Any) -> bool:
+    """Whether a call runs loops that are cut into pieces."""
+    _, flat, _, _ = _flat(function, args, kwargs)
+    return any(map(_is_long_loop, flat.jaxpr.eqns))
+
+
+def _flat(function: Callable, args: tuple, kwargs: dict) -> tuple[Any, Any, list[Any], Any]:
+    """`trace`'s results, and behind the jaxpr the same with the bodies of its calls in their place."""
+    jaxpr, values, structure = trace(function, args, kwargs)
+    return jaxpr, jax.make_jaxpr(lambda *given: inlined(jaxpr, given))(*values), values, structure
 
 
 def again_in_a_branch(run: Callable) -> Callable:

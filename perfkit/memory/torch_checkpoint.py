@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -13,8 +14,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as run_again
 
+from perfkit._errors import PerfkitWarning
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
+from perfkit.backends.torch_hooks import call_hooks
 from perfkit.backends.torch_surgery import around_forward, derive
 from perfkit.memory.segments import Segment, budget_bytes, choose
 from perfkit.memory.torch_saved import MOST_CHUNKS, Record, records, time_dim
@@ -63,7 +66,7 @@ def _segments(name: str, module: nn.Module, found: dict[str, Record], most: floa
     if not record.calls or not record.saved_bytes:
         return
     whole = _segment(name, found)
-    if name and record.saved_bytes <= most:
+    if name and record.saved_bytes <= most and not _hooked(name, found):
         yield whole
     elif record.sequence > 1 and not whole.fixed:
         chunks = min(math.ceil(record.saved_bytes / most), record.sequence, MOST_CHUNKS)
@@ -104,7 +107,7 @@ def _runs(name: str, module: nn.Sequential, found: dict[str, Record], most: floa
     for index, (child, part) in enumerate(zip(children, module, strict=True)):
         record = found[child]
         together = sum(found[children[other]].saved_bytes for other in run) + record.saved_bytes
-        if record.saved_bytes > most:
+        if record.saved_bytes > most or record.hooked or _hooked(child, found):
             yield from ended()
             yield from _segments(child, part, found, most)
             continue
@@ -112,6 +115,11 @@ def _runs(name: str, module: nn.Sequential, found: dict[str, Record], most: floa
             yield from ended()
         run.append(index)
     yield from ended()
+
+
+def _hooked(name: str, found: dict[str, Record]) -> bool:
+    """Whether hooks are called within a module's forward, and would be called twice if that ran again."""
+    return any(one.hooked and one.calls for key, one in found.items() if key.startswith(f"{name}."))
 
 
 def _segment(name: str, found: dict[str, Record], chunks: int = 1) -> Segment:
@@ -198,7 +206,16 @@ def _in_pieces(forward: Callable, chunks: int) -> Callable:
 
 
 def _again(modules: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """`function`, run again in the backward pass with the same random numbers; statistics are taken once."""
+    """`function`, run again in the backward pass with the same random numbers; statistics are taken once.
+
+    Not where hooks have come in since: they would be called twice.
+
+    Args:
+        modules: the layers that the function calls, or the module whose forward it is.
+    """
+    if any(map(call_hooks, _called(modules))) and not torch.compiler.is_compiling():
+        warnings.warn(HOOKED, PerfkitWarning, stacklevel=2)
+        return function(*args, **kwargs)
     if torch.compiler.is_compiling():  # the compiler keeps what it recomputes free of side effects itself
         return run_again(function, *args, use_reentrant=False, **kwargs)
 
@@ -206,6 +223,19 @@ def _again(modules: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
         return nullcontext(), _statistics_taken(modules)
 
     return run_again(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+HOOKED = (
+    "checkpoint: a forward hook was added to a module that runs again in the backward pass, which would call it twice: "
+    "it now runs once, and remembers what it computes. Remove the hook, or apply the recipe with the hook in place"
+)
+
+
+def _called(modules: nn.Module | list[nn.Module]) -> Iterator[nn.Module]:
+    """The modules that are called where `modules` run again."""
+    if isinstance(modules, list):
+        return (part for layer in modules for part in layer.modules())
+    return (part for part in modules.modules() if part is not modules)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from perfkit._workload import Workload
+from perfkit.backends.torch_hooks import call_hooks
 from perfkit.backends.torch_state import remembered, unchanged
 from perfkit.backends.torch_surgery import copied, parts, tensors_in
 
@@ -31,6 +32,7 @@ class Record:
         writes_input: it changed what went into it.
         changes: it changed one of its buffers or attributes, other than a batch norm's statistics.
         sequence: steps of a sequence that it can run in pieces; 0 where it cannot.
+        hooked: the caller has hooks on its calls.
     """
 
     own_bytes: float = 0.0
@@ -41,13 +43,14 @@ class Record:
     writes_input: bool = False
     changes: bool = False
     sequence: int = 0
+    hooked: bool = False
     saved_bytes: float = field(default=0.0)
 
 
 def records(work: Workload) -> dict[str, Record]:
     """A record of each module, by name: bytes from one training step of a copy, seconds the least of three."""
     model = copied(work.model)
-    found = {name: Record() for name, _ in model.named_modules()}
+    found = {name: Record(hooked=bool(call_hooks(module))) for name, module in model.named_modules()}
     _step(work, model)  # warm
     with _counting(model, found):
         _step(work, model)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from perfkit._chain import Chain, chain_of, check
-from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit._variant import apply, first_line
+from perfkit._errors import InvalidInputError, UnsupportedError, first_line
+from perfkit._variant import apply
 from perfkit._workload import Workload
 from perfkit.backends.jax_compile import persistent_cache
 from perfkit.backends.jax_training import Trainer

@@ -11,14 +11,12 @@ class Spread:
     """How a workload's model is spread.
 
     Args:
-        shares: into how many parts the example batch was divided, of which the workload's inputs are one.
         parts: what is spread along which axis, one line each: "data: the batch in 2 parts, gradients averaged".
         balance: share of the work of each pipeline stage, adding up to 1; empty without a pipeline.
         bubble: share of a pipeline's time in which a stage waits, by its schedule; 0 without one.
         period: training steps from one exchange to the next.
     """
 
-    shares: int = 1
     parts: tuple[str, ...] = ()
     balance: tuple[float, ...] = ()
     bubble: float = 0.0

@@ -85,7 +85,7 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     what = "parameters, gradients and optimizer state in parts" if recipe.shard else "gradients averaged"
     told = f"data: the batch in {mesh.size()} parts, {what}"
     spread = work.spread or Spread()
-    spread = replace(spread, shares=mesh.size(), parts=(*spread.parts, told))
+    spread = replace(spread, parts=(*spread.parts, told))
     exchanging: Any = getattr(model, "set_requires_gradient_sync", None)  # of the class that torch gave it, if it did
     if work.training.micro_batches > 1:
         notes.append(f"gradients are sent with the last of {work.training.micro_batches} micro-batches")

@@ -37,7 +37,7 @@ def local_sgd(work: Workload, recipe: LocalSgd) -> tuple[Workload, Effect]:
     rounds = Rounds(work, recipe, group, mesh.get_local_rank(), idle)
     spread = work.spread or Spread()
     told = (*spread.parts, recipe.told(devices))
-    spread = replace(spread, shares=devices, parts=told, period=recipe.sync_every)
+    spread = replace(spread, parts=told, period=recipe.sync_every)
     work = work.replace(training=replace(work.training, rounds=rounds), spread=spread)
     touched = tuple(name for name, _ in work.model.named_parameters() if name not in idle)
     skipped = tuple(Skipped(name, "no gradient reaches it on the example inputs") for name in idle)

@@ -13,11 +13,11 @@ from typing import Any
 import perfkit
 from perfkit import backends
 from perfkit._chain import Chain, chain_of, check
-from perfkit._errors import DoesNotRunError, InvalidInputError, PerfkitError, UnsupportedError
+from perfkit._errors import DoesNotRunError, InvalidInputError, PerfkitError, UnsupportedError, first_line
 from perfkit._measurement import compile_seconds
 from perfkit._quantity import Latency, Quantity
 from perfkit._recipe import ParallelRecipe, Recipe
-from perfkit._variant import Variant, apply, first_line, ready
+from perfkit._variant import Variant, apply, ready
 from perfkit._workload import Workload, calibrated, check_mode
 from perfkit.backends.adapter import Backend
 from perfkit.measure.calls import alone, first_call

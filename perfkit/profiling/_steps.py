@@ -100,7 +100,7 @@ class StepProfiler:
 
         Args:
             outputs: what the step made last, such as the loss: what JAX is waited for with. Without it, all its arrays.
-            items: how many the step was of; by default the length of its batch.
+            items: how many the step was of; by default the length that all arrays in its batch have.
         """
         done = time.perf_counter()
         sync_ms = None
@@ -185,12 +185,10 @@ def _in_use(framework: str) -> bool:
 
 
 def _rows(batch: Any) -> int | None:
-    """Length of the first array in a batch."""
-    for leaf in backends.leaves_in(batch):
-        shape = getattr(leaf, "shape", None)
-        if shape:
-            return int(shape[0])
-    return None
+    """The length that all arrays in a batch have; None where they differ, as where time comes first in some."""
+    shapes = (getattr(leaf, "shape", None) for leaf in backends.leaves_in(batch))
+    lengths = {int(shape[0]) for shape in shapes if shape}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def _resident_bytes() -> float | None:

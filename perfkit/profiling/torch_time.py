@@ -10,8 +10,8 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity
 
+from perfkit._errors import first_line
 from perfkit._quantity import Quantity
-from perfkit._variant import first_line
 from perfkit._workload import Workload
 from perfkit.backends.adapter import Finished
 from perfkit.backends.torch_profiler import profiled

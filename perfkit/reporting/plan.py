@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 
-from perfkit.reporting._format import counted, listing
+from perfkit.reporting._format import counted, listing, spaced
 from perfkit.reporting.terminal import cell, line, text_table
 
 if TYPE_CHECKING:
@@ -33,7 +33,10 @@ def _parts(plan: Plan) -> Iterator[RenderableType]:
             "measured promises most of, and return the original if none is faster:"
         )
         yield line("")
-        yield from map(line, tried)
+        single = [recipe for recipe in tried if spaced(recipe) == recipe]
+        yield from map(line, single)
+        if together := len(tried) - len(single):
+            yield line(f"and {counted(together, 'combination')} of these")
         yield line("")
         left_out = text_table("recipe", ("outcome", "left"), ("why", "prose"))
         for item in plan.candidates:

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen
+from flax import linen, nnx
 
 import perfkit
-from perfkit import DoesNotRunError, InvalidInputError, UnsupportedError
+from perfkit import DoesNotRunError, InvalidInputError, UnsupportedError, backends
+from perfkit._chain import chain_of
+from perfkit._variant import apply
 from perfkit.backends.jax_inputs import Setting, as_written, with_settings
 
 pytestmark = pytest.mark.usefixtures("hasty")  # numbers and messages are looked at, no speed
@@ -169,6 +171,33 @@ def test_half_gives_outputs_back_in_the_dtypes_they_had():
         x = np.asarray(X, np.float64)
         result = perfkit.optimize(lambda w, x: x @ w, "half", params=W.astype("float64"), example_inputs=(x,))
         assert result(x).dtype == jnp.float64
+
+
+def test_half_tells_what_to_take_where_an_operation_has_no_16_bits():
+    def spectrum(params, x):
+        return jnp.abs(jnp.fft.rfft(x @ params["w"])) @ params["w"][:2]
+
+    with pytest.raises(UnsupportedError, match=r"RFFT .* got bfloat16\. Choose 'bf16' or 'fp16'"):
+        _optimized(spectrum, "half", (X,))
+    for recipe in ("bf16", "fp16"):
+        assert _optimized(spectrum, recipe, (X,)).report.fidelity.ok
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp16"])
+def test_a_model_without_a_product_to_lower_stays_as_it_is(recipe):
+    def exact(params, x):
+        return jnp.matmul(x, params["w"], precision="highest")
+
+    given = {"mode": "inference", "loss": None, "targets": None, "optimizer": None, "seed": 0}
+    work = backends.of(exact, (X,)).bind(exact, {"w": W}, (X,), **given)
+    applied = apply(chain_of(recipe), work)
+    assert applied.works[0].model is work.model
+    assert "HIGHEST was asked for" in applied.steps[0].effect.skipped[0].reason
+
+
+def test_half_names_parameters_as_other_recipes_do():
+    plan = perfkit.plan(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), "half", example_inputs=(X,))
+    assert plan.steps[0].effect.touched == ("bias", "kernel")
 
 
 def test_half_does_nothing_to_what_is_in_16_bits():

@@ -347,7 +347,8 @@ def test_one_step_is_within_the_rounding_of_its_operands(mode):
     [
         ({"h0": torch.zeros(1, 3, 8)}, r"h0 has shape \[1, 3, 8\]: expected \[1, 2, 8\]"),
         ({"x": torch.zeros(3, 2, 5)}, "packed_ih of direction 0"),
-        ({"x": torch.zeros(0, 2, 4)}, "none of them zero"),
+        ({"x": torch.zeros(0, 2, 4)}, r"\[0, 2, 4\]: only its batch may be empty"),
+        ({"x": torch.zeros(2, 0, 4), "batch_first": True}, "only its batch may be empty"),
         ({"x": torch.zeros(3, 2, 4, dtype=torch.float64)}, "expected torch.float32 on cpu"),
         ({"mode": "GURU"}, "'GURU': expected one of LSTM"),
         ({"x": torch.zeros(6, 4), "batch_sizes": torch.tensor([2, 3, 1])}, "never rising"),

@@ -111,9 +111,26 @@ def test_a_long_loop_needs_less():
 def test_the_first_that_keeps_the_budget_is_taken(monkeypatch, budget, needs, told):
     def needed(work):
         cut = work.model.transforms[0].keywords["cut"] if work.model.transforms else Cut()
-        return needs[next(name for name in needs if str(cut).startswith(name))] * 1e6
+        return needs[next(name for name in needs if cut.told(loops=True).startswith(name))] * 1e6
 
     monkeypatch.setattr(jax_checkpoint, "_needed", needed)
     (step,) = apply(chain_of(f"checkpoint({budget})"), bound(loop, SEQUENCES, WEIGHTS)).steps
     assert step.effect.notes[0].startswith(told)
     assert ("cannot be kept" in " ".join(step.effect.notes)) == (budget == 0.1)
+
+
+def plain(params, x):
+    return jnp.tanh(x.mean(0) @ params["w"]) @ params["v"]
+
+
+def short(params, x):
+    return loop(params, x[:7])
+
+
+@pytest.mark.parametrize(("function", "loops"), [(loop, True), (short, False), (plain, False)])
+def test_pieces_of_loops_are_told_of_models_that_have_them(monkeypatch, function, loops):
+    needed = iter((100e6, 70e6, 40e6))
+    monkeypatch.setattr(jax_checkpoint, "_needed", lambda work: next(needed))
+    (step,) = apply(chain_of("checkpoint(0.5)"), bound(function, SEQUENCES, WEIGHTS)).steps
+    told = "4 segments, and loops in 4 pieces of time, each" if loops else "4 segments, each"
+    assert step.effect.notes[0].startswith(told)

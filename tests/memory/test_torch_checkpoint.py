@@ -1,5 +1,7 @@
 """Checkpointing in torch: the same losses, gradients and statistics, in less memory; some things are run once."""
 
+import functools
+
 import pytest
 
 pytest.importorskip("torch")
@@ -7,9 +9,10 @@ pytest.importorskip("torch")
 import torch
 from torch import nn
 
-from perfkit import backends
+from perfkit import PerfkitWarning, backends
 from perfkit._chain import chain_of
 from perfkit._variant import apply
+from perfkit.backends.torch_hooks import call_hooks
 
 
 class Padded(nn.Module):
@@ -171,3 +174,53 @@ def test_a_sequence_shorter_than_the_pieces_runs_whole():
 def test_a_budget_that_cannot_be_kept_is_said():
     *_, effect = sides("convolutions", "checkpoint(0.0001)")
     assert "cannot be kept: this is the least" in " ".join(effect.notes)
+
+
+def counted_calls(monkeypatch, build, hooked, later=False):
+    """How often a hook is called in one step, and the effect; the hook is there from the start, or comes in later."""
+    calls = []
+
+    def hook(module, given, output):
+        calls.append(module)
+
+    def with_hook():
+        model = build()
+        if not later:
+            model.get_submodule(hooked).register_forward_hook(hook)
+        return model
+
+    monkeypatch.setitem(MODELS, "hooked", (with_hook, lambda: torch.randn(4, 8)))
+    backend, _, after, effect = sides("hooked", "checkpoint(0.01)")
+    if later:
+        after.model.get_submodule(hooked).register_forward_hook(hook)
+    finished = backend.finish(after)
+    calls.clear()
+    finished.train_step((after.inputs, after.training.targets))
+    return len(calls), effect
+
+
+@pytest.mark.parametrize("build", [lambda: among_others(nn.Tanh()), lambda: among_others(Own().first), Own])
+def test_hooks_are_called_once(monkeypatch, build):
+    names = [name for name, _ in build().named_modules()]
+    for hooked in names:
+        calls, effect = counted_calls(monkeypatch, build, hooked)
+        assert calls == 1, hooked
+        assert effect.touched
+
+
+def test_a_hook_that_comes_later_is_called_once_and_that_is_said(monkeypatch):
+    with pytest.warns(PerfkitWarning, match="Remove the hook"):
+        assert counted_calls(monkeypatch, lambda: among_others(nn.Tanh()), "1", later=True)[0] == 1
+
+
+def test_gradient_hooks_of_modules_are_called_once_and_what_torch_hooks_runs_again():
+    backend, _, after, _ = sides("convolutions", "checkpoint(0.01)")
+    calls = []
+    after.model[3].register_full_backward_hook(lambda *_: calls.append(1))
+    backend.finish(after).train_step((after.inputs, after.training.targets))
+    assert calls == [1]
+    layer = nn.utils.spectral_norm(nn.Linear(8, 8))
+    assert layer._forward_pre_hooks
+    assert not call_hooks(layer)
+    layer.register_forward_pre_hook(functools.partial(lambda *_: None))
+    assert len(call_hooks(layer)) == 1

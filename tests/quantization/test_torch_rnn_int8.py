@@ -102,6 +102,15 @@ def test_every_size(cell, sizes):
     assert_close(model(x), small(x))
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_an_empty_batch_gives_an_empty_result(cell, options):
+    model, small = pair(cell, **options)
+    x = torch.randn(0, 12, 10) if model.batch_first else torch.randn(12, 0, 10)
+    assert_close(model(x), small(x))
+    assert_close(model(x, states(model, 0)), small(x, states(model, 0)))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_input_need_not_be_contiguous_nor_float32(cell):
     _, small = pair(cell)

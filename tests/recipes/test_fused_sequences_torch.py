@@ -123,6 +123,25 @@ def test_what_changes_is_followed(made):
     same()
 
 
+def test_what_is_taken_out_is_missed_as_the_module_misses_it():
+    torch.manual_seed(0)
+    model, x = Net().eval(), batch()
+    made = optimized(model, x)
+    for name in dict(model.named_children()):
+        told = []
+        for each in (copy.deepcopy(model), copy.deepcopy(made)):
+            delattr(each, name)
+            with pytest.raises(AttributeError) as raised, torch.no_grad():
+                each(x)
+            told.append(str(raised.value))
+        assert told[0] == told[1]
+    for each in (model, made):
+        del each.relu, each.second
+        each.relu, each.second = torch.tanh, torch.sigmoid
+    with torch.no_grad():
+        assert_same(made(x), model(x))
+
+
 def test_whoever_looks_on_sees_each_layer(made):
     torch.manual_seed(0)
     model, x = Net().eval(), batch()
