@@ -11,7 +11,6 @@
 #include "cpu_channels.hpp"
 #include "cpu_tiles.hpp"
 
-// bias may be null. argmax is null, or is filled for the backward pass. Returns 1 where memory is short, else 0.
 extern "C" int perfkit_conv2d_forward(const PerfkitConv2d* problem, void* x, void* weight, void* bias, void* y,
                                       std::uint8_t* argmax, perfkit::Threads threads) try {
     const bool half = problem->bfloat16;
@@ -45,8 +44,6 @@ extern "C" int perfkit_conv2d_forward(const PerfkitConv2d* problem, void* x, voi
     return 1;
 }
 
-// argmax is null where the forward pass had neither pool nor ReLU; d_x, d_weight and d_bias where they are not wanted.
-// d_weight and d_bias are float32; all are written whole.
 extern "C" int perfkit_conv2d_backward(const PerfkitConv2d* problem, void* x, void* weight, const std::uint8_t* argmax,
                                        void* d_y, void* d_x, float* d_weight, float* d_bias,
                                        perfkit::Threads threads) try {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +12,10 @@ from torch import Tensor
 
 from perfkit.kernels import _native
 from perfkit.kernels._torch import Threads
-from perfkit.kernels.conv2d.cpu_shape import FLAGS, refusal, shape
+from perfkit.kernels.conv2d.cpu_shape import FLAGS, SOURCE, refusal, shape
 from perfkit.kernels.conv2d.problem import Problem
 
 __all__ = ["backward", "caller", "forward", "refusal"]
-
-SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 
 Call = Callable[[Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor | None]"]
 

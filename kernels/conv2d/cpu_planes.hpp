@@ -1,17 +1,8 @@
-// What is asked for, and x as the kernel reads it.
+// x as the kernel reads it.
 #pragma once
 
 #include "cpu_numbers.hpp"
-
-// x[n][c][h][w] lies at x + n * x_n + c * x_c + h * x_h + w * x_w, weights likewise. y, argmax and d_y are dense, NCHW
-// or NHWC; their height and width are those after the pool. d_x lies as x, d_weight as weight.
-extern "C" struct PerfkitConv2d {
-    std::int64_t batch, inputs, height, width, outputs, kernel_height, kernel_width;
-    std::int64_t stride_h, stride_w, top, left, dilation_h, dilation_w, groups, pool;
-    std::int64_t out_height, out_width;
-    std::int64_t relu, bfloat16, channels_last;
-    std::int64_t x_n, x_c, x_h, x_w, w_o, w_i, w_h, w_w;
-};
+#include "cpu_problem.hpp"
 
 namespace {
 

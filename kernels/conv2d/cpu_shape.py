@@ -1,12 +1,15 @@
-"""What the CPU kernel takes, and what it is told of a problem; imports no framework."""
+"""How the CPU kernel is built, what it takes, and what it is told of a problem; imports no framework."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from perfkit.kernels import _native
 from perfkit.kernels.conv2d.problem import Problem
 from perfkit.measure.environment import has
 
 DTYPES = ("float32", "bfloat16")
+SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 FLAGS = ("-ffp-contract=fast",)
 """Products and sums may round once: there is no reference in other operations to be equal to bit for bit."""
 

@@ -26,7 +26,9 @@ from perfkit.kernels._op import Choice
 from perfkit.kernels.conv2d import cpu_shape, reference
 from perfkit.kernels.conv2d.problem import Options, Problem, check_ranks, options, problem, resolved
 
+BINDING = Path(__file__).with_name("cpu_ffi.cpp")
 HANDLERS = ("perfkit_conv2d_xla_forward", "perfkit_conv2d_xla_image", "perfkit_conv2d_xla_weight")
+PASSES = ("perfkit_conv2d_forward", "perfkit_conv2d_backward")
 
 
 def conv2d(x, weight, bias, stride, padding, dilation, groups, activation, pool, implementation) -> Array:
@@ -189,9 +191,9 @@ def _unpooled(made: Problem, argmax: Array | None, d_y: Array) -> Array:
 
 
 def _call(handler: str, made: Problem, results: tuple[jax.ShapeDtypeStruct, ...], *arguments: Array) -> tuple:
-    from perfkit.kernels import _ffi
+    from perfkit.kernels import _ffi, _native
 
-    _ffi.register(Path(__file__).with_name("cpu_ffi.cpp"), HANDLERS, cpu_shape.FLAGS)
+    _ffi.register(BINDING, HANDLERS, _native.load(cpu_shape.SOURCE, cpu_shape.FLAGS), PASSES)
     call = jax.ffi.ffi_call(f"perfkit_conv2d_xla_{handler}", results, vmap_method="sequential")
     return call(*arguments, shape=np.array(cpu_shape.shape(made), np.int64), threads=np.int64(processors()))
 

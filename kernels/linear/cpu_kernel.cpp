@@ -147,7 +147,6 @@ void linear(const PerfkitLinear& p, const Pass<T>& pass, Threads threads) {
 
 }  // namespace
 
-// x: (M, K), w: (N, K), bias: (N) or null, y: (M, N), dense. Returns 1 where memory is short, else 0.
 extern "C" int perfkit_linear(const PerfkitLinear* p, void* x, void* w, void* bias, void* y,
                               perfkit::Threads threads) try {
     const auto run = [&](auto type) {
@@ -169,7 +168,6 @@ extern "C" int perfkit_linear(const PerfkitLinear* p, void* x, void* w, void* bi
     return 1;
 }
 
-// Whether there are instructions that the following needs.
 extern "C" int perfkit_linear_has_across(std::int64_t bfloat16) {
 #if defined(__AVX512F__)
     return !bfloat16 || PERFKIT_BFLOAT16;
@@ -178,7 +176,6 @@ extern "C" int perfkit_linear_has_across(std::int64_t bfloat16) {
 #endif
 }
 
-// The same with w: (K, N), and a bias in float32. Returns 2 where there are no instructions for it.
 extern "C" int perfkit_linear_across(const PerfkitLinear* p, void* x, void* w, const float* bias, void* y,
                                      perfkit::Threads threads) try {
 #if PERFKIT_TILES

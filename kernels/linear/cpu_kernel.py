@@ -5,17 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from perfkit.kernels import _native
 from perfkit.kernels._torch import Threads
-from perfkit.kernels.linear.cpu_shape import FLAGS, shape
+from perfkit.kernels.linear.cpu_shape import FLAGS, SOURCE, shape
 from perfkit.kernels.linear.problem import Problem
-
-SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 
 Call = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 

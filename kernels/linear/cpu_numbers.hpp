@@ -1,4 +1,4 @@
-// What is asked for, and numbers as they lie in memory.
+// Numbers as they lie in memory.
 #pragma once
 
 #include <algorithm>
@@ -7,20 +7,14 @@
 #include <new>
 #include <type_traits>
 
-#include "_thread_pool.hpp"
 #include "_vector.hpp"
+#include "cpu_problem.hpp"
 
 #if defined(__AVX512F__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define PERFKIT_BFLOAT16 1  // instructions that multiply such numbers
 #else
 #define PERFKIT_BFLOAT16 0
 #endif
-
-extern "C" struct PerfkitLinear {
-    std::int64_t rows, outputs, inputs, relu, bfloat16;
-    std::int64_t across;               // w is (K, N), as is
-    std::int64_t wide_weight, wide_y;  // where of bfloat16 numbers w or y is float32 all the same
-};
 
 namespace {
 

@@ -1,12 +1,15 @@
-"""Which calls the CPU kernel takes, where it pays, and what it is told of a problem; imports no framework."""
+"""How the CPU kernel is built, which calls it takes, where it pays, and what it is told; imports no framework."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from perfkit.kernels import _native
 from perfkit.kernels.linear.problem import Problem
 from perfkit.measure._hardware import cpu
 from perfkit.measure.environment import has
 
+SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 FLAGS = ("-ffp-contract=fast",)
 """Products and sums may round once: there is no reference in other operations to be equal to bit for bit."""
 

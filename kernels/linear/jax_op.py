@@ -21,7 +21,7 @@ from jax import Array, lax
 
 from perfkit.kernels import linear as op
 from perfkit.kernels._jax import by_rows, device_of, processors
-from perfkit.kernels.linear.cpu_shape import FLAGS, shape
+from perfkit.kernels.linear.cpu_shape import FLAGS, SOURCE, shape
 from perfkit.kernels.linear.problem import Problem
 
 HANDLER = "perfkit_linear_xla"
@@ -34,9 +34,11 @@ def library() -> ctypes.CDLL:
     Raises:
         UnsupportedError: there is no C++ compiler, or it fails.
     """
-    from perfkit.kernels import _ffi
+    from perfkit.kernels import _ffi, _native
 
-    return _ffi.register(Path(__file__).with_name("cpu_ffi.cpp"), (HANDLER,), FLAGS)
+    kernel = _native.load(SOURCE, FLAGS)
+    _ffi.register(Path(__file__).with_name("cpu_ffi.cpp"), (HANDLER,), kernel, ("perfkit_linear_across",))
+    return kernel
 
 
 def linear(

@@ -1,7 +1,6 @@
 // Stacks of recurrent layers as custom calls of XLA's. What is not there is a buffer without elements.
 //
-// The kernel itself is in the library of cpu_kernel.cpp, which takes half a minute to build and is the same for both
-// frameworks: this one takes no more than types from the core, and is given the addresses of the functions.
+// This takes no more than types from the core.
 #include "cpu_core.hpp"
 
 #include "xla/ffi/api/ffi.h"
@@ -103,8 +102,7 @@ auto bound() {
 
 }  // namespace
 
-// Before the first call: `perfkit_rnn_forward` and `perfkit_rnn_backward` of cpu_kernel.cpp.
-extern "C" void perfkit_rnn_xla_use(void* forward, void* backward) {
+extern "C" void perfkit_use(void* forward, void* backward) {
     run_forward = reinterpret_cast<decltype(run_forward)>(forward);
     run_backward = reinterpret_cast<decltype(run_backward)>(backward);
 }

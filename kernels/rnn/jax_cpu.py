@@ -8,7 +8,6 @@ Letters: T time steps, B batch rows, H hidden units, D directions, W = layers * 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from perfkit.kernels.rnn.problem import SAVED
 
 BINDING = Path(__file__).with_name("cpu_ffi.cpp")
 HANDLERS = ("perfkit_rnn_xla_forward", "perfkit_rnn_xla_backward")
+PASSES = ("perfkit_rnn_forward", "perfkit_rnn_backward")
 
 
 @dataclass(frozen=True)
@@ -142,17 +142,9 @@ def _backward(of: Stack):
 
 
 def _call(handler: str, results: tuple[jax.ShapeDtypeStruct, ...], arguments: tuple[Array, ...], of: Stack):
-    _prepare()
+    _ffi.register(BINDING, HANDLERS, _native.load(SOURCE, FLAGS), PASSES)
     out = jax.ffi.ffi_call(handler, results)(*arguments, **of.attributes)
     return alike((arguments[0], *out))[1:]  # which custom calls cannot say themselves
-
-
-@functools.cache
-def _prepare() -> None:
-    """Build what is called, at the first use, and tell the one library of the other."""
-    kernel = _native.load(SOURCE, FLAGS)
-    passes = (ctypes.cast(run, ctypes.c_void_p) for run in (kernel.perfkit_rnn_forward, kernel.perfkit_rnn_backward))
-    _ffi.register(BINDING, HANDLERS).perfkit_rnn_xla_use(*passes)
 
 
 def _kernel_dtype(x: Array):

@@ -62,6 +62,30 @@ def test_a_handler_runs_inside_jit(source):
         add(x, -1).block_until_ready()
 
 
+CALLING = """
+#include "xla/ffi/api/ffi.h"
+namespace ffi = xla::ffi;
+static float (*run)(float);
+extern "C" void perfkit_use(void* kernel) { run = reinterpret_cast<decltype(run)>(kernel); }
+static ffi::Error call(ffi::Buffer<ffi::F32> x, ffi::ResultBuffer<ffi::F32> y) {
+    *y->typed_data() = run(*x.typed_data());
+    return ffi::Error::Success();
+}
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    perfkit_test_call, call, ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>());
+"""
+
+
+def test_a_handler_calls_the_kernel_of_another_library(tmp_path):
+    (tmp_path / "cpu_kernel.cpp").write_text('extern "C" float perfkit_test_twice(float x) { return 2 * x; }\n')
+    (tmp_path / "cpu_ffi.cpp").write_text(CALLING)
+    kernel = _native.load(tmp_path / "cpu_kernel.cpp")
+    for _ in range(2):  # as each trace of a call does
+        _ffi.register(tmp_path / "cpu_ffi.cpp", ("perfkit_test_call",), kernel, ("perfkit_test_twice",))
+    y = jax.jit(jax.ffi.ffi_call("perfkit_test_call", jax.ShapeDtypeStruct((), jnp.float32)))(jnp.float32(1.5))
+    assert y == 3
+
+
 def test_what_the_compiler_says_is_told(tmp_path):
     path = tmp_path / "cpu_ffi.cpp"
     path.write_text("int answer( { }\n")
