@@ -60,7 +60,7 @@ class ForwardSteps {
             in_tiles = f.tiles_ && rows >= TILE / 2;
             // Few rows gain more from weights that are loaded for the input parts of several steps.
             at_once = !Cell::GRU && !in_tiles && rows >= TILE;
-            // A call's results are the same however its rows are divided: a row's gates do not depend on their lanes.
+            // A single row's vector is written whole, which the next step's products can read sooner.
             together = in_tiles || rows == 1 ? 1 : L / units_of(f.H_, f.blocks_ - 1);
             const i64 padded = round_up(rows, in_tiles ? AT_A_TIME : TILE);
             const i64 W = line.layer * p.directions + line.way;
@@ -138,8 +138,8 @@ class ForwardSteps {
         });
     }
 
-    // The states after the step of a block of units of N rows from b on, from `a`, what was added up for their gates; the
-    // units are L, or the last ones of one row.
+    // The states after the step of a block of units of N rows from b on, from `a`, what was added up for their gates;
+    // the units are L, or the last ones of one row.
     template <bool SAVE, int N>
     INLINE void gates(const Line& line, const Space& space, i64 turn, i64 t, i64 block, i64 b,
                       const Several<N>* a) const {
@@ -213,7 +213,8 @@ class ForwardSteps {
             copy_row(static_cast<Data*>(call_.hn) + state + from, h + b * space.h_stride, units, units);
             for (i64 block = first; Cell::CELLS && call_.cn && block < last; ++block) {
                 const i64 width = units_of(H_, block);
-                put(static_cast<Data*>(call_.cn) + state + block * L, get(&space.c[own(space, block, b, rows)], width), width);
+                const Floats c = get(&space.c[own(space, block, b, rows)], width);
+                put(static_cast<Data*>(call_.cn) + state + block * L, c, width);
             }
         }
     }
@@ -265,7 +266,8 @@ class ForwardSteps {
         const bool all = there < 8 && !space.at_once;
         const i64 groups = all ? 1 : (last - first + V - 1) / V;
         for (i64 done = 0; done < groups; ++done) {
-            const i64 from = first + (backwards ? groups - 1 - done : done) * V, to = all ? last : std::min(from + V, last);
+            const i64 from = first + (backwards ? groups - 1 - done : done) * V;
+            const i64 to = all ? last : std::min(from + V, last);
             if (!backwards) each_panel<G, V>(H_, from, to, multiply);
             for (i64 end = to, panel; backwards && end > from; end = panel) {
                 panel = from + (end - from - 1) / V * V;

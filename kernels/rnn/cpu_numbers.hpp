@@ -131,7 +131,7 @@ INLINE void put_lanes(T* to, Floats value, i64 first, i64 count) {
 // One row of `count` numbers to another, converted; zeros up to `padded`.
 template <class To, class From>
 INLINE void copy_row(To* to, const From* from, i64 count, i64 padded) {
-    // In float32 by vectors: a call takes longer for a row. bfloat16 as it is: its NaNs and smallest numbers would change.
+    // By vectors: a call takes longer for a short row. bfloat16 as it is: its NaNs and smallest numbers would change.
     if constexpr (std::is_same<To, From>::value && sizeof(To) == 2)
         std::memcpy(to, from, count * sizeof(To));
     else

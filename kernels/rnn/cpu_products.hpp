@@ -11,7 +11,7 @@ template <int N>
 constexpr int MOST_ROWS = (REGISTERS - 1) / (N + 1) < 8 ? (REGISTERS - 1) / (N + 1) : 8;
 
 // Sums are rows of N vectors; row r becomes that of `starts` plus the products of row r of each x with its panel. They
-// may lie where the starts are. Not inlined: what the code around it keeps in registers would leave too few for the sums.
+// may lie where the starts are. Not inlined: what the code around it keeps in registers would leave too few for sums.
 template <int R, int N, class Operand>
 __attribute__((noinline)) void dot(const Factors<Operand>* from, const Factors<Operand>* to, const float* starts,
                                    i64 starts_stride, float* sums, i64 sums_stride) {
