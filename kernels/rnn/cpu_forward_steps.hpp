@@ -25,6 +25,9 @@ class ForwardSteps {
     static constexpr int KEPT = Cell::GRU ? 4 : G, WIDTH = V * KEPT * L;
     // Where the g-th of them begins in a block of so many units: those with weights as in a packed matrix.
     static constexpr i64 kept_at(int g, i64 units) { return g < G ? g * units : g * L; }
+    static constexpr i64 FIRST_LEVEL = 32 << 10;  // bytes of that cache
+    // So many vectors of gates are computed side by side: as the registers have room for.
+    static constexpr int SIDE_BY_SIDE = REGISTERS / 8;
     // GRU needs its state in float32 too.
     static constexpr bool STATE = Cell::GRU && sizeof(Operand) < 4;
     // In tiles, whose sums take no more time than the gates that are computed meanwhile, both parts are one sum; GRU's
@@ -44,7 +47,8 @@ class ForwardSteps {
         std::vector<Array<Operand>> x;  // of each part: (chunk, x_stride)
         Array<float> sums;              // (panels, chunk, V, KEPT, L); in tiles, of each part: (2, AT_A_TIME, SUMS)
         Array<Operand> h[2];            // before and after a step, by turns: (rows, h_stride)
-        Array<float> state, c;          // (blocks, rows, L)
+        i64 together;                   // rows that a vector of gates of the last block is of
+        Array<float> state, c;          // (blocks, rows, L); of a last block of several rows together (rows, units)
 
         Space() = default;
         Space(const ForwardSteps& f, const Line& line, i64 parts, i64 rows_of_x) {
@@ -56,6 +60,8 @@ class ForwardSteps {
             in_tiles = f.tiles_ && rows >= TILE / 2;
             // Few rows gain more from weights that are loaded for the input parts of several steps.
             at_once = !Cell::GRU && !in_tiles && rows >= TILE;
+            // A single row's vector is written whole, which the next step's products can read sooner.
+            together = in_tiles || rows == 1 ? 1 : L / units_of(f.H_, f.blocks_ - 1);
             const i64 padded = round_up(rows, in_tiles ? AT_A_TIME : TILE);
             const i64 W = line.layer * p.directions + line.way;
             chunk = std::max(round_up(rows_of_x, TILE), padded);
@@ -71,19 +77,28 @@ class ForwardSteps {
                 if (p.h0) {
                     const Data* h0 = static_cast<const Data*>(p.h0) + from;
                     for (auto& states : h) copy_row(&states[b * h_stride], h0, f.H_, f.H_);
-                    if (STATE) f.spread_row(state, b, rows, h0);
+                    if (STATE) f.spread_row(*this, state, b, rows, h0);
                 }
-                if (Cell::CELLS && p.c0) f.spread_row(c, b, rows, static_cast<const Data*>(p.c0) + from);
+                if (Cell::CELLS && p.c0) f.spread_row(*this, c, b, rows, static_cast<const Data*>(p.c0) + from);
             }
         }
     };
 
-    void spread_row(const Array<float>& to, i64 b, i64 rows, const Data* from) const {
-        for (i64 u = 0; u < H_; u += L) store(&to[(u / L * rows + b) * L], get(from + u, H_ - u));
+    void spread_row(const Space& space, const Array<float>& to, i64 b, i64 rows, const Data* from) const {
+        for (i64 block = 0; block < blocks_; ++block) {
+            const i64 units = units_of(H_, block);
+            put(&to[own(space, block, b, rows)], get(from + block * L, units), units);
+        }
+    }
+
+    // Where the states of row b's units begin.
+    i64 own(const Space& space, i64 block, i64 b, i64 rows) const {
+        return block * rows * L + b * (space.together > 1 ? units_of(H_, block) : L);
     }
 
     std::pair<i64, i64> blocks_of_part(i64 part) const {
         const i64 parts = plan_.parts;
+        if (parts == 1) return {0, blocks_};  // each step asks, and a division takes longer than a short row's product
         return {panels_ * part / parts * V, std::min(blocks_, panels_ * (part + 1) / parts * V)};
     }
 
@@ -123,32 +138,84 @@ class ForwardSteps {
         });
     }
 
-    // One block of units of row b: their states after the step, from `a`, what was added up for the gates.
+    // The states after the step of a block of units of N rows from b on, from `a`, what was added up for their gates;
+    // the units are L, or the last ones of one row.
+    template <bool SAVE, int N>
+    INLINE void gates(const Line& line, const Space& space, i64 turn, i64 t, i64 block, i64 b,
+                      const Several<N>* a) const {
+        const i64 at = own(space, block, b, line.last - line.first), stride = space.h_stride;
+        const Operand* before = &space.h[turn][b * stride + block * L];
+        Operand* after = &space.h[1 - turn][b * stride + block * L];
+        Several<N> c{}, h_before{}, saved[S];
+        each<N>([&](auto n) INLINE_LAMBDA {
+            if constexpr (Cell::CELLS) c.of[n] = load<Floats>(&space.c[at + n * L]);
+            if constexpr (Cell::GRU)
+                h_before.of[n] = STATE ? load<Floats>(&space.state[at + n * L]) : get(before + n * stride);
+        });
+        const Several<N> h = Cell::template step<SAVE, E>(a, h_before, c, saved);
+        each<N>([&](auto n) INLINE_LAMBDA {
+            if constexpr (Cell::CELLS) store(&space.c[at + n * L], c.of[n]);
+            if constexpr (STATE) store(&space.state[at + n * L], h.of[n]);
+            put(after + n * stride, h.of[n]);
+            if constexpr (SAVE && S > 1) {
+                const i64 row = stored(line, t, b + n);
+                const i64 width = N > 1 ? L : H_ - block * L;
+                Data* kept = static_cast<Data*>(p_.gates) + row * S * H_ + block * L;
+                for (int s = 0; s < S; ++s) put(kept + s * H_, saved[s].of[n], width);
+                if (Cell::CELLS) put(p_.cells + row * H_ + block * L, c.of[n], width);
+            }
+        });
+    }
+
+    // The same of a last block of few units, of which several rows, `count`, are one vector.
     template <bool SAVE>
-    INLINE void gates(const Line& line, const Space& space, i64 turn, i64 t, i64 staying, i64 block, i64 b,
-                      const Floats* a) const {
-        const i64 W = line.layer * p_.directions + line.way, rows = line.last - line.first;
-        const i64 place = order_.place(t, line.first + b), at = W * order_.stored + t * order_.step + place;
-        const i64 unit = block * L, width = H_ - unit, own = (block * rows + b) * L;
-        const Array<Operand>&before = space.h[turn], &after = space.h[1 - turn];
-        Floats c{}, h_before{}, saved[S];
-        if constexpr (Cell::CELLS) c = load<Floats>(&space.c[own]);
-        if constexpr (Cell::GRU)
-            h_before = STATE ? load<Floats>(&space.state[own]) : get(&before[b * space.h_stride + unit]);
-        const Floats h = Cell::template step<SAVE, E>(a, h_before, c, saved);
-        if constexpr (Cell::CELLS) store(&space.c[own], c);
-        if constexpr (STATE) store(&space.state[own], h);
-        put(&after[b * space.h_stride + unit], h);
-        if (ways_[W].out.data) put(ways_[W].out.at(t, place) + unit, h, width);
-        if constexpr (SAVE && S > 1) {
-            Data* gates = static_cast<Data*>(p_.gates) + at * S * H_ + unit;
-            for (int s = 0; s < S; ++s) put(gates + s * H_, saved[s], width);
-            if (Cell::CELLS) put(p_.cells + at * H_ + unit, c, width);
+    INLINE void gates_of_rest(const Line& line, const Space& space, i64 turn, i64 t, i64 block, i64 b, i64 count,
+                              const Several<1>* a) const {
+        const i64 units = H_ - block * L, lanes = count * units, at = own(space, block, b, line.last - line.first);
+        const i64 stride = space.h_stride, first = b * stride + block * L;
+        Several<1> c{}, h_before{}, saved[S];
+        if constexpr (Cell::CELLS) c.of[0] = get(&space.c[at], lanes);
+        if constexpr (STATE) h_before.of[0] = get(&space.state[at], lanes);
+        if constexpr (Cell::GRU && !STATE)
+            for (i64 row = 0; row < count; ++row)
+                h_before.of[0] = get_lanes(h_before.of[0], &space.h[turn][first + row * stride], row * units, units);
+        const Several<1> h = Cell::template step<SAVE, E>(a, h_before, c, saved);
+        if constexpr (Cell::CELLS) put(&space.c[at], c.of[0], lanes);
+        if constexpr (STATE) put(&space.state[at], h.of[0], lanes);
+        for (i64 row = 0; row < count; ++row) {
+            put_lanes(&space.h[1 - turn][first + row * stride], h.of[0], row * units, units);
+            if constexpr (SAVE && S > 1) {
+                const i64 place = stored(line, t, b + row);
+                Data* kept = static_cast<Data*>(p_.gates) + place * S * H_ + block * L;
+                for (int s = 0; s < S; ++s) put_lanes(kept + s * H_, saved[s].of[0], row * units, units);
+                if (Cell::CELLS) put_lanes(p_.cells + place * H_ + block * L, c.of[0], row * units, units);
+            }
         }
-        if (b >= staying) {
-            const i64 state = (W * p_.batch + order_.order[line.first + b]) * H_ + unit;
-            put(static_cast<Data*>(call_.hn) + state, h, width);
-            if (Cell::CELLS && call_.cn) put(static_cast<Data*>(call_.cn) + state, c, width);
+    }
+
+    // Where what is kept of row b at time t is.
+    i64 stored(const Line& line, i64 t, i64 b) const {
+        const i64 W = line.layer * p_.directions + line.way;
+        return W * order_.stored + t * order_.step + order_.place(t, line.first + b);
+    }
+
+    // The units of some blocks go where their readers look for them: outputs, and states of rows from `staying` on.
+    void write(const Line& line, const Space& space, i64 turn, i64 t, i64 there, i64 staying, i64 first,
+               i64 last) const {
+        const i64 W = line.layer * p_.directions + line.way, rows = line.last - line.first;
+        const i64 from = first * L, units = std::min(last * L, H_) - from;
+        const auto& out = ways_[W].out;
+        const Operand* h = &space.h[1 - turn][from];
+        for (i64 b = 0; out.data && b < there; ++b)
+            copy_row(out.at(t, order_.place(t, line.first + b)) + from, h + b * space.h_stride, units, units);
+        for (i64 b = staying; b < there; ++b) {
+            const i64 state = (W * p_.batch + order_.order[line.first + b]) * H_;
+            copy_row(static_cast<Data*>(call_.hn) + state + from, h + b * space.h_stride, units, units);
+            for (i64 block = first; Cell::CELLS && call_.cn && block < last; ++block) {
+                const i64 width = units_of(H_, block);
+                const Floats c = get(&space.c[own(space, block, b, rows)], width);
+                put(static_cast<Data*>(call_.cn) + state + block * L, c, width);
+            }
         }
     }
 
@@ -158,35 +225,65 @@ class ForwardSteps {
     void one_step(const Line& line, const Space& space, i64 part, i64 turn, i64 t, i64 row, i64 there, i64 staying) {
         const auto& way = ways_[line.layer * p_.directions + line.way];
         const Array<Operand>& before = space.h[turn];
-        const auto sums_of = [&](i64 panel) { return &space.sums[(panel / V * space.chunk + row) * WIDTH]; };
+        // Of both parts at once no other panel's sums are kept.
+        const auto sums_of = [&](i64 block) {
+            return &space.sums[(space.at_once ? part * space.chunk : block / V * space.chunk + row) * WIDTH];
+        };
+        const Operand* x = &space.x[part][row * space.x_stride];
         const auto multiply = [&](auto vectors, i64 panel) INLINE_LAMBDA {
             constexpr int N = decltype(vectors)::value;
             float* sums = sums_of(panel);
-            const Factors<Operand> hidden{before.data(), space.h_stride, way.hh.panel(panel), way.hh.columns};
-            const Factors<Operand> input{&space.x[part][row * space.x_stride], space.x_stride, way.ih.panel(panel),
-                                         way.ih.columns};
+            using F = Factors<Operand>;
+            const auto hidden = [&] { return F{before.data(), space.h_stride, way.hh.panel(panel), way.hh.columns}; };
             if (space.at_once)
-                product<N>({input, hidden}, there, tiles_, &way.bias[panel * KEPT * L], 0, sums, WIDTH);
+                product<N>({F{x, space.x_stride, way.ih.panel(panel), way.ih.columns}, hidden()}, there, tiles_,
+                           &way.bias[panel * KEPT * L], 0, sums, WIDTH);
             else
-                product<N>({hidden}, there, tiles_, sums, WIDTH, sums, WIDTH);
+                product<N>({hidden()}, there, tiles_, sums, WIDTH, sums, WIDTH);
         };
-        const auto finish = [&](i64 block, i64 b) INLINE_LAMBDA {
-            const i64 width = H_ - block * L;
+        const auto finish = [&](auto side_by_side, i64 block, i64 b) INLINE_LAMBDA {
+            constexpr int N = decltype(side_by_side)::value;
             const float* from = sums_of(block) + b * WIDTH + block % V * KEPT * L;
-            Floats a[KEPT];
-            for (int g = 0; g < KEPT; ++g) a[g] = get(from + kept_at(g, std::min<i64>(L, width)), width);
-            gates<SAVE>(line, space, turn, t, staying, block, b, a);
+            const i64 width = N > 1 ? L : H_ - block * L, units = std::min<i64>(L, width);
+            Several<N> a[KEPT];
+            each<N>([&](auto n) INLINE_LAMBDA {
+                for (int g = 0; g < KEPT; ++g) a[g].of[n] = get(from + n * WIDTH + kept_at(g, units), width);
+            });
+            gates<SAVE, N>(line, space, turn, t, block, b, a);
         };
-        // Gates are long chains of operations: the processor needs some at a time to have something to do meanwhile.
-        // With few rows those of all units come after all products.
+        const auto finish_rest = [&](i64 block, i64 b, i64 units, i64 count) INLINE_LAMBDA {
+            const float* from = sums_of(block) + b * WIDTH + block % V * KEPT * L;
+            Several<1> a[KEPT] = {};
+            for (i64 row = 0; row < count; ++row)
+                for (int g = 0; g < KEPT; ++g)
+                    a[g].of[0] = get_lanes(a[g].of[0], from + row * WIDTH + kept_at(g, units), row * units, units);
+            gates_of_rest<SAVE>(line, space, turn, t, block, b, count, a);
+        };
+        // With few rows the gates of all units come after all products, for there to be some to compute meanwhile.
         const auto [first, last] = blocks_of_part(part);
-        const i64 group = there < 8 ? last - first : V;
-        for (i64 from = first; from < last; from += group) {
-            const i64 to = std::min(from + group, last);
-            each_panel<G, V>(H_, from, to, multiply);
-            for (i64 block = from; block < to; ++block)
-                for (i64 b = 0; b < there; ++b) finish(block, b);
+        // Weights that the first-level cache does not hold are read to and fro: what a step ended with is still in it.
+        const bool backwards = turn && blocks_ * G * L * way.hh.columns * i64(sizeof(Operand)) > FIRST_LEVEL;
+        const bool all = there < 8 && !space.at_once;
+        const i64 groups = all ? 1 : (last - first + V - 1) / V;
+        for (i64 done = 0; done < groups; ++done) {
+            const i64 from = first + (backwards ? groups - 1 - done : done) * V;
+            const i64 to = all ? last : std::min(from + V, last);
+            if (!backwards) each_panel<G, V>(H_, from, to, multiply);
+            for (i64 end = to, panel; backwards && end > from; end = panel) {
+                panel = from + (end - from - 1) / V * V;
+                each_panel<G, V>(H_, panel, end, multiply);
+            }
+            for (i64 i = from; i < to; ++i) {
+                const i64 block = backwards ? to - 1 - (i - from) : i, units = units_of(H_, block);
+                i64 b = 0;
+                for (; space.together > 1 && units < L && b < there; b += space.together)
+                    finish_rest(block, b, units, std::min(space.together, there - b));
+                for (; units == L && b + SIDE_BY_SIDE <= there; b += SIDE_BY_SIDE)
+                    finish(std::integral_constant<int, SIDE_BY_SIDE>{}, block, b);
+                for (; b < there; ++b) finish(std::integral_constant<int, 1>{}, block, b);
+            }
         }
+        write(line, space, turn, t, there, staying, first, last);
     }
 
 #if PERFKIT_TILES
@@ -204,14 +301,14 @@ class ForwardSteps {
                 const i64 v = V > 1 ? ready.done % ready.blocks : 0, b = V > 1 ? ready.done / ready.blocks : ready.done;
                 const i64 block = ready.block + v, width = H_ - block * L, units = std::min<i64>(L, width);
                 const float* from = ready.sums + b * SUMS + v * L;
-                Floats a[KEPT];
-                for (int g = 0; g < G; ++g) a[g] = get(from + kept_at(g, units), width);
+                Several<1> a[KEPT];
+                for (int g = 0; g < G; ++g) a[g].of[0] = get(from + kept_at(g, units), width);
                 if constexpr (Cell::GRU) {
                     const float* hidden = from + G * L;
-                    a[0] += get(hidden, width), a[1] += get(hidden + kept_at(1, units), width);
-                    a[3] = a[2], a[2] = get(hidden + kept_at(2, units), width);
+                    const auto part = [&](int g) { return Several<1>{{get(hidden + kept_at(g, units), width)}}; };
+                    a[0] = a[0] + part(0), a[1] = a[1] + part(1), a[3] = a[2], a[2] = part(2);
                 }
-                gates<SAVE>(line, space, turn, t, staying, block, ready.first + b, a);
+                gates<SAVE, 1>(line, space, turn, t, block, ready.first + b, a);
             }
         };
         float* sums = &space.sums[part * 2 * AT_A_TIME * SUMS];
@@ -235,6 +332,7 @@ class ForwardSteps {
             }
         });
         finish(ready.count);
+        write(line, space, turn, t, there, staying, first, last);
     }
 
     // Of R tiles of rows: both parts and their biases; GRU's side by side, without the sum.

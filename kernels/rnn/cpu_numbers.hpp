@@ -44,6 +44,16 @@ INLINE Halves narrowed(Floats x) {
 #endif
 }
 
+// body(0) to body(N - 1), of constants: unlike what a loop indexes, what they index stays in registers.
+template <class Body, int... I>
+INLINE void each_of(std::integer_sequence<int, I...>, Body body) {
+    (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Body>
+INLINE void each(Body body) {
+    each_of(std::make_integer_sequence<int, N>{}, body);
+}
+
 // L numbers as float32.
 INLINE Floats get(const float* from) { return load<Floats>(from); }
 INLINE Floats get(const Bf16* from) { return widened(load<Halves>(from)); }
@@ -89,10 +99,40 @@ INLINE void put(Bf16* to, Floats value, i64 count) {
 #endif
 }
 
+// `count` numbers in the lanes from `first` on, the others as they are in `value`; and such lanes of it.
+template <class T>
+INLINE Floats get_lanes(Floats value, const T* from, i64 first, i64 count) {
+#if MASKED
+    const __mmask16 lanes = __mmask16(((1u << count) - 1) << first);
+    if constexpr (sizeof(T) == 4) return Floats(_mm512_mask_loadu_ps(__m512(value), lanes, from - first));
+    const Floats found = widened(bits<Halves>(_mm256_maskz_loadu_epi16(lanes, from - first)));
+    return Floats(_mm512_mask_mov_ps(__m512(value), lanes, __m512(found)));
+#else
+    const Floats found = get(from, count);
+    std::memcpy(reinterpret_cast<float*>(&value) + first, &found, count * sizeof(float));
+    return value;
+#endif
+}
+template <class T>
+INLINE void put_lanes(T* to, Floats value, i64 first, i64 count) {
+#if MASKED
+    const __mmask16 lanes = __mmask16(((1u << count) - 1) << first);
+    if constexpr (sizeof(T) == 4)
+        _mm512_mask_storeu_ps(to - first, lanes, __m512(value));
+    else
+        _mm256_mask_storeu_epi16(to - first, lanes, bits<__m256i>(narrowed(value)));
+#else
+    Floats moved{};
+    std::memcpy(&moved, reinterpret_cast<const float*>(&value) + first, count * sizeof(float));
+    put(to, moved, count);
+#endif
+}
+
 // One row of `count` numbers to another, converted; zeros up to `padded`.
 template <class To, class From>
 INLINE void copy_row(To* to, const From* from, i64 count, i64 padded) {
-    if constexpr (std::is_same<To, From>::value)
+    // By vectors: a call takes longer for a short row. bfloat16 as it is: its NaNs and smallest numbers would change.
+    if constexpr (std::is_same<To, From>::value && sizeof(To) == 2)
         std::memcpy(to, from, count * sizeof(To));
     else
         for (i64 k = 0; k < count; k += L) put(to + k, get(from + k, count - k), count - k);

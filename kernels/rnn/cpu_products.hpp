@@ -10,18 +10,8 @@ namespace perfkit {
 template <int N>
 constexpr int MOST_ROWS = (REGISTERS - 1) / (N + 1) < 8 ? (REGISTERS - 1) / (N + 1) : 8;
 
-// body(0) to body(N - 1), of constants: unlike what a loop indexes, what they index stays in registers.
-template <class Body, int... I>
-INLINE void each_of(std::integer_sequence<int, I...>, Body body) {
-    (body(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class Body>
-INLINE void each(Body body) {
-    each_of(std::make_integer_sequence<int, N>{}, body);
-}
-
 // Sums are rows of N vectors; row r becomes that of `starts` plus the products of row r of each x with its panel. They
-// may lie where the starts are. Not inlined: what the code around it keeps in registers would leave too few for the sums.
+// may lie where the starts are. Not inlined: what the code around it keeps in registers would leave too few for sums.
 template <int R, int N, class Operand>
 __attribute__((noinline)) void dot(const Factors<Operand>* from, const Factors<Operand>* to, const float* starts,
                                    i64 starts_stride, float* sums, i64 sums_stride) {
@@ -60,10 +50,8 @@ __attribute__((noinline)) void dot(const Factors<Operand>* from, const Factors<O
 // The same for any number of rows. With `tiles` each x has rows to the next multiple of 16; what is in those that are
 // not `rows` is not used.
 template <int N, int F, class Operand>
-void product(const Factors<Operand> (&given)[F], i64 rows, bool tiles, const float* starts, i64 starts_stride,
-             float* sums, i64 sums_stride) {
-    Factors<Operand> factors[F];
-    std::copy(given, given + F, factors);
+void product(Factors<Operand> (&&factors)[F], i64 rows, bool tiles, const float* starts, i64 starts_stride, float* sums,
+             i64 sums_stride) {
     const auto next = [&](auto run, i64 count) INLINE_LAMBDA {
         run(factors, factors + F, starts, starts_stride, sums, sums_stride);
         for (auto& factor : factors) factor.x += count * factor.stride;

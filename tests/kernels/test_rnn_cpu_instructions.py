@@ -31,7 +31,7 @@ VARIANTS = {
 PRODUCT = """
 #include "rnn/cpu_core.hpp"
 using perfkit::Low;
-template void perfkit::product<4>(const perfkit::Factors<Low> (&)[1], i64, bool, const float*, i64, float*, i64);
+template void perfkit::product<4>(perfkit::Factors<Low> (&&)[1], i64, bool, const float*, i64, float*, i64);
 """
 ON_PATHS = [
     Case(3, 21, 33, 50, 1, 1),
