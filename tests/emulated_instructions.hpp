@@ -7,13 +7,15 @@
 #include <cstring>
 #undef __AVX512BF16__
 #define __AVX512BF16__ 1
+// Not written out at each use, of which kernels have hundreds: that takes compilers long.
+#define SLOW inline __attribute__((noinline))
 inline float widened_alone(std::uint16_t half) {
     const std::uint32_t word = std::uint32_t(half) << 16;
     float value;
     std::memcpy(&value, &word, 4);
     return value;
 }
-inline __m512 emulated_dpbf16(__m512 sums, __m512bh a, __m512bh b) {
+SLOW __m512 emulated_dpbf16(__m512 sums, __m512bh a, __m512bh b) {
     float sum[16];
     std::uint16_t x[32], y[32];
     std::memcpy(sum, &sums, 64), std::memcpy(x, &a, 64), std::memcpy(y, &b, 64);
@@ -21,7 +23,7 @@ inline __m512 emulated_dpbf16(__m512 sums, __m512bh a, __m512bh b) {
     std::memcpy(&sums, sum, 64);
     return sums;
 }
-inline __m256bh emulated_cvtneps(__m512 x) {
+SLOW __m256bh emulated_cvtneps(__m512 x) {
     std::uint32_t word[16];
     std::uint16_t half[16];
     std::memcpy(word, &x, 64);
@@ -49,26 +51,26 @@ inline Tiles& shaped_tiles() {
     if (tiles_of_thread.shape[48] != 16) std::abort();  // real ones would be an illegal instruction
     return tiles_of_thread;
 }
-inline void emulated_loadconfig(const void* config) {
+SLOW void emulated_loadconfig(const void* config) {
     const auto* bytes = static_cast<const std::uint8_t*>(config);
     const bool others = bytes[48] == 0;
     for (int tile = 0; tile < 8 && !others; ++tile)
         if (bytes[0] != 1 || bytes[1] != 0 || bytes[16 + 2 * tile] != 64 || bytes[48 + tile] != 16) std::abort();
     std::memcpy(tiles_of_thread.shape, config, 64);
 }
-inline void emulated_storeconfig(void* to) {
+SLOW void emulated_storeconfig(void* to) {
     if (tiles_of_thread.shape[48] != 0) std::abort();  // what others had shaped was not put back
     std::memcpy(to, tiles_of_thread.shape, 64);
 }
-inline void emulated_loadd(int tile, const void* base, long stride) {
+SLOW void emulated_loadd(int tile, const void* base, long stride) {
     for (int row = 0; row < 16; ++row)
         std::memcpy(shaped_tiles().of[tile][row], static_cast<const char*>(base) + row * stride, 64);
 }
-inline void emulated_stored(int tile, void* base, long stride) {
+SLOW void emulated_stored(int tile, void* base, long stride) {
     for (int row = 0; row < 16; ++row)
         std::memcpy(static_cast<char*>(base) + row * stride, shaped_tiles().of[tile][row], 64);
 }
-inline void emulated_dpbf16ps(int c, int a, int b) {
+SLOW void emulated_dpbf16ps(int c, int a, int b) {
     static const bool wrong = std::getenv("PERFKIT_TEST_WRONG_TILES") != nullptr;
     Tiles& tiles = shaped_tiles();
     for (int m = 0; m < 16; ++m) {

@@ -9,7 +9,7 @@ import pytest
 from sample_models import arguments, torch_models, training
 
 import perfkit
-from perfkit import FidelityError, InvalidInputError, NoEffectError, PerfkitWarning, SlowerError, UnsupportedError
+from perfkit import FidelityError, NoEffectError, PerfkitWarning, SlowerError, UnsupportedError
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -212,46 +212,6 @@ def test_without_inputs_the_recipe_is_applied_and_nothing_is_claimed(framework):
     assert report.after.model_bytes < report.before.model_bytes
     assert report.after.latency is None
     assert "not measured" in str(report)
-
-
-def test_auto_returns_the_fastest_or_the_original():
-    model, example_inputs = torch_models()["packed_lstm"]
-    result = perfkit.optimize(model, example_inputs=example_inputs)
-    report = result.report
-    assert report.speedup.low >= 1
-    assert report.candidates
-    won = [candidate for candidate in report.candidates if candidate.outcome == "won"]
-    if report.outcome == "original returned":
-        assert not won
-        assert result.model is model
-    else:
-        assert [candidate.recipe for candidate in won] == [report.recipe]
-    for candidate in report.candidates:
-        assert candidate.reason or candidate.outcome == "won"
-
-
-def test_auto_in_jax_beats_eager():
-    pytest.importorskip("jax")
-    result = perfkit.optimize(**arguments("jax", "linen"), budget_s=1000)  # however busy the machine is
-    assert "compile" in result.report.recipe
-    assert result.report.speedup.low > 1
-    assert result.report.against_compiled is not None
-
-
-def test_auto_tries_one_chain_whatever_the_budget_and_tells_how_many_it_left_out():
-    pytest.importorskip("jax")
-    report = perfkit.optimize(**arguments("jax", "function"), budget_s=1e-3).report
-    left = [item for item in report.candidates if "was used up" in item.reason]
-    tried = [item for item in report.candidates if item.outcome in ("won", "lost", "failed")]
-    assert len(tried) == 1
-    assert left
-    if report.outcome == "original returned":
-        assert f"none of 1 chains is faster than the original, and for {len(left)} more" in report.explanation
-
-
-def test_auto_needs_inputs():
-    with pytest.raises(InvalidInputError, match="example_inputs"):
-        perfkit.optimize(torch.nn.Linear(2, 2))
 
 
 class Slow(perfkit.Recipe):

@@ -29,7 +29,7 @@ VARIANTS = {
 }
 """What is written before the kernel, the compiler's flags, and what the processor must have all the same."""
 PRODUCT = """
-#include "rnn/cpu_core.hpp"
+#include "rnn/cpu_products.hpp"
 using perfkit::Low;
 template void perfkit::product<4>(perfkit::Factors<Low> (&&)[1], i64, bool, const float*, i64, float*, i64);
 """

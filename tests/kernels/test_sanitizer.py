@@ -30,7 +30,7 @@ if None in PRELOADED:
     pytest.skip("the C++ compiler has no AddressSanitizer", allow_module_level=True)
 
 FLAGS = (
-    *("-fsanitize=address", "-fno-omit-frame-pointer", "-g1", "-O1"),
+    *("-fsanitize=address", "-fno-omit-frame-pointer", "-g1", "-O0"),
     # Checks are calls and not written out: kernels full of vectors take a third of the time to build.
     *("--param", "asan-instrumentation-with-call-threshold=0"),
 )

@@ -1,0 +1,86 @@
+"""Hooks of parameters work on the copy as on the original, or are refused."""
+
+import functools
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import nn
+
+import perfkit
+from perfkit import InvalidInputError
+
+pytestmark = pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
+
+
+def with_hook(hook, once_added=False):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    weight = model[0].weight
+    (weight.register_post_accumulate_grad_hook if once_added else weight.register_hook)(hook)
+    return model
+
+
+def keep_first_column(parameter):
+    parameter.grad[:, 1:] = 0
+
+
+def trained(model, recipe):
+    """The model after a training step, and what the recipe left alone."""
+    result = perfkit.apply(
+        model,
+        recipe,
+        mode="training",
+        example_inputs=(torch.ones(4, 4),),
+        targets=torch.ones(4, 2),
+        loss=nn.functional.mse_loss,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+    )
+    result.train_step(((torch.ones(4, 4),), torch.ones(4, 2)))
+    return result.model, [item.name for item in result.report.steps[0].effect.skipped]
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "half", "prune(amount=0.5, round_to=1)", "low_rank(energy=0.5)"])
+@pytest.mark.parametrize("once_added", [False, True])
+def test_hooks_of_parameters_mask_gradients_as_before(recipe, once_added):
+    mask = torch.tensor([1.0, 0, 0, 0])
+    model = with_hook(keep_first_column if once_added else lambda gradient: gradient * mask, once_added)
+    before = model[0].weight.detach().clone()
+    result, left_alone = trained(model, recipe)
+    after = result[0].weight
+    assert torch.equal(after[:, 1:], before[:, 1:])
+    assert not torch.equal(after[:, 0], before[:, 0])
+    assert ("0" in left_alone) == recipe.startswith(("prune", "low_rank"))
+
+
+class Masking(nn.Module):
+    """Masks a gradient in a method, with what is its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.seen = nn.Linear(4, 2), 0
+        self.fc.weight.register_hook(self.masked)
+
+    def masked(self, gradient):
+        self.seen += 1
+        return gradient * 0
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def test_hooks_of_parameters_that_are_methods_are_the_copys():
+    model = Masking()
+    result, _ = trained(model, "half")
+    assert torch.equal(result.fc.weight, model.fc.weight)
+    assert result.seen > model.seen == 0
+
+
+def test_hooks_of_parameters_that_would_train_the_original_are_refused():
+    model = with_hook(lambda _parameter: optimizers["first"].step(), once_added=True)
+    optimizers = {"first": torch.optim.SGD(model.parameters(), 0.1)}
+    before = model[0].weight.detach().clone()
+    with pytest.raises(InvalidInputError, match=r"a gradient hook of parameter '0\.weight' holds the function"):
+        trained(model, "bf16")
+    assert torch.equal(model[0].weight, before)
