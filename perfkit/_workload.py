@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from perfkit._batch import Samples
@@ -132,7 +133,7 @@ def calibrated(work: Workload, batches: Iterable | None) -> Workload:
     if batches is None:
         return work
     backend = work.backend
-    inputs = calibration_inputs(batches, lambda batch: backend.as_inputs(work, batch), backend.batch_size)
+    inputs = calibration_inputs(batches, partial(backend.as_inputs, work), partial(backend.batch_size, work))
     return work.replace(calibration=inputs)
 
 

@@ -245,10 +245,11 @@ class Backend(ABC):
                 finished.rounds.settle()
             return (*losses, float(finished.train_step(batch)))
 
-    def batch_size(self, inputs: Inputs | None) -> int | None:
-        """Length of the first dimension of the first input; None where there is none."""
-        shapes = [leaf.shape for leaf in self.leaves((inputs.args, inputs.kwargs))] if inputs else []
-        return next((int(shape[0]) for shape in shapes if len(shape)), None)
+    def batch_size(self, work: Workload, inputs: Inputs) -> int | None:
+        """Length of the first input along the dimension that is the batch; None where there is none."""
+        dim = work.samples.dim if work.samples else 0
+        shapes = [leaf.shape for leaf in self.leaves((inputs.args, inputs.kwargs))]
+        return next((int(shape[dim]) for shape in shapes if len(shape) > dim), None)
 
     def samples(self, work: Workload, outputs: Any, sequences: Callable[[], set[tuple[int, int]]]) -> Samples | None:
         """Of how many samples a call is that gave these outputs; see `samples_of`."""

@@ -47,10 +47,16 @@ class Layer:
         return self.refused or ("" if self.runs else "; ".join(self.misses) or self.unseen)
 
 
+NO_LAYER = (
+    "the model has none of the layers that the kernels are for: convolutions over images, recurrent layers and, for "
+    "inference on CPU, linear layers in float32 or bfloat16"
+)
+
+
 def effect(layers: Mapping[str, Layer]) -> Effect:
     """What was swapped, what not and why, and what runs where."""
     if not layers:
-        return Effect(notes=("the model has no convolution over images and no recurrent layer",))
+        return Effect(notes=(NO_LAYER,))
     touched = tuple(name for name, layer in layers.items() if not layer.why_not)
     skipped = tuple(Skipped(name, layer.why_not) for name, layer in layers.items() if layer.why_not)
     return Effect(touched, skipped, tuple(f"{name}: {'; '.join(layers[name].runs)}" for name in touched))

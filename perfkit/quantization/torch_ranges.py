@@ -113,7 +113,7 @@ def calibrate(work: Workload, watched: Mapping[str, nn.Module]) -> tuple[dict[st
         with _watching(watched, lambda name, x, see=see: see(seen, name, x)):
             for number, inputs in enumerate(batches, 1):
                 _run(work, inputs, number)
-    return seen, sum(work.backend.batch_size(inputs) or 1 for inputs in batches)
+    return seen, sum(work.backend.batch_size(work, inputs) or 1 for inputs in batches)
 
 
 def linked(work: Workload, layers: Mapping[str, nn.Module]) -> Links:

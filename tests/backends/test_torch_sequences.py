@@ -96,3 +96,9 @@ def test_throughput_is_of_samples(dim):
 def test_a_sequence_alone_has_no_throughput():
     report = perfkit.optimize(Tagger(), "fused_kernels", example_inputs=(torch.randn(TIME, 4),)).report
     assert "known to be the batch" in report.before.throughput.unavailable
+
+
+def test_calibration_counts_samples():
+    model, given = Tagger(), {"example_inputs": (torch.randn(TIME, ROWS, 4),)}
+    with pytest.raises(perfkit.InvalidInputError, match=f"holds {2 * ROWS} sample"):
+        perfkit.optimize(model, "int8", calibration=[torch.randn(TIME, ROWS, 4)] * 2, **given)

@@ -110,7 +110,7 @@ def test_reasons_why_a_convolution_stays():
     assert "padding_mode='reflect'" in reasons(effect)["0"]
     _, effect = swapped(nn.Identity(), torch.randn(1, 2))
     assert effect.status == "NO_EFFECT"
-    assert "no convolution" in effect.notes[0]
+    assert "none of the layers that the kernels are for" in effect.notes[0]
 
 
 def test_a_forward_without_source_is_left_alone():
