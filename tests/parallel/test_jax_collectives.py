@@ -107,7 +107,12 @@ ENDLESS = "%loop = (s32[], f32[8]{0}) while(%t), condition=%c, body=%b"
 
 @pytest.mark.parametrize(
     ("lines", "filled"),
-    [((GATHER, *FILLED, ENDLESS), 32 + 48), ((*FILLED, GATHER, ENDLESS), 32 + 48), ((*FILLED, ENDLESS, GATHER), 0), (FILLED, 0)],
+    [
+        ((GATHER, *FILLED, ENDLESS), 32 + 48),
+        ((*FILLED, GATHER, ENDLESS), 32 + 48),
+        ((*FILLED, ENDLESS, GATHER), 0),
+        (FILLED, 0),
+    ],
 )
 def test_what_is_filled_while_devices_wait_for_each_other(lines, filled):
     assert filled_first(program(*lines)) == filled
