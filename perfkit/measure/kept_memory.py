@@ -21,7 +21,7 @@ Source: `DEFAULT_MMAP_THRESHOLD_MAX` in malloc/malloc.c
 """
 
 SETTINGS = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
-"""All are needed: one arena, which can grow beyond 64 MiB; no piece mapped by itself; nothing given back from its end.
+"""All are needed: one arena, which may grow beyond 64 MiB; no piece mapped by itself; nothing given back from its end.
 
 Source: mallopt(3).
 """
