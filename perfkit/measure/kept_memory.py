@@ -29,6 +29,12 @@ Source: mallopt(3).
 TYPED = " ".join(f"{name}={value}" for name, value in SETTINGS.items())
 """As they stand before a command."""
 
+KEEPING = (
+    f"started with {TYPED}, Python keeps it, which may be quicker: the process then holds the most memory that it ever "
+    "needed, and its threads share one malloc arena (docs/memory.md)"
+)
+"""What can be done, and what it costs."""
+
 
 def fresh(temporary: int) -> int:
     """Bytes that the system gives in each call to a program that takes so many while it runs, in one piece."""
@@ -39,7 +45,12 @@ def unavailable() -> str:
     """Why the settings do nothing in processes that are started here; empty where they do."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return f"they are glibc's, and this is {platform.system()} without it"
-    preloaded = os.environ.get("LD_PRELOAD", "")
+    return replaced(os.environ)
+
+
+def replaced(variables: Mapping[str, str]) -> str:
+    """What takes the place of glibc's malloc in a process with these variables; empty where nothing does."""
+    preloaded = variables.get("LD_PRELOAD", "")
     return f"LD_PRELOAD={preloaded} puts another malloc in the place of glibc's" if "malloc" in preloaded else ""
 
 
@@ -54,11 +65,7 @@ def advice(temporary: int) -> str:
     """What to tell of a program on the CPU with so many bytes of temporary memory; empty where there is nothing to."""
     if not fresh(temporary) or kept() or unavailable():
         return ""
-    return (
-        f"each call takes {temporary / 2**20:.0f} MiB from the system anew and gives them back; started with {TYPED}, "
-        "Python keeps them, which may be quicker: the process then holds the most memory that it ever needed, and its "
-        "threads share one malloc arena (docs/memory.md)"
-    )
+    return f"each call takes {temporary / 2**20:.0f} MiB from the system anew and gives that back; {KEEPING}"
 
 
 def told() -> str:
