@@ -61,7 +61,7 @@ def record(into: Path) -> None:
 
 def row(model: str, batch_size: int, pairs: int) -> dict[str, Any]:
     """A case in both processes: times of a step by blocks, page faults, memory; and the ratio of the times."""
-    plain = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    plain = {name: value for name, value in os.environ.items() if name not in SETTINGS} | {"JAX_PLATFORMS": "cpu"}
     with ExitStack() as stack:
         sides = [stack.enter_context(worker(model, batch_size, env)) for env in (plain, plain | SETTINGS)]
         begun = [side.asked("begin") for side in sides]
