@@ -17,6 +17,10 @@ timeout_option = click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, show_default=True, help=TIMEOUT_HELP
 )
 
+keep_memory_option = click.option(
+    "--keep-memory", is_flag=True, help="JAX on CPU: keep memory from call to call, as docs/memory.md has it."
+)
+
 
 @click.command(
     short_help="Run a script in several processes.",
@@ -29,10 +33,11 @@ timeout_option = click.option(
 @click.option("--port", type=click.IntRange(1, 65534), help="A free one of the first machine.")
 @click.option("--framework", type=click.Choice(["torch", "jax"]), help="[default: torch, where it is installed]")
 @timeout_option
+@keep_memory_option
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is the name of a module, as in python -m.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def launch(nproc, nnodes, node_rank, address, port, framework, timeout, module, script, arguments) -> None:
+def launch(nproc, nnodes, node_rank, address, port, framework, timeout, keep_memory, module, script, arguments) -> None:
     """Run SCRIPT in several processes that find each other; if one fails, end all and tell which and why.
 
     \b
@@ -52,6 +57,7 @@ def launch(nproc, nnodes, node_rank, address, port, framework, timeout, module, 
             port=port,
             framework=framework or ("torch" if find_spec("torch") else "jax"),
             timeout_s=timeout,
+            keep_memory=keep_memory,
         ),
     )
 
@@ -66,8 +72,10 @@ def start(command: list[str], how: Any) -> NoReturn:
     sys.exit(launching.exit_code(ended))
 
 
-def start_training(model: str, options: Mapping[str, Any], processes: int, timeout_s: float) -> NoReturn:
-    """`perfkit train` in several processes, each without --nproc.
+def start_training(
+    model: str, options: Mapping[str, Any], processes: int | None, timeout_s: float, keep_memory: bool
+) -> NoReturn:
+    """`perfkit train` in several processes, each without --nproc; or in one of its own, which keeps memory.
 
     Raises:
         InvalidInputError: no recipe for several processes was named.
@@ -77,13 +85,14 @@ def start_training(model: str, options: Mapping[str, Any], processes: int, timeo
     from perfkit.parallel.launching import Launch
 
     chain = chain_of(options["recipe"] or [])
-    if not any(isinstance(recipe, ParallelRecipe) for recipe in chain):
+    if processes and not any(isinstance(recipe, ParallelRecipe) for recipe in chain):
         raise InvalidInputError(
             f"--nproc {processes} with --recipe {options['recipe'] or '(none)'}: name a recipe that takes several "
             "processes, such as data_parallel"
         )
     command = ["-m", "perfkit.cli", "train", model, *as_arguments(options)]
-    start(command, Launch(processes=processes, framework=options["framework"], timeout_s=timeout_s))
+    about = {"framework": options["framework"], "timeout_s": timeout_s, "keep_memory": keep_memory}
+    start(command, Launch(processes=processes or 1, **about))
 
 
 def plan_layouts(model: str, options: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from perfkit._environment import Environment
 from perfkit._recipe import ask, unavailable
 from perfkit._recipe_files import names, recipe_class
 from perfkit._showing import InTerminal
+from perfkit.measure import kept_memory
 from perfkit.measure.environment import compilers, environment
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Diagnosis(InTerminal):
         devices: the device that each framework would use, or why it cannot be used.
         energy: the counter that a profile would read energy from, by device, or why there is none.
         cards: what each NVIDIA card says of itself; empty where there is none.
+        memory: whether memory that programs of JAX take on a CPU is kept from call to call; empty without JAX.
     """
 
     _terminal = "diagnosis"
@@ -51,6 +53,7 @@ class Diagnosis(InTerminal):
     recipes: tuple[Readiness, ...]
     energy: dict[str, str] = field(default_factory=dict)
     cards: tuple[DeviceState, ...] = ()
+    memory: str = ""
 
 
 def doctor() -> Diagnosis:
@@ -70,7 +73,8 @@ def doctor() -> Diagnosis:
         else:
             device = devices[framework] = _device(framework)
         recipes += [_readiness(name, framework, device, devices[framework]) for name in names()]
-    return Diagnosis(environment(), compilers(), devices, tuple(recipes), *_counters_and_cards())
+    memory = kept_memory.told() if find_spec("jax") else ""
+    return Diagnosis(environment(), compilers(), devices, tuple(recipes), *_counters_and_cards(), memory)
 
 
 def _counters_and_cards() -> tuple[dict[str, str], tuple[DeviceState, ...]]:

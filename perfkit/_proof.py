@@ -228,6 +228,7 @@ def _assembled(
         for name, variant, latency in zip(("original", chain), (original, result), latencies, strict=True)
     )
     spread = parallel(result, speedup)
+    advice = work.backend.memory_advice(result.work, result.finished) if result.measurable else ""
     optimizing_s = sum(step.apply_s for step in applied.steps) + (result.first_call_s.value or 0.0)
     report = Report(
         model=work.backend.model_name(work),
@@ -250,6 +251,7 @@ def _assembled(
         perfkit_version=perfkit.__version__,
         parallel=spread,
         aim=applied.chain.aim,
+        notes=(*found.pop("notes", ()), *filter(None, [advice])),
         **found,
     )
     return work.world.agree(replace(report, explanation=_explained(report)))

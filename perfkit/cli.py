@@ -130,11 +130,24 @@ def plan(model, framework, recipe, mode, batch_size, parallel, devices, link_gbp
 @click.option("--budget", type=float, help="Seconds to spend measuring the recipe.")
 @click.option("--nproc", type=click.IntRange(min=1), help="Start so many processes for a recipe that takes several.")
 @_cli_parallel.timeout_option
+@_cli_parallel.keep_memory_option
 @click.option("--checkpoint", type=click.Path(file_okay=False, path_type=Path), help="Folder for checkpoints.")
 @click.option("--checkpoint-every", type=click.IntRange(min=1), help="Steps.  [default: after the last one]")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
 def train(
-    model, framework, batch_size, steps, seed, recipe, budget, nproc, timeout, checkpoint, checkpoint_every, resume
+    model,
+    framework,
+    batch_size,
+    steps,
+    seed,
+    recipe,
+    budget,
+    nproc,
+    timeout,
+    keep_memory,
+    checkpoint,
+    checkpoint_every,
+    resume,
 ) -> None:
     """Train the reference model MODEL on its data, and evaluate it on held-out data.
 
@@ -156,8 +169,8 @@ def train(
     }
     if (resume or checkpoint_every) and not checkpoint:
         raise InvalidInputError("--resume and --checkpoint-every are about checkpoints: add --checkpoint FOLDER")
-    if nproc:
-        _cli_parallel.start_training(model, options | {"budget": budget}, nproc, timeout)
+    if nproc or keep_memory:  # what keeps memory must be there before a process starts
+        _cli_parallel.start_training(model, options | {"budget": budget}, nproc, timeout, keep_memory)
     with _cli_parallel.first_alone(training_progress(f"{model} ({framework})")) as progress, common.warnings_as_notes():
         trained = reference.train(model, **options, budget_s=budget, progress=progress)
     if _cli_parallel.leads():

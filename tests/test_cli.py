@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from click.testing import CliRunner
@@ -106,6 +107,7 @@ def test_doctor(run):
     assert code == 0
     assert "instruction sets" in out
     assert "NVIDIA" in out, "why tf32 is not ready"
+    assert ("memory of jax on CPU" in out) == bool(find_spec("jax"))
 
 
 def test_optimize_writes_what_is_asked_for(run, factory):

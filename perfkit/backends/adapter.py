@@ -155,6 +155,10 @@ class Backend(ABC):
         """Bytes that the optimizer holds on the device, after a step was taken."""
 
     @abstractmethod
+    def memory_advice(self, work: Workload, finished: Finished) -> str:
+        """What settings of the process may make of the memory that each call takes; empty where there is nothing to."""
+
+    @abstractmethod
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
         """What this process' device sends during one call or step of a model that is spread over several."""
 

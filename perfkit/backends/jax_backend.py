@@ -39,6 +39,7 @@ from perfkit.backends.jax_precision import cast
 from perfkit.backends.jax_sequences import sequences_seen
 from perfkit.backends.jax_training import Trainer, checked_optimizer, warn_of_ascent
 from perfkit.backends.jax_trees import leaves
+from perfkit.measure import kept_memory
 
 
 class JaxBackend(Backend):
@@ -165,12 +166,17 @@ class JaxBackend(Backend):
         near = [leaf for leaf in leaves if leaf.sharding.memory_kind in (None, _memory_kind(leaf))]
         return Quantity(float(sum(map(device_bytes, near))), "B", method="arrays of the optax state in device memory")
 
+    def memory_advice(self, work: Workload, finished: Finished) -> str:
+        if work.device != "cpu" or finished.program is None:
+            return ""
+        told = [program.memory_analysis() for program, _ in _programs(finished) if program]
+        return kept_memory.advice(max((each.temp_size_in_bytes for each in told if each), default=0))
+
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
         from perfkit.parallel.jax_collectives import collectives, told
 
-        parts = finished.trainer.program.parts() if finished.trainer else [(finished.program(), 1)]
         sent_bytes, lines = 0.0, []
-        for compiled, steps in parts:
+        for compiled, steps in _programs(finished):
             found = collectives(compiled.as_text(), work.world.devices)
             sent_bytes += sum(item.sent_bytes for item in found) / steps
             lines.append(told(found) if steps == 1 else f"every {steps} steps {told(found)}")
@@ -284,6 +290,11 @@ def _finished_training(work: Workload) -> Finished:
 
     rounds = Rounds(settle, trainer.program.skip_warm_up) if trainer.program.rounds else None
     return Finished(model, call, keeping_state, train_step, params, program, trainer, restore, rounds)
+
+
+def _programs(finished: Finished) -> list[tuple[jax.stages.Compiled, int]]:
+    """The compiled programs behind it, each with in how many calls it runs once."""
+    return finished.trainer.program.parts() if finished.trainer else [(finished.program(), 1)]
 
 
 def _memory_kind(leaf: jax.Array) -> str:

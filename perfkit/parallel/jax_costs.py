@@ -18,9 +18,10 @@ from perfkit._batch import sliced
 from perfkit._errors import InvalidInputError
 from perfkit._workload import Workload
 from perfkit.backends.jax_training import Trainer
+from perfkit.measure.kept_memory import KEPT_BYTES, fresh
 from perfkit.parallel.batch import length
 from perfkit.parallel.jax_mesh import replicated
-from perfkit.parallel.planning_parts import KEPT_BYTES, Costs, fresh
+from perfkit.parallel.planning_parts import Costs
 from perfkit.parallel.planning_timing import in_turn, needed_passes, within
 
 MORE = 3

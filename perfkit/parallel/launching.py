@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from perfkit._errors import InvalidInputError
+from perfkit._errors import InvalidInputError, UnsupportedError
+from perfkit.measure import kept_memory
 from perfkit.parallel import heartbeat
 from perfkit.parallel.watching import Silence, Watch
 
@@ -41,6 +42,7 @@ class Launch:
         framework: "torch" or "jax"; "" for a script without either.
         timeout_s: a process that tells of its steps and is silent for so long is taken for hung.
         devices: JAX on a CPU: how many each process makes of it; None for one.
+        keep_memory: JAX on a CPU: whether processes keep memory from call to call, by settings of glibc.
     """
 
     processes: int
@@ -51,8 +53,16 @@ class Launch:
     framework: str = "torch"
     timeout_s: float = 600.0
     devices: int | None = None
+    keep_memory: bool = False
 
     def __post_init__(self):
+        if self.keep_memory and self.framework != "jax":
+            raise InvalidInputError(
+                f"--keep-memory with --framework {self.framework or '(none)'}: it is about the temporary memory that "
+                "programs of JAX take in each call; expected --framework jax"
+            )
+        if self.keep_memory and (reason := kept_memory.unavailable()):
+            raise UnsupportedError(f"--keep-memory cannot work here: its settings do nothing, since {reason}")
         if self.nodes > 1 and (self.address is None or self.port is None):
             raise InvalidInputError(
                 f"{self.nodes} machines find each other by --address and --port: give those of the first machine"
@@ -109,6 +119,8 @@ def launch(command: list[str], how: Launch) -> list[Ended]:
         folder = Path(named)
         collectives_s = os.environ.get("PERFKIT_TIMEOUT_S", str(how.timeout_s + COLLECTIVE_EXTRA_S))
         told = {heartbeat.FOLDER: named, "PERFKIT_TIMEOUT_S": collectives_s}
+        if how.keep_memory:
+            told |= kept_memory.SETTINGS
         if how.devices is not None:
             flags = (os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={how.devices}")
             told["XLA_FLAGS"] = " ".join(filter(None, flags))

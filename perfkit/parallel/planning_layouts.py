@@ -13,10 +13,11 @@ from perfkit._recipe import Recipe
 from perfkit._showing import InTerminal
 from perfkit._variant import apply
 from perfkit._workload import Workload, check_mode
+from perfkit.measure.kept_memory import fresh
 from perfkit.parallel import world
 from perfkit.parallel.links import Ring
 from perfkit.parallel.planning import candidates, ranked
-from perfkit.parallel.planning_parts import Cluster, Costs, Prediction, fresh
+from perfkit.parallel.planning_parts import Cluster, Costs, Prediction
 
 LATENCY_US = 10.0
 """Of one message, where nobody says: a launch of NCCL's, or a switched network."""

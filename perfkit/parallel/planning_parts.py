@@ -7,17 +7,6 @@ from dataclasses import dataclass, field
 
 from perfkit.parallel.links import Link
 
-KEPT_BYTES = 32 << 20
-"""Up to so many bytes glibc keeps what a program gives back, and takes larger pieces from the system in each call.
-
-Source: `DEFAULT_MMAP_THRESHOLD_MAX` in malloc/malloc.c
-"""
-
-
-def fresh(temporary: int) -> int:
-    """Bytes that the system gives in each call to a program that takes so many while it runs, in one piece."""
-    return temporary if temporary > KEPT_BYTES else 0
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -110,7 +99,7 @@ class Costs:
         again: how many times as long a pass takes whose backward computes activations again, as JAX's pipelines do.
         adding_s: of adding gradients of all parameters to others.
         temporary: bytes of memory that a step of the whole batch on one device takes while it runs.
-        fresh_s: of the first touch of a byte of memory that comes from the system anew, as `fresh` has it.
+        fresh_s: of the first touch of a byte of memory that comes from the system anew, as `kept_memory.fresh` has it.
         filling_s: of writing a byte of memory that was touched before.
     """
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from perfkit.measure.kept_memory import fresh
 from perfkit.parallel.links import on_a_line
-from perfkit.parallel.planning_parts import Cluster, Costs, Prediction, Program, Way, fresh
+from perfkit.parallel.planning_parts import Cluster, Costs, Prediction, Program, Way
 
 COPIES = 4
 """Weights, gradients and two moments."""

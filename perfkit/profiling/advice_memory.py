@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from perfkit._quantity import Quantity
+from perfkit.measure import kept_memory
 from perfkit.profiling._memory_data import Memory
 from perfkit.profiling._profile import Finding
 from perfkit.profiling._time_data import Module
@@ -94,6 +95,28 @@ def batch(facts: Facts) -> Iterator[Finding]:
     )
 
 
+def fresh(facts: Facts) -> Iterator[Finding]:
+    """JAX on Linux: each training step takes its temporary memory from the system anew."""
+    if (found := _peak(facts)) is None or not facts.trains or facts.profile.device != "cpu":
+        return
+    memory, peak = found
+    about, temporary = facts.profile.environment, memory.program.get("temp", 0.0)
+    kept = kept_memory.kept(about.settings) or kept_memory.replaced(about.settings)
+    if kept or "Linux" not in about.os or not kept_memory.fresh(int(temporary)):
+        return
+    yield Finding(
+        kind="fresh memory",
+        told=f"each step takes {format_bytes(temporary)} from the system anew and gives that back: the kernel zeroes "
+        "and maps every page of it again",
+        where=(),
+        share=min(temporary / peak, 1.0),
+        resource="memory",
+        recipe="",
+        advice=kept_memory.KEEPING,
+        predicted=Quantity.missing("ratio", "the time that the kernel takes for it was not measured"),
+    )
+
+
 def optimizer_state(facts: Facts) -> Iterator[Finding]:
     """The optimizer's moments are most of the peak."""
     if (found := _peak(facts)) is None or not facts.trains:
@@ -141,4 +164,4 @@ def _smaller(
     return Finding(kind, told, where, share, "memory", recipe, advice, predicted)
 
 
-RULES = (leak, activations, batch, optimizer_state, weights)
+RULES = (leak, activations, batch, fresh, optimizer_state, weights)

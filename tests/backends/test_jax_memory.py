@@ -7,6 +7,7 @@ pytest.importorskip("jax")
 import jax
 
 import perfkit
+from perfkit.measure import kept_memory
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -34,3 +35,17 @@ def test_what_a_library_allocates_for_itself_makes_the_number_unavailable():
         assert "does not count" in found.unavailable
     else:
         assert found.value >= program.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_memory_that_each_call_takes_anew_is_told(monkeypatch, kept):
+    monkeypatch.setattr(kept_memory, "unavailable", str)
+    monkeypatch.setattr(kept_memory, "_at_start", lambda: kept_memory.SETTINGS if kept else {})
+
+    def table(x):
+        return jax.numpy.sin(x[:, None] * x) @ x  # a product reads the whole table from memory
+
+    for rows, mib in ((4096, 64), (512, 1)):
+        report = perfkit.optimize(table, "compile", example_inputs=(jax.numpy.ones((rows,)),)).report
+        large = mib > 32 and not kept
+        assert report.notes == ((kept_memory.advice(mib << 20),) if large else ())

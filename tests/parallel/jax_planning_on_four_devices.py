@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_on_four_devices import Noisy, bound, normal, squared
 
 from perfkit._errors import InvalidInputError, UnsupportedError
+from perfkit.measure.kept_memory import KEPT_BYTES
 from perfkit.parallel import jax_costs, jax_link, jax_piped, jax_programs, jax_shares, planning_layouts
 from perfkit.parallel.planning import candidates
-from perfkit.parallel.planning_parts import KEPT_BYTES
 
 IN, HIDDEN, OUT, ROWS = 8, 16, 4, 32
 PARAMS = {"up": normal(IN, HIDDEN), "down": normal(HIDDEN, OUT)}

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from perfkit import _cli_common, _cli_parallel, cli
+from perfkit.measure import kept_memory
 from perfkit.parallel import launching
 from perfkit.parallel.launching import Launch
 
@@ -82,12 +83,35 @@ def test_train_starts_itself_without_nproc(run, started):
     cli.main.commands["train"].make_context("train", command[3:])
 
 
+def test_processes_that_keep_memory_are_started_even_where_it_is_one(run, started, monkeypatch):
+    monkeypatch.setattr(kept_memory, "unavailable", str)
+    line = "launch --nproc 2 --framework jax --keep-memory script.py --keep-memory"
+    assert run(*line.split()) == (0, "")
+    assert started.pop() == (["script.py", "--keep-memory"], Launch(processes=2, framework="jax", keep_memory=True))
+    line = "train rnn --framework jax --batch-size 64 --steps 3 --seed 0"
+    assert run(*line.split(), "--keep-memory") == (0, "")
+    command, how = started.pop()
+    assert command == ["-m", "perfkit.cli", *line.split()]
+    assert how == Launch(processes=1, framework="jax", keep_memory=True)
+
+
+def test_memory_is_not_kept_without_glibc(run, started, monkeypatch):
+    monkeypatch.setattr(kept_memory, "unavailable", lambda: "this is another C library")
+    code, err = run("train", "rnn", "--framework", "jax", "--keep-memory")
+    assert code == cli.REFUSED
+    assert "since this is another C library" in err
+    assert not started
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("train cnn --nproc 2", "--recipe (none)"),
         ("train cnn --nproc 2 --recipe bf16", "name a recipe that takes several processes"),
         ("train cnn --nproc 2 --recipe data_paralel", "'data_parallel'"),
+        ("train cnn --keep-memory", "expected --framework jax"),
+        ("train cnn --nproc 2 --framework jax --keep-memory", "--recipe (none)"),
+        ("launch --nproc 2 --framework torch --keep-memory script.py", "expected --framework jax"),
         ("train cnn --resume", "--checkpoint FOLDER"),
         ("train cnn --checkpoint-every 3", "--checkpoint FOLDER"),
         ("launch --nproc 2 --nnodes 2 script.py", "--address and --port"),

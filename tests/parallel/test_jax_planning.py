@@ -13,8 +13,8 @@ pytest.importorskip("flax")
 from jax_workers import result, start
 from shared_runs import once
 
+from perfkit.measure.kept_memory import KEPT_BYTES
 from perfkit.parallel.jax_handing import SIZES
-from perfkit.parallel.planning_parts import KEPT_BYTES
 
 IN, HIDDEN, OUT, ROWS = 8, 16, 4, 32
 WHOLE = 4 * (IN * HIDDEN + HIDDEN * OUT)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from perfkit import InvalidInputError
+from perfkit.measure import kept_memory
 from perfkit.parallel import heartbeat, launching
 from perfkit.parallel.launching import Ended, Launch
 from perfkit.parallel.watching import Silence
@@ -82,6 +83,16 @@ def test_processes_get_ranks_arguments_and_their_share_of_the_cores(script, capf
     share = str(max(1, cores // 2))
     said = sorted(capfd.readouterr().out.split("\n")[:2])
     assert said == [f"{rank} 2 {share} ['--option', 'x']" for rank in (0, 1)]
+
+
+@needs_jax
+@pytest.mark.skipif(bool(kept_memory.unavailable()), reason="not glibc's malloc")
+def test_processes_that_keep_memory_are_started_so(tmp_path, capfd):
+    path = tmp_path / "script.py"
+    path.write_text("from perfkit.measure import kept_memory\nprint(kept_memory.kept())\n")
+    assert launching.launch([str(path)], Launch(processes=1, framework="jax", keep_memory=True)) == []
+    assert capfd.readouterr().out == "True\n"
+    assert not kept_memory.SETTINGS.keys() & os.environ.keys()
 
 
 @pytest.mark.parametrize(

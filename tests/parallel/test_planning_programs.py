@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 from planned import COSTS, MB, SLOW, cluster
 
+from perfkit.measure.kept_memory import KEPT_BYTES
 from perfkit.parallel.planning import predict, ranked
-from perfkit.parallel.planning_parts import KEPT_BYTES, Program, Way
+from perfkit.parallel.planning_parts import Program, Way
 from perfkit.parallel.planning_programs import passing_s, turn_s
 
 

@@ -10,7 +10,8 @@ import sample_profiles as samples
 from perfkit._chain import chain_of
 from perfkit._quantity import Quantity
 from perfkit._recipe_files import names
-from perfkit.profiling._profile import Ceilings, Profile
+from perfkit.measure import kept_memory
+from perfkit.profiling._profile import Ceilings, Finding, Profile
 from perfkit.profiling._time_data import Module, Op, Span
 from perfkit.profiling.advice import LEAST_GAIN, findings, names_in
 from perfkit.profiling.advice_memory import WEIGHTS_BYTES
@@ -314,6 +315,25 @@ def test_what_grows_with_the_batch():
     (finding,) = findings(with_memory(base, activations=6e8, temporaries=2e8, parameters=2e8))
     assert (finding.kind, finding.recipe) == ("the batch dominates", "accumulate")
     assert finding.predicted.value == pytest.approx(1e9 / 6e8)
+
+
+def test_memory_that_each_step_takes_anew():
+    def told(temporary: float, settings: dict[str, str], **changes) -> list[Finding]:
+        base = profile(product(dtype="bfloat16"), **{"mode": "training"} | changes)
+        memory = dataclasses.replace(base.memory, program={"temp": temporary}, peak=Quantity(4 * temporary, "B"))
+        about = dataclasses.replace(base.environment, settings=settings)
+        changed = findings(dataclasses.replace(base, memory=memory, environment=about))
+        return [finding for finding in changed if finding.kind == "fresh memory"]
+
+    (finding,) = told(2**26, {})
+    assert finding.told.startswith("each step takes 64.0 MiB from the system anew")
+    assert (finding.share, finding.resource, finding.recipe) == (0.25, "memory", "")
+    assert kept_memory.TYPED in finding.advice
+    assert not told(2**26, kept_memory.SETTINGS)
+    assert not told(2**26, {"LD_PRELOAD": "libjemalloc.so.2"})
+    assert not told(kept_memory.KEPT_BYTES, {})
+    assert not told(2**26, {}, mode="inference")
+    assert not told(2**26, {}, device="cuda")
 
 
 def test_micro_batches_of_a_model_with_time_first():
