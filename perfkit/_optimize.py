@@ -11,9 +11,9 @@ from perfkit import _pipeline, _search, _variant, backends
 from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._pipeline import Result
-from perfkit._proof import Settings
 from perfkit._recipe import Recipe, ask, refusal
 from perfkit._report import Candidate, Effect
+from perfkit._settings import Settings
 from perfkit._showing import InTerminal
 from perfkit._workload import Workload, calibrated, check_mode
 from perfkit.parallel.gathering import gathered

@@ -11,9 +11,10 @@ from typing import Any
 from perfkit import _proof
 from perfkit._chain import NOTHING, Chain
 from perfkit._errors import FidelityError, NoEffectError, PerfkitWarning, SlowerError
-from perfkit._proof import Settings
+from perfkit._numbers import check_numbers
 from perfkit._repair import Missed, repairable, repaired
 from perfkit._report import Candidate, Effect, Report
+from perfkit._settings import Settings
 from perfkit._variant import Applied, Variant, apply, idle, observed, ready
 from perfkit._workload import Workload
 from perfkit.backends.adapter import Finished
@@ -124,7 +125,7 @@ def _judge(original: Variant, settings: Settings) -> Callable[[Variant, Chain], 
     before = None if settings.evaluate is None else _proof.evaluated(original, settings)
 
     def missed(variant: Variant, chain: Chain) -> Missed:
-        close, _ = _proof.check_numbers(original, variant, chain, settings)
+        close, _ = check_numbers(original, variant, chain, settings)
         if before is None or not close.ok:
             by = close.relative_error - close.limit
             return Missed(by if close.ok or by > 0 else math.inf, f"the relative error is {close.relative_error:.3g}")

@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from statistics import fmean
-from typing import Any
-
-import numpy as np
 
 import perfkit
 from perfkit._chain import Chain
 from perfkit._errors import UnsupportedError, first_line
 from perfkit._measurement import measurement, parallel, payback
+from perfkit._numbers import check_numbers
 from perfkit._quantity import Comparison, Verdict, rounded
-from perfkit._recipe import LayerRecipe, ask
-from perfkit._report import Fidelity, LossCurves, Metric, Report, Step
+from perfkit._report import Metric, Report, Step
+from perfkit._settings import Settings
 from perfkit._variant import Applied, Variant, compared, ready
-from perfkit.measure import fidelity, loss_curves
 from perfkit.measure.environment import environment
-
-TRAINING_STEPS = 50
-LOSS_TOLERANCE = 0.05
-"""Mean distance of two loss curves, as a share of the range that the original's covers."""
-
-LAG_TOLERANCE = 0.5
-"""Share of the original's progress that may be missing where a recipe trains another way by design."""
-
-UNLIKE = 0.5
-"""Relative error of the original from which on its float64 run says nothing about a result: twice that is allowed.
-
-No precision comes near it; what exceeds it draws other random numbers, or decides by a hair.
-"""
-
-JUDGED_BY_METRIC = 1.0
-"""Relative error allowed where layers were compressed and the caller's metric tells what that costs."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the caller of `optimize` decided beside model and recipe."""
-
-    budget_s: float
-    tolerance: float | None = None
-    evaluate: Callable[[Any], float] | None = None
-    max_drop: float = 0.0
-    strict: bool = False
-    measure: bool = True
-    on_slower: str = "warn"
-    progress: Callable[[str], Any] = str  # a function that does nothing with the message
 
 
 def prove(original: Variant, result: Variant, applied: Applied, settings: Settings) -> Report:
@@ -96,63 +60,6 @@ def identity(original: Variant, settings: Settings) -> Report:
     return replace(
         report, after=report.before, recipe="auto", fidelity=check_numbers(original, original, Chain(()), settings)[0]
     )
-
-
-def check_numbers(
-    original: Variant, result: Variant, chain: Chain, settings: Settings
-) -> tuple[Fidelity, LossCurves | None]:
-    """Inference: the outputs, against a float64 run of the original. Training: the loss curves."""
-    tolerance = settings.tolerance
-    if original.work.trains:
-        return _check_losses(original, result, chain, tolerance)
-    backend, work = original.work.backend, original.work
-    plain, new = backend.outputs(work, original.finished), backend.outputs(result.work, result.finished)
-    try:
-        reference, name = backend.float64_outputs(work), "a float64 run of the original"
-    except Exception as error:  # whatever a model may raise in a precision it was not written for
-        reference, name = plain, f"the original itself, since it does not run in float64 ({first_line(error)})"
-    if tolerance is None:
-        judged = settings.evaluate is not None and any(isinstance(recipe, LayerRecipe) for recipe in chain)
-        tolerance = JUDGED_BY_METRIC if judged else chain.tolerance
-    away = fidelity.compare_outputs(plain, plain, reference, tolerance=math.inf, factor=0.0, reference_name=name)
-    if away.relative_error > UNLIKE:
-        name = f"the original itself, since a float64 run of it differs by {away.relative_error:.2g}"
-        reference = plain
-    close = fidelity.compare_outputs(new, plain, reference, tolerance=tolerance, reference_name=name)
-    if not close.ok and _draws(original):
-        close = replace(close, reason=f"{close.reason}; the model draws random numbers, and the result draws others")
-    return work.world.agree(close), None
-
-
-def _draws(original: Variant) -> bool:
-    """Whether the original's outputs depend on the seed."""
-    backend, work = original.work.backend, original.work
-    first, second = (backend.outputs(work.replace(seed=work.seed + step), original.finished) for step in (0, 1))
-    return not all(np.array_equal(a, b, equal_nan=a.dtype.kind in "fc") for a, b in zip(first, second, strict=True))
-
-
-def _check_losses(
-    original: Variant, result: Variant, chain: Chain, tolerance: float | None
-) -> tuple[Fidelity, LossCurves]:
-    backend, work = original.work.backend, original.work
-    before = backend.losses(work, original.finished, TRAINING_STEPS, work.seed)
-    after = backend.losses(result.work, result.finished, TRAINING_STEPS, work.seed)
-    if steps := next(filter(None, (ask(recipe, "judged_at", TRAINING_STEPS) for recipe in chain)), None):
-        # Every process told the loss of its own part; those of the example batch are equally large.
-        after = tuple(map(fmean, zip(*work.world.gather(after), strict=True)))
-        before, after = work.world.agree((before, after))
-        tolerance = LAG_TOLERANCE if tolerance is None else tolerance
-        return loss_curves.compare_progress(before, after, steps, tolerance=tolerance), LossCurves(before, after)
-    before, after = work.world.agree((before, after))
-    tolerance = LOSS_TOLERANCE if tolerance is None else tolerance
-    if any(recipe.retrains for recipe in chain):
-        return loss_curves.compare_ends(before, after, tolerance=tolerance), LossCurves(before, after)
-    other = backend.losses(work, original.finished, 1, work.seed + 1)
-    noise = None
-    if other[0] != before[0]:  # the model draws random numbers: how far apart are two seeds of the original?
-        other = backend.losses(work, original.finished, TRAINING_STEPS, work.seed + 1)
-        noise = loss_curves.compare_losses(before, other, tolerance=tolerance).relative_error
-    return loss_curves.compare_losses(before, after, tolerance=tolerance, seed_noise=noise), LossCurves(before, after)
 
 
 def _evaluated(original: Variant, result: Variant, settings: Settings) -> Metric | None:

@@ -158,6 +158,7 @@ class Candidate:
     Args:
         outcome: "won", "lost", "refused", "failed" or "not tried".
         reason: why it did not win; empty for the winner.
+        speedup: over the original; None where it was not timed against that, being slower than another candidate.
     """
 
     recipe: str

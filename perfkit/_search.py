@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 
 from perfkit._chain import NOTHING, Chain
 from perfkit._errors import FidelityError, InvalidInputError, PerfkitError, first_line
+from perfkit._numbers import check_numbers
 from perfkit._pipeline import Result, concluded, unchanged
-from perfkit._proof import Settings, check_numbers
-from perfkit._quantity import Comparison, Verdict
+from perfkit._quantity import Comparison, Verdict, rounded
 from perfkit._recipe import Recipe, Stage, ask, refusal
 from perfkit._recipe_files import names, recipe_class
 from perfkit._report import Candidate
-from perfkit._search_order import Agenda
-from perfkit._variant import Applied, Variant, apply, compared, observed, ready
+from perfkit._search_order import SIMPLER_WITHIN, Agenda
+from perfkit._settings import Settings
+from perfkit._variant import Applied, Variant, apply, compared, glanced, observed, ready
 from perfkit._workload import Workload
 
 QUICK_BUDGET_S = 1.0
@@ -25,12 +26,18 @@ AROUND_SHARE = 0.1
 KEPT = 2
 """Of those that were faster, the best so many stay as they were made; another is made again if it is its turn."""
 
-SIMPLER_WITHIN = 0.98
-"""A shorter chain is kept if it reaches this share of the best ratio: the difference is not worth a recipe."""
+BEHIND = 1.5
+"""A chain whose quickest call takes so many times that of the best so far is not timed.
+
+Both were called in turns, so what is left between two quickest calls is far less than this.
+"""
 
 
 def search(work: Workload, settings: Settings) -> Result:
     """Try chains within the budget, one at least, re-time the best one afresh, and return it only if it still wins.
+
+    Each is timed in turns with the best so far, which is quicker than the original and, unlike two ratios to that, was
+    under the same conditions; what keeps up with it is timed against the original too.
 
     What is set around a program (Stage.RUNTIME) depends on what runs, and is tried once, on the best of them.
 
@@ -50,7 +57,7 @@ def search(work: Workload, settings: Settings) -> Result:
     began = time.perf_counter()  # kernels that are built once, and the first call, are not the search
     while agenda.waiting and not (trials.log and time.perf_counter() - began > settings.budget_s * share):
         chain = agenda.next()
-        agenda.tried(chain, trials.run(chain))
+        agenda.tried(chain, (tried := trials.run(chain)).candidate, tried.strength)
     for chain in around:
         trials.run(trials.ranked[0].chain | chain if trials.ranked else chain)
     late = f"the budget of {settings.budget_s:g} s was used up"
@@ -59,12 +66,18 @@ def search(work: Workload, settings: Settings) -> Result:
 
 
 @dataclass(frozen=True)
-class _Faster:
-    """A chain that was faster; `made` is what it was made into, kept for the best of them."""
+class _Tried:
+    """A chain that was tried.
+
+    Args:
+        strength: about its ratio to the original, known through the best so far; None where nothing was timed.
+        made: what it was made into, if it may be the one; kept for the best of them.
+    """
 
     chain: Chain
     candidate: Candidate
-    made: tuple[Applied, Variant] | None
+    strength: float | None = None
+    made: tuple[Applied, Variant] | None = None
 
 
 class _Trials:
@@ -78,16 +91,16 @@ class _Trials:
     def __init__(self, original: Variant, settings: Settings, number: int):
         self.original, self.settings, self.number = original, settings, number
         self.log: list[Candidate] = []
-        self.ranked: list[_Faster] = []
+        self.ranked: list[_Tried] = []
 
-    def run(self, chain: Chain) -> Candidate:
+    def run(self, chain: Chain) -> _Tried:
         self.settings.progress(f"trying {chain} ({len(self.log) + 1} of {self.number})")
-        candidate, made = _tried(self.original, chain, self.settings)
-        self.log.append(candidate)
-        if made:
-            ranked = _ranked([*self.ranked, _Faster(chain, candidate, made)])
+        tried = _tried(self.original, chain, self.settings, self.ranked[0] if self.ranked else None)
+        self.log.append(tried.candidate)
+        if tried.made:
+            ranked = _ranked([*self.ranked, tried])
             self.ranked = [*ranked[:KEPT], *(replace(each, made=None) for each in ranked[KEPT:])]
-        return candidate
+        return tried
 
 
 def _best(trials: _Trials, log: list[Candidate], left: int) -> Result:
@@ -161,39 +174,48 @@ def _made(chain: Chain, work: Workload) -> tuple[Applied, Variant]:
     return observed(applied, variant.log), variant
 
 
-def _tried(original: Variant, chain: Chain, settings: Settings) -> tuple[Candidate, tuple[Applied, Variant] | None]:
-    """What became of a chain, and what it was made into if it is faster."""
+def _tried(original: Variant, chain: Chain, settings: Settings, best: _Tried | None) -> _Tried:
+    """What became of a chain, beside the best so far if there is one."""
     began = time.perf_counter()
 
-    def candidate(outcome: str, reason: str, speedup: Comparison | None = None, close=None) -> Candidate:
-        return Candidate(str(chain), outcome, reason, speedup, close, time.perf_counter() - began)
+    def lost(reason: str, speedup: Comparison | None = None, close=None, outcome="lost", **known) -> _Tried:
+        seconds = time.perf_counter() - began
+        return _Tried(chain, Candidate(str(chain), outcome, reason, speedup, close, seconds), **known)
 
     try:
-        applied, variant = _made(chain, original.work)
+        made = applied, variant = _made(chain, original.work)
         idle = [step for step in applied.steps if step.effect.status == "NO_EFFECT"]
         if idle:
             names = " and ".join(step.recipe for step in idle)
             why = "; ".join(note for step in idle for note in step.effect.notes)
-            return candidate("lost", f"{names} had no effect" + (f": {why}" if why else "")), None
+            return lost(f"{names} had no effect" + (f": {why}" if why else ""))
+        if best and (behind := glanced(best.made[1], variant)) > BEHIND:
+            reason = f"not timed: its quickest call takes {behind:.1f} times that of {best.chain}"
+            return lost(reason, strength=best.strength / behind)
         close, _ = check_numbers(original, variant, chain, settings)
         if not close.ok:
-            return candidate("lost", close.reason, close=close), None
+            return lost(close.reason, close=close)
+        strength = None
+        if best:
+            direct = compared(best.made[1], variant, (str(best.chain), str(chain)), QUICK_BUDGET_S)[2]
+            strength = best.strength * direct.ratio
+            if direct.ratio < SIMPLER_WITHIN:
+                low, middle, high = map(rounded, (direct.low, direct.ratio, direct.high))
+                reason = f"{middle}× [{low}, {high}] the speed of {best.chain}"
+                return lost(reason, close=close, strength=strength, made=made if strength > 1 else None)
         speedup = compared(original, variant, ("original", str(chain)), QUICK_BUDGET_S)[2]
     except PerfkitError as error:
-        return candidate("failed", first_line(error)), None
+        return lost(first_line(error), outcome="failed")
+    strength = strength or speedup.ratio
     if speedup.verdict != Verdict.FASTER:
-        return candidate("lost", f"it is not faster: {speedup.verdict}", speedup, close), None
-    return candidate("lost", "", speedup, close), (applied, variant)
+        return lost(f"it is not faster: {speedup.verdict}", speedup, close, strength=strength)
+    return lost("", speedup, close, strength=strength, made=made)
 
 
-def _ranked(entries: list[_Faster]) -> list[_Faster]:
+def _ranked(entries: list[_Tried]) -> list[_Tried]:
     """Fastest first, but a shorter chain before a longer one that is hardly faster."""
-
-    def ratio(entry: _Faster) -> float:
-        return entry.candidate.speedup.ratio
-
-    entries = sorted(entries, key=ratio, reverse=True)
-    near = [entry for entry in entries if ratio(entry) >= SIMPLER_WITHIN * ratio(entries[0])]
+    entries = sorted(entries, key=lambda entry: entry.strength, reverse=True)
+    near = [entry for entry in entries if entry.strength >= SIMPLER_WITHIN * entries[0].strength]
     simplest = min(near, key=lambda entry: len(entry.chain))
     return [simplest, *(entry for entry in entries if entry is not simplest)]
 
@@ -203,11 +225,9 @@ def _told(log: list[Candidate], winner: Candidate, result: Result) -> tuple[Cand
 
     def told(item: Candidate) -> Candidate:
         if item is winner:
-            return replace(item, outcome="won", speedup=report.speedup, fidelity=report.fidelity)
-        if item.speedup and item.outcome == "lost" and not item.reason:
-            faster = item.speedup.ratio > report.speedup.ratio
-            why = "no faster than the winner beyond what one more recipe is worth" if faster else "the winner is faster"
-            return replace(item, reason=why)
+            return replace(item, outcome="won", reason="", speedup=report.speedup, fidelity=report.fidelity)
+        if item.outcome == "lost" and not item.reason:
+            return replace(item, reason="the winner is faster, or as fast with fewer recipes")
         return item
 
     return tuple(map(told, log))

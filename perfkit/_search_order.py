@@ -11,14 +11,19 @@ from perfkit._report import Candidate
 UNKNOWN = 1.0
 """The ratio expected of a recipe that nothing is known of yet: it changes nothing."""
 
+SIMPLER_WITHIN = 0.98
+"""A shorter chain is preferred if it reaches this share of the best ratio: the difference is not worth a recipe."""
+
 
 class Agenda:
     """The chains that were not tried yet.
 
     A compiler takes seconds where other chains take a fraction of one, and often is what pays: chains with it and those
-    without take turns by the time that each kind has used. Of a kind, single recipes come first. Then comes the chain
-    that what was measured promises most of: the ratio of the largest part of it that was tried, times those of the rest
-    by themselves; the lower one where there are two such parts. A chain with a part that came to nothing comes last.
+    without take turns by the time that each kind has used. Of a kind, single recipes come first, kernels before what
+    comes earlier in a chain: the sooner a fast one is found, the less time goes to those far behind it. Then comes the
+    chain that what was measured promises most of: the ratio of the largest part of it that was tried, times those of
+    the rest by themselves; the lower one where there are two such parts. One recipe more has to be worth it. A chain
+    with a part that came to nothing comes last.
     """
 
     def __init__(self, chains: Iterable[Chain]):
@@ -34,17 +39,22 @@ class Agenda:
         self.waiting.remove(chain)
         return chain
 
-    def tried(self, chain: Chain, candidate: Candidate) -> None:
-        """Learn what became of a chain."""
-        if candidate.speedup:
-            self._ratios[_parts(chain)] = candidate.speedup.ratio
+    def tried(self, chain: Chain, candidate: Candidate, ratio: float | None) -> None:
+        """Learn what became of a chain.
+
+        Args:
+            ratio: about how much faster than the original it is; None where it was not timed.
+        """
+        if ratio is not None:
+            self._ratios[_parts(chain)] = ratio
         elif len(chain) > 1 or candidate.fidelity or candidate.outcome == "failed":
             self._ratios[_parts(chain)] = 0.0
         # else one recipe had no effect: with another it may have one
         self._used_s[_compiles(chain)] += candidate.seconds
 
     def _rank(self, chain: Chain) -> tuple:
-        return len(chain) > 1, -self.expected(_parts(chain)), len(chain), str(chain)
+        promise = self.expected(_parts(chain)) * SIMPLER_WITHIN ** len(chain)
+        return len(chain) > 1, -promise, len(chain), -max(recipe.stage for recipe in chain), str(chain)
 
     def expected(self, parts: frozenset[str]) -> float:
         """The ratio that recipes, by how they are written, promise together."""

@@ -6,18 +6,21 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from perfkit._chain import NOTHING, Chain
 from perfkit._errors import InvalidInputError, UnsupportedError, first_line
+from perfkit._numbers import Numbers
 from perfkit._quantity import Comparison, Latency, Quantity
 from perfkit._recipe import ask
 from perfkit._report import Step
 from perfkit._workload import Workload
 from perfkit.backends.adapter import CompileLog, Finished
 from perfkit.measure import timing
-from perfkit.measure.calls import first_call
+from perfkit.measure.calls import first_call, quickest_s, warm_up
 
+GLANCES = 2
 NO_INPUTS = "no example_inputs were given to run the model on"
 
 
@@ -40,6 +43,10 @@ class Variant:
     @property
     def measurable(self) -> bool:
         return self.call is not None
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        return Numbers(self.work, self.finished)
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,17 @@ def compared(
             world=baseline.work.world,
             steps=steps,
         )
+
+
+def glanced(best: Variant, variant: Variant) -> float:
+    """How many times as long as a step of `best` one of the variant takes, by the quickest of a few calls in turns."""
+    pair, world = (best, variant), variant.work.world
+    with best.finished.keeping_state(), variant.finished.keeping_state():
+        for each in pair:
+            warm_up(each.call, budget_s=0.0, world=world)
+        turns = [[quickest_s(each.call, world) / each.work.period for each in pair] for _ in range(GLANCES)]
+    quickest, others = map(min, zip(*turns, strict=True))
+    return world.agree(others / quickest)
 
 
 def _repeated(call: Callable[[], Any], times: int) -> Callable[[], Any]:

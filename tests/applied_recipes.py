@@ -7,8 +7,9 @@ from typing import Any
 
 from perfkit import Effect, backends
 from perfkit._chain import chain_of
-from perfkit._proof import Settings, check_numbers
+from perfkit._numbers import check_numbers
 from perfkit._report import Fidelity
+from perfkit._settings import Settings
 from perfkit._variant import apply, observed, ready
 
 

@@ -32,12 +32,12 @@ def begin(**also: float) -> None:
     """How a process of a test's own begins, once all is imported: little measuring, and no word about its times.
 
     Args:
-        also: what is set beside, by its name in `perfkit._proof`.
+        also: what is set beside, by its name in `perfkit._numbers`.
     """
     from perfkit import PerfkitWarning
 
     warnings.simplefilter("ignore", PerfkitWarning)
-    for place, value in (SETTINGS | {f"perfkit._proof.{name}": value for name, value in also.items()}).items():
+    for place, value in (SETTINGS | {f"perfkit._numbers.{name}": value for name, value in also.items()}).items():
         module, _, name = place.rpartition(".")
         setattr(import_module(module), name, value)
     settle_heap()

@@ -9,10 +9,10 @@ import torch
 import perfkit
 from perfkit import Comparison, Verdict
 from perfkit._chain import Chain, chain_of
-from perfkit._proof import Settings
 from perfkit._report import Candidate
 from perfkit._search import search
 from perfkit._search_order import Agenda
+from perfkit._settings import Settings
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_backend import BACKEND
 
@@ -31,7 +31,7 @@ def order(specs, ratios, seconds=lambda chain: 1.0, idle=()):
         ratio = ratios.get(str(chain))
         nothing = "had no effect" if str(chain) in idle else ""
         outcome = "lost" if ratio or nothing else "failed"
-        agenda.tried(chain, Candidate(str(chain), outcome, nothing, ratio and compared(ratio), seconds=seconds(chain)))
+        agenda.tried(chain, Candidate(str(chain), outcome, nothing, seconds=seconds(chain)), ratio)
     return given
 
 
@@ -47,10 +47,10 @@ def test_a_pair_that_disappoints_lowers_what_is_expected_of_those_that_hold_it()
     agenda = Agenda([])
     ratios = {"bf16": 1.5, "int8": 2.0, "fused_kernels": 1.1, "bf16+fused_kernels": 1.6}
     for spec, ratio in ratios.items():
-        agenda.tried(chain_of(spec), Candidate(spec, "lost", "", compared(ratio)))
+        agenda.tried(chain_of(spec), Candidate(spec, "lost"), ratio)
     everything = frozenset({"bf16", "int8", "fused_kernels"})
     assert agenda.expected(everything) == pytest.approx(1.6 * 2.0)
-    agenda.tried(chain_of("bf16+int8"), Candidate("bf16+int8", "lost", "", compared(0.5)))
+    agenda.tried(chain_of("bf16+int8"), Candidate("bf16+int8", "lost"), 0.5)
     assert agenda.expected(everything) == pytest.approx(0.5 * 1.1)
     assert agenda.expected(frozenset({"compile", "int8"})) == 2.0, "nothing is known of the compiler"
 
@@ -69,6 +69,12 @@ def test_a_slow_compiler_leaves_half_of_the_time_to_the_others():
     assert [("compile" in chain) for chain in given[:8]] == [True, *[False] * 5, True, False]
 
 
+def test_kernels_come_before_other_single_recipes_and_one_recipe_more_has_to_be_worth_it():
+    specs = ["bf16", "channels_last", "fused_kernels", "channels_last+bf16+fused_kernels", "bf16+fused_kernels"]
+    ratios = dict.fromkeys(specs, 1.0) | {"fused_kernels": 8.0, "bf16": 1.5, "channels_last": 1.01}
+    assert order(specs, ratios) == ["fused_kernels", "bf16", "channels_last", specs[4], specs[3]]
+
+
 class Copied(perfkit.Recipe):
     stage = perfkit.Stage.KERNELS
 
@@ -80,23 +86,75 @@ def copied(name):
     return Chain((type(name, (Copied,), {"name": name})(),))
 
 
-def test_where_the_best_ones_fail_the_callers_metric_the_next_is_asked(monkeypatch, hasty):
-    ratios = {"one": 2.0, "two": 4.0, "three": 3.0, "four": 1.5}
-    scores = iter([1.0, 0.0, 1.0, 0.0, 1.0, 0.9])
-    chains = [copied(name) for name in ratios]
+def searched(monkeypatch, ratio, names, glance=lambda best, variant: 1.0, **settings):
+    """The report of a search among chains of such names, where `ratio(baseline, variant)` is what is measured."""
+    timed = []
 
-    def told(original, variant, names, budget_s):
+    def told(original, variant, sides, budget_s):
+        timed.append(sides)
         latency = perfkit.measure.statistics.latency([1.0] * 20)
-        return latency, latency, compared(ratios[names[1]], names[1])
+        return latency, latency, compared(ratio(*sides), sides[1])
 
-    monkeypatch.setattr("perfkit._search.sensible", lambda work: (chains, []))
+    monkeypatch.setattr("perfkit._search.sensible", lambda work: ([copied(name) for name in names], []))
     monkeypatch.setattr("perfkit._search.compared", told)
+    monkeypatch.setattr("perfkit._search.glanced", glance)
     monkeypatch.setattr("perfkit._proof.compared", told)
     work = Workload(BACKEND, torch.nn.Linear(2, 2).eval(), Inputs((torch.ones(1, 2),)), "inference", "cpu")
-    report = search(work, Settings(budget_s=10, evaluate=lambda model: next(scores), max_drop=0.5)).report
+    report = search(work, Settings(budget_s=10, **settings)).report
+    return report, {item.recipe: item for item in report.candidates}, timed
+
+
+def test_where_the_best_ones_fail_the_callers_metric_the_next_is_asked(monkeypatch, hasty):
+    speeds = {"original": 1.0, "one": 2.0, "two": 4.0, "three": 3.0, "four": 1.5}
+    scores = iter([1.0, 0.0, 1.0, 0.0, 1.0, 0.9])
+    report, outcomes, _ = searched(
+        monkeypatch,
+        lambda baseline, variant: speeds[variant] / speeds[baseline],
+        ["one", "two", "three", "four"],
+        evaluate=lambda model: next(scores),
+        max_drop=0.5,
+    )
     assert report.recipe == "one"
-    outcomes = {item.recipe: item for item in report.candidates}
     assert "evaluate() fell from 1 to 0" in outcomes["two"].reason
     assert "evaluate() fell from 1 to 0" in outcomes["three"].reason
-    assert outcomes["one"].outcome == "won"
-    assert outcomes["four"].reason == "the winner is faster"
+    assert (outcomes["one"].outcome, outcomes["one"].reason) == ("won", "")
+    assert outcomes["four"].reason == "the winner is faster, or as fast with fewer recipes"
+
+
+def test_what_is_best_is_decided_side_by_side_not_by_how_slow_the_original_was_meanwhile(monkeypatch, hasty):
+    against_original = {"first": 9.0, "second": 3.0}  # the original was three times as quick when the second came
+    report, outcomes, timed = searched(
+        monkeypatch,
+        lambda baseline, variant: against_original[variant] if baseline == "original" else 1.25,
+        ["first", "second"],
+    )
+    assert report.recipe == "second"
+    assert outcomes["first"].reason == "the winner is faster, or as fast with fewer recipes"
+    assert ("first", "second") in timed
+
+
+def test_what_is_far_behind_the_best_is_not_timed_and_the_original_not_called_for_it(monkeypatch, hasty):
+    speeds = {"original": 1.0, "first": 6.0, "second": 2.0}
+    report, outcomes, timed = searched(
+        monkeypatch,
+        lambda baseline, variant: speeds[variant] / speeds[baseline],
+        ["first", "second"],
+        glance=lambda best, variant: 3.0,
+    )
+    assert report.recipe == "first"
+    assert outcomes["second"].reason == "not timed: its quickest call takes 3.0 times that of first"
+    assert set(timed) == {("original", "first")}
+
+
+def test_the_original_computes_its_numbers_once_for_all_chains(monkeypatch, hasty):
+    class Counted(torch.nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            Counted.calls += self.weight.dtype == torch.float64
+            return super().forward(x)
+
+    monkeypatch.setattr("perfkit._search.sensible", lambda work: ([copied(name) for name in "abc"], []))
+    work = Workload(BACKEND, Counted(2, 2).eval(), Inputs((torch.ones(1, 2),)), "inference", "cpu")
+    search(work, Settings(budget_s=10))
+    assert Counted.calls == 1

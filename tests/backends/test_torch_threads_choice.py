@@ -14,8 +14,8 @@ from torch import nn
 
 import perfkit
 from perfkit._chain import Chain, chain_of
-from perfkit._proof import Settings
 from perfkit._search import search, sensible
+from perfkit._settings import Settings
 from perfkit._variant import apply, observed, ready
 from perfkit._workload import Inputs, Workload
 from perfkit.backends import torch_threads
