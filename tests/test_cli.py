@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import json
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+import perfkit
 from perfkit import _cli_common, cli
 from perfkit._recipe_files import names
 
@@ -202,6 +204,14 @@ def test_an_interrupt_leaves_nothing_half_written(run, factory, monkeypatch):
     assert code == cli.INTERRUPTED
     assert "interrupted" in err
     assert sorted(path for path in factory.iterdir() if path.suffix or path in before) == before
+
+
+def test_the_package_runs_as_its_script_does(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["perfkit", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("perfkit", run_name="__main__")
+    assert ended.value.code == 0
+    assert perfkit.__version__ in capsys.readouterr().out
 
 
 def test_every_recipe_file_runs_by_itself():

@@ -114,7 +114,8 @@ def launch(command: list[str], how: Launch) -> list[Ended]:
         when the first one failed has been ended, and is among them.
     """
     start = _by_torchrun if how.framework == "torch" else _by_hand
-    worker = ["-m", "perfkit.parallel.worker", "--framework", how.framework, *command]
+    # -P: or a folder of this name where the user happens to be hides the package
+    worker = ["-P", "-m", "perfkit.parallel.worker", "--framework", how.framework, *command]
     with tempfile.TemporaryDirectory(prefix="perfkit-run-") as named:
         folder = Path(named)
         collectives_s = os.environ.get("PERFKIT_TIMEOUT_S", str(how.timeout_s + COLLECTIVE_EXTRA_S))

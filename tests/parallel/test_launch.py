@@ -77,7 +77,9 @@ def done(process: subprocess.Popen, limit_s: float = 200) -> tuple[int, str, str
     return process.returncode, out, err
 
 
-def test_processes_get_ranks_arguments_and_their_share_of_the_cores(script, capfd):
+def test_processes_get_ranks_arguments_and_their_share_of_the_cores(script, capfd, tmp_path, monkeypatch):
+    (tmp_path / "perfkit").mkdir()  # where the user is may be a folder of this name; it is not the package
+    monkeypatch.chdir(tmp_path)
     assert launching.launch([script, "none", "--option", "x"], Launch(processes=2, framework="")) == []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = str(max(1, cores // 2))
