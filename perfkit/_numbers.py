@@ -40,7 +40,9 @@ JUDGED_BY_METRIC = 1.0
 
 
 class Numbers:
-    """What a workload computes on its example inputs. Each is asked once: a search compares many with the original."""
+    """What a workload computes on its example inputs. Each is asked once: a search compares many with the original, and
+    the best of them twice.
+    """
 
     def __init__(self, work: Workload, finished: Finished):
         self._work, self._finished = work, finished
@@ -91,8 +93,9 @@ def check_numbers(
         tolerance = JUDGED_BY_METRIC if judged else chain.tolerance
     numbers = original.numbers
     reference, name = numbers.reference
-    new = result.work.backend.outputs(result.work, result.finished)
-    close = fidelity.compare_outputs(new, numbers.outputs, reference, tolerance=tolerance, reference_name=name)
+    close = fidelity.compare_outputs(
+        result.numbers.outputs, numbers.outputs, reference, tolerance=tolerance, reference_name=name
+    )
     if not close.ok and numbers.drawn:
         reason = f"{close.reason}; the model draws random numbers, and the result draws others"
         close = replace(close, reason=reason)
@@ -104,7 +107,7 @@ def _check_losses(
 ) -> tuple[Fidelity, LossCurves]:
     work, numbers = original.work, original.numbers
     before = numbers.losses(TRAINING_STEPS, work.seed)
-    after = work.backend.losses(result.work, result.finished, TRAINING_STEPS, work.seed)
+    after = result.numbers.losses(TRAINING_STEPS, work.seed)
     if steps := next(filter(None, (ask(recipe, "judged_at", TRAINING_STEPS) for recipe in chain)), None):
         # Every process told the loss of its own part; those of the example batch are equally large.
         after = tuple(map(fmean, zip(*work.world.gather(after), strict=True)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 from perfkit._chain import NOTHING, Chain
 from perfkit._errors import FidelityError, InvalidInputError, PerfkitError, first_line
@@ -110,13 +111,18 @@ def _best(trials: _Trials, log: list[Candidate], left: int) -> Result:
     for chain, candidate, made in ((each.chain, each.candidate, each.made) for each in trials.ranked):
         try:
             applied, variant = made or _made(chain, trials.original.work)
+            close, _ = check_numbers(trials.original, variant, chain, final)
+            if not close.ok:
+                log = _noted(log, candidate, reason=close.reason, fidelity=close)
+                continue
             result = concluded(trials.original, variant, applied, final)
         except FidelityError as error:  # the caller's metric, which the quick trial did not ask
-            log = [replace(item, reason=first_line(error)) if item is candidate else item for item in log]
+            log = _noted(log, candidate, reason=first_line(error))
             continue
         if result.report.speedup.verdict == Verdict.FASTER:
             return replace(result, report=replace(result.report, candidates=_told(log, candidate, result)))
-        log = [_lost_afresh(item, result) if item is candidate else item for item in log]
+        reason = "timed afresh, it was not faster any more"
+        log = _noted(log, candidate, reason=reason, speedup=result.report.speedup)
     untried = f", and for {left} more the budget of {budget_s:g} s was too short" if left else ""
     explanation = f"none of {len(trials.log)} chains is faster than the original{untried}; so the original is returned"
     return unchanged(trials.original, tuple(log), explanation, final)
@@ -192,9 +198,6 @@ def _tried(original: Variant, chain: Chain, settings: Settings, best: _Tried | N
         if best and (behind := glanced(best.made[1], variant)) > BEHIND:
             reason = f"not timed: its quickest call takes {behind:.1f} times that of {best.chain}"
             return lost(reason, strength=best.strength / behind)
-        close, _ = check_numbers(original, variant, chain, settings)
-        if not close.ok:
-            return lost(close.reason, close=close)
         strength = None
         if best:
             direct = compared(best.made[1], variant, (str(best.chain), str(chain)), QUICK_BUDGET_S)[2]
@@ -202,7 +205,12 @@ def _tried(original: Variant, chain: Chain, settings: Settings, best: _Tried | N
             if direct.ratio < SIMPLER_WITHIN:
                 low, middle, high = map(rounded, (direct.low, direct.ratio, direct.high))
                 reason = f"{middle}× [{low}, {high}] the speed of {best.chain}"
-                return lost(reason, close=close, strength=strength, made=made if strength > 1 else None)
+                return lost(reason, strength=strength, made=made if strength > 1 else None)
+        close = None
+        if not original.work.trains:  # there it takes many steps, and is asked of the best at the end
+            close, _ = check_numbers(original, variant, chain, settings)
+            if not close.ok:
+                return lost(close.reason, close=close)
         speedup = compared(original, variant, ("original", str(chain)), QUICK_BUDGET_S)[2]
     except PerfkitError as error:
         return lost(first_line(error), outcome="failed")
@@ -221,17 +229,13 @@ def _ranked(entries: list[_Tried]) -> list[_Tried]:
 
 
 def _told(log: list[Candidate], winner: Candidate, result: Result) -> tuple[Candidate, ...]:
+    """The log where it is known who won."""
     report = result.report
-
-    def told(item: Candidate) -> Candidate:
-        if item is winner:
-            return replace(item, outcome="won", reason="", speedup=report.speedup, fidelity=report.fidelity)
-        if item.outcome == "lost" and not item.reason:
-            return replace(item, reason="the winner is faster, or as fast with fewer recipes")
-        return item
-
-    return tuple(map(told, log))
+    for item in log:
+        if item.outcome == "lost" and not item.reason and item is not winner:
+            log = _noted(log, item, reason="the winner is faster, or as fast with fewer recipes")
+    return tuple(_noted(log, winner, outcome="won", reason="", speedup=report.speedup, fidelity=report.fidelity))
 
 
-def _lost_afresh(item: Candidate, result: Result) -> Candidate:
-    return replace(item, speedup=result.report.speedup, reason="timed afresh, it was not faster any more")
+def _noted(log: list[Candidate], candidate: Candidate, **changes: Any) -> list[Candidate]:
+    return [replace(item, **changes) if item is candidate else item for item in log]

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from sample_models import training
 
 import perfkit
 from perfkit import Comparison, Verdict
@@ -158,3 +159,26 @@ def test_the_original_computes_its_numbers_once_for_all_chains(monkeypatch, hast
     work = Workload(BACKEND, Counted(2, 2).eval(), Inputs((torch.ones(1, 2),)), "inference", "cpu")
     search(work, Settings(budget_s=10))
     assert Counted.calls == 1
+
+
+def test_in_training_a_chain_that_learns_otherwise_is_passed_over_at_the_end(monkeypatch, hasty):
+    class Wrong(Copied):
+        def torch(self, work):
+            torch.nn.init.zeros_(work.model[0].weight)
+            return super().torch(work)
+
+    def told(original, variant, sides, budget_s):
+        latency = perfkit.measure.statistics.latency([1.0] * 20)
+        return latency, latency, compared(3.0 if sides[1] == "wrong" else 2.0, sides[1])
+
+    chains = [Chain((type("wrong", (Wrong,), {"name": "wrong"})(),)), copied("right")]
+    monkeypatch.setattr("perfkit._search.sensible", lambda work: (chains, []))
+    monkeypatch.setattr("perfkit._search.glanced", lambda best, variant: 1.0)
+    for place in ("_search", "_proof"):
+        monkeypatch.setattr(f"perfkit.{place}.compared", told)
+    report = perfkit.optimize(**training("torch"), recipe="auto", mode="training").report
+    assert report.recipe == "right"
+    wrong = next(item for item in report.candidates if item.recipe == "wrong")
+    assert wrong.outcome == "lost"
+    assert not wrong.fidelity.ok
+    assert wrong.reason == wrong.fidelity.reason
