@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from perfkit import LayerRecipe, Stage
 
-EAGER = "simulated: PyTorch alone rounds to 8 bits and multiplies in float32; '+compile' makes integer kernels of it"
+EAGER = "simulated: these layers round to 8 bits and multiply in float32; '+compile' makes integer kernels of them"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ class Int8Dynamic(Quantizer):
     """Multiply 8-bit integers, reading the range of the activations from each input: no calibration data is needed.
 
     Linear and recurrent layers only. Finding the range costs a pass over the input, so it pays where weights are large
-    against activations: small batches, wide layers. In PyTorch on CPU linear layers need `+compile` to run on integers.
+    against activations: small batches, wide layers. In PyTorch on CPUs other than x86, linear layers need `+compile` to
+    run on integers.
 
     Args:
         include: names or patterns of the layers to quantize ("encoder.*"); all where empty.

@@ -13,6 +13,7 @@ from torch import nn
 from perfkit.backends.torch_surgery import FIXED_SHAPES, INTEGER, ROUNDS, derive
 from perfkit.kernels import _native
 from perfkit.kernels.max_pool_uint8.torch_op import max_pool_uint8
+from perfkit.quantization import torch_onednn
 from perfkit.quantization.torch_ranges import Affine
 
 _quantized = torch.ops.quantized_decomposed
@@ -39,7 +40,8 @@ def static(module: nn.Module, grid: Affine, bits: int = 8) -> None:
     module.input_grid = grid
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _float_form(self, self.input_grid.rounded(input))
+        y = torch_onednn.product(self, input, self.input_grid)
+        return _float_form(self, self.input_grid.rounded(input)) if y is None else y
 
     def get_extra_state(self) -> torch.Tensor:
         grid = self.input_grid
@@ -60,6 +62,8 @@ def dynamic(module: nn.Linear, top: int, bits: int = 8) -> None:
     _with_integer_weight(module, bits)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if (y := torch_onednn.product(self, input, None, top)) is not None:
+            return y
         x = input.float()
         if not x.numel():  # rows that nothing was routed to have no range
             return _float_form(self, x)
@@ -77,20 +81,22 @@ def pool(module: nn.MaxPool2d, grid: Affine, flat: bool) -> None:
     Args:
         flat: the layer after it takes images as rows, NCHW.
     """
-    size = 0 if _native.missing() else _square(module)
+    size, base = 0 if _native.missing() else _square(module), type(module).forward
 
-    def squares(self, input: torch.Tensor) -> torch.Tensor:
-        if input.dim() != 4 or input.device.type != "cpu":
-            return others(self, input)
-        return grid.floats(max_pool_uint8(grid.integers(input), size, flat))
+    def rounds(x: torch.Tensor) -> torch.Tensor:
+        return x if torch_onednn.direct(x) else grid.rounded(x)  # the layer after it does so
 
-    def others(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if torch_onednn.direct(input):
+            return base(self, input)
+        if size and input.dim() == 4 and input.device.type == "cpu":
+            return grid.floats(max_pool_uint8(grid.integers(input), size, flat))
         pooled = F.max_pool2d(
             grid.rounded(input), self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
         )
         return grid.rounded(pooled)  # changes nothing but lets Inductor see a pool between integers
 
-    derive(module, forward=squares if size else others, **{ROUNDS: staticmethod(grid.rounded)})
+    derive(module, forward=forward, **{ROUNDS: staticmethod(rounds)})
 
 
 def _square(module: nn.MaxPool2d) -> int:

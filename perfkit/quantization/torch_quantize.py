@@ -25,18 +25,22 @@ from perfkit._workload import Workload
 from perfkit.backends.torch_encoder import leave_short_cuts
 from perfkit.backends.torch_stderr import without_lines
 from perfkit.backends.torch_training import teacher
-from perfkit.measure.environment import has
-from perfkit.quantization import torch_int4, torch_integer_kernels, torch_layers, torch_qat, torch_rnn_int8
+from perfkit.quantization import (
+    torch_int4,
+    torch_integer_kernels,
+    torch_layers,
+    torch_onednn,
+    torch_qat,
+    torch_rnn_int8,
+)
 from perfkit.quantization.torch_choice import FLOATS, choose
 from perfkit.quantization.torch_fold import fold_norms
 from perfkit.quantization.torch_layers import CONVS
+from perfkit.quantization.torch_onednn import top
 from perfkit.quantization.torch_ranges import calibrate, linked
 
 if TYPE_CHECKING:
     from perfkit._recipe import LayerRecipe
-
-VNNI = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
-FULL, REDUCED = 255, 127
 
 
 def unavailable(device: str, needed: tuple[int, int], on_cpu: bool = True) -> str | None:
@@ -75,7 +79,7 @@ def int8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
     multiplying = {name: module for name, module in layers.items() if _multiplies(module)}
     followers = linked(work, multiplying).followers
     observed, samples = calibrate(work, {name: m for name, m in multiplying.items() if name not in trained})
-    touched, clipped, top = [], {}, _top()
+    touched, clipped, most = [], {}, top()
     for name, module in layers.items():
         if not _multiplies(module):
             _without_calibration(module)
@@ -85,13 +89,13 @@ def int8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
             skipped.append(Skipped(name, reason))
             continue
         else:
-            grid, clipped[name] = observed[name].grid(top)
+            grid, clipped[name] = observed[name].grid(most)
             torch_layers.static(module, grid, recipe.weight_bits)
         touched.append(name)
     notes = (
         *_calibration_notes(work, samples, clipped),
         *(f"{name}: its ranges are those that it was trained with" for name in layers if name in trained),
-        *_range_notes(top),
+        *_range_notes(most),
         *(f"{norm} is folded into {conv}" for norm, conv in folded.items()),
         *_quantize_pools(work.model, {pool: layers[name] for pool, name in followers.items() if name in touched}),
     )
@@ -107,10 +111,10 @@ def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]
     leave_short_cuts(work.model)
     for module in layers.values():
         if isinstance(module, nn.Linear):
-            torch_layers.dynamic(module, _top())
+            torch_layers.dynamic(module, top())
         else:
             _without_calibration(module)
-    return work, _effect(layers, layers, skipped, _range_notes(_top()))
+    return work, _effect(layers, layers, skipped, _range_notes(top()))
 
 
 def weight_only(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
@@ -169,7 +173,7 @@ def qat(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
         del layers[name]
         skipped.append(Skipped(name, "embeddings are rounded when 'int8' converts the model, not while it trains"))
     for module in layers.values():
-        torch_qat.prepare(module, recipe.weight_bits, _top())
+        torch_qat.prepare(module, recipe.weight_bits, top())
     return work, Effect(tuple(layers), tuple(skipped), simulated=True)
 
 
@@ -235,18 +239,17 @@ def _effect(layers: Mapping[str, nn.Module], touched: Iterable[str], skipped: It
     rounding = [name for name in touched if _multiplies(layers[name])]
     if rounding:
         notes = (*notes, *torch_integer_kernels.known())
-    simulated = bool(rounding) and not any(isinstance(layers[name], nn.RNNBase) for name in touched)
-    if rounding and not simulated:
-        notes = (*notes, f"{', '.join(rounding)}: on integers with '+compile' only")
+    compiled = [name for name in rounding if not torch_onednn.takes(layers[name])]
+    recurrent = any(isinstance(layers[name], nn.RNNBase) for name in touched)
+    at_once = recurrent or len(compiled) < len(rounding)
+    if compiled and at_once:
+        notes = (*notes, f"{', '.join(compiled)}: on integers with '+compile' only")
+    simulated = bool(compiled) and not at_once
     return Effect(touched, tuple(skipped), tuple(notes), simulated)
 
 
-def _top() -> int:
-    return FULL if any(map(has, VNNI)) else REDUCED
-
-
-def _range_notes(top: int) -> tuple[str, ...]:
-    if top == FULL:
+def _range_notes(most: int) -> tuple[str, ...]:
+    if most == torch_onednn.FULL:
         return ()
     return (
         "this CPU has no VNNI, whose 16-bit sums could overflow with 8-bit activations: they have 7 bits, "

@@ -13,7 +13,7 @@ from torch import nn
 
 import perfkit
 from perfkit import InvalidInputError
-from perfkit.quantization import torch_quantize
+from perfkit.quantization import torch_onednn, torch_quantize
 from perfkit.quantization.torch_fold import fold_norms
 from perfkit.recipes.int8 import Int8
 
@@ -96,11 +96,14 @@ def test_norms_are_folded_only_where_nothing_else_takes_the_convolution():
     torch.testing.assert_close(work.model.conv.weight, model.conv.weight)
 
 
-def test_integer_kernels_come_with_compile_and_without_it_is_said_to_be_simulated():
+def test_integer_kernels_come_with_compile_and_without_it_from_onednn_or_it_is_said_to_be_simulated(monkeypatch):
     given = arguments("torch", "cnn")
+    assert not steps(perfkit.apply(**given, recipe="int8").report).simulated
+    monkeypatch.setattr(torch_onednn, "missing", lambda: "no oneDNN")
     alone = steps(perfkit.optimize(**given, recipe="int8").report)
     assert alone.simulated
     assert any("'+compile' makes integer kernels" in note for note in alone.notes)
+    monkeypatch.undo()
     compiled = perfkit.optimize(**given, recipe="int8+compile").report
     assert not steps(compiled).simulated
     assert "the compiler made 2 integer kernels" in steps(compiled).notes
