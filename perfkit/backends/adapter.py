@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from perfkit._batch import Samples, samples_of
+from perfkit._batch import Mixing, Samples, samples_of
 from perfkit._errors import PerfkitError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -131,6 +131,10 @@ class Backend(ABC):
         """Seed the framework's global random state, where it has one."""
 
     @abstractmethod
+    def seeded(self, work: Workload, finished: Finished, seed: int) -> Inputs:
+        """Seed what a training draws random numbers from; returns the inputs to train with."""
+
+    @abstractmethod
     def float64_outputs(self, work: Workload) -> list[np.ndarray]:
         """The outputs of a copy of the model, and of the inputs, in float64; raises whatever stands in the way."""
 
@@ -232,9 +236,8 @@ class Backend(ABC):
 
         Where the processes' models differ for some steps, they are brought together before the last one.
         """
-        self.seed(seed)
         with finished.keeping_state():
-            batch = work.inputs, work.training.targets
+            batch = self.seeded(work, finished, seed), work.training.targets
             try:
                 losses = [float(finished.train_step(batch)) for _ in range(steps - 1)]
             except PerfkitError:
@@ -255,12 +258,18 @@ class Backend(ABC):
         shapes = [leaf.shape for leaf in self.leaves((inputs.args, inputs.kwargs))]
         return next((int(shape[dim]) for shape in shapes if len(shape) > dim), None)
 
-    def samples(self, work: Workload, outputs: Any, sequences: Callable[[], set[tuple[int, int]]]) -> Samples | None:
+    def samples(
+        self,
+        work: Workload,
+        outputs: Any,
+        sequences: Callable[[], set[tuple[int, int]]],
+        mixing: Callable[[int, int], Mixing | None] | None = None,
+    ) -> Samples | None:
         """Of how many samples a call is that gave these outputs; see `samples_of`."""
         targets = None if work.training is None else work.training.targets
         inputs = (work.inputs.args, dict(work.inputs.kwargs))
         given, made = ([tuple(leaf.shape) for leaf in self.leaves(tree)] for tree in (inputs, (outputs, targets)))
-        return samples_of(given, made, functools.cache(sequences))
+        return samples_of(given, made, functools.cache(sequences), mixing)
 
     def describe(self, inputs: Inputs | None) -> str:
         """Shapes and dtypes: "float32[64, 1, 28, 28]"."""

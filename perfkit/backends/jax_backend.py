@@ -33,10 +33,11 @@ from perfkit.backends.jax_inputs import (
     checked_rest,
     tracing,
 )
+from perfkit.backends.jax_keys import drawing_others
 from perfkit.backends.jax_model import LinenModel, NnxModel
 from perfkit.backends.jax_placement import device_bytes
 from perfkit.backends.jax_precision import cast
-from perfkit.backends.jax_sequences import sequences_seen
+from perfkit.backends.jax_sequences import mixing_seen, sequences_seen
 from perfkit.backends.jax_training import Trainer, checked_optimizer, warn_of_ascent
 from perfkit.backends.jax_trees import leaves
 from perfkit.measure import kept_memory
@@ -62,7 +63,9 @@ class JaxBackend(Backend):
         check_donation(work)
         outputs = self._check_runs(work)
         work = with_numbers_read(work)
-        return work.replace(samples=self.samples(work, outputs, lambda: sequences_seen(work)))
+        return work.replace(
+            samples=self.samples(work, outputs, lambda: sequences_seen(work), mixing_seen(work, outputs))
+        )
 
     def as_inputs(self, work: Workload, example_inputs: Any) -> Inputs:
         return checked(as_inputs(work.model, example_inputs))
@@ -106,6 +109,9 @@ class JaxBackend(Backend):
 
     def seed(self, seed: int) -> None:
         """JAX has no global random state: a model's keys are part of its own state."""
+
+    def seeded(self, work: Workload, finished: Finished, seed: int) -> Inputs:
+        return drawing_others(finished.trainer, work.inputs, seed - work.seed)
 
     def float64_outputs(self, work: Workload) -> list[np.ndarray]:
         with jax.enable_x64(True):
