@@ -273,6 +273,35 @@ def test_what_cannot_be_used_is_said(case):
     assert not W.is_deleted()
 
 
+@jax.tree_util.register_pytree_node_class
+class Layer:
+    """A pytree that is called."""
+
+    def __init__(self, w):
+        self.w = w
+
+    def __call__(self, x):
+        return x @ self.w
+
+    def tree_flatten(self):
+        return (self.w,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_a_pytree_that_is_called_is_told_how_to_pass_its_arrays():
+    layer, x, how = Layer(jnp.ones((4, 3))), jnp.ones((2, 4)), "with params=model"
+    with pytest.warns(perfkit.PerfkitWarning, match=rf"Layer is a pytree, whose 1 array.*{how}"):
+        perfkit.plan(layer, "half", example_inputs=(x,))
+    training = {"mode": "training", "targets": jnp.ones((2, 3)), "loss": lambda out, y: (out - y).mean()}
+    with pytest.raises(InvalidInputError, match=rf"Layer is a pytree: .*{how}"):
+        perfkit.plan(layer, "donate", example_inputs=(x,), optimizer=optax.sgd(0.1), **training)
+    passed = perfkit.plan(lambda model, *inputs: model(*inputs), "half", params=layer, example_inputs=(x,))
+    assert passed.steps[0].effect.touched
+
+
 def test_linen_modules_that_need_more_are_told_how():
     attention = linen.MultiHeadDotProductAttention(num_heads=2, qkv_features=4, decode=True)
     x = jnp.ones((2, 3, 4))

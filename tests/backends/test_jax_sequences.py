@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import perfkit
 from perfkit import backends
 from perfkit._batch import Samples
 
@@ -107,3 +108,11 @@ def test_samples_of_a_model(function, x, expected):
         .samples
         == expected
     )
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_batch_that_nothing_tells_is_said_to_be_assumed():
+    report = perfkit.optimize(normed, "compile", params=W, example_inputs=(X,), budget_s=0.01).report
+    assert "7 items, if the first dimension of the inputs is the batch" in report.before.throughput.method
+    report = perfkit.optimize(loop, "compile", params=W, example_inputs=(X,), budget_s=0.01).report
+    assert "5 items, along dimension 1" in report.before.throughput.method
