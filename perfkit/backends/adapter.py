@@ -75,6 +75,7 @@ class Finished:
         train_step: `train_step((inputs, targets)) -> loss`; None for inference.
         params: tells the parameters that `model` takes as first argument; None where it holds its own.
         program: tells the compiled program behind it once it was called (JAX); None where there is none.
+        lowered: tells what that program was compiled from; None where there is none.
         trainer: holds all that training changes, for `perfkit.parallel.checkpoint`; None for inference.
         restore: JAX: `restore(state, remembered)` takes over what a checkpoint held of `trainer.settled`.
         rounds: where the processes' models differ for some steps; None elsewhere.
@@ -87,6 +88,7 @@ class Finished:
     train_step: Callable[[Any], Any] | None = None
     params: Callable[[], Any] | None = None
     program: Callable[[], Any] | None = None
+    lowered: Callable[[], Any] | None = None
     trainer: Any = None
     restore: Callable[[Any, Any], None] | None = None
     rounds: Rounds | None = None

@@ -140,11 +140,13 @@ class JaxBackend(Backend):
     def tensor_peak(self, work: Workload, finished: Finished, anew: bool = False) -> Quantity:
         if finished.program:
             compiled, form = finished.program(), "the program"
+            lowered = finished.lowered() if finished.lowered else None
         else:
             inputs, state = work.inputs, (work.model.params, work.model.rest)
             try:
                 with persistent_cache(), tracing():
-                    compiled = jax.jit(work.model.function()).lower(*state, *inputs.args, **inputs.kwargs).compile()
+                    lowered = jax.jit(work.model.function()).lower(*state, *inputs.args, **inputs.kwargs)
+                    compiled = lowered.compile()
             except UnsupportedError as error:
                 return Quantity.missing("B", f"it is read off a compiled program, and {error}")
             form = "its jitted form (op by op it may need more)"
@@ -152,9 +154,9 @@ class JaxBackend(Backend):
         if analysis is None:
             return Quantity.missing("B", f"XLA gives no memory analysis on {work.device!r}")
         unseen = compiled.as_text().count("kind=kCustom") if work.device == "cpu" else 0
-        if unseen and anew and work.trains:
+        if unseen and anew and lowered is not None:
             try:
-                compiled = finished.trainer.program.lowered.compile(compiler_options=WITHOUT_YNNPACK)
+                compiled = lowered.compile(compiler_options=WITHOUT_YNNPACK)
             except jax.errors.JaxRuntimeError as error:
                 return Quantity.missing("B", f"XLA cannot be asked to count what YNNPACK takes ({error})")
             analysis, form, unseen = compiled.memory_analysis(), f"{form}, compiled without YNNPACK", 0
@@ -294,8 +296,11 @@ def _finished_training(work: Workload) -> Finished:
     def program():
         return trainer.program.compiled
 
+    def lowered():
+        return trainer.program.lowered
+
     rounds = Rounds(settle, trainer.program.skip_warm_up) if trainer.program.rounds else None
-    return Finished(model, call, keeping_state, train_step, params, program, trainer, restore, rounds)
+    return Finished(model, call, keeping_state, train_step, params, program, lowered, trainer, restore, rounds)
 
 
 def _programs(finished: Finished) -> list[tuple[jax.stages.Compiled, int]]:

@@ -320,9 +320,10 @@ def test_linen_modules_that_need_more_are_told_how():
     variables = Network().init(jax.random.key(0), X)
     with pytest.raises(DoesNotRunError, match="leave train=True out"):
         perfkit.optimize(Network(), "half", params=variables, example_inputs={"x": X, "train": True})
-    dropout = linen.Dropout(0.5, deterministic=False)
-    with pytest.raises(DoesNotRunError, match=re.escape("'rngs': {'dropout': key}")):
-        perfkit.optimize(dropout, "half", params={"params": {}}, example_inputs=(X,))
+    for name in ("dropout", "noise"):
+        dropout = linen.Dropout(0.5, deterministic=False, rng_collection=name)
+        with pytest.raises(DoesNotRunError, match=re.escape(f"'rngs': {{'{name}': key}}")):
+            perfkit.optimize(dropout, "half", params={"params": {}}, example_inputs=(X,))
 
 
 def test_random_draws_are_not_held_against_others():
