@@ -34,6 +34,11 @@ def model_of(model: Any, params: Any, mode: str) -> JaxModel:
         module.train() if mode == "training" else module.eval()
         return NnxModel.of(module)
     if is_linen(model):
+        if params is None and model.scope is not None:
+            raise InvalidInputError(
+                f"{type(model).__name__} is a bound flax linen module: take it apart, module, variables = "
+                "model.unbind(), and pass module with params=variables"
+            )
         if params is None:
             raise InvalidInputError(
                 f"{type(model).__name__} is a flax linen module, which does not hold its variables: "

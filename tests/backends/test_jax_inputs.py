@@ -255,6 +255,7 @@ CASES = {
     "text among parameters": (lambda: {"params": {"w": W, "act": "relu"}}, "'act' is a str"),
     "equinox": (lambda: {"model": _Mlp(), "params": None}, "equinox.partition"),
     "haiku": (lambda: {"model": _Pair()}, "such as its .apply"),
+    "bound": (lambda: {"model": linen.Dense(3).bind({"params": {"kernel": W}}), "params": None}, "model.unbind()"),
     "inner collection": (lambda: {"model": linen.Dense(3)}, "params={'params': ...}"),
     "donated parameters": (lambda: {"model": jax.jit(_donated, donate_argnums=0)}, "_donated donates its parameters"),
     "donated input": (lambda: {"model": jax.jit(_donated, donate_argnums=1)}, "_donated donates argument 0 "),
