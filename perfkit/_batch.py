@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from typing import Any
 
 from perfkit._errors import InvalidInputError
@@ -13,14 +15,30 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Samples:
-    """How many samples a call is of, and along which dimension of the inputs they lie."""
+    """How many samples a call is of, and along which dimension of the inputs they lie.
+
+    Args:
+        assumed: that this dimension is the batch is what is usual, and nothing in the model tells it.
+    """
 
     count: int
     dim: int
+    assumed: bool = False
+
+
+class Mixing(Enum):
+    """What becomes of the entries along a dimension of an input."""
+
+    APART = "none has to do with another"
+    IN_ORDER = "later ones depend on earlier ones, or the other way round"
+    ANY = "they depend on each other"
 
 
 def samples_of(
-    inputs: Iterable[Shape], outputs: Iterable[Shape], sequences: Callable[[], set[tuple[int, int]]]
+    inputs: Iterable[Shape],
+    outputs: Iterable[Shape],
+    sequences: Callable[[], set[tuple[int, int]]],
+    mixing: Callable[[int, int], Mixing | None] | None = None,
 ) -> Samples | None:
     """How many samples a call is of; None where that cannot be told.
 
@@ -31,20 +49,47 @@ def samples_of(
         inputs, outputs: their shapes; targets are among the outputs.
         sequences: tells (steps, rows) of what the model reads step by step, rows being 0 without a batch; asked where
             it matters.
+        mixing: tells what becomes of the entries of an input along a dimension, by the numbers of both, or None where
+            that is not known; asked where shapes and sequences leave two dimensions open.
     """
     outputs = list(outputs)
     firsts, leading = {shape[0] for shape in outputs if shape}, {size for shape in outputs for size in shape[:2]}
-    for shape in inputs:
-        if len(shape) > 1 and shape[1] in leading and shape[0] != shape[1] and _time_first(shape, sequences()):
+    for number, shape in enumerate(inputs):
+        open_ = len(shape) > 1 and shape[1] in leading and shape[0] != shape[1]
+        if open_ and _time_first(shape, sequences()):
             return Samples(shape[1], 1)
         if shape and shape[0] in firsts:
-            return None if (shape[0], 0) in sequences() else Samples(shape[0], 0)
+            if (shape[0], 0) in sequences():
+                return None
+            if open_ and mixing is not None and (shape[1], shape[0]) not in sequences():
+                return _by_mixing(shape, partial(mixing, number))
+            return Samples(shape[0], 0)
     return None
+
+
+def _by_mixing(shape: Shape, mixing: Callable[[int], Mixing | None]) -> Samples | None:
+    """Which of the first two dimensions is the batch: the one whose entries have nothing to do with each other."""
+    first = mixing(0)
+    if first in (Mixing.APART, None):
+        return Samples(shape[0], 0, assumed=first is None)
+    if mixing(1) is Mixing.APART:
+        return Samples(shape[1], 1)
+    return None if first is Mixing.IN_ORDER else Samples(shape[0], 0, assumed=True)
 
 
 def _time_first(shape: Shape, sequences: set[tuple[int, int]]) -> bool:
     """Whether one of the sequences is this input, or a part of it in time, such as the one step that a cell reads."""
     return any(rows == shape[1] and steps <= shape[0] and (steps > 1 or len(shape) > 2) for steps, rows in sequences)
+
+
+def other_dim(samples: Samples | None, batch_dim: int) -> str | None:
+    """Why `batch_dim` is not the dimension to cut or to repeat; None where nothing is known against it."""
+    if samples is None or samples.assumed or samples.dim <= batch_dim:
+        return None
+    return (
+        f"the batch is the {samples.count} rows along dimension {samples.dim} of the inputs, and not dimension "
+        f"{batch_dim}: set batch_dim={samples.dim}"
+    )
 
 
 def axis_of(shape: tuple[int, ...], rows: int, batch_dim: int) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perfkit import backends
-from perfkit._batch import axis_of, even_rows
+from perfkit._batch import axis_of, even_rows, other_dim
 from perfkit._chain import Chain, chain_of, check
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._quantity import Quantity
@@ -164,6 +164,8 @@ def _line(tried: list[tuple[int, float]], count: int) -> float:
 def _sized(work: Workload, rows: int, batch_dim: int) -> Workload:
     """The workload on `rows` rows, of its example's repeated."""
     backend, inputs, training = work.backend, work.inputs, work.training
+    if reason := other_dim(work.samples, batch_dim):
+        raise InvalidInputError(reason)
     given = list(backend.leaves(() if training is None else training.targets))
     there = even_rows(backend.leaves((inputs.args, dict(inputs.kwargs))), batch_dim, 1, given)
     targets = [tuple(leaf.shape) for leaf in given]

@@ -88,6 +88,8 @@ def _throughput(variant: Variant, latency: Latency | None) -> Quantity:
     if samples is None:
         return Quantity.missing("items/s", "no dimension of the inputs is known to be the batch")
     where = "" if samples.dim == 0 else f", along dimension {samples.dim} of the inputs,"
+    if samples.assumed:
+        where = ", if the first dimension of the inputs is the batch, as nothing tells,"
     return Quantity(
         samples.count / latency.median_ms * 1e3, "items/s", method=f"{samples.count} items{where} per median call"
     )

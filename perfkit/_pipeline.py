@@ -99,9 +99,10 @@ def concluded(original: Variant, result: Variant, applied: Applied, settings: Se
     """
     report = _proof.prove(original, result, applied, settings)
     if report.fidelity and not report.fidelity.ok:
+        known = "; ".join(why for step in report.steps for why in step.effect.apart)
         raise FidelityError(
-            f"{report.recipe} on {report.model}: {report.fidelity.reason}. The report is this error's `.report`; "
-            "a larger `tolerance=` accepts it",
+            f"{report.recipe} on {report.model}: {report.fidelity.reason}{f' ({known})' if known else ''}. The report "
+            "is this error's `.report`; a larger `tolerance=` accepts it",
             report,
         )
     if report.metric and not report.metric.ok:

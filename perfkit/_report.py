@@ -122,6 +122,7 @@ class Effect:
         touched: names of the modules or operations it changed, as the framework names them.
         skipped: those it left alone, with the reason.
         notes: what else the caller should know.
+        apart: those of the notes that tell why the result's numbers differ from the original's by more than rounding.
         simulated: True where the speed of real low-precision or sparse kernels is not had.
     """
 
@@ -129,6 +130,7 @@ class Effect:
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
     simulated: bool = False
+    apart: tuple[str, ...] = ()
 
     @property
     def status(self) -> str:

@@ -126,3 +126,18 @@ def test_what_cannot_be_used_is_refused():
     torch = pytest.importorskip("torch")
     with pytest.raises(InvalidInputError, match="1 <= multiple_of <= most"):
         perfkit.max_batch_size(torch.nn.Linear(4, 4), example_inputs=(torch.ones(3, 4),), mode="inference", most=0)
+
+
+@pytest.mark.parametrize("recipe", [None, "compile"])
+def test_jax_inference_is_counted_also_where_xla_hands_it_to_a_library(recipe):
+    jax = pytest.importorskip("jax")
+    params, x = {"w": jax.numpy.ones((3, 3, 1, 32))}, jax.numpy.ones((8, 28, 28, 1))
+
+    def convolved(params, x):
+        out = jax.lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.nn.relu(out).sum((1, 2))
+
+    given = {"params": params, "example_inputs": (x,), "mode": "inference", "recipe": recipe}
+    found = perfkit.max_batch_size(convolved, **given, multiple_of=8, limit_bytes=1e12, most=16)
+    assert [batch for batch, _ in found.tried] == [8, 16]
+    assert found.tried[1][1] > found.tried[0][1] > 8 * 28 * 28 * 32 * 4

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from perfkit._batch import Samples, samples_of
+from perfkit._batch import Mixing, Samples, samples_of
 from perfkit._errors import PerfkitError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Finished:
         train_step: `train_step((inputs, targets)) -> loss`; None for inference.
         params: tells the parameters that `model` takes as first argument; None where it holds its own.
         program: tells the compiled program behind it once it was called (JAX); None where there is none.
+        lowered: tells what that program was compiled from; None where there is none.
         trainer: holds all that training changes, for `perfkit.parallel.checkpoint`; None for inference.
         restore: JAX: `restore(state, remembered)` takes over what a checkpoint held of `trainer.settled`.
         rounds: where the processes' models differ for some steps; None elsewhere.
@@ -87,6 +88,7 @@ class Finished:
     train_step: Callable[[Any], Any] | None = None
     params: Callable[[], Any] | None = None
     program: Callable[[], Any] | None = None
+    lowered: Callable[[], Any] | None = None
     trainer: Any = None
     restore: Callable[[Any, Any], None] | None = None
     rounds: Rounds | None = None
@@ -129,6 +131,10 @@ class Backend(ABC):
     @abstractmethod
     def seed(self, seed: int) -> None:
         """Seed the framework's global random state, where it has one."""
+
+    @abstractmethod
+    def seeded(self, work: Workload, finished: Finished, seed: int) -> Inputs:
+        """Seed what a training draws random numbers from; returns the inputs to train with."""
 
     @abstractmethod
     def float64_outputs(self, work: Workload) -> list[np.ndarray]:
@@ -232,9 +238,8 @@ class Backend(ABC):
 
         Where the processes' models differ for some steps, they are brought together before the last one.
         """
-        self.seed(seed)
         with finished.keeping_state():
-            batch = work.inputs, work.training.targets
+            batch = self.seeded(work, finished, seed), work.training.targets
             try:
                 losses = [float(finished.train_step(batch)) for _ in range(steps - 1)]
             except PerfkitError:
@@ -255,12 +260,18 @@ class Backend(ABC):
         shapes = [leaf.shape for leaf in self.leaves((inputs.args, inputs.kwargs))]
         return next((int(shape[dim]) for shape in shapes if len(shape) > dim), None)
 
-    def samples(self, work: Workload, outputs: Any, sequences: Callable[[], set[tuple[int, int]]]) -> Samples | None:
+    def samples(
+        self,
+        work: Workload,
+        outputs: Any,
+        sequences: Callable[[], set[tuple[int, int]]],
+        mixing: Callable[[int, int], Mixing | None] | None = None,
+    ) -> Samples | None:
         """Of how many samples a call is that gave these outputs; see `samples_of`."""
         targets = None if work.training is None else work.training.targets
         inputs = (work.inputs.args, dict(work.inputs.kwargs))
         given, made = ([tuple(leaf.shape) for leaf in self.leaves(tree)] for tree in (inputs, (outputs, targets)))
-        return samples_of(given, made, functools.cache(sequences))
+        return samples_of(given, made, functools.cache(sequences), mixing)
 
     def describe(self, inputs: Inputs | None) -> str:
         """Shapes and dtypes: "float32[64, 1, 28, 28]"."""

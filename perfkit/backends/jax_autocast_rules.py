@@ -36,7 +36,7 @@ _ORDER = _names("cummax cummin reduce_max reduce_min reduce_window_max reduce_wi
 # Moves numbers and never computes one, so a weight that only passes through these can be cast once, before a loop.
 MOVEMENT = _names(
     "broadcast_in_dim concatenate copy dynamic_slice dynamic_update_slice gather name pad reshape reshard rev",
-    "sharding_constraint slice split squeeze stop_gradient transpose",
+    "sharding_constraint slice split squeeze stack stop_gradient tile transpose unstack",
 )
 NEUTRAL = _ARITHMETIC | _COMPARISON | _ORDER | MOVEMENT
 

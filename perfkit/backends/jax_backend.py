@@ -33,10 +33,11 @@ from perfkit.backends.jax_inputs import (
     checked_rest,
     tracing,
 )
+from perfkit.backends.jax_keys import drawing_others
 from perfkit.backends.jax_model import LinenModel, NnxModel
 from perfkit.backends.jax_placement import device_bytes
 from perfkit.backends.jax_precision import cast
-from perfkit.backends.jax_sequences import sequences_seen
+from perfkit.backends.jax_sequences import mixing_seen, sequences_seen
 from perfkit.backends.jax_training import Trainer, checked_optimizer, warn_of_ascent
 from perfkit.backends.jax_trees import leaves
 from perfkit.measure import kept_memory
@@ -62,7 +63,9 @@ class JaxBackend(Backend):
         check_donation(work)
         outputs = self._check_runs(work)
         work = with_numbers_read(work)
-        return work.replace(samples=self.samples(work, outputs, lambda: sequences_seen(work)))
+        return work.replace(
+            samples=self.samples(work, outputs, lambda: sequences_seen(work), mixing_seen(work, outputs))
+        )
 
     def as_inputs(self, work: Workload, example_inputs: Any) -> Inputs:
         return checked(as_inputs(work.model, example_inputs))
@@ -107,6 +110,9 @@ class JaxBackend(Backend):
     def seed(self, seed: int) -> None:
         """JAX has no global random state: a model's keys are part of its own state."""
 
+    def seeded(self, work: Workload, finished: Finished, seed: int) -> Inputs:
+        return drawing_others(finished.trainer, work.inputs, seed - work.seed)
+
     def float64_outputs(self, work: Workload) -> list[np.ndarray]:
         with jax.enable_x64(True):
             model, inputs = work.model, work.inputs
@@ -134,11 +140,13 @@ class JaxBackend(Backend):
     def tensor_peak(self, work: Workload, finished: Finished, anew: bool = False) -> Quantity:
         if finished.program:
             compiled, form = finished.program(), "the program"
+            lowered = finished.lowered() if finished.lowered else None
         else:
             inputs, state = work.inputs, (work.model.params, work.model.rest)
             try:
                 with persistent_cache(), tracing():
-                    compiled = jax.jit(work.model.function()).lower(*state, *inputs.args, **inputs.kwargs).compile()
+                    lowered = jax.jit(work.model.function()).lower(*state, *inputs.args, **inputs.kwargs)
+                    compiled = lowered.compile()
             except UnsupportedError as error:
                 return Quantity.missing("B", f"it is read off a compiled program, and {error}")
             form = "its jitted form (op by op it may need more)"
@@ -146,9 +154,9 @@ class JaxBackend(Backend):
         if analysis is None:
             return Quantity.missing("B", f"XLA gives no memory analysis on {work.device!r}")
         unseen = compiled.as_text().count("kind=kCustom") if work.device == "cpu" else 0
-        if unseen and anew and work.trains:
+        if unseen and anew and lowered is not None:
             try:
-                compiled = finished.trainer.program.lowered.compile(compiler_options=WITHOUT_YNNPACK)
+                compiled = lowered.compile(compiler_options=WITHOUT_YNNPACK)
             except jax.errors.JaxRuntimeError as error:
                 return Quantity.missing("B", f"XLA cannot be asked to count what YNNPACK takes ({error})")
             analysis, form, unseen = compiled.memory_analysis(), f"{form}, compiled without YNNPACK", 0
@@ -288,8 +296,11 @@ def _finished_training(work: Workload) -> Finished:
     def program():
         return trainer.program.compiled
 
+    def lowered():
+        return trainer.program.lowered
+
     rounds = Rounds(settle, trainer.program.skip_warm_up) if trainer.program.rounds else None
-    return Finished(model, call, keeping_state, train_step, params, program, trainer, restore, rounds)
+    return Finished(model, call, keeping_state, train_step, params, program, lowered, trainer, restore, rounds)
 
 
 def _programs(finished: Finished) -> list[tuple[jax.stages.Compiled, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import Literal
 
-from perfkit._errors import InvalidInputError
+from perfkit._errors import InvalidInputError, PerfkitWarning
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.jax_inputs import NUMBERS, TAKE_APART, as_inputs, is_equinox, place_of
 from perfkit.backends.jax_model import FunctionModel, JaxModel, LinenModel, NnxModel, is_linen
@@ -33,6 +34,11 @@ def model_of(model: Any, params: Any, mode: str) -> JaxModel:
         module.train() if mode == "training" else module.eval()
         return NnxModel.of(module)
     if is_linen(model):
+        if params is None and model.scope is not None:
+            raise InvalidInputError(
+                f"{type(model).__name__} is a bound flax linen module: take it apart, module, variables = "
+                "model.unbind(), and pass module with params=variables"
+            )
         if params is None:
             raise InvalidInputError(
                 f"{type(model).__name__} is a flax linen module, which does not hold its variables: "
@@ -45,9 +51,16 @@ def model_of(model: Any, params: Any, mode: str) -> JaxModel:
                 "pass all that module.init(key, *inputs) returned, or params={'params': ...}"
             )
         return LinenModel(original=model, params=rest.pop("params"), rest=rest, trains=mode == "training")
+    bound = FunctionModel(original=model, params=params)
+    inside = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)] if params is None else []
+    apart = "pass lambda model, *inputs: model(*inputs) with params=model"
     if mode == "training" and params is None:
-        raise InvalidInputError("mode='training' needs what to train: pass params= and a function of (params, *inputs)")
-    return FunctionModel(original=model, params=params)
+        how = f"{bound.name} is a pytree: {apart}" if inside else "pass params= and a function of (params, *inputs)"
+        raise InvalidInputError(f"mode='training' needs what to train: {how}")
+    if inside:
+        told = f"{bound.name} is a pytree, whose {len(inside)} array(s) are constants of it as of any other function"
+        warnings.warn(f"{told}, so recipes for weights find none: {apart}", PerfkitWarning, stacklevel=5)
+    return bound
 
 
 def check_donation(work: Workload) -> None:

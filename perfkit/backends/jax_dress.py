@@ -54,6 +54,7 @@ def _told(model: JaxModel, runner: Any) -> dict[str, Callable[[], Any]]:
         return {}
     return {
         "program": lambda: runner.program.compiled,
+        "lowered": lambda: runner.program.lowered,
         "kept_bytes": lambda: getattr(runner.program, "kept_bytes", 0),
     }
 

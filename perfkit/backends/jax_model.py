@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,9 +148,11 @@ class LinenModel(JaxModel):
                 "mutable=['cache']), with params=variables"
             )
         if isinstance(error, errors.InvalidRngError):
+            asked = re.search(r'PRNG for "(\w+)"', str(error))
+            keys = f"{{{asked[1] if asked else 'dropout'!r}: key}}"
             return (
-                "Pass its keys by name among the inputs, example_inputs={'x': x, 'rngs': {'dropout': key}}, or a "
-                "function of (variables, *inputs) that makes them"
+                f"Pass its keys by name among the inputs, example_inputs={{'x': x, 'rngs': {keys}}}, or a function of "
+                "(variables, *inputs) that makes them"
             )
         return ""
 

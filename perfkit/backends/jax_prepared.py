@@ -45,6 +45,7 @@ class Prepared:
     def __init__(self, function: Callable):
         self.function = function
         self.whole = jax.jit(function)
+        self.lowered: jax.stages.Lowered | None = None
         self.compiled: jax.stages.Compiled | None = None
         self._prepare: Callable[..., list[jax.Array]] | None = None
         self._places: list[int] = []  # of what it reads, among the leaves of what is held
@@ -95,7 +96,8 @@ class Prepared:
             if traced.parts.kept:
                 leaves, self._places, self._form = jax.tree.leaves(held), traced.places, traced.form
                 self._prepare = jax.jit(traced.prepare).lower(*(leaves[at] for at in self._places)).compile()
-            self.compiled = self.jitted.lower(self._kept(held), held, *inputs).compile()
+            self.lowered = self.jitted.lower(self._kept(held), held, *inputs)
+            self.compiled = self.lowered.compile()
 
 
 class _Traced:

@@ -115,6 +115,11 @@ def checked_optimizer(optimizer: Any, params: Any) -> optax.GradientTransformati
     without_loss = optax.GradientTransformation(optimizer.init, optimizer.update)
     if isinstance(error, TypeError) and _failing(without_loss, params) is None:
         return without_loss  # it takes more than optimizers do, such as optax.contrib.sam, and no value=
+    if "value_fn" in str(error):
+        raise InvalidInputError(
+            "the optimizer searches along a line by computing the loss again (value_fn), and a training step here "
+            "computes it once: pass it without, such as optax.lbfgs(learning_rate, linesearch=None)"
+        ) from error
     raise InvalidInputError(
         f"optimizer takes no step on these parameters: {type(error).__name__}: {error}. It is called as "
         "optimizer.update(gradients, state, params), with value=loss where it takes more"

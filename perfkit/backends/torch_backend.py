@@ -124,6 +124,10 @@ class TorchBackend(Backend):
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
+    def seeded(self, work: Workload, finished: Finished, seed: int) -> Inputs:
+        self.seed(seed)
+        return work.inputs
+
     def float64_outputs(self, work: Workload) -> list[np.ndarray]:
         self.seed(work.seed)
         model = copied(work.model).double()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from perfkit._report import Effect
 from perfkit._workload import Workload
 from perfkit.backends.jax_autocast_rules import primitives
+from perfkit.backends.jax_keys import is_key
 from perfkit.memory import micro_batches
 
 
@@ -29,7 +30,7 @@ def _notes(work: Workload) -> list[str]:
     notes = []
     if any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in rest):
         notes.append("running statistics are those of each micro-batch, so losses differ from the whole batch's")
-    if any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in rest):
+    if any(map(is_key, rest)):
         notes.append("random numbers are drawn for each micro-batch, in another order")
     elif _draws_from_inputs(work):
         notes.append(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from perfkit._batch import axis_of, even_rows, sliced
+from perfkit._batch import axis_of, even_rows, other_dim, sliced
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit._report import Effect
 from perfkit._workload import Workload
@@ -19,6 +19,8 @@ def refusal(work: Workload, micro_batches: int, batch_dim: int) -> str | None:
     """Why the example batch cannot be cut; None where it can."""
     if not work.trains:
         return "it cuts training steps: for inference use smaller batches"
+    if reason := other_dim(work.samples, batch_dim):
+        return reason
     shared = work.layout.size("data") if work.layout is not None and work.framework == "torch" else 1
     try:
         _rows(work, batch_dim, micro_batches * shared)
@@ -34,7 +36,7 @@ def accumulated(
     outputs: Any,
     rounding: float,
     mapped: Callable,
-    notes: list[str],
+    apart: list[str],
 ) -> tuple[Workload, Effect]:
     """The workload, trained in micro-batches.
 
@@ -42,12 +44,12 @@ def accumulated(
         outputs: of the model on the example inputs.
         rounding: distance of the loss' dtype from 1 to the next number.
         mapped: `mapped(function, tree)`: the tree with the function of each tensor.
-        notes: what in the model looks at a batch as a whole.
+        apart: what in the model looks at a batch as a whole.
 
     Raises:
         UnsupportedError: the loss is no mean over the batch.
     """
-    training = work.training
+    training, notes = work.training, apart
     rows = _rows(work, batch_dim, micro_batches)
     if _leaves(work, training.targets) and not _cut(work, training.targets, rows, batch_dim):
         raise UnsupportedError(
@@ -69,7 +71,7 @@ def accumulated(
         notes = [*notes, "the outputs could not be cut: whether the loss is a mean is told by the loss curves alone"]
     work = work.replace(training=replace(training, micro_batches=micro_batches, batch_dim=batch_dim))
     told = f"each step runs {micro_batches} micro-batches of {rows // micro_batches} rows and adds up their gradients"
-    return work, Effect(("training step",), notes=(told, *notes))
+    return work, Effect(("training step",), notes=(told, *notes), apart=tuple(apart))
 
 
 def _rows(work: Workload, batch_dim: int, parts: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from perfkit._batch import rows_of, sliced
+from perfkit._batch import other_dim, rows_of, sliced
 from perfkit._chain import Chain
 from perfkit._recipe import ParallelRecipe
 from perfkit._workload import Inputs, Workload
@@ -18,6 +18,8 @@ def indivisible(work: Workload, batch_dim: int) -> str | None:
     if work.inputs is None or work.layout is None:
         return None
     parts = work.layout.size("data")
+    if reason := other_dim(work.samples, batch_dim):
+        return reason
     rows = length(work, batch_dim)
     if rows is None:
         return f"no input has a dimension {batch_dim} to share out: set batch_dim="

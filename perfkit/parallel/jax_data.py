@@ -17,6 +17,7 @@ from perfkit._errors import InvalidInputError
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.jax_compile import Program
+from perfkit.backends.jax_keys import is_key
 from perfkit.backends.jax_placement import Placement
 from perfkit.backends.jax_quantized import is_quantized
 from perfkit.backends.jax_trees import leaves_with_names, with_leaves
@@ -79,11 +80,10 @@ def _told(
     told = f"data: the batch in {placement.mesh.shape[AXIS]} parts, {what}"
     spread = work.spread or Spread()
     notes = [f"one program by jax.{recipe.engine} over {work.layout}, on {work.world.size} process(es)"]
-    if isinstance(placement, Mapped):
-        notes += _about_rest(work.model.rest)
+    apart = _about_rest(work.model.rest) if isinstance(placement, Mapped) else []
     model = replace(work.model, placement=placement)
     work = work.replace(model=model, spread=replace(spread, parts=(*spread.parts, told)))
-    return work, Effect(touched, skipped, tuple(notes))
+    return work, Effect(touched, skipped, (*notes, *apart), apart=tuple(apart))
 
 
 def _share(leaf: Any, mesh: Mesh) -> NamedSharding | str:
@@ -110,10 +110,6 @@ def _about_rest(rest: Any) -> list[str]:
 
 def _is_float(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 class Mapped(Placement):
@@ -159,9 +155,9 @@ class Mapped(Placement):
 
         def on_one(params, rest, *args, **kwargs):
             index = jax.lax.axis_index(AXIS)
-            own = jax.tree.map(lambda leaf: jax.random.fold_in(leaf, index) if _is_key(leaf) else leaf, rest)
+            own = jax.tree.map(lambda leaf: jax.random.fold_in(leaf, index) if is_key(leaf) else leaf, rest)
             outputs, new_rest = function(params, own, *args, **kwargs)
-            return outputs, jax.tree.map(lambda new, old: old if _is_key(new) else new, new_rest, rest)
+            return outputs, jax.tree.map(lambda new, old: old if is_key(new) else new, new_rest, rest)
 
         return on_one
 

@@ -20,6 +20,7 @@ from perfkit._batch import axis_of
 from perfkit._report import Effect
 from perfkit._workload import Workload
 from perfkit.backends.jax_compile import Program
+from perfkit.backends.jax_keys import is_key
 from perfkit.backends.jax_placement import Placement
 from perfkit.backends.jax_trees import leaves_with_names
 from perfkit.memory.jax_low_bit import state_held_as, state_in_full
@@ -66,7 +67,7 @@ class Replicas(Placement):
         count = self.mesh.shape[AXIS]
 
         def spread(leaf: Any) -> Any:
-            if _is_key(leaf):
+            if is_key(leaf):
                 return jax.vmap(partial(jax.random.fold_in, leaf))(jnp.arange(count))
             return jnp.broadcast_to(leaf, (count, *leaf.shape))
 
@@ -197,10 +198,6 @@ class Steps(Program):
             return _stacked((params, rest, moments, scale)), outer
 
         return self.replicas.on_each(on_one, (EACH, ALL), (EACH, ALL))
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _unstacked(tree: Any) -> Any:

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from perfkit._batch import axis_of, rows_of
 from perfkit._errors import InvalidInputError
 from perfkit.backends.jax_compile import Program
+from perfkit.backends.jax_keys import is_key
 from perfkit.backends.jax_placement import Placement
 from perfkit.parallel.jax_loop_sums import summed_apart
 
@@ -35,7 +36,7 @@ def put(leaf: Any, sharding: Sharding) -> jax.Array:
             return jax.device_put(leaf, sharding)
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+    if is_key(leaf):
         return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)  # each process takes its parts: nothing is sent, as `device_put` would to compare them
     return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)

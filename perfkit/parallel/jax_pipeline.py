@@ -99,9 +99,10 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     told = replace(plan, schedule="gpipe").told(layers, max(costs.sent_bytes[place] for place in places))
     spread = work.spread or Spread()
     spread = replace(spread, parts=(*spread.parts, told), balance=costs.shares(places), bubble=plan.bubble)
-    notes = (told, *_notes(work), *_about_numbers(work, operations))
+    apart = _about_numbers(work, operations)
+    notes = _notes(work)
     work = work.replace(model=replace(model, placement=placement), spread=spread)
-    return work, Effect(tuple(name for each in layers for name in each), (), notes)
+    return work, Effect(tuple(name for each in layers for name in each), (), (told, *notes, *apart), apart=tuple(apart))
 
 
 def _notes(work: Workload) -> list[str]:
@@ -156,9 +157,20 @@ def _cut(
         raise UnsupportedError(
             f"{plan.stages} stages were asked for, and {work.model.name} cannot be cut into so many: it has "
             f"{len(costs.sent_bytes)} place(s) where nothing but floating-point arrays goes on, with no weight used on "
-            "both sides"
+            f"both sides{_tied(operations)}. data_parallel(shard=True) divides weights and optimizer state too, and "
+            "needs no cut"
         )
     return places, costs
+
+
+def _tied(operations: Operations) -> str:
+    """The layer that stands most in the way of cutting, where one is used over half of the operations or more."""
+    reach = {layer: last - first for layer, (first, last) in operations.reach().items() if isinstance(layer, str)}
+    widest = max(reach, key=lambda layer: reach[layer], default="")
+    if not widest or 2 * reach[widest] < len(operations.eqns):
+        return ""
+    first, last = operations.reach()[widest]
+    return f" ({widest} is used from operation {first + 1} to {last + 1} of {len(operations.eqns)})"
 
 
 def _layer(name: str) -> str:

@@ -181,19 +181,21 @@ class Operations:
         before = {var for eqn in self.eqns[:place] for var in eqn.outvars}
         return [var for var in behind if var in before and not self._anywhere(var)]
 
-    def places(self) -> dict[int, int]:
-        """Where it can be cut, with the bytes that are sent there."""
-        first: dict[Any, int] = {}
-        last: dict[Any, int] = {}
+    def reach(self) -> dict[Any, tuple[int, int]]:
+        """Of what must be in one stage, such as a layer's weights, the first and the last operation that it is for."""
+        found: dict[Any, tuple[int, int]] = {}
         for index, eqn in enumerate(self.eqns):
             for kept in self._kept(eqn):
-                first.setdefault(kept, index)
-                last[kept] = index
-        found = {}
+                found[kept] = found.get(kept, (index,))[0], index
+        return found
+
+    def places(self) -> dict[int, int]:
+        """Where it can be cut, with the bytes that are sent there."""
+        reach, found = self.reach().values(), {}
         for place in range(1, len(self.eqns)):
             crossing = self.crossing(place)
             floats = all(jnp.issubdtype(var.aval.dtype, jnp.floating) for var in crossing)
-            if crossing and floats and not any(first[each] < place <= last[each] for each in first):
+            if crossing and floats and not any(first < place <= last for first, last in reach):
                 found[place] = sum(_bytes(var.aval) for var in crossing)
         return found
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from perfkit._batch import other_dim
 from perfkit._workload import Workload
 from perfkit.parallel.balance import bubble
 from perfkit.parallel.batch import length
@@ -62,7 +63,7 @@ def planned(work: Workload, recipe: PipelineParallel) -> Plan | str:
         )
     if recipe.split_at and len(recipe.split_at) != stages - 1:
         return f"split_at names {len(recipe.split_at)} layer(s) to cut at, and {stages} stages need {stages - 1}"
-    if reason := _cannot_accumulate(work, recipe, schedule):
+    if reason := _cannot_accumulate(work, recipe, schedule) or other_dim(work.samples, recipe.batch_dim):
         return reason
     rows = length(work, recipe.batch_dim)
     if rows is None:

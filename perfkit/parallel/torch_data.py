@@ -45,7 +45,9 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     alike(model, group)
     pipe = pipelined(model)
     idle = [] if pipe else unused(work)
-    notes = [*_about_norms(model, work.device, group), *_about_unused(idle)]
+    norms = _about_norms(model, work.device, group)
+    apart = norms if pipe or work.device != "cuda" else []
+    notes = [*norms, *_about_unused(idle)]
     if recipe.shard and pipe:
         before = dict(model.named_parameters())
         shard_stages(model, pipe, mesh)
@@ -93,7 +95,7 @@ def data_parallel(work: Workload, recipe: DataParallel) -> tuple[Workload, Effec
     work = work.replace(training=training, spread=spread)
     touched = tuple(name for name, _ in model.named_parameters() if name not in idle)
     skipped = tuple(Skipped(name, "no gradient reaches it on the example inputs") for name in idle)
-    return work, Effect(touched, skipped, tuple(notes))
+    return work, Effect(touched, skipped, tuple(notes), apart=tuple(apart))
 
 
 def _precision(recipe: DataParallel, whole: bool) -> MixedPrecisionPolicy:

@@ -90,7 +90,8 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
         loss_dtype=loss_dtype,
     )
     layers = _layers(operations, cuts)
-    notes = [*_notes(work, model, pipe)]
+    apart = _about_numbers(work, model, pipe)
+    notes = [*apart, *_notes(work, pipe)]
     if compiles is not None:
         notes.append("each stage is compiled by itself, its weights not frozen into the program")
     held_alone(model, work.training.optimizer if work.training else None, pipe.stages, bodies)
@@ -101,7 +102,9 @@ def pipeline_parallel(work: Workload, recipe: PipelineParallel) -> tuple[Workloa
     spread = replace(spread, parts=(*spread.parts, told), balance=costs.shares(cuts), bubble=plan.bubble)
     sizes = ", ".join(f"{size / 1e6:.3g} MB" for size in costs.held(cuts))
     notes.append(f"expected to hold with gradients, optimizer state and activations, by stage: {sizes}")
-    return work.replace(spread=spread), Effect(tuple(name for names in layers for name in names), (), (told, *notes))
+    return work.replace(spread=spread), Effect(
+        tuple(name for names in layers for name in names), (), (told, *notes), apart=tuple(apart)
+    )
 
 
 def _refuse(work: Workload) -> None:
@@ -236,7 +239,8 @@ def _outputs(operations: Operations) -> tuple[list[Any], Any]:
     return [None if isinstance(leaf, fx.Node) else leaf for leaf in leaves], structure
 
 
-def _notes(work: Workload, model: nn.Module, pipe: Pipeline) -> list[str]:
+def _about_numbers(work: Workload, model: nn.Module, pipe: Pipeline) -> list[str]:
+    """In what losses may differ from those of the whole batch."""
     notes = []
     norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     if norms and work.trains:
@@ -245,6 +249,11 @@ def _notes(work: Workload, model: nn.Module, pipe: Pipeline) -> list[str]:
         )
     if pipe.draws:
         notes.append("each process draws random numbers of its own: dropout is other than in one process")
+    return notes
+
+
+def _notes(work: Workload, pipe: Pipeline) -> list[str]:
+    notes = []
     if pipe.mode is not None:
         how = "training" if pipe.mode else "inference"
         notes.append(f"its forward looks at self.training: the result is for {how} alone")

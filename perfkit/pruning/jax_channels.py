@@ -17,7 +17,7 @@ import numpy as np
 from perfkit._errors import UnsupportedError
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Inputs, Workload
-from perfkit.backends.jax_model import JaxModel
+from perfkit.backends.jax_model import JaxModel, LinenModel
 from perfkit.pruning import amounts
 from perfkit.pruning.jax_modules import evaluating, resized
 from perfkit.pruning.jax_units import Anatomy, UnitSet, anatomy, cut, keeping, masked, summed
@@ -57,8 +57,10 @@ def planned(work: Workload, recipe: Any, scores: Scores) -> tuple[Kept, list[Ski
     if refused and not kept:
         told = "; ".join(f"{item.name}: {item.reason}" for item in refused[:2])
         told += f"; and {len(refused) - 2} more" if len(refused) > 2 else ""
+        stated = ", since linen modules state the sizes of their layers in their code"
         raise UnsupportedError(
-            f"{recipe.name}: no unit of {work.model.name} can be removed ({told}). "
+            f"{recipe.name}: no unit of {work.model.name} can be removed"
+            f"{stated if isinstance(work.model, LinenModel) else ''} ({told}). "
             "structure='unstructured' sets weights to zero and leaves all shapes as they are"
         )
     return kept, [*skipped, *refused]

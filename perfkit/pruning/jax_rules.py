@@ -57,8 +57,16 @@ def _unknown(labels: Labels, eqn: Any, inputs: list[Axes]) -> list[Axes]:
 
 
 def _elementwise(labels: Labels, eqn: Any, inputs: list[Axes]) -> list[Axes]:
-    shaped = [axes for axes in inputs if axes]
+    shape = eqn.outvars[0].aval.shape
+    shaped = [_repeated(labels, axes, shape) for axes in inputs if axes]
     return [merged(labels, shaped) if shaped else []]
+
+
+def _repeated(labels: Labels, axes: Axes, shape: Sequence[int]) -> Axes:
+    """The axes of an operand in a result of this shape, along which what has size 1 is repeated."""
+    alone = [axis is not None and len(axis) == 1 != size for axis, size in zip(axes, shape, strict=True)]
+    labels.freeze_all([[axis for axis, once in zip(axes, alone, strict=True) if once]], "it is repeated")
+    return [None if once else axis for axis, once in zip(axes, alone, strict=True)]
 
 
 def _barrier(labels: Labels, eqn: Any, inputs: list[Axes]) -> list[Axes]:
@@ -168,6 +176,29 @@ def _split(labels: Labels, eqn: Any, inputs: list[Axes]) -> list[Axes]:
     return [[part if at == dim else axis for at, axis in enumerate(inputs[0])] for part in parts]
 
 
+def _stack(labels: Labels, eqn: Any, inputs: list[Axes]) -> list[Axes]:
+    result = merged(labels, inputs)
+    result.insert(eqn.params["axis"], given(len(inputs)))
+    return [result]
+
+
+def _unstack(labels: Labels, eqn: Any, inputs: list[Axes]) -> list[Axes]:
+    dim = eqn.params["axis"]
+    labels.freeze(inputs[0][dim], "a part of it is looked up")
+    return [[axis for at, axis in enumerate(inputs[0]) if at != dim] for _ in eqn.outvars]
+
+
+def _tile(labels: Labels, eqn: Any, inputs: list[Axes]) -> list[Axes]:
+    sizes, repeats = eqn.invars[0].aval.shape, eqn.params["reps"]
+    whole = [np.full(size, CODE) if axis is None else axis for axis, size in zip(inputs[0], sizes, strict=True)]
+    return [
+        [
+            axis if times == 1 else np.tile(each, times)
+            for axis, each, times in zip(inputs[0], whole, repeats, strict=True)
+        ]
+    ]
+
+
 def _slice(labels: Labels, eqn: Any, inputs: list[Axes]) -> list[Axes]:
     params = eqn.params
     strides = params["strides"] or (1,) * len(inputs[0])
@@ -262,5 +293,8 @@ _RULES: dict[str, Rule] = {
     "slice": _slice,
     "split": _split,
     "squeeze": _squeeze,
+    "stack": _stack,
+    "tile": _tile,
     "transpose": _transpose,
+    "unstack": _unstack,
 }

@@ -255,6 +255,7 @@ CASES = {
     "text among parameters": (lambda: {"params": {"w": W, "act": "relu"}}, "'act' is a str"),
     "equinox": (lambda: {"model": _Mlp(), "params": None}, "equinox.partition"),
     "haiku": (lambda: {"model": _Pair()}, "such as its .apply"),
+    "bound": (lambda: {"model": linen.Dense(3).bind({"params": {"kernel": W}}), "params": None}, "model.unbind()"),
     "inner collection": (lambda: {"model": linen.Dense(3)}, "params={'params': ...}"),
     "donated parameters": (lambda: {"model": jax.jit(_donated, donate_argnums=0)}, "_donated donates its parameters"),
     "donated input": (lambda: {"model": jax.jit(_donated, donate_argnums=1)}, "_donated donates argument 0 "),
@@ -271,6 +272,35 @@ def test_what_cannot_be_used_is_said(case):
     assert said in str(raised.value)
     assert not X.is_deleted()
     assert not W.is_deleted()
+
+
+@jax.tree_util.register_pytree_node_class
+class Layer:
+    """A pytree that is called."""
+
+    def __init__(self, w):
+        self.w = w
+
+    def __call__(self, x):
+        return x @ self.w
+
+    def tree_flatten(self):
+        return (self.w,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_a_pytree_that_is_called_is_told_how_to_pass_its_arrays():
+    layer, x, how = Layer(jnp.ones((4, 3))), jnp.ones((2, 4)), "with params=model"
+    with pytest.warns(perfkit.PerfkitWarning, match=rf"Layer is a pytree, whose 1 array.*{how}"):
+        perfkit.plan(layer, "half", example_inputs=(x,))
+    training = {"mode": "training", "targets": jnp.ones((2, 3)), "loss": lambda out, y: (out - y).mean()}
+    with pytest.raises(InvalidInputError, match=rf"Layer is a pytree: .*{how}"):
+        perfkit.plan(layer, "donate", example_inputs=(x,), optimizer=optax.sgd(0.1), **training)
+    passed = perfkit.plan(lambda model, *inputs: model(*inputs), "half", params=layer, example_inputs=(x,))
+    assert passed.steps[0].effect.touched
 
 
 def test_linen_modules_that_need_more_are_told_how():
@@ -291,9 +321,10 @@ def test_linen_modules_that_need_more_are_told_how():
     variables = Network().init(jax.random.key(0), X)
     with pytest.raises(DoesNotRunError, match="leave train=True out"):
         perfkit.optimize(Network(), "half", params=variables, example_inputs={"x": X, "train": True})
-    dropout = linen.Dropout(0.5, deterministic=False)
-    with pytest.raises(DoesNotRunError, match=re.escape("'rngs': {'dropout': key}")):
-        perfkit.optimize(dropout, "half", params={"params": {}}, example_inputs=(X,))
+    for name in ("dropout", "noise"):
+        dropout = linen.Dropout(0.5, deterministic=False, rng_collection=name)
+        with pytest.raises(DoesNotRunError, match=re.escape(f"'rngs': {{'{name}': key}}")):
+            perfkit.optimize(dropout, "half", params={"params": {}}, example_inputs=(X,))
 
 
 def test_random_draws_are_not_held_against_others():

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import perfkit
 from perfkit import backends
 from perfkit._batch import Samples
 
 TIME, ROWS = 7, 5
-X = jnp.ones((TIME, ROWS, 4))
-W = {"w": jnp.ones((4, 6)), "u": jnp.eye(6), "layers": jnp.ones((TIME, 4, 4))}
+X = jax.random.normal(jax.random.key(0), (TIME, ROWS, 4))
+W = {"w": jnp.ones((4, 6)), "u": jnp.eye(6), "layers": jnp.ones((TIME, 4, 4)) / 4}
 
 
 def loop(params, x):
@@ -41,7 +42,33 @@ def deep(params, x):
 
 def reading(params, x):
     """It cannot be traced."""
-    return x @ params["w"] if float(x[0, 0, 0]) else x @ params["w"] * 2
+    return x @ params["w"] if float(jnp.abs(x).max()) else x @ params["w"] * 2
+
+
+def written_out(params, x):
+    """Time first, without a loop that JAX sees."""
+    h, outputs = jnp.zeros((x.shape[1], 6)), []
+    for step in x:
+        h = jnp.tanh(step @ params["w"] + h @ params["u"])
+        outputs.append(h)
+    return jnp.stack(outputs)
+
+
+def written_out_and_read(params, x):
+    return written_out(params, x) if float(jnp.abs(x).max()) else x
+
+
+def both_ways(params, x):
+    return written_out(params, x) + written_out(params, x[::-1])[::-1]
+
+
+def last_step(params, x):
+    return written_out(params, x)[-1]
+
+
+def normed(params, x):
+    """As batch norm does in training."""
+    return (x - x.mean((0, 1))) / x.std((0, 1)) @ params["w"]
 
 
 def rnn(time_major):
@@ -59,6 +86,16 @@ def rnn(time_major):
         (deep, X, Samples(TIME, 0)),
         (deep, X[:, 0], Samples(TIME, 0)),
         (reading, X, Samples(TIME, 0)),
+        (written_out, X, Samples(ROWS, 1)),
+        (written_out, jnp.swapaxes(X, 0, 1), Samples(TIME, 1)),
+        (written_out_and_read, X, Samples(ROWS, 1)),
+        (both_ways, X, Samples(ROWS, 1)),
+        (last_step, X, None),
+        (lambda params, x: jnp.swapaxes(written_out(params, jnp.swapaxes(x, 0, 1)), 0, 1), X, Samples(TIME, 0)),
+        (normed, X, Samples(TIME, 0, assumed=True)),
+        (lambda params, x: jnp.cumsum(x, 0) - x.mean(1, keepdims=True), X, None),
+        (reading, jnp.ones((TIME, ROWS, 4)), Samples(TIME, 0, assumed=True)),
+        (lambda params, x: jnp.where(x[..., :1] > 0, x, -jnp.inf), X, Samples(TIME, 0)),
         (rnn(True), X, Samples(ROWS, 1)),
         (rnn(False), X, Samples(TIME, 0)),
     ],
@@ -71,3 +108,11 @@ def test_samples_of_a_model(function, x, expected):
         .samples
         == expected
     )
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_batch_that_nothing_tells_is_said_to_be_assumed():
+    report = perfkit.optimize(normed, "compile", params=W, example_inputs=(X,), budget_s=0.01).report
+    assert "7 items, if the first dimension of the inputs is the batch" in report.before.throughput.method
+    report = perfkit.optimize(loop, "compile", params=W, example_inputs=(X,), budget_s=0.01).report
+    assert "5 items, along dimension 1" in report.before.throughput.method

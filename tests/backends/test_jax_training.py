@@ -109,6 +109,14 @@ def test_what_cannot_be_trained_is_said_before_anything_is_done(changes, said):
     assert said in str(raised.value)
 
 
+def test_an_optimizer_that_searches_along_a_line_is_told_to_do_without():
+    told = "training", {"w": jnp.ones((4, 2))}, (jnp.ones((6, 4)),), jnp.zeros((6, 2)), _squared
+    task = dict(zip(("mode", "params", "example_inputs", "targets", "loss"), told, strict=True))
+    with pytest.raises(perfkit.InvalidInputError, match="linesearch=None"):
+        perfkit.plan(_linear, "donate", optimizer=optax.lbfgs(), **task)
+    assert perfkit.plan(_linear, "donate", optimizer=optax.lbfgs(0.1, linesearch=None), **task).ok
+
+
 def test_complex_parameters_that_would_go_uphill_are_told():
     """JAX's gradient of |w|² is 2·conj(w): against it, the imaginary part grows."""
     conjugated = optax.stateless(lambda gradients, _: jax.tree.map(jnp.conj, gradients))

@@ -10,6 +10,8 @@ import perfkit
 from perfkit import Effect, InvalidInputError, Recipe, Stage, UnsupportedError, backends
 from perfkit._chain import chain_of
 from perfkit._variant import apply
+from perfkit.parallel.layout import layout
+from perfkit.parallel.world import Alone
 
 
 class Taught(Recipe):
@@ -113,9 +115,13 @@ def test_a_teacher_teaches_each_micro_batch(framework):
     np.testing.assert_allclose(parts, whole, rtol=0.2)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_what_looks_at_the_whole_batch_is_named(framework):
-    effect = perfkit.plan(**training(framework), recipe="accumulate(4)", mode="training").steps[0].effect
+    task = training(framework) | {"mode": "training", "recipe": "accumulate(4)"}
+    effect = perfkit.plan(**task).steps[0].effect
     assert "statistics" in " ".join(effect.notes)
+    with pytest.raises(perfkit.FidelityError, match=r"\+ 0 \(.*statistics.*\)\. The report is"):
+        perfkit.optimize(**task, tolerance=0, budget_s=0.01)
 
 
 def test_numbers_that_micro_batches_draw_alike_are_named():
@@ -167,6 +173,38 @@ def test_the_wrong_dimension_is_refused(framework):
     """Six time steps could be cut into two, and the loss would be that of half the sequence."""
     with pytest.raises(UnsupportedError, match="set batch_dim="):
         perfkit.optimize(**dense(framework, time_major=True), recipe="accumulate(2)", mode="training")
+
+
+@pytest.mark.parametrize("recipe", ["accumulate(2)", "data_parallel", "pipeline_parallel", "max_batch_size"])
+def test_time_is_not_cut_for_the_batch(recipe):
+    """Outputs and targets are of every step, so that time could be cut without anything failing."""
+    jnp = pytest.importorskip("jax.numpy")
+    optax = pytest.importorskip("optax")
+
+    def function(params, x):
+        h, outputs = jnp.zeros((x.shape[1], 3)), []
+        for step in x:
+            h = jnp.tanh(step @ params["w"] + h)
+            outputs.append(h)
+        return jnp.stack(outputs)
+
+    rng = np.random.default_rng(0)
+    task = {
+        "params": {"w": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)},
+        "mode": "training",
+        "example_inputs": (jnp.asarray(rng.normal(size=(8, 4, 5)), jnp.float32),),
+        "targets": jnp.zeros((8, 4, 3)),
+        "loss": lambda out, y: ((out - y) ** 2).mean(),
+        "optimizer": optax.sgd(0.1),
+    }
+    told = "4 rows along dimension 1 of the inputs, and not dimension 0: set batch_dim=1"
+    if recipe == "max_batch_size":
+        with pytest.raises(InvalidInputError, match=told):
+            perfkit.max_batch_size(function, **task, limit_bytes=1e9)
+    else:
+        work = backends.of(function, task["example_inputs"]).bind(function, seed=0, **task)
+        chain, two = chain_of(recipe), Alone(2)
+        assert told in chain.recipes[0].refusal(work.replace(world=two, layout=layout(chain, two)))
 
 
 def test_packed_sequences_are_refused():

@@ -314,8 +314,17 @@ def refusals():
     ids = bound(
         lambda params, x: params["a"][x] @ params["b"], (integers(4, 8),), normal(8, 2), squared, optax.sgd(0.1), params
     )
+    tied = bound(
+        lambda params, x: jnp.tanh(params["a"][x] @ params["b"]) @ params["a"].T,
+        (integers(4, 8),),
+        normal(8, 4),
+        squared,
+        optax.sgd(0.1),
+        params | {"b": normal(8, 8)},
+    )
     found = {
         "few": refused("pipeline_parallel(4)", ids),
+        "tied": refused("pipeline_parallel(4)", tied),
         "split": refused("pipeline_parallel(2, split_at='c')+data_parallel(2)", work),
         "optimizer": refused("pipeline_parallel(2)+data_parallel(2)", looks),
         "state": refused("pipeline_parallel(4)", counts),

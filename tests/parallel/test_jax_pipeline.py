@@ -152,6 +152,8 @@ def test_a_function_in_stages_takes_its_own_parameters_and_others(four):
     ("case", "told"),
     [
         ("few", "cannot be cut into so many: it has 1 place(s)"),
+        ("tied", "both sides (a is used from operation 1 to "),
+        ("tied", "data_parallel(shard=True) divides weights and optimizer state too"),
         ("split", "split_at='c': no layer is called so; known: 'a', 'b'"),
         ("optimizer", "the optimizer looks at whole parameters"),
         ("state", "seen changes with the batch and is no floating-point array of its own"),

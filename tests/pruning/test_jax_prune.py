@@ -261,6 +261,59 @@ def test_a_function_of_parameters():
     close(mlp(result.after.model.params, x), mlp(masked, x))
 
 
+@pytest.mark.parametrize(
+    "moved",
+    [
+        lambda hidden: jnp.stack([hidden, 2 * hidden], 1),
+        lambda hidden: jnp.unstack(hidden.reshape(2, 2, -1), axis=1)[0],
+        lambda hidden: jnp.tile(hidden, (2, 1)),
+        lambda hidden: jnp.tile(hidden[:, None], (1, 3, 1)),
+    ],
+)
+def test_units_that_are_stacked_or_repeated(moved):
+    def net(params, x):
+        return moved(jnp.tanh(x @ params["in"])) @ params["out"]
+
+    params, x = {"in": rows(6, 8), "out": rows(8, 3)}, rows(4, 6)
+    result = prune(net, x, params=params)
+    assert result.effect.notes == ("in: 8 → 4",)
+    gone = lowest((np.asarray(params["in"]) ** 2).sum(0), 4)
+    close(net(result.after.model.params, x), net(params | {"in": params["in"].at[:, gone].set(0)}, x))
+
+
+def test_units_that_are_repeated_side_by_side():
+    def net(params, x):
+        return jnp.tile(jnp.tanh(x @ params["in"]), (1, 2)) @ params["out"]
+
+    params, x = {"in": rows(6, 8), "out": rows(16, 3)}, rows(4, 6)
+    result = prune(net, x, params=params)
+    assert result.effect.notes == ("in: 8 → 4",)
+    assert result.after.model.params["out"].shape == (8, 3)
+    gone = lowest((np.asarray(params["in"]) ** 2).sum(0), 4)
+    close(net(result.after.model.params, x), net(params | {"in": params["in"].at[:, gone].set(0)}, x))
+
+
+def test_a_parameter_that_is_repeated_over_the_batch():
+    """As position embeddings are: JAX repeats what has size 1 without saying so."""
+
+    def net(params, x):
+        return jnp.tanh(x @ params["in"] + params["position"]) @ params["out"] + params["single"]
+
+    params = {"in": rows(6, 8), "position": rows(1, 8) / 9, "out": rows(8, 3), "single": rows(1, 1)}
+    result = prune(net, rows(4, 6), params=params)
+    assert result.effect.notes == ("in: 8 → 4",)
+    assert result.after.model.params["position"].shape == (1, 4)
+
+
+def test_units_that_are_taken_apart_stay():
+    def net(params, x):
+        return jnp.stack(jnp.unstack(jnp.tanh(x @ params["in"]), axis=1)[:8], 1) @ params["out"]
+
+    result = prune(net, rows(4, 6), params={"in": rows(6, 8), "out": rows(8, 3)})
+    assert result.effect.status == "NO_EFFECT"
+    assert "looked up" in result.effect.skipped[0].reason
+
+
 def test_parameters_that_are_no_weights():
     """A random key, and what a later version will hold."""
 
@@ -303,7 +356,7 @@ def test_linen_that_declares_its_features_is_refused():
             return linen.Dense(3)(linen.relu(linen.Dense(8)(x)))  # Dense_0 is the one that is made first: the last
 
     x = jnp.ones((4, 6))
-    with pytest.raises(UnsupportedError, match=r"Dense_1: .*does not run with fewer units"):
+    with pytest.raises(UnsupportedError, match=r"sizes of their layers in their code \(Dense_1: .*fewer units"):
         prune(Dense(), x, params=Dense().init(jax.random.key(0), x))
 
 
