@@ -56,13 +56,15 @@ class Tiles(NamedTuple):
     def ahead(self, problem: Problem) -> int:
         """How many blocks of W and h are on their way, the one in use among them, where W is read in each step."""
         rows = self.block_h * (4 if GATES[problem.mode] > 1 else 1)
-        return 3 if rows <= 128 else 1  # more leaves too few registers for the sums
+        block_bytes = (rows + self.block_b) * self.block_k * FLOAT_BYTES[problem.dtype]
+        # more rows leave too few registers for the sums, and three larger blocks are more than AMD's memory on chip
+        return 3 if rows <= 128 and block_bytes <= 20480 else 1
 
-    def options(self, amd: bool = False) -> dict[str, int]:
+    def options(self, backward: bool, amd: bool = False) -> dict[str, int]:
         """Triton's."""
         # more stages would have loads of h run ahead of the wait that they are for
         found = {"num_warps": self.warps, "num_stages": 1}
-        if amd:
+        if amd or (backward and self.resident):
             return found
         # all that there are: NVIDIA's assembler spills a few to have room for a second program, which never comes
         return found | {"maxnreg": min(255, 2**16 // (32 * self.warps))}

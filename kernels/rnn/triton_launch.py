@@ -157,7 +157,7 @@ def launch_forward(
                 inputs, y, inner, gates, cells, state, h0, w_hh, w_ih, bias, bias_hn, lay.lengths, lay.starts, counters,
                 span.first_tile, all_tiles, span.first, span.last, problem.steps, problem.batch, lay.count,
                 inputs.stride(-3), *strides(y, batch_first, problem.batch),
-                JOBS=jobs, WAVEFRONT=wavefront, **_options(problem, tiles, span, y),
+                JOBS=jobs, WAVEFRONT=wavefront, **_options(problem, tiles, span, y, backward=False),
             )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def launch_backward(
                 d_y, gates, cells, y, d_gates, d_h, d_c, h0, c0, w_hh, lay.lengths, lay.starts, counters,
                 span.first_tile, all_tiles, span.first, span.last, problem.steps, problem.batch, lay.count,
                 *of_y, *strides(d_y, d_first, problem.batch),
-                **_options(problem, tiles, span, d_gates),
+                **_options(problem, tiles, span, d_gates, backward=True),
             )  # fmt: skip
 
 
@@ -200,12 +200,12 @@ def _counters(span: Span, jobs: int, tiles: int, steps: int, like: Tensor) -> Te
     return like.new_zeros((jobs, tiles, steps), dtype=torch.int32) if span.counted else None
 
 
-def _options(problem: Problem, tiles: Tiles, span: Span, like: Tensor) -> dict[str, Any]:
+def _options(problem: Problem, tiles: Tiles, span: Span, like: Tensor, backward: bool) -> dict[str, Any]:
     """What is constant while a kernel is compiled."""
     constants = tiles.constants(problem, span.counted, tf32(like), _triton.interpreted())
     # a grid of more programs than run at once is refused then, instead of waiting for ever
     cooperative = {"launch_cooperative_grid": True} if span.counted else {}
-    return constants | tiles.options(amd=torch.version.hip is not None) | cooperative
+    return constants | tiles.options(backward, amd=torch.version.hip is not None) | cooperative
 
 
 def _current(x: Tensor) -> AbstractContextManager:
