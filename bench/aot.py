@@ -124,6 +124,15 @@ def compiled(compilation: Compilation, target: str) -> Figures:
     Raises:
         Whatever Triton raises of a kernel that it cannot compile.
     """
+    device, (assembly, shared_bytes, log) = TARGETS[target], assembled(compilation, target)
+    registers = _nvidia(log) if device.backend == "cuda" else _amd(assembly)
+    cores = Counter(re.findall(device.tensor_cores, assembly))
+    rounded = len(re.findall(device.rounded, assembly))
+    return Figures(*registers, shared_bytes, dict(sorted(cores.items())), rounded)
+
+
+def assembled(compilation: Compilation, target: str) -> tuple[str, int, str]:
+    """The program as the target's assembly, its shared memory in bytes, and what the assembler told."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -141,11 +150,7 @@ def compiled(compilation: Compilation, target: str) -> Figures:
         knobs.cache.dir, knobs.nvidia.dump_ptxas_log = cache, True
         with contextlib.redirect_stdout(log):
             kernel = triton.compile(source, target=gpu, options=dict(compilation.options))
-        assembly = kernel.asm[device.assembly]
-    registers = _nvidia(log.getvalue()) if device.backend == "cuda" else _amd(assembly)
-    cores = Counter(re.findall(device.tensor_cores, assembly))
-    rounded = len(re.findall(device.rounded, assembly))
-    return Figures(*registers, kernel.metadata.shared, dict(sorted(cores.items())), rounded)
+        return kernel.asm[device.assembly], kernel.metadata.shared, log.getvalue()
 
 
 def faults(compilation: Compilation, target: str, figures: Figures) -> list[str]:

@@ -1,27 +1,28 @@
 """`python -m bench.gpu`: everything that needs a GPU, in one go: check, stress, compile, tune, time, profile.
 
     check    every op's cases by every implementation, forward and every gradient, against float64
-    stress   programs that wait for each other on all processors, thousands of steps: the same bits as step by step
     compile  what is to be tuned, by several processes
+    stress   programs that wait for each other on all processors, thousands of steps: the same bits as step by step
     tune     implementations and tile sizes, timed; the fastest go into kernels/tuned/<device>.json
     time     the ops as they are then dispatched, against cuDNN, torch.compile and what JAX has
     profile  cnn and text_lstm, as they are and with our kernels, with the card's own readings and energy
 
-Kept in results/<device>-kernels.json, with what failed and what there was no time for. Each row runs in a process that
-is replaced when it dies or hangs. Exit code 0: all as it should be; 1: a row failed; 2: nothing here to run on.
+Kept in results/<device>-kernels.json, with what failed and what there was no time for: after each row, so that a run
+that is ended has lost nothing but the row it was at, and --resume goes on there. Each row runs in a process that is
+replaced when it dies or hangs. Exit code 0: all as it should be; 1: a row failed; 2: nothing here to run on.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime as dt
 import functools
-import json
+import math
 import os
 import queue
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,23 +31,27 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from bench import gpu_results
+
 RESULTS = Path(__file__).parent / "results"
 
-SHARES = {"check": 0.2, "stress": 0.06, "compile": 0.14, "tune": 0.17, "time": 0.25, "profile": 0.18}
-"""Of the budget, for each part."""
+SHARES = {"check": 0.15, "compile": 0.17, "stress": 0.06, "tune": 0.22, "time": 0.25, "profile": 0.15}
+"""Of the budget, for each part; what one leaves over or takes too much is the later ones'."""
 
-LEAST_S = {"check": 0.0, "stress": 5.0, "compile": 0.0, "tune": 3.0, "time": 2.5, "profile": 4.0}
+LEAST_S = {"check": 0.0, "compile": 0.0, "stress": 5.0, "tune": 3.0, "time": 2.5, "profile": 4.0}
 """What a row is given at least, while there is time left for its part: less would be no use."""
 
 TOGETHER = ("check", "compile")
-"""Parts that several processes share, as nothing is timed: compiling takes most of them."""
+"""Parts that several processes share, as nothing is timed; a row may take all that is left for its part."""
 
-PROCESSES = max(1, min(8, (os.cpu_count() or 1) // 2))
+PROCESSES = max(1, min(12, (os.cpu_count() or 1) * 3 // 4))
 
 BUDGET_S = 460.0
 PATIENCE = 4.0
 PATIENCE_S = 90.0
 """A row is taken to hang after the longer of these: times its budget, seconds."""
+
+GRACE_S = 20.0  # what still runs so long after all of the budget is ended
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,18 +69,22 @@ def main(arguments: list[str] | None = None) -> int:
     from perfkit.kernels import _autotune
 
     path = RESULTS / f"{_autotune.slug(torch.cuda.get_device_name())}-kernels.json"
+    about, kept = gpu_results.about(), gpu_results.read(path)
+    past = gpu_results.past(kept) if options.resume else frozenset()
+    source = functools.partial(rows, options.only, options.match, past)
     found: list[dict[str, Any]] = []
+    known = {(row.part, row.name) for row in rows(list(SHARES))}
+    kept = [row for row in kept if (row["part"], row["name"]) in known]
+
+    def keep(row: dict[str, Any]) -> None:
+        found.append(row)
+        gpu_results.write(path, about, gpu_results.merged(kept, found))
+
     with tempfile.TemporaryDirectory() as cache:
         # what this user's machine measured before is not what is to be tested
-        source = functools.partial(rows, options.only, options.match)
         runners = [Runner(source, "cuda", {"PERFKIT_CACHE": cache, **ENVIRONMENT}) for _ in range(PROCESSES)]
         try:
-            for part in options.only:
-                budget_s = options.budget_s * SHARES[part] / sum(SHARES[name] for name in options.only)
-                found += run_part(runners if part in TOGETHER else runners[:1], part, budget_s)
-                _write(path, found)
-                for runner in runners[1:]:
-                    runner.close()  # nobody else on the device while it is timed
+            run_parts(runners, options.only, options.budget_s, keep)
         finally:
             for runner in runners:
                 runner.close()
@@ -102,8 +111,8 @@ def missing() -> str:
     return ""
 
 
-def rows(parts: list[str], match: str = "") -> list[Any]:
-    """The rows of these parts whose names have that text, in the order in which they run."""
+def rows(parts: list[str], match: str = "", past: frozenset[tuple[str, str]] = frozenset()) -> list[Any]:
+    """The rows of these parts whose names have that text, in the order in which they run, without those of `past`."""
     from bench import gpu_profile, gpu_rows, gpu_time
 
     made = {
@@ -114,37 +123,67 @@ def rows(parts: list[str], match: str = "") -> list[Any]:
         "time": gpu_time.time_rows,
         "profile": gpu_profile.profile_rows,
     }
-    return [row for part in parts for row in made[part]() if match in row.name]
+    found = (row for part in parts for row in made[part]() if match in row.name)
+    return [row for row in found if (row.part, row.name) not in past]
+
+
+Keep = Callable[[dict[str, Any]], None]  # what is done with each row, as it comes
+
+
+def run_parts(
+    runners: list[Runner], parts: list[str], budget_s: float, keep: Keep, clock: Callable[[], float] = time.monotonic
+) -> None:
+    """Part after part; what one takes too much of the budget, the later ones have less."""
+    end = clock() + budget_s
+    for i, part in enumerate(parts):
+        left = max(0.0, end - clock())
+        share_s = left * SHARES[part] / sum(SHARES[name] for name in parts[i:])
+        together = part in TOGETHER
+        run_part(runners if together else runners[:1], part, share_s, keep, clock, end + GRACE_S)
+        if i + 1 == len(parts) or not (together and parts[i + 1] in TOGETHER):
+            for runner in runners[1:]:
+                runner.close()  # nobody else on the device while it is timed
 
 
 def run_part(
-    runners: list[Runner], part: str, budget_s: float, clock: Callable[[], float] = time.monotonic
-) -> list[dict[str, Any]]:
+    runners: list[Runner],
+    part: str,
+    budget_s: float,
+    keep: Keep,
+    clock: Callable[[], float] = time.monotonic,
+    ended: float = math.inf,
+) -> None:
     """All rows of a part in `budget_s` seconds; those that it does not last for are told as skipped.
 
-    Where several runners are given they work at the same time: for what is not timed.
+    Where several runners are given they work at the same time: for what is not timed. What runs at the time `ended` is
+    stopped then.
     """
     end, listed = clock() + budget_s, runners[0].rows
     numbers = [number for number, row in enumerate(listed) if row.part == part]
     free: queue.SimpleQueue[Runner] = queue.SimpleQueue()
-    for runner in runners:
-        free.put(runner)
+    for each in runners:
+        free.put(each)
+    telling = threading.Lock()
 
-    def done(place: int) -> dict[str, Any]:
+    def do(place: int) -> None:
         row = {"part": part, "name": listed[numbers[place]].name}
-        left = end - clock()
+        now = clock()
+        left = end - now
         if left <= 0:
             row["skipped"] = "the part's share of the budget was spent"
         else:
             runner = free.get()
-            share = left * len(runners) / (len(numbers) - place)
-            row |= runner.run(numbers[place], max(LEAST_S[part], share))
-            free.put(runner)
-        print(f"{part} {place + 1}/{len(numbers)} {row['name']}: {_told(row)}", flush=True)
-        return row
+            share = left if part in TOGETHER else left / (len(numbers) - place)
+            try:
+                row |= runner.run(numbers[place], max(LEAST_S[part], share), max(1.0, ended - now))
+            finally:  # or the rows after it wait for ever
+                free.put(runner)
+        with telling:
+            print(f"{part} {place + 1}/{len(numbers)} {row['name']}: {gpu_results.told(row)}", flush=True)
+            keep(row)
 
     with ThreadPoolExecutor(len(runners)) as pool:
-        return list(pool.map(done, range(len(numbers))))
+        list(pool.map(do, range(len(numbers))))
 
 
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -166,24 +205,24 @@ class Runner:
         self._process: Any = None
         self._pipe: Any = None
 
-    def run(self, number: int, budget_s: float) -> dict[str, Any]:
-        """What a row returns, or {"failed": why}."""
+    def run(self, number: int, budget_s: float, most_s: float = math.inf) -> dict[str, Any]:
+        """What a row returns, or {"failed": why}; after `most_s` it is ended in any case."""
         if self._process is None:
             spawn = get_context("spawn")
             self._pipe, theirs = spawn.Pipe()
             self._process = spawn.Process(target=_serve, args=(theirs, *self._started_with), daemon=True)
             self._process.start()
             theirs.close()
-        self._pipe.send((number, budget_s))
-        limit_s = max(PATIENCE * budget_s, PATIENCE_S)
+        limit_s = min(max(PATIENCE * budget_s, PATIENCE_S), most_s)
         try:
+            self._pipe.send((number, budget_s))
             if self._pipe.poll(limit_s):
                 found = self._pipe.recv()
                 if found.pop("lost", False):
                     self.close()
                 return found
             told = f"no answer in {limit_s:.0f} s"
-        except EOFError:
+        except (EOFError, OSError):  # it died in this row, or since the last one
             self._process.join(10)
             told = f"its process died, with exit code {self._process.exitcode}"
         self.close()
@@ -241,43 +280,6 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _told(row: dict[str, Any]) -> str:
-    """A row for people."""
-    for word in ("failed", "refused", "skipped"):
-        if word in row:
-            return f"{word}: {row[word]}"
-    if "outcomes" in row:
-        return ", ".join(f"{name} {told.partition(':')[0]}" for name, told in row["outcomes"].items())
-    if "repeats" in row:
-        return f"{row['repeats']} times the same bits, {row['programs']} programs on {row['processors']} processors"
-    if "compiled" in row:
-        return f"{row['compiled']} candidates compiled, {len(row['dropped'])} cannot run"
-    if "step_ms" in row:
-        return f"{row['step_ms']:.3g} ms a step, {len(row['findings'])} findings, {row['written']}"
-    if "busy_w" in row:
-        return f"{row['idle_w']:.0f} W idle, {row['busy_w']:.0f} W at work, {row['written']}"
-    if "fastest" in row:
-        times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in row["ms"].items())
-        return f"{row['fastest']} {row['configuration'] or 'by its rule'} ({times})"
-    ratios = (
-        f"{rival} {found.get('refused') or '{ratio:.2f}x [{low:.2f}, {high:.2f}] {verdict}'.format(**found)}"
-        for rival, found in row["rivals"].items()
-    )
-    return f"{row['ran']} against {'; '.join(ratios)}"
-
-
-def _write(path: Path, found: list[dict[str, Any]]) -> None:
-    """The file: rows of other parts are kept, one row a line."""
-    from perfkit.measure.environment import environment
-
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    parts = {row["part"] for row in found}
-    lines = [json.dumps(row) for row in [*(row for row in kept if row["part"] not in parts), *found]]
-    about = {"environment": dataclasses.asdict(environment()), "date": dt.date.today().isoformat()}
-    head = json.dumps(about, indent=1, sort_keys=True).removesuffix("\n}")
-    path.write_text(f'{head},\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -285,6 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, metavar="N", help="seconds for all; default: 460")
     parser.add_argument("--match", default="", metavar="TEXT", help="only rows whose name has this text")
+    parser.add_argument("--resume", action="store_true", help="leave out what the file has from before, and is right")
     parser.add_argument("--dry-run", action="store_true", help="run nothing, show what would run; needs no GPU")
     return parser
 

@@ -18,7 +18,7 @@ from perfkit.kernels.conv2d.torch_problem import problem_of
 from perfkit.kernels.linear_int8 import reference as linear_reference
 from perfkit.kernels.linear_int8 import torch_op as linear_op
 from perfkit.kernels.linear_int8.cases import Case as LinearCase
-from perfkit.kernels.rnn.cases import ROUNDOFF, error, numbers, tolerance
+from perfkit.kernels.rnn.cases import ROUNDOFF, distance, numbers, tolerance
 from perfkit.kernels.rnn.cases import Case as RnnCase
 
 
@@ -35,7 +35,7 @@ class Rnn(Subject):
         more = {"nonlinearity": case.mode[4:].lower()} if kind == "RNN" else {}
         layout = {"batch_first": case.batch_first, "bidirectional": case.bidirectional, "bias": case.bias}
         module = getattr(torch.nn, kind)(case.inputs, case.hidden, case.layers, **layout, **more)
-        self.module = module.to(device, getattr(torch, case.dtype)).requires_grad_(training)
+        self.module = module.to(device, getattr(torch, case.dtype)).requires_grad_(training).train(training)
         with torch.no_grad():
             for mine, theirs in zip(self.module.all_weights, given.weights, strict=True):
                 for weight, array in zip(mine, theirs, strict=True):
@@ -110,8 +110,8 @@ class Rnn(Subject):
         names = [*("y", "hn", "cn")[:count], *(self.leaves if self.training else ())]
         told = []
         for i, (name, actual, expected) in enumerate(zip(names, found, self.expected, strict=True)):
-            arrays = (tensor.detach().double().cpu().numpy() for tensor in (actual, expected))
-            off, most = error(self.case, *arrays, gradient=i >= count), tolerance(self.case, gradient=i >= count)
+            off = distance(self.case, actual.detach().double(), expected, gradient=i >= count)
+            most = tolerance(self.case, gradient=i >= count)
             if not off <= most * self._rounding(implementation):
                 told.append(f"{name} is off by {off:.1e}, and may be by {most * self._rounding(implementation):.1e}")
         return "; ".join(told)

@@ -185,22 +185,25 @@ def tune_rows(folder: Path = SHIPPED) -> list[Row]:
 def compile_rows() -> list[Row]:
     """The rows of "tune", but that every candidate is called once, so that Triton's cache has its kernels."""
     return [
-        dataclasses.replace(row, part="compile", run=lambda device, _s, make=row.make: compiled(make(device)))
+        dataclasses.replace(row, part="compile", run=lambda device, s, make=row.make: compiled(make(device), s))
         for row in tune_rows()
     ]
 
 
-def compiled(subject: Subject) -> dict[str, Any]:
+def compiled(subject: Subject, budget_s: float) -> dict[str, Any]:
     """Call every candidate once; what cannot run is told, and is no fault: a device may be too small for it."""
-    refused = {}
+    refused, done, end = {}, 0, time.monotonic() + budget_s
     tried = candidates(subject)
     for name, configuration in tried:
+        if done and time.monotonic() > end:
+            break
         try:
             with _autotune.assume(subject.op.name, subject.problem, name, configuration):
                 subject.call(name)
         except Exception as error:  # of whatever kind: the others are still to be compiled
             refused[f"{name} {dict(configuration)}"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return {"compiled": len(tried) - len(refused), "dropped": refused}
+        done += 1
+    return {"compiled": done - len(refused), "late": len(tried) - done, "dropped": refused}
 
 
 def wide_first(cases: dict[str, Any]) -> list[tuple[str, Any]]:

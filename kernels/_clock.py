@@ -19,8 +19,11 @@ LEAST_S = 0.002
 MOST_CALLS = 100
 """Of a block."""
 
+QUEUED_CYCLES = 2_000_000
+"""About a millisecond of a GPU's clock."""
 
-def block_ms(call: Call, calls: int, device: str) -> list[float]:
+
+def block_ms(call: Call, calls: int, device: str, *, queued: bool = False) -> list[float]:
     """Milliseconds of each of `calls` calls, one after the other.
 
     On "cuda" the time between two events in the stream: what the host is late with is in it, what the device waits for
@@ -29,6 +32,8 @@ def block_ms(call: Call, calls: int, device: str) -> list[float]:
 
     Args:
         device: "cuda" of torch, or "cpu".
+        queued: the device waits a millisecond before each call, in which the host has told it everything: the time is
+            then the device's alone, of calls that the host is not longer at.
     """
     if device != "cuda":
         return [_host_ms(call) for _ in range(calls)]
@@ -38,6 +43,8 @@ def block_ms(call: Call, calls: int, device: str) -> list[float]:
     events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(calls)]
     for start, end in events:
         cache.zero_()
+        if queued:
+            torch.cuda._sleep(QUEUED_CYCLES)
         start.record()
         call()
         end.record()

@@ -11,10 +11,10 @@ pytest.importorskip("torch")
 import planted_gpu_rows
 import torch
 
-from bench import gpu, gpu_profile, gpu_rows, gpu_time
+from bench import gpu, gpu_profile, gpu_results, gpu_rows, gpu_time
 from bench.gpu_cases import Conv, Linear, Rnn
 from perfkit import InvalidInputError
-from perfkit.kernels import _autotune
+from perfkit.kernels import _autotune, _clock
 from perfkit.kernels.conv2d.cases import Case as ConvCase
 from perfkit.kernels.linear_int8.cases import Case as LinearCase
 from perfkit.kernels.rnn.cases import Case as RnnCase
@@ -55,7 +55,7 @@ def test_without_a_gpu_it_says_what_is_missing(capsys):
 def test_unknown_parts_are_an_error(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--only", "check,tine"])
-    assert "tine: expected some of check,stress,compile,tune,time,profile" in capsys.readouterr().err
+    assert "tine: expected some of check,compile,stress,tune,time,profile" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -106,8 +106,10 @@ def test_every_candidate_is_called_once_before_tuning(monkeypatch):
             raise RuntimeError("too large\nand more")
 
     monkeypatch.setattr(subject, "call", call)
-    assert gpu_rows.compiled(subject) == {"compiled": 2, "dropped": {"library {}": "RuntimeError: too large"}}
+    dropped = {"library {}": "RuntimeError: too large"}
+    assert gpu_rows.compiled(subject, 60.0) == {"compiled": 2, "late": 0, "dropped": dropped}
     assert called == planted
+    assert gpu_rows.compiled(subject, 0.0) == {"compiled": 1, "late": 2, "dropped": {}}
     assert [row.name for row in gpu_rows.compile_rows()] == [row.name for row in gpu_rows.tune_rows()]
 
 
@@ -129,13 +131,43 @@ def test_timing_tells_who_ran_and_how_fast(backward):
     assert row["rivals"]["library"]["low"] <= row["rivals"]["library"]["ratio"] <= row["rivals"]["library"]["high"]
     assert row["rivals"]["no such implementation"]["refused"].startswith("InvalidInputError")
     assert row["ms"] > 0
+    assert row["device_ms"] > 0
+    assert row["rivals"]["library"]["device"]["pairs"] > 0
+
+
+def test_the_device_waits_where_the_host_is_to_be_ahead(monkeypatch):
+    """On a planted device, that tells in which order it is asked for what."""
+    asked = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            asked.append("event")
+
+        def elapsed_time(self, other):
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("end"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: asked.append("wait"))
+    monkeypatch.setattr(_clock, "_cache", lambda index: SimpleNamespace(zero_=lambda: asked.append("flush")))
+    one = ["event", "call", "event"]
+    for queued, before in ((False, ["flush"]), (True, ["flush", "wait"])):
+        assert _clock.block_ms(lambda: asked.append("call"), 2, "cuda", queued=queued) == [1.0, 1.0]
+        assert asked == [*before, *one, *before, *one, "end"]
+        asked.clear()
 
 
 def test_a_loss_after_dispatch_fails_the_row(monkeypatch):
     slow = dataclasses.replace(gpu_time.statistics.compare([1.0] * 20, [2.0] * 20, baseline="a", variant="b"))
-    monkeypatch.setattr(gpu_time, "paired", lambda *_arguments: (slow, 1.0, 2.0))
+    monkeypatch.setattr(gpu_time, "paired", lambda *_arguments, **_options: (slow, 1.0, 2.0))
     assert gpu_time.timed(SMALL["relu"](), ("native",), "cpu", 0.1)["failed"].startswith("0.50x after dispatch")
-    monkeypatch.setattr(gpu_time, "paired", lambda *_arguments: (dataclasses.replace(slow, high=0.96), 1.0, 2.0))
+    monkeypatch.setattr(
+        gpu_time, "paired", lambda *_arguments, **_options: (dataclasses.replace(slow, high=0.96), 1.0, 2.0)
+    )
     assert "failed" not in gpu_time.timed(SMALL["relu"](), ("native",), "cpu", 0.1)
 
 
@@ -201,6 +233,11 @@ def test_a_row_that_raises_dies_or_hangs_does_not_end_the_run(monkeypatch):
         second = runner.run(0, 30.0)
         assert second["process"] != first["process"]
         assert runner.run(3, 0.2) == {"failed": "no answer in 1 s"}
+        runner.run(0, 30.0)
+        runner._process.kill()  # between two rows, as one whose device is lost may die
+        runner._process.join()
+        assert runner.run(0, 30.0) == {"failed": "its process died, with exit code -9"}
+        assert runner.run(3, 30.0, 0.2) == {"failed": "no answer in 0 s"}
         assert runner.run(0, 30.0)["process"] not in (first["process"], second["process"])
     finally:
         runner.close()
@@ -209,34 +246,121 @@ def test_a_row_that_raises_dies_or_hangs_does_not_end_the_run(monkeypatch):
 def test_runners_work_at_the_same_time(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "LEAST_S", {"check": 60.0})
     runners = [gpu.Runner(planted_gpu_rows.pair, "cpu", {"PERFKIT_CACHE": str(tmp_path)}) for _ in range(2)]
+    found = []
     try:
-        found = gpu.run_part(runners, "check", 60.0)
+        gpu.run_part(runners, "check", 60.0, found.append)
     finally:
         for runner in runners:
             runner.close()
-    assert found == [{"part": "check", "name": name, "outcomes": {}} for name in ("one", "other")]
+    assert sorted(found, key=lambda row: row["name"] != "one") == [
+        {"part": "check", "name": name, "outcomes": {}} for name in ("one", "other")
+    ]
 
 
-def test_a_part_keeps_to_its_budget_and_its_file(tmp_path, capsys):
-    class Here:
-        """A runner in this process."""
+class Here:
+    """A runner in this process, which moves a clock."""
 
-        rows, budgets_s = planted_gpu_rows.rows(), []
+    def __init__(self, clock, takes_s):
+        self.rows, self.asked, self.clock, self.takes_s = planted_gpu_rows.rows(), [], clock, takes_s
 
-        def run(self, number, budget_s):
-            self.budgets_s.append(budget_s)
-            return {"outcomes": {"library": "right"}}
+    def run(self, number, budget_s, most_s):
+        self.asked.append((budget_s, most_s))
+        self.clock.now += self.takes_s
+        return {"outcomes": {"library": "right"}}
 
-    now = iter([0.0, 10.0, 60.0, 101.0, 102.0])
-    here = Here()
-    found = gpu.run_part([here], "check", 100.0, clock=lambda: next(now))
+    def close(self):
+        pass
+
+
+def test_a_part_keeps_to_its_budget(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "TOGETHER", ())
+    clock, found = SimpleNamespace(now=0.0), []
+    here = Here(clock, 60.0)
+    gpu.run_part([here], "check", 100.0, found.append, lambda: clock.now, ended=130.0)
     assert [("skipped" in row) for row in found] == [False, False, True, True]
-    assert here.budgets_s == [90.0 / 4, 40.0 / 3]
+    assert here.asked == [(100.0 / 4, 130.0), (40.0 / 3, 70.0)]
     assert "check 1/4 well: library right" in capsys.readouterr().out
-    path = tmp_path / "device-kernels.json"
-    gpu._write(path, [{"part": "tune", "name": "kept"}, {"part": "check", "name": "old"}])
-    gpu._write(path, found)
-    assert [row["name"] for row in json.loads(path.read_text())["rows"]] == ["kept", *(row["name"] for row in found)]
+
+
+def test_what_one_part_takes_too_much_the_later_ones_have_less(monkeypatch):
+    asked, clock = {}, SimpleNamespace(now=0.0)
+
+    def part(runners, name, budget_s, keep, _clock, ended):
+        asked[name] = budget_s
+        assert ended == 460.0 + gpu.GRACE_S
+        clock.now += 400.0 if name == "check" else budget_s
+
+    monkeypatch.setattr(gpu, "run_part", part)
+    gpu.run_parts([Here(clock, 0.0)], list(gpu.SHARES), 460.0, print, lambda: clock.now)
+    assert asked["check"] == pytest.approx(460.0 * gpu.SHARES["check"])
+    assert sum(asked.values()) - asked["check"] == pytest.approx(60.0)
+
+
+def test_rows_are_written_as_they_come_and_old_ones_stay(tmp_path):
+    path, about = tmp_path / "device-kernels.json", {"date": "2026-01-31"}
+    old = [{"part": "tune", "name": "kept"}, {"part": "check", "name": "one"}, {"part": "check", "name": "two"}]
+    new = [{"part": "check", "name": "one", "outcomes": {}}, {"part": "check", "name": "two", "skipped": "late"}]
+    for count in (1, 2):
+        gpu_results.write(path, about, gpu_results.merged(old, new[:count]))
+        assert json.loads(path.read_text()) == about | {"rows": [new[0], old[2], old[0]]}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_was_right_before_is_left_out_when_a_run_goes_on():
+    """Compiled is again what is still to be tuned: what the compiler kept may be gone."""
+    rows = [
+        {"part": "stress", "name": "right"},
+        {"part": "stress", "name": "wrong", "failed": "other bits"},
+        {"part": "tune", "name": "one"},
+        {"part": "tune", "name": "two", "skipped": "late"},
+        {"part": "compile", "name": "one"},
+        {"part": "compile", "name": "two"},
+    ]
+    assert gpu_results.past(rows) == {("stress", "right"), ("tune", "one"), ("compile", "one")}
+    everything = gpu.rows(["stress"])
+    rest = gpu.rows(["stress"], past=frozenset({("stress", everything[1].name)}))
+    assert [row.name for row in rest] == [row.name for i, row in enumerate(everything) if i != 1]
+
+
+def test_the_whole_run_on_a_planted_device(monkeypatch, tmp_path, capsys):
+    """All of `main` but the device: what is written is there after a run that is broken off, and the next goes on."""
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "missing", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Planted GPU 80GB")
+    asked = []
+
+    class Runner(Here):
+        def __init__(self, source, device, environment):
+            assert device == "cuda"
+            assert environment["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+            super().__init__(SimpleNamespace(now=0.0), 0.0)
+            self.rows = source()
+
+        def run(self, number, budget_s, most_s):
+            asked.append(self.rows[number].name)
+            if asked[2:] == [everything[2]]:
+                raise KeyboardInterrupt
+            return {"refused": "planted"}
+
+    monkeypatch.setattr(gpu, "Runner", Runner)
+    everything = [row.name for row in gpu.rows(["stress"])]
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--only", "stress"])
+    path = tmp_path / "planted-gpu-80gb-kernels.json"
+    written = [row["name"] for row in json.loads(path.read_text())["rows"]]
+    assert written[:2] == everything[:2]
+    assert everything[2] not in written
+    asked.clear()
+    assert gpu.main(["--only", "stress", "--resume"]) == 0
+    assert asked == [name for name in everything if name not in written]
+    assert {row["name"] for row in json.loads(path.read_text())["rows"]} == set(everything)
+
+
+def test_cudnn_is_timed_as_its_users_run_it():
+    """In training mode it keeps what a backward pass needs: no rival of a call that has none."""
+    case = RnnCase("LSTM", 5, 3, 4, 6)
+    assert not Rnn(case, False, "cpu").module.training
+    assert Rnn(case, True, "cpu").module.training
 
 
 def test_profiles_are_written_whole(tmp_path):
@@ -250,4 +374,4 @@ def test_profiles_are_written_whole(tmp_path):
     assert written["outcome"] == "complete"
     assert (tmp_path / "torch-lstm-batch-2-inference.html").read_text().startswith("<!")
     assert gpu_profile.recorded("cpu", 1.0) == {"refused": "telemetry is of a card"}
-    assert gpu._told(row).endswith(row["written"])
+    assert gpu_results.told(row).endswith(row["written"])

@@ -15,7 +15,7 @@ FEW_CHANNELS = 16
 """With fewer input channels in a group, taps and channels are summed as one index: a product sums 16 at least."""
 
 PROGRAMS = 264
-"""About so many sum the weight's gradient: two for each processor of an H100, on any device, for the same bits."""
+"""Two for each processor of an H100. Of how many sum the weight's gradient depends on no device, for the same bits."""
 
 
 def forward(problem, chosen, x, weight, bias, y, argmax, precision=None) -> Launch:
@@ -106,7 +106,7 @@ def _constants(problem: Problem, precision: str | None) -> dict[str, int | str]:
         "DILATION_W": problem.dilation[1],
         "POOL": problem.pool,
         "FLAT": is_flat(problem),
-        "PRECISION": precision or _precision(problem),
+        "PRECISION": precision or precision_of(problem),
     }
 
 
@@ -118,7 +118,8 @@ def _options(chosen: dict[str, int], part: str = "") -> dict[str, int]:
     return {name: chosen[f"{part}{name}"] for name in ("num_warps", "num_stages")}
 
 
-def _precision(problem: Problem) -> str:
+def precision_of(problem: Problem) -> str:
+    """How float32 is multiplied: as torch's settings for convolutions let it be."""
     if problem.dtype != "float32" or problem.device != "cuda" or torch.version.hip:
         return "ieee"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
@@ -158,7 +159,7 @@ def _slabs(problem: Problem, chosen: dict[str, int]) -> tuple[int, int]:
     """How many programs share a tile of the weight's gradient, and how many places before the pool each sums over."""
     places = problem.batch * problem.out_size[0] * problem.out_size[1] * problem.pool**2
     step = chosen["weight_block_k"]
-    count = max(1, min(PROGRAMS // _weight_tiles(problem, chosen), places // (8 * step)))
+    count = max(1, min(chosen["weight_programs"] // _weight_tiles(problem, chosen), places // (8 * step)))
     slab = _tiles(_tiles(places, count), step) * step
     return _tiles(places, slab), slab
 

@@ -160,10 +160,19 @@ def error(case: Case, actual: Any, expected: Any, *, gradient: bool = False) -> 
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    size = (lambda values: (values**2).mean() ** 0.5) if gradient and case.mode == "RNN_RELU" else (
-        lambda values: np.abs(values).max())  # fmt: skip
-    found = size(actual - expected) / max(size(expected), 1e-30)
-    return float(found) if np.isfinite(found) else float("inf")
+    found = distance(case, actual, expected, gradient=gradient)
+    return found if np.isfinite(found) else float("inf")
+
+
+def distance(case: Case, actual: Any, expected: Any, *, gradient: bool = False) -> float:
+    """`error` of what is float64 already, arrays or tensors on any device; NaN where there is one."""
+
+    def size(values: Any) -> float:
+        if gradient and case.mode == "RNN_RELU":
+            return float((values**2).mean() ** 0.5)
+        return float(abs(values).max())
+
+    return size(actual - expected) / max(size(expected), 1e-30)
 
 
 def _with(case: Case, **changes: Any) -> Case:

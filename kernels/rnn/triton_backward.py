@@ -30,11 +30,11 @@ from perfkit.kernels.rnn.triton_cells import (
 @triton.jit
 def of_gate(
     sums, w_blocks, w, d, gate, plane, unit, own, there,
-    H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    H: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """sums + W^T d of one gate of W, whose gradients are at `plane` of the rows that `d` points to."""
     w, d = w + gate * H * H, d + plane * H
-    return product(sums, w_blocks, w, unit, own, d, there, None, None, None, H, BLOCK_K, H, PRECISION, WIDEN)
+    return product(sums, w_blocks, w, unit, own, d, there, None, None, None, H, BLOCK_K, H, AHEAD, PRECISION, WIDEN)
 
 
 @triton.jit(do_not_specialize=["first_tile", "tiles", "first", "last", "steps", "batch", "rows"])
@@ -42,7 +42,8 @@ def backward_span(
     d_y, gates, cells, y, d_gates, d_h, d_c, h0, c0, w_hh, lengths, starts, counters,
     first_tile, tiles, first, last, steps, batch, rows, y_step, y_row, d_step, d_row,
     MODE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-    RESIDENT: tl.constexpr, PERSISTENT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    RESIDENT: tl.constexpr, PERSISTENT: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Steps [first, last) of T + 1, the pass's last one first; the one more hands the gradient of h over to d_h.
 
@@ -57,7 +58,7 @@ def backward_span(
         d_c: (J, B, H), float32, the same of c; None but for an LSTM.
         h0: (J, B, H), of a GRU, else None. c0: (J, B, H), in cells' dtype, of an LSTM, else None.
         w_hh: (J, G H, H).
-        lengths, starts, BLOCK_K, RESIDENT: see `forward_span`.
+        lengths, starts, BLOCK_K, RESIDENT, AHEAD: see `forward_span`.
         counters: (J, tiles, T + 1), int32, zeros, if PERSISTENT; else None.
     """
     part, job = tl.program_id(0), tl.program_id(1)
@@ -139,12 +140,12 @@ def backward_span(
             after = within(t - back, length)
             d = d_gates + (job64 * rows + place(t - back, starts, steps, batch, 1) + row64) * (EACH * H)
             sums = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
-            sums = of_gate(sums, w0, w, d, 0, 0, unit, own, after, H, BLOCK_K, PRECISION, WIDEN)
+            sums = of_gate(sums, w0, w, d, 0, 0, unit, own, after, H, BLOCK_K, AHEAD, PRECISION, WIDEN)
             if EACH == 4:
-                sums = of_gate(sums, w1, w, d, 1, 1, unit, own, after, H, BLOCK_K, PRECISION, WIDEN)
-                sums = of_gate(sums, w2, w, d, 2, N_PLANE, unit, own, after, H, BLOCK_K, PRECISION, WIDEN)
+                sums = of_gate(sums, w1, w, d, 1, 1, unit, own, after, H, BLOCK_K, AHEAD, PRECISION, WIDEN)
+                sums = of_gate(sums, w2, w, d, 2, N_PLANE, unit, own, after, H, BLOCK_K, AHEAD, PRECISION, WIDEN)
             if MODE == "LSTM":
-                sums = of_gate(sums, w3, w, d, 3, 3, unit, own, after, H, BLOCK_K, PRECISION, WIDEN)
+                sums = of_gate(sums, w3, w, d, 3, 3, unit, own, after, H, BLOCK_K, AHEAD, PRECISION, WIDEN)
             dh += sums
 
         total = dh + dy

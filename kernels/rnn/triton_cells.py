@@ -60,34 +60,60 @@ def blocks(w, rows, mask, H: tl.constexpr, BLOCK_K: tl.constexpr, STRIDE: tl.con
 
 @triton.jit
 def product(
-    sums, w_blocks, w, rows, mask, source, there, first, fresh, any_fresh,
-    H: tl.constexpr, BLOCK_K: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    sums, w_blocks, w, rows, mask, source, there, first, fresh, any_fresh, H: tl.constexpr, BLOCK_K: tl.constexpr,
+    STRIDE: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """sums + W s^T: W as `blocks` gave it, or read again if that is None; s as `transposed` reads it."""
+    """sums + W s^T: W as `blocks` gave it, or read again if that is None; s as `transposed` reads it.
+
+    What is read is asked for before any of it is waited for: of s as much as registers hold where W is there, else of
+    both AHEAD - 1 blocks.
+    """
     if w_blocks is None:
-        for start in range(0, H, BLOCK_K):
+        for start in tl.range(0, H, BLOCK_K, num_stages=AHEAD):
             k = start + tl.arange(0, BLOCK_K)
             right = transposed(source, there, first, fresh, any_fresh, k, H)
             sums = multiply_add(block(w, rows, mask, k, H, STRIDE), right, sums, PRECISION, WIDEN)
     else:
-        for i in tl.static_range((H + BLOCK_K - 1) // BLOCK_K):
-            right = transposed(source, there, first, fresh, any_fresh, i * BLOCK_K + tl.arange(0, BLOCK_K), H)
-            sums = multiply_add(w_blocks[i], right, sums, PRECISION, WIDEN)
+        COUNT: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+        TOGETHER: tl.constexpr = ((1024 if sums.shape[1] <= 16 else 256) + BLOCK_K - 1) // BLOCK_K
+        for start in tl.static_range(0, COUNT, TOGETHER):
+            found = ()
+            for i in tl.static_range(TOGETHER):
+                if start + i < COUNT:
+                    k = (start + i) * BLOCK_K + tl.arange(0, BLOCK_K)
+                    found = found + (columns(source, there, k, H),)  # noqa: RUF005 - no star in Triton
+            for i in tl.static_range(TOGETHER):
+                if start + i < COUNT:
+                    k = (start + i) * BLOCK_K + tl.arange(0, BLOCK_K)
+                    right = with_first(found[i], first, fresh, any_fresh, k, H)
+                    sums = multiply_add(w_blocks[start + i], right, sums, PRECISION, WIDEN)
     return sums
 
 
 @triton.jit
 def transposed(source, there, first, fresh, any_fresh, k, H: tl.constexpr):
-    """Columns `k` of rows, as rows: of those that `source` points to where `there`, of those of `first` where `fresh`.
+    """Columns `k` of rows, as rows: of those of `source` where `there`, of those of `first` where `fresh`."""
+    return with_first(columns(source, there, k, H), first, fresh, any_fresh, k, H)
+
+
+@triton.jit
+def columns(source, there, k, H: tl.constexpr):
+    """Columns `k` of the rows that `source` points to, as rows, where `there`.
 
     They come past the first-level cache, which may hold what was there before another program wrote them.
     """
-    inside = (k < H)[:, None]
-    found = tl.load(source[None, :] + k[:, None], mask=inside & there[None, :], other=0.0, cache_modifier=".cg")
+    return tl.load(
+        source[None, :] + k[:, None], mask=(k < H)[:, None] & there[None, :], other=0.0, cache_modifier=".cg"
+    )
+
+
+@triton.jit
+def with_first(found, first, fresh, any_fresh, k, H: tl.constexpr):
+    """`found`, but the columns of `first` where `fresh`."""
     if first is not None:  # noqa: SIM102 - a condition of the compiler's, and one of the program's
         if any_fresh:
             # not pointers to one or the other: AMD's compiler does not take them
-            others = tl.load(first[None, :] + k[:, None], mask=inside & fresh[None, :], other=0.0)
+            others = tl.load(first[None, :] + k[:, None], mask=(k < H)[:, None] & fresh[None, :], other=0.0)
             found = tl.where(fresh[None, :], others, found)
     return found
 

@@ -48,15 +48,23 @@ class Tiles(NamedTuple):
             "BLOCK_K": self.block_k,
             "RESIDENT": bool(self.resident),
             "PERSISTENT": counted,
+            "AHEAD": self.ahead(problem),
             "PRECISION": "tf32" if tf32 else "ieee",
             "WIDEN": widen,
         }
+
+    def ahead(self, problem: Problem) -> int:
+        """How many blocks of W and h are on their way, the one in use among them, where W is read in each step."""
+        rows = self.block_h * (4 if GATES[problem.mode] > 1 else 1)
+        block_bytes = (rows + self.block_b) * self.block_k * FLOAT_BYTES[problem.dtype]
+        # more rows leave too few registers for the sums, and three larger blocks are more than AMD's memory on chip
+        return 3 if rows <= 128 and block_bytes <= 20480 else 1
 
     def options(self, backward: bool, amd: bool = False) -> dict[str, int]:
         """Triton's."""
         # more stages would have loads of h run ahead of the wait that they are for
         found = {"num_warps": self.warps, "num_stages": 1}
-        if backward or amd:
+        if amd or (backward and self.resident):
             return found
         # all that there are: NVIDIA's assembler spills a few to have room for a second program, which never comes
         return found | {"maxnreg": min(255, 2**16 // (32 * self.warps))}
@@ -114,8 +122,9 @@ def configure(
     The rules: up to 128 hidden units one program has them all, and never waits for others. Above, a program has 16
     units, whose 64 rows of W_hh fill an instruction of the tensor cores, and more units where there are not enough
     processors to hold all programs at once. W_hh stays in shared memory where it fits. float32 without tensor cores
-    reads it again in each step, in small blocks, as its products go through registers. Layers run as a wavefront where
-    both their matrices fit and that makes fewer steps.
+    reads it again in each step, in small blocks, as its products go through registers. A program has 16 rows of the
+    batch, or in half precision 32 where so more rows run at once. Layers run as a wavefront where both their matrices
+    fit and that makes fewer steps.
 
     Raises:
         InvalidInputError: a given name or value that is none.
@@ -135,13 +144,14 @@ def candidates(problem: Problem, device: Device, tf32: bool = False) -> Iterator
     first = configure(problem, device, tf32)
     layers = 2 if first.wavefront else 1
     tried = [first]
-    tried += [replace(first, block_b=rows, back_b=rows) for rows in (8, 32)]
+    tried += [replace(first, block_b=rows, back_b=rows) for rows in (8, 16, 32)]
     tried += [replace(first, warps=warps, back_warps=warps) for warps in (4, 8)]
     for units in (16, 32, 64):
         many = replace(first, block_h=units, back_h=units)
         fit = _fits(problem, device, many.forward, layers, False) and _fits(problem, device, many.backward, 1, True)
         tried += [many] if fit and units < padded(problem.hidden) else []
-    tried += [replace(first, block_k=columns) for columns in (64, 256) if columns <= padded(problem.hidden)]
+    columns = (64, 256) if first.resident else (16, 32)
+    tried += [replace(first, block_k=count) for count in columns if count <= padded(problem.hidden)]
     tried += [replace(first, wavefront=0)] if first.wavefront else []
     yield from dict.fromkeys(chosen.pairs for chosen in tried)
 
@@ -176,7 +186,9 @@ def _tiles(problem: Problem, device: Device, tf32: bool, matrices: int, backward
     units, size = problem.hidden, padded(problem.hidden)
     plain = GATES[problem.mode] == 1 and not backward  # one row of W for each unit
     if problem.dtype == "float32" and not tf32 and not device.exact_float32:
-        streamed = [Tiles(block_h, 16, 32, 0, 8 if backward else 4) for block_h in ((64,) if plain else (16, 32, 64))]
+        wide = backward or plain  # one row of W for each unit: a longer block has room
+        heights = (64,) if plain else (16, 32, 64)
+        streamed = [Tiles(block_h, 16, 32 if wide or block_h == 16 else 16, 0, 8) for block_h in heights]
         return next((tiles for tiles in streamed if _fits(problem, device, tiles, matrices, backward)), streamed[0])
     if units <= SINGLE:
         alone = Tiles(size, 16, size, 1, max(4, size // (16 if backward else 8)))
@@ -189,17 +201,29 @@ def _tiles(problem: Problem, device: Device, tf32: bool, matrices: int, backward
     for block_h in sizes:
         tiles = Tiles(block_h, 16, min(block_k, size), 1, 8 if backward or block_h > 32 or units > 512 else 4)
         if _fits(problem, device, tiles, matrices, backward):
-            return tiles
+            return _in_fewer_rounds(problem, device, tiles, backward) if matrices == 1 else tiles
     columns = (32,) if backward else (128, 64, 32)
     streamed = [Tiles(block_h, 16, block_k, 0, 8) for block_k in columns for block_h in sizes]
     return next((tiles for tiles in streamed if _fits(problem, device, tiles, matrices, backward)), streamed[0])
 
 
+def _in_fewer_rounds(problem: Problem, device: Device, tiles: Tiles, backward: bool) -> Tiles:
+    """With more rows in a program, where so all rows run at once that else come after the others."""
+    more, jobs = tiles._replace(block_b=32, warps=8), problem.directions
+    fewer = _rounds(problem, device, more, jobs) < _rounds(problem, device, tiles, jobs)
+    fits = problem.dtype != "float32" and _fits(problem, device, more, 1, backward)
+    return more if fewer and fits else tiles
+
+
+def _rounds(problem: Problem, device: Device, tiles: Tiles, jobs: int) -> int:
+    """How often the device is filled with programs that go through all steps."""
+    parts, blocks = -(-problem.hidden // tiles.block_h), -(-problem.batch // tiles.block_b)
+    return -(-blocks // max(1, device.processors // (parts * jobs)))
+
+
 def _steps_in_turn(problem: Problem, device: Device, tiles: Tiles, wavefront: bool) -> int:
     """How many steps of the forward pass come after each other."""
-    parts, blocks = -(-problem.hidden // tiles.block_h), -(-problem.batch // tiles.block_b)
-    jobs = problem.layers if wavefront else problem.directions
-    rounds = -(-blocks // max(1, device.processors // (parts * jobs)))
+    rounds = _rounds(problem, device, tiles, problem.layers if wavefront else problem.directions)
     return rounds * (problem.steps + problem.layers - 1 if wavefront else problem.steps * problem.layers)
 
 

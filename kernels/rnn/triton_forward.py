@@ -39,7 +39,7 @@ def forward_span(
     first_tile, tiles, first, last, steps, batch, rows, inputs_row, y_step, y_row,
     MODE: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr, PERSISTENT: tl.constexpr, JOBS: tl.constexpr, WAVEFRONT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    AHEAD: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Steps [first, last) of all jobs; in a wavefront those of the first layer, and each other one is a step later.
 
@@ -59,7 +59,7 @@ def forward_span(
         starts: (T,), int64, the first row of each step of packed data; None where steps have B rows each.
         counters: (J, tiles, T), int32, zeros, if PERSISTENT; else None.
         BLOCK_K: columns of W in one product.
-        RESIDENT: W stays in shared memory; else it is read again in each step.
+        RESIDENT: W stays in shared memory; else it is read again in each step, AHEAD - 1 blocks before they are used.
     """
     part, job = tl.program_id(0), tl.program_id(1)
     tile = first_tile + tl.program_id(2)
@@ -164,7 +164,7 @@ def forward_span(
                     wait(counter - tl.cast(tiles, tl.int64) * steps + s, PARTS)
                 sums = product(
                     sums, w_x, w_ih, x_rows, of_x, below + (row + row64) * H, there, None, None, None,
-                    H, BLOCK_K, 1, PRECISION, WIDEN,
+                    H, BLOCK_K, 1, AHEAD, PRECISION, WIDEN,
                 )  # fmt: skip
 
         if CARRY:
@@ -177,7 +177,7 @@ def forward_span(
             source = y_job + place(t + back, starts, steps, y_step, y_row) + row64 * y_row
             sums = product(
                 sums, w_h, w_hh, h_rows, of_h, source, seen, h0 + row64 * H, fresh, any_fresh,
-                H, BLOCK_K, 1, PRECISION, WIDEN,
+                H, BLOCK_K, 1, AHEAD, PRECISION, WIDEN,
             )  # fmt: skip
 
         if MODE == "LSTM":

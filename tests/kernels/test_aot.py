@@ -136,3 +136,22 @@ def test_a_failed_row_fails_the_run_and_keeps_the_file(monkeypatch, capfd, tmp_p
 
 def test_nothing_to_compile_is_no_success(capsys):
     assert aot.main(["--match", "no kernel is called this"]) == 2
+
+
+def recurrent(text):
+    from perfkit.kernels.rnn import triton_compilations
+
+    return next(found for found in triton_compilations.compilations() if text in found.name)
+
+
+def test_a_program_asks_for_all_of_h_before_a_product_waits_for_any():
+    """Each way to the second-level cache and back is a part of every step's time: of 512 units there are two blocks."""
+    assembly, *_ = aot.assembled(recurrent("forward LSTM H=512 bfloat16 16x16x256"), "sm_90")
+    after_the_wait = assembly[assembly.rindex(".acquire.") :]
+    # 16 bytes for each of 128 threads: four loads a block
+    assert after_the_wait[: after_the_wait.index("wgmma.mma_async")].count("ld.global.cg") == 8
+
+
+def test_weights_that_are_read_in_each_step_are_asked_for_ahead():
+    assembly, *_ = aot.assembled(recurrent("forward LSTM H=256 float32 16x16x32 streamed"), "sm_90")
+    assert "cp.async" in assembly

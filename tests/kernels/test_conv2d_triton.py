@@ -223,3 +223,24 @@ def test_candidates_start_with_the_rule_and_change_the_gradients_only_where_ther
     assert len(set(training)) == len(training) > len(inference)
     gradients = {tuple(part for part in found if part[0].startswith(("weight_", "input_"))) for found in inference}
     assert len(gradients) == 1
+
+
+def test_float32_is_tried_in_larger_tiles_where_it_may_be_rounded(monkeypatch):
+    rows = []
+    for precision in ("tf32", "ieee"):
+        monkeypatch.setattr(triton_kernel.launch, "precision_of", lambda _problem, found=precision: found)
+        given = typical(dtype="float32", inputs=1, outputs=32)
+        rows.append({dict(found)["block_m"] for found in triton_kernel.candidates(given)})
+    rule = triton_kernel.configure(given)["block_m"]
+    assert rows == [{rule, 2 * rule, 4 * rule}, {rule}]
+
+
+def test_how_many_programs_sum_the_gradient_of_the_weight_is_configured():
+    from perfkit.kernels.conv2d import triton_launch
+
+    given = typical(batch=1024)
+    for programs in (264, 1056):
+        chosen = triton_kernel.configure(given) | {"weight_programs": programs}
+        slabs, slab = triton_launch._slabs(given, chosen)
+        assert 0.8 * programs <= slabs * triton_launch._weight_tiles(given, chosen) <= programs
+        assert slabs * slab >= given.batch * given.out_size[0] * given.out_size[1] * given.pool**2

@@ -5,6 +5,7 @@ the other, so several parts of hidden units go step by step, and only a wavefron
 there already.
 """
 
+import dataclasses
 import itertools
 
 import pytest
@@ -251,6 +252,30 @@ def test_programs_that_wait_for_each_other_fit_on_the_device(device):
         fit = parts * jobs <= device.processors or parts == 1
         assert fit or problem.hidden * jobs > 64 * device.processors, (problem, chosen)
         assert fit or not chosen.wavefront
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_what_is_read_ahead_fits_on_the_device(device):
+    seen = set()
+    for problem in PROBLEMS:
+        chosen = triton_configuration.configure(problem, device)
+        for tiles in (chosen.forward, chosen.backward):
+            if not tiles.resident:
+                rows = tiles.block_h * (4 if GATES[problem.mode] > 1 else 1)
+                size = triton_configuration.FLOAT_BYTES[problem.dtype]
+                ahead = tiles.ahead(problem)
+                assert ahead * (rows + tiles.block_b) * tiles.block_k * size <= device.shared_bytes
+                seen.add(ahead)
+    assert seen == {1, 3}
+
+
+def test_programs_have_more_rows_where_so_fewer_come_after_the_others():
+    """64 programs have the rows of 1024 units: on 132 processors two tiles of rows go at once, and 64 rows are four."""
+    problem = Problem("torch", "cuda", "bfloat16", "LSTM", 64, 64, 1024, 1024, needs_grad=True)
+    chosen = triton_configuration.configure(problem, Device())
+    assert (chosen.block_b, chosen.back_b) == (32, 32)
+    assert triton_configuration.configure(dataclasses.replace(problem, batch=32), Device()).block_b == 16
+    assert triton_configuration.configure(dataclasses.replace(problem, hidden=512), Device()).block_b == 16
 
 
 def test_every_tile_takes_every_step_once_and_no_more_than_fit_wait():
