@@ -14,6 +14,8 @@ from perfkit.measure._hardware import cpu
 X86 = platform.machine() in ("x86_64", "AMD64")
 EMULATED = f'#include "{Path(__file__).with_name("emulated_instructions.hpp")}"'
 """What comes before a kernel for AVX512-BF16 and AMX, whatever the processor has."""
+QUICKLY_BUILT = ("-O1",)
+"""What is written for other instructions is tested; what compilers make of it at -O3, with this processor's own."""
 
 
 def built(kernel: ModuleType, folder: Path, before: str = "", flags: tuple[str, ...] = ()) -> ctypes.CDLL:
@@ -25,7 +27,7 @@ def built(kernel: ModuleType, folder: Path, before: str = "", flags: tuple[str, 
         before: what that begins with.
         flags: for the compiler, beside the kernel's own.
     """
-    return _native.load(_source(kernel, folder, before), (*kernel.FLAGS, *flags))
+    return _native.load(_source(kernel, folder, before), (*kernel.FLAGS, *QUICKLY_BUILT, *flags))
 
 
 @contextlib.contextmanager
@@ -33,7 +35,7 @@ def in_place(kernel: ModuleType, folder: Path, before: str = "", flags: tuple[st
     """Within it the op runs on such a library."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "SOURCE", _source(kernel, folder, before))
-        patch.setattr(kernel, "FLAGS", (*kernel.FLAGS, *flags))
+        patch.setattr(kernel, "FLAGS", (*kernel.FLAGS, *QUICKLY_BUILT, *flags))
         _forget(kernel)
         yield
     _forget(kernel)

@@ -231,3 +231,7 @@ def training(name, classes):
         "optimizer": optax.adam(1e-2),
         "mode": "training",
     }
+
+
+def prune(model, x, params=None, calibration=(), **options):
+    return applied(Prune(**options), model, x, params, calibration)

@@ -154,7 +154,7 @@ def test_windows_of_four_in_bfloat16(case, layout):
 def test_windows_of_four_on_emulated_tiles(tmp_path, threads):
     """AMX's instructions are what their manual says, on any processor with AVX-512."""
     need("avx512f")
-    with in_place(cpu_kernel, tmp_path, EMULATED, ("-O1",)):
+    with in_place(cpu_kernel, tmp_path, EMULATED):
         for case in TILED:
             for layout in LAYOUTS.values():
                 threads(3)

@@ -44,10 +44,10 @@ ON_PATHS = [
 
 
 def variant(name: str, folder: Path):
-    """The kernel for other instructions, by a fast compilation."""
+    """The kernel for other instructions."""
     before, flags, feature = VARIANTS[name]
     need(feature)
-    return built(cpu_kernel, folder, before, (*flags, "-O1"))
+    return built(cpu_kernel, folder, before, flags)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from instruction_paths import QUICKLY_BUILT
 from rnn_int8_calls import MODES, assert_is_the_reference
 
 from perfkit.kernels import _native
@@ -50,7 +51,7 @@ def test_every_instruction_set_gives_the_same_bits(name, tmp_path, monkeypatch):
     source = tmp_path / "variant" / "cpu_kernel.cpp"
     source.parent.mkdir()
     source.write_text(f'{VARIANTS[name]}\n#include "{torch_op.SOURCE}"\n')
-    library = _native.load(source)
+    library = _native.load(source, QUICKLY_BUILT)
     library.perfkit_rnn_int8_instructions.restype = ctypes.c_char_p
     assert library.perfkit_rnn_int8_instructions().decode() == name
     monkeypatch.setattr(torch_op, "library", lambda: library)

@@ -6,62 +6,14 @@ import dataclasses
 
 import pytest
 import sample_profiles as samples
+from steps_of_ops import MACHINE, found, kinds, op, product, profile
 
 from perfkit._chain import chain_of
 from perfkit._quantity import Quantity
 from perfkit._recipe_files import names
-from perfkit.measure import kept_memory
-from perfkit.profiling._profile import Ceilings, Finding, Profile
-from perfkit.profiling._time_data import Module, Op, Span
+from perfkit.profiling._profile import Ceilings
+from perfkit.profiling._time_data import Module, Span
 from perfkit.profiling.advice import LEAST_GAIN, findings, names_in
-from perfkit.profiling.advice_memory import WEIGHTS_BYTES
-from perfkit.profiling.facts import READS_AT
-
-MACHINE = Ceilings(
-    {"float32": Quantity(100.0, "GFLOP/s"), "bfloat16": Quantity(400.0, "GFLOP/s")}, Quantity(20.0, "GB/s")
-)
-
-
-def op(name: str, self_ms: float, module: str = "", **more) -> Op:
-    fields = {"kind": "op", "phase": "forward", "calls": 1, "flops": 0.0, "moved_bytes": 0.0, "shapes": ""} | more
-    return Op(name, module=module, self_ms=self_ms, **fields)
-
-
-def product(self_ms: float = 10.0, dtype: str = "float32", module: str = "fc", share_of_peak: float = 0.8) -> Op:
-    """A matrix product at a share of 100 GFLOP/s, and of little memory."""
-    shapes = f"{dtype}[512, 512], {dtype}[512, 512]"
-    return op("aten::addmm", self_ms, module, flops=share_of_peak * self_ms * 1e8, moved_bytes=3e6, shapes=shapes)
-
-
-def profile(*ops: Op, mode: str = "inference", other_ms: float = 0.0, **changes) -> Profile:
-    """A step that these operations, and time outside of all, make up."""
-    phases = {}
-    for each in ops:
-        phases[each.phase] = phases.get(each.phase, 0.0) + each.self_ms
-    whole = sum(phases.values()) + other_ms
-    time = samples.time(
-        mode == "training",
-        ops=ops,
-        phases_ms=phases | {"other": other_ms},
-        step=samples.latency(whole),
-        busy=Quantity(1 - other_ms / whole, "ratio"),
-        overhead=Quantity(1.0, "ratio"),
-        modules=changes.pop("modules", ()),
-        spans=changes.pop("spans", ()),
-        **{name: changes.pop(name) for name in ("waiting", "recompiles") if name in changes},
-    )
-    memory = samples.memory(mode == "training", by_category={}, **changes.pop("memory", {}))
-    given = {"ceilings": MACHINE, "memory": memory, "findings": (), "notes": (), "mode": mode} | changes
-    return samples.cnn(mode == "training", time=time, **given)
-
-
-def found(*ops: Op, kind: str, **changes):
-    (finding,) = [finding for finding in findings(profile(*ops, **changes)) if finding.kind == kind]
-    return finding
-
-
-def kinds(*ops: Op, **changes) -> set[str]:
-    return {finding.kind for finding in findings(profile(*ops, **changes))}
 
 
 def test_where_nothing_is_wrong_nothing_is_found():
@@ -250,20 +202,6 @@ def test_a_value_that_an_if_reads_is_read_once():
     assert "a value off the device 1 time in" in found(*reading, product(), kind="a value read back").told
 
 
-def test_a_jax_model_that_decides_in_python():
-    """What is to be done first is told; no recipe could be applied before."""
-    dispatched = [op("dispatch", 8.0, calls=40), product(2.0)]
-    whole = kinds(*dispatched, framework="jax")
-    notes = (f"{READS_AT}net.py:12 (`if y.sum() > 0:`)",)
-    reading = profile(*dispatched, framework="jax", notes=notes)
-    (finding,) = [item for item in findings(reading) if item.kind == "a value read back"]
-    assert "net.py:12" in finding.told
-    assert finding.predicted.value > 3
-    assert "small operations" in whole
-    assert {item.recipe for item in findings(reading)} == {""}
-    assert "a value read back" not in whole
-
-
 def test_a_wait_in_the_middle_of_a_step_but_not_at_its_end():
     spans = (
         Span("cudaStreamSynchronize", "host", "wait", 1.0, 2.0),
@@ -283,110 +221,12 @@ def test_compilations_while_steps_run():
     assert finding.predicted.value == pytest.approx(3.0, rel=0.01)  # mean 30, median 10
 
 
-def test_a_leak():
-    grows = {"growth": Quantity(5e6, "B")}
-    finding = found(product(), kind="a leak", memory=grows)
-    assert finding.told == "memory grows by 4.77 MiB a step: after 1000 steps, by 4.66 GiB"
-    assert "a leak" not in kinds(product(), memory={"growth": Quantity(0.0, "B")})
-
-
-def held(**categories) -> dict:
-    return {"by_category": categories, "peak": Quantity(sum(categories.values()), "B")}
-
-
-def with_memory(base: Profile, **categories) -> Profile:
-    return dataclasses.replace(base, memory=dataclasses.replace(base.memory, **held(**categories)))
-
-
-def test_activations_are_most_of_the_peak():
-    parts = tuple(Module(f"block{n}", "Block", 1, 1, 2, 3, 0, 0, saved_bytes=2e8, output_bytes=1e7) for n in range(4))
-    base = profile(product(dtype="bfloat16"), mode="training", modules=parts)
-    full = with_memory(base, activations=8e8, parameters=2e8)
-    (checkpoint,) = [finding for finding in findings(full) if finding.kind == "activations dominate"]
-    assert checkpoint.share == pytest.approx(0.8)
-    # of 800 MB of activations the inside of one block and four outputs are left
-    assert checkpoint.predicted.value == pytest.approx(1e9 / (2e8 + 2e8 + 4e7))
-    assert checkpoint.resource == "memory"
-    assert "activations dominate" not in {found.kind for found in findings(with_memory(base, parameters=1e9))}
-
-
-def test_what_grows_with_the_batch():
-    base = profile(product(dtype="bfloat16"), mode="training")
-    (finding,) = findings(with_memory(base, activations=6e8, temporaries=2e8, parameters=2e8))
-    assert (finding.kind, finding.recipe) == ("the batch dominates", "accumulate")
-    assert finding.predicted.value == pytest.approx(1e9 / 6e8)
-
-
-def test_memory_that_each_step_takes_anew():
-    def told(temporary: float, settings: dict[str, str], **changes) -> list[Finding]:
-        base = profile(product(dtype="bfloat16"), **{"mode": "training"} | changes)
-        memory = dataclasses.replace(base.memory, program={"temp": temporary}, peak=Quantity(4 * temporary, "B"))
-        about = dataclasses.replace(base.environment, settings=settings)
-        changed = findings(dataclasses.replace(base, memory=memory, environment=about))
-        return [finding for finding in changed if finding.kind == "fresh memory"]
-
-    (finding,) = told(2**26, {})
-    assert finding.told.startswith("each step takes 64.0 MiB from the system anew")
-    assert (finding.share, finding.resource, finding.recipe) == (0.25, "memory", "")
-    assert kept_memory.TYPED in finding.advice
-    assert not told(2**26, kept_memory.SETTINGS)
-    assert not told(2**26, {"LD_PRELOAD": "libjemalloc.so.2"})
-    assert not told(kept_memory.KEPT_BYTES, {})
-    assert not told(2**26, {}, mode="inference")
-    assert not told(2**26, {}, device="cuda")
-
-
-def test_micro_batches_of_a_model_with_time_first():
-    layer = op("aten::mkldnn_rnn_layer", 9.0, "lstm", shapes="float32[28, 64, 10], float32[200, 10]")
-
-    def recipe(inputs: str) -> str:
-        base = with_memory(profile(layer, mode="training", inputs=inputs), activations=8e8)
-        (finding,) = [finding for finding in findings(base) if finding.kind == "the batch dominates"]
-        return finding.recipe
-
-    assert recipe("float32[28, 64, 10]") == "accumulate(batch_dim=1)"
-    assert recipe("float32[64, 28, 10]") == "accumulate"
-
-
-def test_weights_in_inference():
-    base = profile(product(dtype="bfloat16"))
-    (finding,) = findings(with_memory(base, parameters=2 * WEIGHTS_BYTES, activations=WEIGHTS_BYTES))
-    assert (finding.kind, finding.recipe) == ("weights dominate", "half")
-    assert finding.predicted.value == pytest.approx(1.5)
-
-
 def test_an_optimizer_in_pieces():
     pieces = [op("aten::mul_", 0.1, phase="optimizer", calls=4) for _ in range(10)]
     finding = found(product(9.0, "bfloat16"), *pieces, kind="an optimizer in pieces", mode="training")
     assert "40 small operations: 10.0%" in finding.told
     fused = [*pieces, op("aten::_fused_adam_", 1.0, phase="optimizer")]
     assert "an optimizer in pieces" not in kinds(product(9.0, "bfloat16"), *fused, mode="training")
-
-
-def test_jax_by_operation_is_compiled_with_everything_else():
-    cell = product(2.0, module="lstm.cell.dense_h")
-    modules = (Module("lstm", "RNN", 1, 8, 0, 8, 0, 0, 0, 0),)
-    ops = (cell, op("dispatch", 90.0, "lstm", calls=50), op("add", 1.0, moved_bytes=4e6, shapes="float32[10]"))
-    advised = {each.kind: each for each in findings(profile(*ops, framework="jax", modules=modules))}
-    assert advised["recurrent layers"].recipe == "fused_kernels+compile"
-    assert advised["small operations"].recipe == "compile"
-    assert 20 < advised["small operations"].predicted.value < 40  # 93 / (90 / 50 + 2 + 1 / 3)
-    assert advised["recurrent layers"].predicted.value > advised["small operations"].predicted.value
-
-
-def test_what_was_timed_as_one_program_is_not_assumed():
-    cell = product(2.0, module="lstm.cell.dense_h")
-    modules = (Module("lstm", "RNN", 1, 8, 0, 8, 0, 0, 0, 0),)
-    ops = (cell, op("dispatch", 97.0, "lstm", calls=50), op("add", 1.0, moved_bytes=4e6, shapes="float32[10]"))
-    base = profile(*ops, framework="jax", modules=modules)
-    step = base.time.step.median_ms
-    timed = dataclasses.replace(base.time, as_one=dataclasses.replace(base.time.step, median_ms=step / 4))
-    advised = {each.kind: each for each in findings(dataclasses.replace(base, time=timed))}
-    assert advised["small operations"].predicted.value == pytest.approx(4)
-    # two thirds of what is computed get 1.5 times faster by the kernel
-    assert advised["recurrent layers"].predicted.value == pytest.approx(4 / (1 / 3 + 2 / 3 / 1.5))
-    slower = dataclasses.replace(base.time, as_one=base.time.step)
-    assert "small operations" not in {each.kind for each in findings(dataclasses.replace(base, time=slower))}
 
 
 def test_the_costliest_is_first():
