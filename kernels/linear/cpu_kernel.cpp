@@ -14,7 +14,8 @@ constexpr bool WIDE = L == 16;        // AVX-512, which has 32 registers; else t
 constexpr int ROWS = WIDE ? 6 : 2;    // of x, whose sums
 constexpr int OUTPUTS = 4;            // with so many of w are in registers;
 constexpr int FEW = 2;                // of so few rows
-constexpr int MANY = WIDE ? 8 : 4;    // with more of w
+constexpr int MANY = WIDE ? 8 : 4;    // with more of w;
+constexpr int MOST = WIDE ? 16 : 4;   // and of a single row, which is read anew for each of those, with still more
 constexpr i64 WORTH = 1 << 17;        // multiply-adds that are worth waking a thread for
 constexpr i64 ALL = 64;               // rows that each thread may read all of
 constexpr i64 NEAR = 5 << 12;         // bytes of x that stay in the first-level cache,
@@ -54,12 +55,12 @@ INLINE void multiply(const typename T::Number* x, const typename T::Number* w, i
     Floats found[R][N] = {};
     const auto go = [&](auto take, i64 k) INLINE_LAMBDA {
         typename T::Vector of[N];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int n = 0; n < N; ++n) of[n] = take(w + n * step + k);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < R; ++m) {
             const typename T::Vector here = T::held_of(take(x + m * step + k));
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int n = 0; n < N; ++n) found[m][n] = T::add(found[m][n], here, of[n]);
         }
     };
@@ -68,9 +69,9 @@ INLINE void multiply(const typename T::Number* x, const typename T::Number* w, i
         go([](const typename T::Number* at) INLINE_LAMBDA { return T::take(at); }, k);
     if (k < K)
         go([left = K - k](const typename T::Number* at) INLINE_LAMBDA { return T::take_part(at, left); }, k);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < R; ++m)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int n = 0; n < N; n += 4)
             n + 4 <= N ? add_lanes<(N < 4 ? 1 : 4)>(&found[m][n], &sums[m * row + n])
                        : add_lanes<(N % 4 ? N % 4 : 1)>(&found[m][n], &sums[m * row + n]);
@@ -106,7 +107,10 @@ struct Pass {
         const i64 piece = round_up((K + pieces - 1) / pieces, T::STEP);
         const i64 near = few ? row : std::max<i64>(OUTPUTS, FAR / size / piece / OUTPUTS * OUTPUTS);
         float* const origin = sums - first * row - from;
-        for (i64 begin = from; begin < to; begin += near)
+        i64 begin = from;
+        for (; last - first == 1 && begin + MOST <= to; begin += MOST)
+            multiply<T, 1, MOST>(x + first * K, w + begin * K, K, K, origin + first * row + begin, row);
+        for (; begin < to; begin += near)
             for (i64 k = 0; k < K; k += piece) {
                 const i64 end = std::min(begin + near, to), length = std::min(piece, K - k);
                 few ? tiles<FEW, MANY>(first, last, begin, end, k, length, origin, row)

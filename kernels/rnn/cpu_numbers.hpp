@@ -2,13 +2,8 @@
 #pragma once
 
 #include <cstring>
-#include <new>
 #include <type_traits>
 #include <utility>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "_vector.hpp"
 
@@ -137,49 +132,6 @@ INLINE void copy_row(To* to, const From* from, i64 count, i64 padded) {
     else
         for (i64 k = 0; k < count; k += L) put(to + k, get(from + k, count - k), count - k);
     if (padded > count) std::memset(to + count, 0, (padded - count) * sizeof(To));
-}
-
-// Memory that begins at a cache line and holds anything at first. Throws std::bad_alloc.
-template <class T>
-class Array {
-  public:
-    Array() = default;
-    explicit Array(i64 count) { allocate(count); }
-    Array(Array&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
-    Array(const Array&) = delete;
-    Array& operator=(const Array&) = delete;
-    ~Array() { release(); }
-
-    void allocate(i64 count) {
-        release();
-        data_ = static_cast<T*>(::operator new(count * sizeof(T) + 64, std::align_val_t(64)));
-    }
-    void allocate_zeros(i64 count) {
-        allocate(count);
-        std::memset(static_cast<void*>(data_), 0, count * sizeof(T));
-    }
-    T* data() const { return data_; }
-    T& operator[](i64 i) const { return data_[i]; }
-
-  private:
-    void release() {
-        if (data_) ::operator delete(data_, std::align_val_t(64));
-        data_ = nullptr;
-    }
-    T* data_ = nullptr;
-};
-
-// What is saved for the backward pass is new memory in each call, and giving it in pages of 4 KB costs the system as
-// much time as computing what is written there.
-inline void ask_for_large_pages(void* data, i64 bytes) {
-#if defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t PAGE = 1 << 21;
-    const auto from = (reinterpret_cast<std::uintptr_t>(data) + PAGE - 1) / PAGE * PAGE;
-    const auto to = (reinterpret_cast<std::uintptr_t>(data) + bytes) / PAGE * PAGE;
-    if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // advice: it may be refused
-#else
-    (void)data, (void)bytes;
-#endif
 }
 
 // A view of rows that lie `step` numbers apart from time to time and `row` from row to row.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "_tiles.hpp"
+#include "cpu_memory.hpp"
 #include "cpu_numbers.hpp"
 
 #if defined(__AVX512F__)
@@ -129,13 +130,29 @@ void pack(const Matrix<Operand, G, V>& to, i64 block, const Data* w, i64 K) {
                 from[u] = gate < G ? w + (gate * H + first + unit) * K : nullptr;
                 if (++unit == units) ++gate, unit = 0;
             }
-            for (i64 word = 0; word < all_words; word += L) {
-                const i64 k = word * PAIR<Operand>, wide = std::min<i64>(L, all_words - word);
+            // Some words, `count` numbers of each row at most. In float32, which has most, all is unrolled: a block is
+            // transposed in registers.
+            const auto columns = [&](i64 word, auto whole, i64 count) INLINE_LAMBDA {
                 Floats rows[L];
-                for (int u = 0; u < L; ++u) rows[u] = from[u] ? words<Operand>(from[u] + k, K - k) : Floats{};
+                const auto read = [&](int u) INLINE_LAMBDA {
+                    rows[u] = from[u] ? words<Operand>(from[u] + word * PAIR<Operand>, count) : Floats{};
+                };
+                const auto write = [&](i64 j) INLINE_LAMBDA { store(at + (word + j) * N * L, rows[j]); };
+                if constexpr (PAIR<Operand> == 1)
+                    each<L>(read);
+                else
+                    for (int u = 0; u < L; ++u) read(u);
                 transpose<L / 2>(rows);
-                for (i64 j = 0; j < wide; ++j) store(at + (word + j) * N * L, rows[j]);
-            }
+                if constexpr (whole)
+                    each<L>(write);
+                else
+                    for (i64 j = 0; j < std::min<i64>(L, all_words - word); ++j) write(j);
+            };
+            i64 word = 0;
+            if constexpr (PAIR<Operand> == 1)
+                for (; word + L <= K; word += L) columns(word, std::true_type(), L);
+            for (; word < all_words; word += L)
+                columns(word, std::false_type(), PAIR<Operand> == 1 ? std::min<i64>(K - word, L - 1) : K - word * 2);
         }
     }
 }

@@ -12,7 +12,7 @@ from torch._dynamo.callback import callback_handler
 from torch.nn.utils.rnn import PackedSequence
 
 from perfkit.backends.torch_spellings import Last
-from perfkit.backends.torch_surgery import around_call, derive
+from perfkit.backends.torch_surgery import derive
 from perfkit.kernels._torch import lowered
 from perfkit.kernels.rnn.torch_call import picked_at_once, run
 from perfkit.kernels.sequence.cpu_kernel import LastStep
@@ -119,37 +119,45 @@ def _unbatched(module: nn.RNNBase, x: Tensor, hx: Any) -> Any:
     return y.squeeze(batch), states
 
 
-class _Traced:
-    """Within it torch.compile traces recurrent modules, which it otherwise breaks the graph at.
+class _Calls(threading.local):
+    """How many calls of models are on their way in this thread, and what was set for a compilation within them."""
 
-    It knows them by their class, and that is still what they are. The setting is torch's own and global: it is changed
-    while something inside compiles, and not at each call.
-    """
-
-    def __enter__(self):
-        _calls.depth = getattr(_calls, "depth", 0) + 1
-        if _allow not in callback_handler.start_callbacks:  # the first time, or after torch.compiler.reset()
-            callback_handler.register_start_callback(_allow)
-            callback_handler.register_end_callback(_forbid)
-
-    def __exit__(self, *_):
-        _calls.depth -= 1
+    depth = 0
+    setting: Any = None
 
 
-_calls = threading.local()
+_calls = _Calls()
 
 
 def _allow(_: Any) -> None:
-    if getattr(_calls, "depth", 0):
+    if _calls.depth:
         _calls.setting = torch._dynamo.config.patch(allow_rnn=True)
         _calls.setting.__enter__()
 
 
 def _forbid(_: Any) -> None:
-    if setting := vars(_calls).pop("setting", None):
+    if setting := _calls.setting:
+        _calls.setting = None
         setting.__exit__(None, None, None)
 
 
 def let_compile(model: nn.Module) -> None:
-    """Let torch.compile trace `model` whole, whose recurrent modules all call kernels."""
-    around_call(model, _Traced)
+    """Let torch.compile trace `model` whole, whose recurrent modules all call kernels; otherwise it breaks the graph.
+
+    It knows them by their class, and that is still what they are. The setting is torch's own and global: it is changed
+    while something inside a call of `model` compiles, and not at each call.
+    """
+    base = type(model)
+
+    def __call__(self, *args, **kwargs):
+        # no context manager: those take a microsecond, of a small model's twenty
+        _calls.depth += 1
+        if _allow not in callback_handler.start_callbacks:  # the first time, or after torch.compiler.reset()
+            callback_handler.register_start_callback(_allow)
+            callback_handler.register_end_callback(_forbid)
+        try:
+            return base.__call__(self, *args, **kwargs)
+        finally:
+            _calls.depth -= 1
+
+    derive(model, __call__=__call__)

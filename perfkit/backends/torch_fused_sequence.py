@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from perfkit.backends import torch_fused_conv as convolutions
 from perfkit.kernels import _autotune, _op
@@ -34,9 +35,10 @@ _READ = {
     nn.RNNBase: operator.attrgetter("mode", "batch_first", "bidirectional", "dropout", "training"),
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_form = operator.attrgetter("shape", "dtype")
+_form = operator.attrgetter("dtype", "requires_grad")
 GUARDS = getattr(torch._C._dynamo.guards, "TensorGuards", None)
-"""What torch.compile looks with whether tensors are as they were: in a quarter of the time that asking each takes."""
+"""What torch.compile looks with whether tensors are as they were, and the modes that they are dispatched in: in a
+quarter of the time that asking each takes."""
 
 
 def run(links: tuple, x: Any, layers: Callable[[tuple, Tensor], tuple[Layers | None, Tensor]]) -> Tensor | None:
@@ -46,28 +48,40 @@ def run(links: tuple, x: Any, layers: Callable[[tuple, Tensor], tuple[Layers | N
         layers: tells of links and x which layers they are, None where some of them are no kernel's, and computes them.
     """
     first = links[-1]
-    if type(x) not in PLAIN or not isinstance(first, LAYERS):
+    if not isinstance(first, LAYERS):
         return None
     kept = vars(first).get(KEPT)
     if kept is None:
         kept = vars(first).setdefault(KEPT, _Kept())
+    last = kept.last
+    if last is not None and last.holds(links, x):
+        return last.call(x)
+    return _other(kept, links, x, layers) if type(x) in PLAIN else None
+
+
+def _other(kept: _Kept, links: tuple, x: Tensor, layers: Callable[[tuple, Tensor], tuple[Layers | None, Tensor]]):
+    """The same for links or an `x` that are not like those of the last call."""
     low = _autocasts_to(x)
-    key = len(links), x.shape, x.dtype, low, torch.is_inference_mode_enabled(), _autotune.state()
+    of_x = type(x), x.shape, x.stride(), x.dtype, x.requires_grad, x.is_inference()
+    key = len(links), of_x, low, torch.is_inference_mode_enabled(), _autotune.state()
     known = kept.get(key, _unknown)
     if known is None:
         return None
-    if known is not _unknown and known.holds(links):
-        return known.call(x) if known.quiet(x) else None
-    new = _Sequence(links, low)
-    if not new.quiet(x) or observer(new.tensors):
+    if known is not _unknown and known.holds(links, x):
+        kept.last = known
+        return known.call(x)
+    new = _Sequence(links, x, low)
+    if not (x.is_cpu and x.is_contiguous() and new.quiet()) or observer([x, *new.tensors]):
         return None
-    new.remember()
+    if low is None and torch._C._is_any_autocast_enabled():
+        return None
+    new.remember(x)
     if len(kept) >= _MOST:
         kept.clear()
     found, y = layers(links, x)
-    if found and new.holds(links) and all(map(Tensor.is_contiguous, new.tensors)):
+    if found and new.holds(links, x) and all(map(Tensor.is_contiguous, new.tensors)):
         new.learn([problem for _, problem in found], x, tuple(y.shape))
-        kept[key] = new
+        kept[key] = kept.last = new
     else:
         kept[key] = None
     return y
@@ -86,7 +100,9 @@ def _names(layer: nn.Module) -> Sequence[str]:
 
 
 class _Kept(dict):
-    """What is known of the groups that begin with a layer. Copies are empty."""
+    """What is known of the groups that begin with a layer, and what the last call was. Copies are empty."""
+
+    last: _Sequence | None = None
 
     def __deepcopy__(self, memo: Any) -> _Kept:
         return _Kept()
@@ -103,7 +119,7 @@ class _Sequence:
 
     call: Callable[[Tensor], Tensor]
 
-    def __init__(self, links: tuple, low: torch.dtype | None):
+    def __init__(self, links: tuple, x: Tensor, low: torch.dtype | None):
         modules = [link for link in links if isinstance(link, nn.Module)]
         layers = [each for each in reversed(modules) if isinstance(each, LAYERS)]
         self.links, self.modules, self.types = links, modules, list(map(type, modules))
@@ -115,10 +131,12 @@ class _Sequence:
         self.low, self.of_layers = low, [[getattr(layer, name) for name in _names(layer)] for layer in layers]
         parameters = list(chain(*self.of_layers))
         self.parameters, self.tensors = list(map(id, parameters)), [each for each in parameters if each is not None]
+        self.differentiable = any(tensor.requires_grad for tensor in (x, *self.tensors))
+        self.state = _autotune.state()
 
-    def remember(self) -> None:
-        """How the parameters lie, of which somebody who looks on may make tensors that lie nowhere."""
-        self.addresses, self.alike = list(map(Tensor.data_ptr, self.tensors)), _alike(self.tensors)
+    def remember(self, x: Tensor) -> None:
+        """How x and the parameters lie, of which somebody who looks on may make tensors that lie nowhere."""
+        self.addresses, self.alike = list(map(Tensor.data_ptr, self.tensors)), _alike([x, *self.tensors])
 
     def learn(self, problems: Sequence[Problem], x: Tensor, size: tuple[int, ...]) -> None:
         """Make the call of tensors such as x, which gives one of `size`."""
@@ -142,38 +160,51 @@ class _Sequence:
 
         self.call = call
 
-    def holds(self, links: tuple) -> bool:
-        """Whether they are these links, and are what they were."""
+    def holds(self, links: tuple, x: Any) -> bool:
+        """Whether they are these links and such an x, all is as it was, and numbers are wanted and no more."""
         return (
             links == self.links
             and list(map(type, self.modules)) == self.types
             and [id(holder.get(name)) for holder, name in self.places] == self.parameters
+            and self.alike(x, *self.tensors)
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
-            and self.alike(*self.tensors)
             and [tell(each) for each, tell in self.read] == self.told
+            and self.state == _autotune.state()
+            and self.quiet()
         )
 
-    def quiet(self, x: Tensor) -> bool:
-        """Whether numbers are wanted of x as it lies, and no more: no hook, gradient, trace, mode or other autocast."""
+    def quiet(self) -> bool:
+        """Whether no hook, gradient, trace or profiler, nor another dtype of autocast, is there to be followed."""
         return not (
             any(self.hooks)
             or any(map(operator.contains, self.own, repeat("forward")))
-            or not (x.is_cpu and x.is_contiguous())
-            or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.tensors)))
-            or (self.low is None and torch._C._is_any_autocast_enabled())
+            or (self.differentiable and torch.is_grad_enabled())
+            or forward_ad._current_level >= 0
+            or torch._C._len_torch_dispatch_stack()
+            or torch.autograd._profiler_enabled()
             or _op.tracing()
-            or observer((x,))
+            or (self.low is not None and torch.get_autocast_dtype("cpu") != self.low)
         )
 
 
 def _alike(tensors: list[Tensor]) -> Callable[..., bool]:
-    """Whether such tensors are of the classes, dtypes, sizes and strides that these are, and numbers as they lie."""
+    """Whether such tensors are of the classes, dtypes, sizes and strides that these are, and numbers as they lie; and
+    operations on them would be dispatched as now: in inference mode, under autocast, in a transformation or not."""
     if GUARDS is not None:
         return GUARDS(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-    forms, strides = list(map(_form, tensors)), list(map(Tensor.stride, tensors))
+    types, forms = list(map(type, tensors)), list(map(_form, tensors))
+    sizes, strides = list(map(Tensor.size, tensors)), list(map(Tensor.stride, tensors))
+    modes = torch.is_inference_mode_enabled, torch._C._is_any_autocast_enabled
+    on = [mode() for mode in modes]
 
-    def alike(*given: Tensor) -> bool:
-        plain = PLAIN.issuperset(map(type, given)) and not any(map(Tensor.is_neg, given))
-        return plain and list(map(_form, given)) == forms and list(map(Tensor.stride, given)) == strides
+    def alike(*given: Any) -> bool:
+        return (
+            list(map(type, given)) == types
+            and observer(given) is None
+            and list(map(_form, given)) == forms
+            and list(map(Tensor.size, given)) == sizes
+            and list(map(Tensor.stride, given)) == strides
+            and [mode() for mode in modes] == on
+        )
 
     return alike

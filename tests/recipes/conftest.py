@@ -22,3 +22,15 @@ def made(monkeypatch):
 
     monkeypatch.setattr(sequences, "caller", counted)
     return found
+
+
+@pytest.fixture(params=[True, False], ids=["guarded", "asked"])
+def guarded(request, monkeypatch):
+    """torch.compile's guards tell whether tensors and modes are as they were; or, where torch has none, we ask."""
+    pytest.importorskip("torch")
+    from perfkit.backends import torch_fused_sequence as sequences
+
+    if not request.param:
+        monkeypatch.setattr(sequences, "GUARDS", None)
+    else:
+        assert sequences.GUARDS is not None

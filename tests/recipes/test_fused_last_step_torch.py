@@ -208,10 +208,7 @@ def test_what_changes_is_followed(made):
     same(x.double())
 
 
-@pytest.mark.parametrize("guarded", [True, False])
-def test_weights_that_lie_in_another_way_are_read_so(guarded, made, monkeypatch):
-    if not guarded:
-        monkeypatch.setattr(sequences, "GUARDS", None)
+def test_weights_that_lie_in_another_way_are_read_so(guarded, made):
     torch.manual_seed(0)
     model, x = Net(nn.RNN).eval(), inputs()
     result = optimized(model, x)

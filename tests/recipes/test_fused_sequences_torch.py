@@ -10,6 +10,9 @@ pytest.importorskip("torch")
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import perfkit
 from perfkit.backends import torch_fused_sequence as sequences
@@ -84,7 +87,7 @@ def test_all_layers_are_one_call(kind, made):
     assert made == [3] or kind is Flat
 
 
-def test_what_changes_is_followed(made):
+def test_what_changes_is_followed(guarded, made):
     torch.manual_seed(0)
     model, x = Net().eval(), batch()
     result = optimized(model, x)
@@ -142,7 +145,7 @@ def test_what_is_taken_out_is_missed_as_the_module_misses_it():
         assert_same(made(x), model(x))
 
 
-def test_whoever_looks_on_sees_each_layer(made):
+def test_whoever_looks_on_sees_each_layer(guarded, made):
     torch.manual_seed(0)
     model, x = Net().eval(), batch()
     result = optimized(model, x)
@@ -212,7 +215,7 @@ def test_any_batch_on_any_number_of_threads(threads, dtype, error, made):
     assert made == [3] * 5
 
 
-def test_autocast_rounds_what_weights_are_at_the_call(made):
+def test_autocast_rounds_what_weights_are_at_the_call(guarded, made):
     torch.manual_seed(0)
     model, x = Net().eval(), batch()
     result = optimized(model, x)
@@ -240,7 +243,7 @@ def test_autocast_rounds_what_weights_are_at_the_call(made):
     assert made == [3, 3]
 
 
-def test_parameters_of_torch_func_lie_nowhere(made):
+def test_parameters_of_torch_func_lie_nowhere(guarded, made):
     torch.manual_seed(0)
     model, x = Net().eval(), batch()
     result = optimized(model, x)
@@ -252,3 +255,62 @@ def test_parameters_of_torch_func_lie_nowhere(made):
         )
         assert_same(new, old)
         assert_same(result(x), model(x))
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations that are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_is_known_is_not_used_where_operations_are_watched(guarded, made):
+    torch.manual_seed(0)
+    model, x = Net().eval(), batch()
+    result, direction = optimized(model, x), torch.randn_like(x)
+    with torch.no_grad():
+        for _ in range(2):
+            result(x)
+        with Operations() as operations:
+            assert_same(result(x), model(x))
+        assert any("conv2d" in name for name in operations.seen)
+        many = torch.stack([x, 2 * x])
+        assert_same(torch.func.vmap(result)(many), torch.func.vmap(model)(many))
+        assert_same(result(torch._neg_view(x)), model(-x))
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(result(x), FakeTensor)
+    for of in (result, model):
+        of.requires_grad_(False)
+    with torch.no_grad():
+        for _ in range(2):
+            result(x)
+    made.clear()
+    with pytest.raises(NotImplementedError):  # the kernels have no derivative in forward mode, and say so
+        torch.func.jvp(result, (x,), (direction,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        result(forward_ad.make_dual(x, direction))
+    assert not made
+
+
+def test_inputs_of_other_kinds_by_turns_are_learned_once_each(guarded, made):
+    torch.manual_seed(0)
+    model, x = Net().eval(), batch()
+    result = optimized(model, batch(4))
+    with torch.inference_mode():
+        inside = x.clone()
+    odd = x.as_strided(x.shape, (144, 200, 12, 1))
+    kinds = [x, nn.Parameter(x), nn.Parameter(x, requires_grad=False), inside, odd, batch(3)]
+    assert odd.is_contiguous()
+    assert odd.stride() != x.stride()
+    made.clear()
+    for _ in range(3):
+        for each in kinds:
+            for mode in (torch.no_grad, torch.inference_mode):
+                with mode():
+                    assert_same(result(each), model(each))
+    assert made == [3] * 2 * len(kinds)
