@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from perfkit._errors import InvalidInputError
 from perfkit.kernels.conv2d.problem import Options, Problem, check_ranks, problem, resolved
@@ -43,7 +43,9 @@ def _rest(given: Options) -> tuple:
 
 
 def _size(size: Any) -> int:
-    return size if isinstance(size, int) else size.node.hint if size.node.has_hint() else int(size)
+    if isinstance(size, SymInt) and size.node.has_hint():
+        return size.node.hint
+    return int(size)  # under torch.jit.trace it is a tensor
 
 
 def channels_last(x: Tensor) -> bool:

@@ -216,6 +216,15 @@ def test_compiled_and_exported(implementation):
     assert len(ours) == (implementation == "cpu")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("implementation", implementations("cpu", "library"))
+def test_traced_by_jit(implementation):
+    block, x = Block(implementation).eval(), torch.randn(4, 3, 12, 9)
+    with torch.no_grad():
+        traced = torch.jit.trace(block, (x,), check_trace=False)
+        torch.testing.assert_close(traced(2 * x), block(2 * x))
+
+
 @needs_compiler
 def test_inductor():
     """What it assumes of strides holds, forward and backward. It has nothing to compile here but our operator."""
