@@ -122,5 +122,5 @@ def _described(
             argument for argument, kind in signature.items()
             if kind.startswith("*") or (argument in STRIDES and problem.hidden % 16 == 0)
         ),
-        "options": tiles.options(name == "backward"),  # AMD's compiler leaves out what is not its own
+        "options": tiles.options(problem.mode, name == "backward"),  # AMD's compiler leaves out what is not its own
     }  # fmt: skip

@@ -60,14 +60,16 @@ class Tiles(NamedTuple):
         # more rows leave too few registers for the sums, and three larger blocks are more than AMD's memory on chip
         return 3 if rows <= 128 and block_bytes <= 20480 else 1
 
-    def options(self, backward: bool, amd: bool = False) -> dict[str, int]:
+    def options(self, mode: str, backward: bool, amd: bool = False) -> dict[str, int]:
         """Triton's."""
         # more stages would have loads of h run ahead of the wait that they are for
         found = {"num_warps": self.warps, "num_stages": 1}
-        if amd or (backward and self.resident):
+        resident = backward and self.resident
+        if amd or (resident and mode == "LSTM"):
             return found
-        # all that there are: NVIDIA's assembler spills a few to have room for a second program, which never comes
-        return found | {"maxnreg": min(255, 2**16 // (32 * self.warps))}
+        # NVIDIA's assembler spills a few to have room for a second program, which never comes. Of all that there are
+        # it makes other use in a backward pass with W there: an LSTM's then spills, and is left to it.
+        return found | {"maxnreg": min(168 if resident else 255, 2**16 // (32 * self.warps))}
 
     def alone(self, hidden: int) -> bool:
         """One program has all hidden units, and what they exchange never leaves it."""

@@ -205,7 +205,7 @@ def _options(problem: Problem, tiles: Tiles, span: Span, like: Tensor, backward:
     constants = tiles.constants(problem, span.counted, tf32(like), _triton.interpreted())
     # a grid of more programs than run at once is refused then, instead of waiting for ever
     cooperative = {"launch_cooperative_grid": True} if span.counted else {}
-    return constants | tiles.options(backward, amd=torch.version.hip is not None) | cooperative
+    return constants | tiles.options(problem.mode, backward, amd=torch.version.hip is not None) | cooperative
 
 
 def _current(x: Tensor) -> AbstractContextManager:
