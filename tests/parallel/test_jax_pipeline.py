@@ -142,7 +142,9 @@ def test_inference_is_that_of_one_device_by_weights_as_they_are(four, model):
 def test_a_function_in_stages_takes_its_own_parameters_and_others(four):
     found = four["function"]
     for how in ("own", "given", "others", "own after others", "own again", "in a program", "fidelity", "by inputs"):
-        assert found[how] <= 8 * 8 * 16**0.5 * ROUNDING, how  # eight blocks of some operations, sums of 16 numbers
+        passes = 2 if how == "by inputs" else 1  # there, and back
+        # eight blocks of some operations, sums of 16 numbers
+        assert found[how] <= passes * 8 * 8 * 16**0.5 * ROUNDING, how
     assert found["params after others"] == 0
     whole = (8 * 16 * 16 + 16 * 4) * 4
     assert whole / 4 <= found["bytes"][0] < whole, "each device holds its stage"
