@@ -1,7 +1,7 @@
-"""`python -m bench.fresh_memory`: steps in JAX on CPU whose temporary memory is kept, against steps that take it anew.
+"""`python -m bench.fresh_memory`: calls on CPU whose temporary memory is kept, against calls that take it anew.
 
 For each case two processes live side by side, with and without the settings of `perfkit.measure.kept_memory`, which the
-C library reads when a process starts. They take steps in turn, there and back, while the other one waits. Kept in
+C library reads when a process starts. They make calls in turn, there and back, while the other one waits. Kept in
 results/fresh-memory-<device>.json, and from there in docs/memory.md.
 """
 
@@ -25,10 +25,20 @@ from perfkit.measure.kept_memory import SETTINGS
 from perfkit.measure.statistics import compare
 from perfkit.reporting._format import format_bytes
 
-CASES = [("cnn", 128), ("cnn", 512), ("text_lstm", 64)]
+CASES = [
+    ("jax", "training", "cnn", 128),
+    ("jax", "training", "cnn", 512),
+    ("jax", "training", "text_lstm", 64),
+    ("torch", "inference", "cnn", 512),
+    ("torch", "training", "cnn", 128),
+    ("torch", "training", "cnn", 512),
+    ("torch", "training", "text_lstm", 64),
+]
+"""Framework, mode, model, batch size."""
+
 PAIRS, QUICK_PAIRS = 20, 4
 BLOCK_MS = 400.0
-"""So long the steps of one turn take, at least."""
+"""So long the calls of one turn take, at least."""
 
 PAGE = DOCS / "memory.md"
 MARKS = "<!-- measured: written by python -m bench.fresh_memory -->", "<!-- end of fresh memory -->"
@@ -59,11 +69,13 @@ def record(into: Path) -> None:
     print(f"wrote {path}")
 
 
-def row(model: str, batch_size: int, pairs: int) -> dict[str, Any]:
-    """A case in both processes: times of a step by blocks, page faults, memory; and the ratio of the times."""
+def row(framework: str, mode: str, model: str, batch_size: int, pairs: int) -> dict[str, Any]:
+    """A case in both processes: times of a call by blocks, page faults, memory; and the ratio of the times."""
     plain = {name: value for name, value in os.environ.items() if name not in SETTINGS} | {"JAX_PLATFORMS": "cpu"}
     with ExitStack() as stack:
-        sides = [stack.enter_context(worker(model, batch_size, env)) for env in (plain, plain | SETTINGS)]
+        sides = [
+            stack.enter_context(worker((framework, mode, model, batch_size), env)) for env in (plain, plain | SETTINGS)
+        ]
         begun = [side.asked("begin") for side in sides]
         steps = max(1, round(BLOCK_MS / max(each["step_ms"] for each in begun)))
         blocks: tuple[list, list] = [], []
@@ -74,6 +86,8 @@ def row(model: str, batch_size: int, pairs: int) -> dict[str, Any]:
     anew_ms, kept_ms = ([block["step_ms"] for block in side] for side in blocks)
     found = compare(anew_ms, kept_ms, baseline="taken anew", variant="kept")
     return {
+        "framework": framework,
+        "mode": mode,
         "model": model,
         "batch_size": batch_size,
         "temporary_bytes": begun[0]["temporary_bytes"],
@@ -104,9 +118,9 @@ class Worker:
 
 
 @contextmanager
-def worker(model: str, batch_size: int, variables: dict[str, str]) -> Iterator[Worker]:
+def worker(case: tuple[str, str, str, int], variables: dict[str, str]) -> Iterator[Worker]:
     """A worker that was started with these environment variables; it ends when nobody asks any more."""
-    command = [sys.executable, "-m", "bench.fresh_memory_worker", model, str(batch_size)]
+    command = [sys.executable, "-m", "bench.fresh_memory_worker", *map(str, case)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=variables, **pipes) as process:
         yield Worker(process)
@@ -118,10 +132,10 @@ def measured() -> list[str]:
     for path, found in recorded("fresh-memory"):
         lines += [
             "",
-            f"{machine(found)}, training steps of the reference models; source: `bench/results/{path.name}`.",
+            f"{machine(found)}, the reference models; source: `bench/results/{path.name}`.",
             "",
-            "| model, batch | temporary memory | a step, anew | kept | ratio | page faults in it | peak resident |",
-            "|---|---|---|---|---|---|---|",
+            "| model, batch | call | anew in each | anew | kept | ratio | page faults in it | peak resident |",
+            "|---|---|---|---|---|---|---|---|",
             *map(_line, found["rows"]),
         ]
     return [*lines, ""] if lines else NOTHING
@@ -130,7 +144,8 @@ def measured() -> list[str]:
 def _line(row: dict[str, Any]) -> str:
     anew, kept, ratio = row["anew"], row["kept"], row["ratio"]
     cells = (
-        f"{row['model']}, {row['batch_size']}", format_bytes(row["temporary_bytes"]),
+        f"{row['model']}, {row['batch_size']}", f"{row['framework']}, {row['mode']}",
+        format_bytes(row["temporary_bytes"]),
         f"{anew['step_ms']:.1f} ms", f"{kept['step_ms']:.1f} ms",
         f"{ratio['ratio']:.2f}× [{ratio['low']:.2f}, {ratio['high']:.2f}] {row['verdict']}",
         f"{anew['faults']:.0f} → {kept['faults']:.0f}",

@@ -18,7 +18,7 @@ timeout_option = click.option(
 )
 
 keep_memory_option = click.option(
-    "--keep-memory", is_flag=True, help="JAX on CPU: keep memory from call to call, as docs/memory.md has it."
+    "--keep-memory", is_flag=True, help="On a CPU: keep memory from call to call, as docs/memory.md has it."
 )
 
 

@@ -42,7 +42,7 @@ class Diagnosis(InTerminal):
         devices: the device that each framework would use, or why it cannot be used.
         energy: the counter that a profile would read energy from, by device, or why there is none.
         cards: what each NVIDIA card says of itself; empty where there is none.
-        memory: whether memory that programs of JAX take on a CPU is kept from call to call; empty without JAX.
+        memory: whether memory that models take on a CPU is kept from call to call.
     """
 
     _terminal = "diagnosis"
@@ -73,7 +73,7 @@ def doctor() -> Diagnosis:
         else:
             device = devices[framework] = _device(framework)
         recipes += [_readiness(name, framework, device, devices[framework]) for name in names()]
-    memory = kept_memory.told() if find_spec("jax") else ""
+    memory = kept_memory.told()
     return Diagnosis(environment(), compilers(), devices, tuple(recipes), *_counters_and_cards(), memory)
 
 

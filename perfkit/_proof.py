@@ -135,7 +135,7 @@ def _assembled(
         for name, variant, latency in zip(("original", chain), (original, result), latencies, strict=True)
     )
     spread = parallel(result, speedup)
-    advice = work.backend.memory_advice(result.work, result.finished) if result.measurable else ""
+    advice = _about_memory(original, result) if result.measurable else ""
     optimizing_s = sum(step.apply_s for step in applied.steps) + (result.first_call_s.value or 0.0)
     report = Report(
         model=work.backend.model_name(work),
@@ -162,6 +162,15 @@ def _assembled(
         **found,
     )
     return work.world.agree(replace(report, explanation=_explained(report)))
+
+
+def _about_memory(original: Variant, result: Variant) -> str:
+    """What settings of the process may give the result; or the original, since that is no gain of the recipe's then."""
+    advice = original.work.backend.memory_advice
+    if (told := advice(result.work, result.finished)) or result is original:
+        return told
+    told = advice(original.work, original.finished)
+    return f"part of the gain may be memory: of the original {told}" if told else ""
 
 
 def _explained(report: Report) -> str:

@@ -22,11 +22,12 @@ def test_the_settings_of_the_page_are_those_that_are_advised():
 
 
 @pytest.mark.skipif(bool(kept_memory.unavailable()), reason="not glibc's malloc")
-def test_steps_touch_no_page_for_the_first_time_where_memory_is_kept(monkeypatch):
-    for package in ("jax", "sklearn"):
+@pytest.mark.parametrize(("framework", "batch_size"), [("jax", 128), ("torch", 512)])
+def test_steps_touch_no_page_for_the_first_time_where_memory_is_kept(framework, batch_size, monkeypatch):
+    for package in (framework, "sklearn"):
         pytest.importorskip(package)
     monkeypatch.setattr(fresh_memory, "BLOCK_MS", 1.0)
-    row = fresh_memory.row("cnn", 128, 2)
+    row = fresh_memory.row(framework, "training", "cnn", batch_size, 2)
     assert row["temporary_bytes"] > KEPT_BYTES
     assert row["anew"]["faults"] > row["temporary_bytes"] / 2 / 2**21, "in pages of 2 MiB at most"
     assert row["kept"]["faults"] < row["anew"]["faults"] / 10
@@ -36,7 +37,7 @@ def test_steps_touch_no_page_for_the_first_time_where_memory_is_kept(monkeypatch
 
 def test_a_worker_that_fails_is_told():
     with (
-        fresh_memory.worker("no such model", 1, dict(os.environ)) as worker,
+        fresh_memory.worker(("torch", "training", "no such model", 1), dict(os.environ)) as worker,
         pytest.raises(RuntimeError, match="begin"),
     ):
         worker.asked("begin")
@@ -44,7 +45,8 @@ def test_a_worker_that_fails_is_told():
 
 def test_what_is_shown(monkeypatch, tmp_path):
     row = {
-        "model": "cnn", "batch_size": 128, "temporary_bytes": 2**27, "verdict": "faster",
+        "framework": "jax", "mode": "training", "model": "cnn", "batch_size": 128,
+        "temporary_bytes": 2**27, "verdict": "faster",
         "ratio": {"ratio": 1.625, "low": 1.5, "high": 2.0, "pairs": 20},
         "anew": {"step_ms": 162.5, "faults": 21800.0, "peak_bytes": 2**29},
         "kept": {"step_ms": 100.0, "faults": 300.0, "peak_bytes": 2**30},
@@ -52,6 +54,8 @@ def test_what_is_shown(monkeypatch, tmp_path):
     (tmp_path / "fresh-memory-a-processor.json").write_text(json.dumps({"environment": MACHINE, "rows": [row]}))
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     told = "\n".join(fresh_memory.measured())
-    assert "a processor, 2 cores, training steps" in told
-    assert "| cnn, 128 | 128 MiB | 162.5 ms | 100.0 ms | 1.62× [1.50, 2.00] faster | 21800 → 300 |" in told
+    assert "a processor, 2 cores, the reference models" in told
+    assert (
+        "| cnn, 128 | jax, training | 128 MiB | 162.5 ms | 100.0 ms | 1.62× [1.50, 2.00] faster | 21800 → 300 |" in told
+    )
     assert "| 512 MiB → 1.00 GiB |" in told

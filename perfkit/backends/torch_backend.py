@@ -46,6 +46,7 @@ from perfkit.backends.torch_surgery import (
     tensors_in,
 )
 from perfkit.backends.torch_training import Trainer
+from perfkit.measure import kept_memory
 
 
 class TorchBackend(Backend):
@@ -166,7 +167,10 @@ class TorchBackend(Backend):
         return Quantity(float(sum(on_device.values())), "B", method=f"tensors of optimizer.state on {work.device}")
 
     def memory_advice(self, work: Workload, finished: Finished) -> str:
-        return ""  # it takes memory tensor by tensor: how much of that glibc gives back, nobody counts
+        if work.device != "cpu" or not work.world.alone or kept_memory.settled():
+            return ""
+        with finished.keeping_state():
+            return kept_memory.advice(kept_memory.touched_anew(self.caller(work, finished)))
 
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
         from perfkit.parallel.torch_traffic import traffic

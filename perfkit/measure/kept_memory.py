@@ -1,9 +1,9 @@
 """Whether this process keeps the memory that it frees, or hands large pieces back and takes them from the system anew.
 
-XLA takes a program's temporary memory on a CPU in one piece, by malloc, in each call. glibc maps a piece above
-`KEPT_BYTES` by itself and unmaps it when it is freed; the threads' own arenas do so too, in heaps of 64 MiB. The kernel
-then zeroes and maps each page again when it is next touched. `SETTINGS` turn this off. glibc reads them once, when a
-process starts. docs/memory.md has what that gives and takes.
+XLA takes a program's temporary memory on a CPU in one piece, by malloc, in each call, and torch each tensor. glibc maps
+a piece above `KEPT_BYTES` by itself and unmaps it when it is freed; the threads' own arenas do so too, in heaps of 64
+MiB. The kernel then zeroes and maps each page again when it is next touched. `SETTINGS` turn this off. glibc reads them
+once, when a process starts. docs/memory.md has what that gives and takes.
 """
 
 from __future__ import annotations
@@ -11,14 +11,27 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
+
+from perfkit.measure.calls import Call
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 KEPT_BYTES = 32 << 20
 """Up to so many bytes glibc keeps what a program gives back, and takes larger pieces from the system in each call.
 
 Source: `DEFAULT_MMAP_THRESHOLD_MAX` in malloc/malloc.c
 """
+
+MOST_CALLS, LONG_S = 4, 0.5
+"""So many calls tell what one takes anew, or as few as last so long: some take it in every other one."""
 
 SETTINGS = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 """All are needed: one arena, which may grow beyond 64 MiB; no piece mapped by itself; nothing given back from its end.
@@ -41,6 +54,20 @@ def fresh(temporary: int) -> int:
     return temporary if temporary > KEPT_BYTES else 0
 
 
+def touched_anew(call: Call) -> int:
+    """Bytes of the pages that this process touches for the first time in a call, on average over a few.
+
+    Each page is counted as if it were no huge one.
+    """
+    if resource is None:
+        return 0
+    before, began, calls = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter(), 0
+    while not calls or (calls < MOST_CALLS and time.perf_counter() - began < LONG_S):
+        call()
+        calls += 1
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() // calls
+
+
 def unavailable() -> str:
     """Why the settings do nothing in processes that are started here; empty where they do."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
@@ -61,9 +88,14 @@ def kept(variables: Mapping[str, str] | None = None) -> bool:
     return arenas == 1 and mapped == 0 and trim is not None and trim >= int(SETTINGS["MALLOC_TRIM_THRESHOLD_"])
 
 
+def settled() -> bool:
+    """Whether there is nothing to do: memory is kept already, or the settings do nothing here."""
+    return kept() or bool(unavailable())
+
+
 def advice(temporary: int) -> str:
-    """What to tell of a program on the CPU with so many bytes of temporary memory; empty where there is nothing to."""
-    if not fresh(temporary) or kept() or unavailable():
+    """What to tell of a program on the CPU that takes so many bytes in each call; empty where there is nothing to."""
+    if not fresh(temporary) or settled():
         return ""
     return f"each call takes {temporary / 2**20:.0f} MiB from the system anew and gives that back; {KEEPING}"
 

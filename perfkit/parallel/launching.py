@@ -42,7 +42,7 @@ class Launch:
         framework: "torch" or "jax"; "" for a script without either.
         timeout_s: a process that tells of its steps and is silent for so long is taken for hung.
         devices: JAX on a CPU: how many each process makes of it; None for one.
-        keep_memory: JAX on a CPU: whether processes keep memory from call to call, by settings of glibc.
+        keep_memory: on a CPU: whether processes keep memory from call to call, by settings of glibc.
     """
 
     processes: int
@@ -56,11 +56,6 @@ class Launch:
     keep_memory: bool = False
 
     def __post_init__(self):
-        if self.keep_memory and self.framework != "jax":
-            raise InvalidInputError(
-                f"--keep-memory with --framework {self.framework or '(none)'}: it is about the temporary memory that "
-                "programs of JAX take in each call; expected --framework jax"
-            )
         if self.keep_memory and (reason := kept_memory.unavailable()):
             raise UnsupportedError(f"--keep-memory cannot work here: its settings do nothing, since {reason}")
         if self.nodes > 1 and (self.address is None or self.port is None):

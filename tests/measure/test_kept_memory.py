@@ -1,5 +1,6 @@
 """Settings of the C library: when they are on, what is advised, and that they do what is said of them."""
 
+import mmap
 import os
 import platform
 import subprocess
@@ -69,6 +70,24 @@ def test_what_is_advised_and_when(started):
     started({}, "this is another C library")
     assert kept_memory.advice(LARGE) == ""
     assert "since this is another C library" in kept_memory.told()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages are counted in other ways")
+def test_pages_that_a_call_touches_first_are_counted():
+    held = []
+
+    def taking():
+        held.append(mmap.mmap(-1, 2**22))
+        held[-1].madvise(mmap.MADV_NOHUGEPAGE)  # one of which would count as one
+        held[-1].write(b"x" * 2**22)
+
+    def reusing():
+        held[0].seek(0)
+        held[0].write(b"y" * 2**22)
+
+    assert 2**22 <= kept_memory.touched_anew(taking) < 2**23
+
+    assert kept_memory.touched_anew(reusing) < 2**21
 
 
 def test_where_the_settings_do_nothing(monkeypatch):
