@@ -100,6 +100,8 @@ class _Trials:
         self.log.append(tried.candidate)
         if tried.made:
             ranked = _ranked([*self.ranked, tried])
+            if ranked[0].made is None:  # a simpler one, up from below, since what was simpler still fell behind
+                ranked[0] = replace(ranked[0], made=_made(ranked[0].chain, self.original.work))
             self.ranked = [*ranked[:KEPT], *(replace(each, made=None) for each in ranked[KEPT:])]
         return tried
 

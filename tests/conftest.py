@@ -20,7 +20,7 @@ QUICKLY_COMPILED = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",  # the older emitter needs a third of the time for the same fusions
-    "--xla_cpu_parallel_codegen_split_count=1",  # and one piece of code less than several, where cores are shared
+    "--xla_cpu_parallel_codegen_split_count=1",  # and code in one piece less than in several, where cores are shared
 )
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICKLY_COMPILED))
 

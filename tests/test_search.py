@@ -8,12 +8,13 @@ import torch
 from sample_models import training
 
 import perfkit
-from perfkit import Comparison, Verdict
+from perfkit import Comparison, Verdict, _search
 from perfkit._chain import Chain, chain_of
 from perfkit._report import Candidate
 from perfkit._search import search
 from perfkit._search_order import Agenda
 from perfkit._settings import Settings
+from perfkit._variant import ready
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_backend import BACKEND
 
@@ -145,6 +146,25 @@ def test_what_is_far_behind_the_best_is_not_timed_and_the_original_not_called_fo
     assert report.recipe == "first"
     assert outcomes["second"].reason == "not timed: its quickest call takes 3.0 times that of first"
     assert set(timed) == {("original", "first")}
+
+
+def test_a_simpler_chain_that_comes_up_from_below_is_made_again(monkeypatch):
+    strengths = {"simplest": 9.85, "three": 10.0, "two": 9.99, "four": 10.1}
+    lengths = {"simplest": 1, "three": 3, "two": 2, "four": 4}
+    chains = {name: Chain(tuple(copied(f"{name}{i}").recipes[0] for i in range(lengths[name]))) for name in lengths}
+    names = {chain: name for name, chain in chains.items()}
+
+    def tried(original, chain, settings, best):
+        assert best is None or best.made is not None
+        return _search._Tried(chain, Candidate(str(chain), "lost"), strengths[names[chain]], ("made", names[chain]))
+
+    monkeypatch.setattr(_search, "_tried", tried)
+    monkeypatch.setattr(_search, "_made", lambda chain, work: ("made again", names[chain]))
+    work = Workload(BACKEND, torch.nn.Linear(2, 2).eval(), Inputs((torch.ones(1, 2),)), "inference", "cpu")
+    trials = _search._Trials(ready(work, "original"), Settings(budget_s=1), 4)
+    for chain in chains.values():
+        trials.run(chain)
+    assert trials.ranked[0].made == ("made again", "two")
 
 
 def test_the_original_computes_its_numbers_once_for_all_chains(monkeypatch, hasty):
