@@ -33,6 +33,7 @@ BUDGET_S = 6.0
 AT_ONCE = {
     ("cnn", 512): (
         "compile",
+        "int8",
         "int8+compile",
         "int8+fused_kernels+compile",
         "int8_dynamic+compile",
