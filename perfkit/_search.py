@@ -58,7 +58,8 @@ def search(work: Workload, settings: Settings) -> Result:
     began = time.perf_counter()  # kernels that are built once, and the first call, are not the search
     while agenda.waiting and not (trials.log and time.perf_counter() - began > settings.budget_s * share):
         chain = agenda.next()
-        agenda.tried(chain, (tried := trials.run(chain)).candidate, tried.strength)
+        tried = trials.run(chain)
+        agenda.tried(chain, tried.candidate, tried.strength)
     for chain in around:
         trials.run(trials.ranked[0].chain | chain if trials.ranked else chain)
     late = f"the budget of {settings.budget_s:g} s was used up"
