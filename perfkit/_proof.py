@@ -15,6 +15,7 @@ from perfkit._report import Metric, Report, Step
 from perfkit._settings import Settings
 from perfkit._variant import Applied, Variant, compared, ready
 from perfkit.measure.environment import environment
+from perfkit.measure.timing import BUSY
 
 
 def prove(original: Variant, result: Variant, applied: Applied, settings: Settings) -> Report:
@@ -54,8 +55,8 @@ def prove(original: Variant, result: Variant, applied: Applied, settings: Settin
 def identity(original: Variant, settings: Settings) -> Report:
     """The report on the original as its own result: equal by identity, so nothing stands behind its ratio of 1."""
     settings.progress("measuring the original")
-    latency, *_ = compared(original, original, ("original", "original"), settings.budget_s)
-    speedup = Comparison("original", "original", 1.0, 1.0, 1.0, 1.0, Verdict.SAME, pairs=0, noise=0.0)
+    latency, _, itself = compared(original, original, ("original", "original"), settings.budget_s)
+    speedup = Comparison("original", "original", 1.0, 1.0, 1.0, 1.0, Verdict.SAME, 0, 0.0, itself.waited)
     report = _assembled(original, original, Applied(Chain(()), (), ()), latencies=(latency, latency), speedup=speedup)
     return replace(
         report, after=report.before, recipe="auto", fidelity=check_numbers(original, original, Chain(()), settings)[0]
@@ -135,7 +136,7 @@ def _assembled(
         for name, variant, latency in zip(("original", chain), (original, result), latencies, strict=True)
     )
     spread = parallel(result, speedup)
-    advice = _about_memory(original, result) if result.measurable else ""
+    told = (_about_load(speedup), _about_memory(original, result) if result.measurable else "")
     optimizing_s = sum(step.apply_s for step in applied.steps) + (result.first_call_s.value or 0.0)
     report = Report(
         model=work.backend.model_name(work),
@@ -158,10 +159,21 @@ def _assembled(
         perfkit_version=perfkit.__version__,
         parallel=spread,
         aim=applied.chain.aim,
-        notes=(*found.pop("notes", ()), *filter(None, [advice])),
+        notes=(*found.pop("notes", ()), *filter(None, told)),
         **found,
     )
     return work.world.agree(replace(report, explanation=_explained(report)))
+
+
+def _about_load(speedup: Comparison | None) -> str:
+    """Where something else computed beside the timing."""
+    if speedup is None or (speedup.waited or 0.0) < BUSY:
+        return ""
+    return (
+        f"in each second of the timing this process' threads waited {speedup.waited:.1f} s for a processor, together: "
+        "something else computed here, or they were more than the processors. What computes with several threads loses "
+        "most by that: measure again where nothing else runs"
+    )
 
 
 def _about_memory(original: Variant, result: Variant) -> str:

@@ -64,6 +64,8 @@ class Comparison:
         verdict: what the interval allows to say.
         pairs: number of interleaved pairs behind it; 0 where the result is the original itself, whose ratio is 1.
         noise: half-width of the same interval for the baseline against itself, as a relative number.
+        waited: seconds that this process' threads, together, had work but no processor, for each second of the timing;
+            None where the platform does not tell.
     """
 
     baseline: str
@@ -75,6 +77,7 @@ class Comparison:
     verdict: Verdict
     pairs: int
     noise: float
+    waited: float | None = None
 
     def __str__(self) -> str:
         return f"{rounded(self.ratio)}× [{rounded(self.low)}, {rounded(self.high)}] {self.verdict}"

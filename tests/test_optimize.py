@@ -10,6 +10,7 @@ from sample_models import arguments, torch_models, training
 
 import perfkit
 from perfkit import FidelityError, NoEffectError, PerfkitWarning, SlowerError, UnsupportedError
+from perfkit.measure import timing
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -130,6 +131,16 @@ def test_the_result_keeps_its_state_through_the_measuring():
     result = perfkit.optimize(model, "half", example_inputs=(torch.ones(1, 2),), tolerance=0.1)
     assert model.calls == 0
     assert result.finished.model.calls == 0
+
+
+def test_a_report_tells_where_something_else_computed_meanwhile(monkeypatch):
+    told = []
+    for share in (0.1, 0.7):
+        monkeypatch.setattr(timing, "waited_s", lambda share=share: share * time.perf_counter())
+        report = perfkit.optimize(torch.nn.Linear(4, 4), "half", example_inputs=(torch.ones(2, 4),)).report
+        told.append([note for note in report.notes if "something else computed" in note])
+    assert [len(notes) for notes in told] == [0, 1]
+    assert "waited 0.7 s for a processor" in told[1][0]
 
 
 def test_frozen_weights_do_not_go_stale():

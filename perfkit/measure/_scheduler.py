@@ -45,16 +45,14 @@ class Interruptions:
     def count(self) -> tuple[int, int]:
         """Context switches and stolen ticks so far; only whether they change between two calls matters."""
         switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
-        stolen = 0
-        if self._file >= 0:
-            # The first line: "cpu user nice system idle iowait irq softirq steal guest guest_nice", in ticks.
-            fields = os.pread(self._file, 256, 0).split(b"\n", 1)[0].split()
-            stolen = int(fields[8]) if len(fields) > 8 else 0
-        return switches, stolen
+        return switches, _stolen_ticks(os.pread(self._file, 256, 0)) if self._file >= 0 else 0
 
 
-def waited_s(tasks: str | Path = "/proc/self/task") -> float | None:
-    """Seconds that this process' threads, together, had work but no processor; None where Linux does not tell."""
+def waited_s(tasks: str | Path = "/proc/self/task", stat: str | Path = "/proc/stat") -> float | None:
+    """Seconds that this process' threads, together, had work but no processor; None where Linux does not tell.
+
+    What the hypervisor took from the whole machine is counted in: threads that run meanwhile do not know of it.
+    """
     waited = None
     with contextlib.suppress(OSError):
         for thread in os.listdir(tasks):
@@ -62,4 +60,13 @@ def waited_s(tasks: str | Path = "/proc/self/task") -> float | None:
             with contextlib.suppress(OSError, IndexError):
                 # "nanoseconds run, nanoseconds waited on a run queue, time slices"
                 waited = (waited or 0.0) + int(Path(tasks, thread, "schedstat").read_text().split()[1]) / 1e9
+    if waited is not None:
+        with contextlib.suppress(OSError):
+            waited += _stolen_ticks(Path(stat).read_bytes()) / os.sysconf("SC_CLK_TCK")
     return waited
+
+
+def _stolen_ticks(stat: bytes) -> int:
+    """Of the first line: "cpu user nice system idle iowait irq softirq steal guest guest_nice", in ticks."""
+    fields = stat.split(b"\n", 1)[0].split()
+    return int(fields[8]) if len(fields) > 8 else 0

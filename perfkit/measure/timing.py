@@ -38,6 +38,9 @@ PATIENCE_S = 20.0
 CONTENDED = 0.5
 """Threads that wait for a processor for longer than this share of the time measure the scheduler, not the model."""
 
+BUSY = 0.2
+"""From this share on a report tells of it. Two threads on two cores with nothing beside them waited for up to 0.05."""
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -102,8 +105,10 @@ def paired(
         confidence=CONFIDENCE,
         seed=seed,
     )
-    if comparison.verdict == Verdict.SAME and (times.waited.value or 0.0) > CONTENDED:
-        comparison = dataclasses.replace(comparison, verdict=Verdict.NOISY)
+    waited = times.waited.value
+    contended = comparison.verdict == Verdict.SAME and (waited or 0.0) > CONTENDED
+    verdict = Verdict.NOISY if contended else comparison.verdict
+    comparison = dataclasses.replace(comparison, verdict=verdict, waited=waited)
     before, after = (
         statistics.latency([sample / steps for sample in samples])
         for samples in (times.original_samples_ms, times.variant_samples_ms)
@@ -232,7 +237,9 @@ def _waited(before: float | None, seconds: float) -> Quantity:
             "ratio", "/proc/self/task/*/schedstat is not there: it needs Linux with scheduler statistics"
         )
     # Threads that ended meanwhile took their waiting with them.
-    return Quantity(max(after - before, 0.0) / seconds, "ratio", method="run-queue time of all threads (schedstat)")
+    return Quantity(
+        max(after - before, 0.0) / seconds, "ratio", method="run-queue time of all threads (schedstat), and stolen time"
+    )
 
 
 def _shortfall(pairs: int, needed: int, seconds: float) -> str:

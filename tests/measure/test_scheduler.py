@@ -1,5 +1,6 @@
 """What the operating system took away, read from fake files and from the real ones."""
 
+import os
 import sys
 
 import pytest
@@ -56,8 +57,16 @@ def test_waiting_adds_up_over_threads_and_passes_over_one_that_ended(tmp_path):
         (tmp_path / thread).mkdir()
         (tmp_path / thread / "schedstat").write_text(f"987 {waited_ns} 3\n")
     (tmp_path / "13").mkdir()
-    assert waited_s(tmp_path) == pytest.approx(1.75)
+    assert waited_s(tmp_path, tmp_path / "none") == pytest.approx(1.75)
     assert waited_s(tmp_path / "none") is None
+
+
+def test_stolen_time_is_waited_for_too(tmp_path):
+    (tmp_path / "11").mkdir()
+    (tmp_path / "11" / "schedstat").write_text("987 1500000000 3\n")
+    write_stat(tmp_path / "stat", 7)
+    assert waited_s(tmp_path, tmp_path / "stat") == pytest.approx(1.5 + 7 / os.sysconf("SC_CLK_TCK"))
+    assert waited_s(tmp_path / "none", tmp_path / "stat") is None
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc, which is Linux's")

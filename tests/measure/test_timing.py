@@ -265,7 +265,8 @@ def test_paired_warns_where_calls_are_too_slow_for_a_verdict(machine):
 @pytest.mark.parametrize(("waited", "verdict"), [(0.1, Verdict.SAME), (0.9, Verdict.NOISY)])
 def test_no_change_is_not_claimed_where_the_scheduler_was_measured(machine, monkeypatch, waited, verdict):
     monkeypatch.setattr(timing, "waited_s", lambda: waited * machine.now_s)
-    assert paired(machine, 0.004, 0.004)[2].verdict == verdict
+    comparison = paired(machine, 0.004, 0.004)[2]
+    assert (comparison.verdict, comparison.waited) == (verdict, pytest.approx(waited))
     assert paired(machine, 0.004, 0.002)[2].verdict == Verdict.FASTER
 
 
