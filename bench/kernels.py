@@ -35,8 +35,11 @@ INFERENCE = {
     ("cnn", 64): CONVOLUTION,
     ("cnn", 1): CONVOLUTION,
 }
-TRAINING = {"text_lstm": RECURRENT, "lstm": RECURRENT, "cnn": CONVOLUTION}
-"""Recipes by model, and batch size; training steps are of the reference task's own. In JAX all are compiled."""
+UPDATES = "half+fused_kernels+fused_optimizer"
+TRAINING = {"text_lstm": (*RECURRENT, UPDATES), "lstm": (*RECURRENT, UPDATES), "cnn": (*CONVOLUTION, UPDATES)}
+"""Recipes by model, and batch size; training steps are of the reference task's own. In JAX all are compiled, and so are
+the optimizer's updates.
+"""
 
 
 def main(arguments: list[str] | None = None) -> None:

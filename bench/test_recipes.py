@@ -14,7 +14,7 @@ ELSEWHERE = {
     "bench/compression.py": (
         "int8", "int8_dynamic", "int8_weight_only", "int4_weight_only", "fp8", "qat", "prune", "low_rank",
     ),
-    "bench/kernels.py": ("fused_kernels",),
+    "bench/kernels.py": ("fused_kernels", "fused_optimizer"),
     "bench/memory.py": ("accumulate", "checkpoint", "donate", "low_bit_optimizer", "offload"),
     "bench/plan.py": ("data_parallel", "pipeline_parallel", "tensor_parallel"),
     "bench/local_sgd.py": ("local_sgd",),
@@ -51,7 +51,7 @@ def test_inference(framework, model, batch_size, recipe, paired):
     )
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "fp16", "compile", "bf16+compile"])
+@pytest.mark.parametrize("recipe", ["bf16", "fp16", "compile", "bf16+compile", "fused_optimizer"])
 @pytest.mark.parametrize("model", ["cnn", "lstm", "text_lstm"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_training(framework, model, recipe, paired):

@@ -30,8 +30,8 @@ def optimizer_in_pieces(facts: Facts) -> Iterator[Finding]:
         where=("optimizer",),
         share=share,
         resource="time",
-        recipe="",
-        advice="make it with fused=True: torch.optim.Adam, AdamW, SGD and Adagrad then update everything in one kernel",
+        recipe="fused_optimizer",
+        advice="update each parameter in one pass, which torch.optim.Adam, AdamW, SGD and Adagrad can (fused=True)",
         predicted=sped(share, FUSED, f"{FUSED:g} times faster when fused"),
     )
 
