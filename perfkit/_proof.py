@@ -15,7 +15,7 @@ from perfkit._report import Metric, Report, Step
 from perfkit._settings import Settings
 from perfkit._variant import Applied, Variant, compared, ready
 from perfkit.measure.environment import environment
-from perfkit.measure.timing import BUSY
+from perfkit.measure.timing import CONTENDED
 
 
 def prove(original: Variant, result: Variant, applied: Applied, settings: Settings) -> Report:
@@ -167,7 +167,7 @@ def _assembled(
 
 def _about_load(speedup: Comparison | None) -> str:
     """Where something else computed beside the timing."""
-    if speedup is None or (speedup.waited or 0.0) < BUSY:
+    if speedup is None or (speedup.waited or 0.0) <= CONTENDED:
         return ""
     return (
         f"in each second of the timing this process' threads waited {speedup.waited:.1f} s for a processor, together: "

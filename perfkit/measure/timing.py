@@ -36,10 +36,10 @@ PATIENCE_S = 20.0
 """Up to `max(OVERRUN * budget_s, PATIENCE_S)` is spent to reach the pairs without which nothing can be said."""
 
 CONTENDED = 0.5
-"""Threads that wait for a processor for longer than this share of the time measure the scheduler, not the model."""
+"""Threads that wait for a processor for longer than this share of the time measure the scheduler, not the model.
 
-BUSY = 0.2
-"""From this share on a report tells of it. Two threads on two cores with nothing beside them waited for up to 0.05."""
+On two cores with nothing beside them torch's waited for up to 0.05 of it, XLA's for up to 0.25.
+"""
 
 
 @dataclass(frozen=True)
