@@ -22,11 +22,6 @@ _CONV = (nn.modules.conv._ConvNd,)
 _AUTOCAST = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, *_CONV)
 
 
-def convolutions(model: nn.Module) -> list[str]:
-    """The names of the convolutions over images: those whose weights have four dimensions."""
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
-
-
 @contextmanager
 def tf32_allowed() -> Iterator[None]:
     """Within it float32 matrix products and convolutions on CUDA may round their operands to TF32."""
