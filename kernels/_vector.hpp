@@ -4,9 +4,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #include <immintrin.h>
 #endif
 
@@ -44,6 +45,16 @@ INLINE To bits(From value) {
     return load<To>(&value);
 }
 
+// body(0) to body(N - 1), of constants: unlike what a loop indexes, what they index stays in registers.
+template <class Body, int... I>
+INLINE void each_of(std::integer_sequence<int, I...>, Body body) {
+    (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Body>
+INLINE void each(Body body) {
+    each_of(std::make_integer_sequence<int, N>{}, body);
+}
+
 INLINE Floats all(float value) { return Floats{} + value; }
 
 // In a register: compilers read a number anew for each product, and there are fewer loads than products at a time.
@@ -63,6 +74,30 @@ INLINE Floats at_most(Floats high, Floats x) { return Floats(_mm512_min_ps(__m51
 INLINE Floats at_least(Floats low, Floats x) { return x < low ? low : x; }
 INLINE Floats at_most(Floats high, Floats x) { return x > high ? high : x; }
 #endif
+
+// a * b + c, rounded once on every processor. Where none has an instruction for it: the product is exact in float64, and
+// of its sum with c, the last bit tells whether something was cut off, so that rounding it again goes the right way.
+INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if PERFKIT_LANES == 16 && defined(__AVX512F__)
+    return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif PERFKIT_LANES == 8 && defined(__AVX2__) && defined(__FMA__)
+    return Floats(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#else
+    Floats result;
+    for (int lane = 0; lane < L; ++lane) {
+#if defined(__FP_FAST_FMAF)
+        result[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+#else
+        const double product = double(a[lane]) * double(b[lane]), sum = product + double(c[lane]);
+        const double part = sum - product, cut = (product - (sum - part)) + (double(c[lane]) - part);
+        i64 found = bits<i64>(sum);
+        if (cut != 0 && sum - sum == 0 && found % 2 == 0) found += (cut > 0) == (sum > 0) ? 1 : -1;
+        result[lane] = float(bits<double>(found));
+#endif
+    }
+    return result;
+#endif
+}
 
 constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
 constexpr float LOG2_E = 1.44269504f;

@@ -3,7 +3,6 @@
 
 #include <cstring>
 #include <type_traits>
-#include <utility>
 
 #include "_vector.hpp"
 
@@ -37,16 +36,6 @@ INLINE Halves narrowed(Floats x) {
     const Unsigned rounded = (all_bits + 0x7fff + ((all_bits >> 16) & 1)) >> 16;
     return __builtin_convertvector(x == x ? rounded : (all_bits >> 16) | 0x40, Halves);
 #endif
-}
-
-// body(0) to body(N - 1), of constants: unlike what a loop indexes, what they index stays in registers.
-template <class Body, int... I>
-INLINE void each_of(std::integer_sequence<int, I...>, Body body) {
-    (body(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class Body>
-INLINE void each(Body body) {
-    each_of(std::make_integer_sequence<int, N>{}, body);
 }
 
 // L numbers as float32.

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "_tiles.hpp"
-#include "cpu_memory.hpp"
+#include "_memory.hpp"
 #include "cpu_numbers.hpp"
 
 #if defined(__AVX512F__)

@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "_thread_pool.hpp"
+#include "_in_order.hpp"
 #include "cpu_cells.hpp"
 #include "cpu_products.hpp"
 
@@ -90,20 +90,6 @@ struct Line {
     std::atomic<i64> done{0};
 };
 
-class Failed {};  // another thread's task has failed
-
-// Waits for other threads: soon they are done, or they do not run, and get this processor.
-template <class Ready>
-void wait(const std::atomic<bool>& failed, Ready ready) {
-    for (int spins = 0; !ready(); ++spins) {
-        if (failed.load(std::memory_order_relaxed)) throw Failed();
-        if (spins < 2000)
-            relax();
-        else
-            std::this_thread::yield();
-    }
-}
-
 // How a call is divided. Batch rows are independent of each other: lines of a slice of them each need nothing of the
 // other slices. Where there are fewer slices than threads, a line runs beside the line of the layer below, some steps
 // behind it, or of the other direction; and where those are still too few, `parts` threads share the units of a line.
@@ -137,27 +123,5 @@ struct Plan {
     // Multiplications: about 20 microseconds of one thread; about 1 microsecond of it, a few exchanges between threads.
     static constexpr double WORTH_WAKING = 1e6, WORTH_SHARING = 1e5;
 };
-
-// Calls task(i) for i in [0, tasks) on the pool's threads; they are begun in order, so one may wait for an earlier one.
-// Throws std::bad_alloc.
-template <class Task>
-void in_order(i64 tasks, Threads threads, std::atomic<bool>& failed, Task task) {
-    struct Work {
-        Task& task;
-        std::atomic<bool>& failed;
-    } work{task, failed};
-    const auto run = [](void* context, long i) {
-        Work& work = *static_cast<Work*>(context);
-        if (work.failed) return;
-        try {
-            work.task(i);
-        } catch (const std::bad_alloc&) {
-            work.failed = true;
-        } catch (const Failed&) {
-        }
-    };
-    ThreadPool::run(long(tasks), threads, run, &work);
-    if (failed) throw std::bad_alloc();
-}
 
 }  // namespace perfkit

@@ -12,11 +12,14 @@ All q lie in [-127, 127] and round to nearest. Weights: one scale for each outpu
 Activations: one scale for each batch row and step, max(floor, largest magnitude) / 127. The floor is 1 for hidden
 states of LSTM, GRU and tanh, which makes it the static 1/127 unless an initial state lies outside of [-1, 1]; it is 0
 for inputs and for relu, which have no bound. A calibrated scale may be given for the first layer's input instead. Sums
-are int32, everything else float32. An infinite or NaN number makes the rest of its row's sequence NaN.
+are int32, everything else float32, powers of 2 in the gates to 1.1e-4. An infinite or NaN number makes the rest of its
+row's sequence NaN.
 
 - `weights.py`: quantizing weights, and the layout in which the kernel reads them.
 - `reference.py`: the same in plain torch operations, bit for bit.
-- `cpu_kernel.cpp`: the kernel; `cpu_products.hpp`: its integer products: AVX512-VNNI, AVX-VNNI, AVX2, or plain C++.
+- `cpu_kernel.cpp`: a whole stack of layers; `cpu_line.hpp`: the steps of one direction of one layer;
+  `cpu_directions.hpp`: what is the same for all rows and steps; `cpu_cells.hpp`: the cells; `cpu_products.hpp`: integer
+  products and rounding, with AVX512-VNNI, AVX-VNNI, AVX2, or plain C++.
 - `torch_op.py`: `torch.ops.perfkit.rnn_int8`, all layers and directions.
 
 Source: https://arxiv.org/abs/1609.08144 (section 6, integer LSTM inference)

@@ -1,7 +1,8 @@
 """One direction of one layer in plain torch operations: the definition that the kernel is held to, bit for bit.
 
 Integer products are taken in float64, which holds them exactly. Everything else is float32 operations in the kernel's
-order, each rounded once. Slow: for tests, and for reading.
+order, each rounded once; `fused` is a product and a sum that are rounded once together. Slow: for tests, and for
+reading.
 
 Letters: T time steps, B batch rows, P all rows of all steps, I input features, H hidden units, G gates, N = G H.
 """
@@ -15,7 +16,14 @@ import torch
 from torch import Tensor
 
 LOG2_E = 1.44269504  # as float32 holds it
-FITTED = (0.00132695190, 0.00967129134, 0.0555071086, 0.240222469, 0.693147004, 1.0)
+FITTED = (0.05500893, 0.24221097, 0.6932829, 1.0)
+FACTORS = {
+    "LSTM": (-LOG2_E, -LOG2_E, -2 * LOG2_E, -LOG2_E),
+    "GRU": (-LOG2_E, -LOG2_E, -2 * LOG2_E),
+    "RNN_TANH": (-2 * LOG2_E,),
+    "RNN_RELU": (1.0,),
+}
+"""What the gates are multiplied by, in their scales and biases: they are exponents of 2 then; see cpu_cells.hpp."""
 
 
 @dataclass(frozen=True)
@@ -51,55 +59,64 @@ def quantize(x_PK: Tensor, floor: float, fixed: float = 0.0) -> tuple[Tensor, Te
     return (x_PK * inverse).clamp(-127, 127).round(), scale + spoilt
 
 
-def parts(x_PK: Tensor, q_NK: Tensor, scale_N: Tensor, floor: float, fixed: float = 0.0) -> Tensor:
-    """The product of quantized rows and quantized weights, times both scales: (P, N)."""
+def fused(a: Tensor, b: Tensor, c: Tensor | float) -> Tensor:
+    """a b + c, rounded once: torch has no operation for it on CPU.
+
+    The product is exact in float64. Its sum with c is rounded to odd, so that rounding it again goes the right way.
+    """
+    product, c = a.double() * b.double(), torch.as_tensor(c, dtype=torch.float32).double()
+    total = product + c
+    part = total - product
+    cut = (product - (total - part)) + (c - part)
+    found = total.view(torch.int64)
+    change = torch.where((cut > 0) == (total > 0), 1, -1)
+    inexact = (cut != 0) & total.isfinite() & (found % 2 == 0)
+    return torch.where(inexact, found + change, found).view(torch.float64).float()
+
+
+def parts(x_PK: Tensor, q_NK: Tensor, scale_N: Tensor, addend_PN: Tensor, floor: float, fixed: float = 0.0) -> Tensor:
+    """The product of quantized rows and quantized weights, times both scales, plus something: (P, N)."""
     q_PK, scale = quantize(x_PK, floor, fixed)
-    return (q_PK.double() @ q_NK.double().T).float() * (scale_N * scale)
+    return fused((q_PK.double() @ q_NK.double().T).float(), scale_N * scale, addend_PN)
 
 
 def exp2(y: Tensor) -> Tensor:
-    """2^y for y clamped to [-30, 30], to a relative error of 3e-7: 2^n (1 + r q(r)), n the nearest integer."""
+    """2^y for y clamped to [-30, 30], to a relative error of 1.1e-4: 2^n (1 + r q(r)), n the nearest integer."""
     y = y.clamp(-30, 30)
     n = y.round()
     r = y - n
     p = torch.full_like(r, FITTED[0])
     for coefficient in FITTED[1:]:
-        p = p * r + coefficient
+        p = fused(p, r, coefficient)
     return (p.view(torch.int32) + (n.int() << 23)).view(torch.float32)
 
 
-def decay(x: Tensor) -> Tensor:
-    """e^-x."""
-    return exp2(x * -LOG2_E)
+def tanh_from(e: Tensor) -> Tensor:
+    """tanh(x) from e^-2x."""
+    return (1 - e) / (1 + e)
 
 
-def decay_twice(x: Tensor) -> Tensor:
-    """e^-2x."""
-    return exp2(x * (-2 * LOG2_E))
+def lstm(a: Sequence[Tensor], _h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    i, f, g, o = (exp2(gate) for gate in a)
+    above, below = 1 - g, 1 + g
+    inputs = fused(i, below, below)
+    c = fused(c, inputs, fused(f, above, above)) / fused(f, inputs, inputs)
+    e = exp2(c * (-2 * LOG2_E))
+    return (1 - e) / fused(o, 1 + e, 1 + e), c
 
 
-def lstm(a: Sequence[Tensor], u: Sequence[Tensor], _h: Tensor, c: Tensor, _: None) -> tuple[Tensor, Tensor]:
-    i, f, g, o = decay(a[0] + u[0]), decay(a[1] + u[1]), decay_twice(a[2] + u[2]), decay(a[3] + u[3])
-    inputs, keep = (1 + i) * (1 + g), 1 + f
-    c = (c * inputs + (1 - g) * keep) / (keep * inputs)
-    e = decay_twice(c)
-    return (1 - e) / ((1 + o) * (1 + e)), c
+def gru(a: Sequence[Tensor], h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    r, z = 1 / (1 + exp2(a[0])), 1 / (1 + exp2(a[1]))
+    n = tanh_from(exp2(fused(r, a[2], a[3])))
+    return fused(z, h - n, n), c
 
 
-def gru(a: Sequence[Tensor], u: Sequence[Tensor], h: Tensor, c: Tensor, bias_hn: Tensor) -> tuple[Tensor, Tensor]:
-    r = 1 / (1 + decay(a[0] + u[0]))
-    z = decay(a[1] + u[1])
-    n = decay_twice(a[2] + r * (u[2] + bias_hn))
-    return (z * (1 - n) + h * (1 + n)) / ((1 + n) * (1 + z)), c
+def rnn_tanh(a: Sequence[Tensor], _h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    return tanh_from(exp2(a[0])), c
 
 
-def rnn_tanh(a: Sequence[Tensor], u: Sequence[Tensor], _h: Tensor, c: Tensor, _: None) -> tuple[Tensor, Tensor]:
-    e = decay_twice(a[0] + u[0])
-    return (1 - e) / (1 + e), c
-
-
-def rnn_relu(a: Sequence[Tensor], u: Sequence[Tensor], _h: Tensor, c: Tensor, _: None) -> tuple[Tensor, Tensor]:
-    return (a[0] + u[0]).clamp_min(0), c
+def rnn_relu(a: Sequence[Tensor], _h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    return a[0].clamp_min(0), c
 
 
 CELLS = {"LSTM": lstm, "GRU": gru, "RNN_TANH": rnn_tanh, "RNN_RELU": rnn_relu}
@@ -131,11 +148,18 @@ def layer(
     h, c = h_BH.clone(), c_BH.clone()
     hidden, cell = h.size(1), CELLS[weights.mode]
     h_floor = 0.0 if weights.mode == "RNN_RELU" else 1.0
-    a_PN = parts(x_PI, weights.q_ih, weights.scale_ih, x_floor, x_fixed) + weights.bias
+    factor_N = torch.tensor(FACTORS[weights.mode]).repeat_interleave(hidden)
+    scale_ih, scale_hh, bias = weights.scale_ih * factor_N, weights.scale_hh * factor_N, weights.bias * factor_N
+    a_PN = parts(x_PI, weights.q_ih, scale_ih, bias, x_floor, x_fixed)
     steps = list(zip(a_PN.split(list(batch_sizes)), batch_sizes, strict=True))
     outputs = []
     for a_BN, rows in reversed(steps) if reverse else steps:
-        u_BN = parts(h[:rows], weights.q_hh, weights.scale_hh, h_floor)
-        h[:rows], c[:rows] = cell(a_BN.split(hidden, 1), u_BN.split(hidden, 1), h[:rows], c[:rows], weights.bias_hn)
+        input_n = []
+        if weights.bias_hn is not None:  # the GRU's n gate keeps its parts apart: hidden, input
+            input_n = [a_BN[:, 2 * hidden :]]
+            hidden_n = (weights.bias_hn * factor_N[2 * hidden :]).expand_as(input_n[0])
+            a_BN = torch.cat([a_BN[:, : 2 * hidden], hidden_n], 1)
+        gates = parts(h[:rows], weights.q_hh, scale_hh, a_BN, h_floor).split(hidden, 1)
+        h[:rows], c[:rows] = cell([*gates, *input_n], h[:rows], c[:rows])
         outputs.append(h[:rows].clone())
     return torch.cat(outputs[::-1] if reverse else outputs), h, c

@@ -18,7 +18,7 @@ from torch import Tensor
 from perfkit._errors import InvalidInputError
 from perfkit.kernels import _native
 from perfkit.kernels._torch import Threads
-from perfkit.kernels.rnn_int8.weights import GATES, MOST_COLUMNS, SLACK
+from perfkit.kernels.rnn_int8.weights import GATES, MOST_COLUMNS, packed_size
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 MODES = tuple(GATES)
@@ -28,7 +28,7 @@ class Direction(NamedTuple):
     """The tensors of one direction of one layer, in the operator's order; see `reference.Layer` and `weights.pack`.
 
     Args:
-        packed_ih, packed_hh: int8, one dimension.
+        packed_ih, packed_hh: int8, `packed_size` of their channels and columns.
         scale_ih, scale_hh, bias: (G H,), float32.
         bias_hn: (H,), float32, of the GRU alone.
     """
@@ -46,19 +46,18 @@ def fields(mode: str) -> tuple[str, ...]:
     return Direction._fields if mode == "GRU" else Direction._fields[:-1]
 
 
-class _Layer(ctypes.Structure):
-    """`PerfkitRnnLayer` of cpu_kernel.cpp."""
+class _Call(ctypes.Structure):
+    """`PerfkitRnnInt8` of cpu_directions.hpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("cell", "steps", "batch", "inputs", "hidden")),
+        *((name, ctypes.c_int64) for name in ("cell", "steps", "batch", "inputs", "hidden", "layers", "directions")),
         *((name, ctypes.c_void_p) for name in ("batch_sizes", "starts")),
-        ("reverse", ctypes.c_int64),
         ("x", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("x_step", "x_row")),
         ("out", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("out_step", "out_row")),
-        *((name, ctypes.c_float) for name in ("x_floor", "x_fixed", "h_floor")),
-        *((name, ctypes.c_void_p) for name in ("w_ih", "w_hh", "scale_ih", "scale_hh", "bias", "bias_hn", "h", "c")),
+        ("x_fixed", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("weights", "h", "c")),
         ("threads", Threads),
     )
 
@@ -123,35 +122,35 @@ def rnn_int8(
         state.zero_() if initial is None else state.copy_(initial)
     if not h.size(1):
         return out, h, c
+    x = x if x.stride(-1) == 1 else x.contiguous()
     sizes, starts = _steps(x, batch_sizes, batch_first)
-    run = library().perfkit_rnn_int8_layer
-    fixed = _Layer(
+    (x_step, x_row), (out_step, out_row) = _strides(x, batch_first), _strides(out, batch_first)
+    call = _Call(
         cell=MODES.index(mode),
         steps=len(sizes),
         batch=h.size(1),
+        inputs=x.size(-1),
         hidden=hidden,
+        layers=len(layers) // directions,
+        directions=directions,
         batch_sizes=ctypes.addressof(sizes),
         starts=ctypes.addressof(starts),
-        h_floor=_floor(mode),
+        x=x.data_ptr(),
+        x_step=x_step,
+        x_row=x_row,
+        out=out.data_ptr(),
+        out_step=out_step,
+        out_row=out_row,
         x_fixed=input_scale.item(),
+        h=h.data_ptr(),
+        c=c.data_ptr(),
         threads=Threads.of_torch(),
     )
-    for i, direction in enumerate(layers):
-        index, way = divmod(i, directions)
-        if way == 0 and index:
-            x, out = out, torch.empty_like(out)
-            fixed.x_floor, fixed.x_fixed = _floor(mode), 0.0
-        if way == 0:
-            x = x if x.stride(-1) == 1 else x.contiguous()
-            fixed.inputs, fixed.x = x.size(-1), x.data_ptr()
-            fixed.x_step, fixed.x_row = _strides(x, batch_first)
-            fixed.out_step, fixed.out_row = _strides(out, batch_first)
-        fixed.reverse, fixed.out = way, out.data_ptr() + 4 * way * hidden
-        fixed.w_ih, fixed.scale_ih, fixed.w_hh, fixed.scale_hh, fixed.bias = (t.data_ptr() for t in direction[:5])
-        fixed.bias_hn = direction.bias_hn.data_ptr() if mode == "GRU" else None
-        fixed.h, fixed.c = h[i].data_ptr(), c[i].data_ptr() if mode == "LSTM" else None
-        if run(ctypes.byref(fixed)):
-            raise MemoryError(f"the int8 {mode} kernel found no memory for its working space")
+    pointers = [tensor.data_ptr() if tensor is not None else None for direction in layers for tensor in direction]
+    addresses = (ctypes.c_void_p * len(pointers))(*pointers)
+    call.weights = ctypes.addressof(addresses)
+    if library().perfkit_rnn_int8(ctypes.byref(call)):
+        raise MemoryError(f"the int8 {mode} kernel found no memory for its working space")
     return out, h, c
 
 
@@ -165,11 +164,6 @@ def _empty(x, batch_sizes, h0, weights, mode, hidden, bidirectional, batch_first
     states = (len(weights) // len(fields(mode)), batch, hidden)
     out = x.new_empty((*x.shape[:-1], hidden * (2 if bidirectional else 1)))
     return out, x.new_empty(states), x.new_empty(states if mode == "LSTM" else (0,))
-
-
-def _floor(mode: str) -> float:
-    """The least that a hidden state's scale is made for: its bound, where it has one."""
-    return 0.0 if mode == "RNN_RELU" else 1.0
 
 
 def _steps(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tuple[ctypes.Array, ctypes.Array]:
@@ -208,9 +202,9 @@ def _check(x, batch_sizes, h0, c0, layers: list[Direction], mode, hidden, direct
     for i, direction in enumerate(layers):
         inputs = x.size(-1) if i < directions else hidden * directions
         expected = (
-            (torch.int8, _packed_size(channels, inputs)),
+            (torch.int8, packed_size(channels, inputs)),
             (torch.float32, channels),
-            (torch.int8, _packed_size(channels, hidden)),
+            (torch.int8, packed_size(channels, hidden)),
             (torch.float32, channels),
             (torch.float32, channels),
             (torch.float32, hidden),
@@ -231,7 +225,3 @@ def _check(x, batch_sizes, h0, c0, layers: list[Direction], mode, hidden, direct
         expected = (len(layers), batch, hidden)
         if state is not None and state.shape != expected and (name == "h0" or mode == "LSTM"):
             raise InvalidInputError(f"{name} has shape {list(state.shape)}: expected {list(expected)}")
-
-
-def _packed_size(channels: int, columns: int) -> int:
-    return -(-columns // 4) * 4 * channels + SLACK

@@ -38,25 +38,31 @@ def pack(q_NK: Tensor, gates: int) -> Tensor:
     """The layout that the kernel reads, and the only form in which weights are kept; see `cpu_products.hpp`.
 
     Panels of 16 units, the last as wide as is left; in each, for every gate, every 4 columns (zeros fill the last) and
-    every unit, 4 bytes. 64 zero bytes follow.
+    every unit, 4 bytes. Then the sum of each channel's weights, (N,), int32, and 64 zero bytes.
 
     Args:
         q_NK: (N, K), int8, gate after gate as torch stores them.
 
     Returns:
-        (4 ceil(K / 4) N + 64,), int8.
+        (packed_size(N, K),), int8.
     """
     q_GHK = q_NK.unflatten(0, (gates, -1))
     q_GHK4 = F.pad(q_GHK, (0, -q_GHK.size(2) % 4)).unflatten(2, (-1, 4))
     panels = [panel.transpose(1, 2).flatten() for panel in q_GHK4.split(PANEL, dim=1)]
-    return torch.cat([*panels, q_NK.new_zeros(SLACK)])
+    sums_N = q_NK.sum(1, dtype=torch.int32).view(torch.int8)
+    return torch.cat([*panels, sums_N, q_NK.new_zeros(SLACK)])
+
+
+def packed_size(channels: int, columns: int) -> int:
+    """Bytes of a packed matrix of so many channels and columns."""
+    return (-(-columns // 4) * 4 + 4) * channels + SLACK
 
 
 def unpack(packed: Tensor, gates: int, hidden: int, columns: int) -> Tensor:
     """The inverse of `pack`: (N, K), int8."""
     groups = -(-columns // 4)
     widths = [min(PANEL, hidden - unit) for unit in range(0, hidden, PANEL)]
-    panels = packed[:-SLACK].split([width * groups * gates * 4 for width in widths])
+    panels = packed[: 4 * groups * gates * hidden].split([width * groups * gates * 4 for width in widths])
     blocks = [
         panel.view(gates, groups, width, 4).transpose(1, 2).flatten(2)
         for panel, width in zip(panels, widths, strict=True)

@@ -182,7 +182,7 @@ def _forward(self: nn.RNNBase, given: Any, hx: Any) -> tuple[Any, Any]:
         batch_sizes,
         initial[0],
         initial[1] if self.mode == "LSTM" else None,
-        [buffer for buffers in self.all_weights for buffer in buffers],
+        [self._buffers[name] for names in self._all_weights for name in names],
         self.mode,
         self.hidden_size,
         self.bidirectional,

@@ -35,6 +35,28 @@ def test_the_kernel_is_the_reference(mode, sizes):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_every_number_of_rows_and_last_units(mode):
+    """Blocks of rows, few rows whose input parts are computed for several steps, panels that are not full."""
+    for batch, hidden in [*((rows, 21) for rows in range(1, 10)), (16, 16), (17, 80), (33, 70)]:
+        assert_is_the_reference(mode, 5, hidden, batch, 3)
+
+
+@pytest.mark.parametrize("batch", [2, 9])
+@pytest.mark.parametrize("mode", MODES)
+def test_states_within_their_bound(mode, batch):
+    """All of one scale, which the kernel makes use of; one of them outside of it, in the last row alone; and NaN."""
+    layer = make(mode, 6, 20)
+    for last in (1.0, -3.0, float("nan")):
+        x, h, c = torch.randn(5, batch, 6), torch.empty(batch, 20).uniform_(-1, 1), torch.randn(batch, 20)
+        h[-1, 3] = last
+        out, h_n, _ = run(layer, x, None, h, c)
+        expected = reference.layer(x.flatten(0, 1), [batch] * 5, layer, h, c)
+        assert torch.equal(out.flatten(0, 1).nan_to_num(7.0), expected[0].nan_to_num(7.0))
+        assert torch.equal(h_n[0].nan_to_num(7.0), expected[1].nan_to_num(7.0))
+        assert h_n[0, -1].isnan().all() == (last != last)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_with_a_static_input_scale(mode):
     assert_is_the_reference(mode, 10, 50, 3, 28, scale=0.01)  # clips what is above 1.27
 
@@ -77,13 +99,27 @@ def test_both_directions_and_a_second_layer(mode, packed):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_not_finite_shows_in_its_row_alone(mode, bad):
-    layer, x, states = make(mode, 6, 20), torch.randn(9, 4, 6), torch.zeros(2, 4, 20)
-    clean = run(layer, x, None, *states)[0]
-    x[3, 1, 2] = bad
-    out = run(layer, x, None, *states)[0]
-    assert out[3:, 1].isnan().all()
-    assert torch.equal(out[:3], clean[:3])
-    assert torch.equal(out[:, [0, 2, 3]], clean[:, [0, 2, 3]])
+    for batch in (4, 9):
+        layer, x = make(mode, 6, 20), torch.randn(9, batch, 6)
+        second, states = make(mode, 20, 20), torch.zeros(2, 2, batch, 20)
+        clean = run(layer, x, None, *states, more=[second])[0]
+        x[3, 1, 2] = bad
+        out = run(layer, x, None, *states, more=[second])[0]
+        assert out[3:, 1].isnan().all()
+        assert torch.equal(out[:3], clean[:3])
+        others = [row for row in range(batch) if row != 1]
+        assert torch.equal(out[:, others], clean[:, others])
+
+
+def test_a_cell_that_is_nan_makes_its_whole_row_so():
+    """The kernel sees it in the hidden state alone, in one unit of many."""
+    for batch in (2, 9):
+        layer, x, h, c = make("LSTM", 6, 20), torch.randn(3, batch, 6), torch.zeros(batch, 20), torch.zeros(batch, 20)
+        c[1, 5] = float("nan")
+        out = run(layer, x, None, h, c)[0]
+        assert out[0, 1].isnan().sum() == 1
+        assert out[1:, 1].isnan().all()
+        assert not out[:, [0]].isnan().any()
 
 
 @pytest.mark.parametrize("mode", MODES)

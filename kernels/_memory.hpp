@@ -1,6 +1,7 @@
-// Memory that recurrent kernels work in.
+// Memory that kernels work in.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -9,9 +10,9 @@
 #include <sys/mman.h>
 #endif
 
-#include "_vector.hpp"
-
 namespace perfkit {
+
+using i64 = std::int64_t;
 
 // What a thread gave back last: its next call asks for the same sizes again, and to get them from the system takes a
 // twentieth of a short sequence's time. Not the large ones; and none under a sanitizer, which is to see each end.
