@@ -1,4 +1,5 @@
-"""Integer layers on x86 CPUs without a compiler: oneDNN's kernels, which Inductor's programs call, called directly.
+"""Integer layers on x86 CPUs without a compiler: oneDNN's kernels, which Inductor's programs call, called directly; or
+perfkit's own (`torch_native.py`), where these are no slower.
 
 Where something looks on at a call (a compiler, a tracer, torch.func, a tensor's class) there is no such product: the
 layer is then its pattern of float operations, which those know.
@@ -16,8 +17,11 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from perfkit.backends import torch_fused_int8 as integers
+from perfkit.backends import torch_fused_sequence as sequences
 from perfkit.kernels._torch import autocasts, observer
 from perfkit.measure.environment import has
+from perfkit.quantization import torch_native
 from perfkit.quantization.torch_ranges import Affine
 
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
@@ -74,6 +78,13 @@ def direct(*tensors: torch.Tensor) -> bool:
     return not seen and all(tensor.device.type == "cpu" for tensor in tensors) and not missing()
 
 
+def at_once(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """What a layer makes of `x` by a call that was worked out before, where all is as it was then; else None."""
+    if torch.compiler.is_compiling() or missing() or not isinstance(module, (nn.Linear, nn.Conv2d)):
+        return None
+    return sequences.run((module,), x, integers.alone)
+
+
 def product(module: nn.Module, x: torch.Tensor, grid: Affine | None, top: int = 0) -> torch.Tensor | None:
     """What a linear layer or a 2-D convolution makes of `x` on integers; None where it has to be in floats.
 
@@ -89,15 +100,21 @@ def product(module: nn.Module, x: torch.Tensor, grid: Affine | None, top: int = 
     out = torch.get_autocast_dtype("cpu") if autocasts("cpu") else torch.float32
     if out not in (torch.float32, torch.bfloat16) or (bias is not None and bias.dtype != torch.float32):
         return None
+    read = grid is None
     if grid is None and (grid := _read(x, top)) is None:
         return None
     kernel, dimensions = (_linear, x.dim() > 1) if isinstance(module, nn.Linear) else (_conv, x.dim() == 4)
     if not dimensions:
         return None
+
+    def run(bias: torch.Tensor | None) -> torch.Tensor:
+        y = torch_native.product(module, bias, x, grid, out, read)
+        return kernel(module, bias, _rounded(x, grid), grid, out) if y is None else y
+
     if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
-        return kernel(module, bias, _rounded(x, grid), grid, out)
+        return run(bias)
     with torch.no_grad():  # as in the pattern, the bias alone has a gradient
-        y = kernel(module, None, _rounded(x, grid), grid, out)
+        y = run(None)
     return y + (bias if kernel is _linear else bias[:, None, None]).to(out)
 
 
