@@ -134,13 +134,14 @@ class ChannelsPass {
                     here[r] = x[r] + down * p.dilation_h * row + piece * p.dilation_w * s.C;
                 add_dots<R, G>(here, w, K4, s.K4, found);
             }
+        const Finish finish = call.finish;
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
             for (int g = 0; g < G; ++g) {
                 const i64 n = o + g * L;
                 if (direct)
-                    call.finish.put(begin + (at + r) * p.outputs + n, call.finish.across(found[r][g], n), p.outputs - n);
+                    finish.put(begin + (at + r) * p.outputs + n, finish.across(found[r][g], n), p.outputs - n);
                 else
                     store(&sums[((at + r) * G + g) * L], found[r][g]);
             }
@@ -149,15 +150,16 @@ class ChannelsPass {
     // A vector of outputs of all places.
     void put(i64 image, i64 first, i64 rows, i64 o, i64 g, i64 G) const {
         const i64 count = rows * p.out_width, done = first * p.out_width, left = p.outputs - o;
+        const Finish finish = call.finish;  // of its own: what is written might be it, for all compilers know
         const auto value = [&](i64 i) INLINE_LAMBDA {
             const std::int32_t* at = &sums[((i / p.out_width * wide + i % p.out_width) * p.pool * G + g) * L];
             Ints most = load<Ints>(at);
             for (i64 w = 1; w < p.pool * p.pool; ++w)
                 most = largest(most, load<Ints>(at + (w / p.pool * wide + w % p.pool) * G * L));
-            return call.finish.across(most, o);
+            return finish.across(most, o);
         };
         if (p.y_last) {
-            for (i64 i = 0; i < count; ++i) call.finish.put((image * call.area() + done + i) * p.outputs + o, value(i), left);
+            for (i64 i = 0; i < count; ++i) finish.put((image * call.area() + done + i) * p.outputs + o, value(i), left);
             return;
         }
         for (i64 i = 0; i < count; i += L) {
@@ -165,7 +167,7 @@ class ChannelsPass {
             for (i64 lane = 0; lane < L; ++lane) turned[lane] = value(std::min(i + lane, count - 1));
             transpose(turned);
             for (i64 c = 0; c < std::min<i64>(L, left); ++c)
-                call.finish.put((image * p.outputs + o + c) * call.area() + done + i, turned[c], count - i);
+                finish.put((image * p.outputs + o + c) * call.area() + done + i, turned[c], count - i);
         }
     }
 };

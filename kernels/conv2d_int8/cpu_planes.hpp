@@ -86,7 +86,7 @@ class PlanesPass {
         for (i64 v = 0; v < count; v += most) {
             if (s.W == 1)
                 each_channel<1>(image, v, done, count, parts(std::min(most, count - v), L));
-            else if (s.P == 2)
+            else if (s.P == 2 && s.quads == s.each)  // both windows of a row read the same
                 each_channel<2>(image, v, done, count, 1);
             else
                 each_channel<0>(image, v, done, count, 1);
@@ -150,7 +150,7 @@ class PlanesPass {
                 }
     }
 
-    // SIDE: P where it is 1 or 2, else 0.
+    // SIDE: P where it is 1, or 2 and both windows of a row read the same; else 0.
     template <int SIDE>
     void each_channel(i64 image, i64 v, i64 done, i64 count, i64 vectors) {
         for (i64 o = 0; o < p.outputs; o += PANEL) {
@@ -175,7 +175,7 @@ class PlanesPass {
                 const i8* of = weights;
                 for (i64 t = 0; t < T; ++t, at += s.streams, of += 4 * P) {
                     Ints here[N];
-                    for (int n = 0; n < N; ++n) here[n] = load<Ints>(x + at[n]);
+                    for (int n = 0; n < N; ++n) here[n] = SIDE == 2 && n % 2 ? here[n - 1] : load<Ints>(x + at[n]);
 #pragma GCC unroll 4
                     for (int c = 0; c < CHANNELS; ++c)
 #pragma GCC unroll 4
@@ -200,18 +200,20 @@ class PlanesPass {
 
     // `channels` of `many` places, the first of them number `place` of the image.
     INLINE void put(const Ints* sums, i64 image, i64 o, i64 channels, i64 place, i64 many) const {
+        const Finish finish = call.finish;  // of its own: what bytes are written to might be it, for all compilers know
         if (!p.y_last) {
-            for (i64 c = 0; c < channels; ++c)
-                call.finish.put((image * p.outputs + o + c) * call.area() + place, call.finish.along(sums[c], o + c), many);
+            const i64 area = call.area();
+            i64 at = (image * p.outputs + o) * area + place;
+            for (i64 c = 0; c < channels; ++c, at += area) finish.put(at, finish.along(sums[c], o + c), many);
             return;
         }
         for (i64 c = 0; c < channels; c += L) {
             Floats tile[L];
             for (i64 lane = 0; lane < L; ++lane)
-                tile[lane] = call.finish.along(sums[std::min(c + lane, channels - 1)], o + std::min(c + lane, channels - 1));
+                tile[lane] = finish.along(sums[std::min(c + lane, channels - 1)], o + std::min(c + lane, channels - 1));
             transpose(tile);
             for (i64 i = 0; i < many; ++i)
-                call.finish.put((image * call.area() + place + i) * p.outputs + o + c, tile[i], channels - c);
+                finish.put((image * call.area() + place + i) * p.outputs + o + c, tile[i], channels - c);
         }
     }
 };

@@ -22,7 +22,7 @@ struct Pass {
     const PerfkitLinearInt8& p;
     const i64 K4;
     const i8* weights;
-    const Finish& finish;
+    const Finish& shared;
 
     // Rows `first` to `last`, which lie from x on, with outputs `from` to `to`; `from` begins a panel.
     void run(const u8* x, i64 stride, i64 first, i64 last, i64 from, i64 to) const {
@@ -50,6 +50,7 @@ struct Pass {
         const u8* rows[R];
         for (int r = 0; r < R; ++r) rows[r] = x + r * stride;
         add_dots<R, G>(rows, weights + n / PANEL * K4 * BLOCK, K4, K4, sums);
+        const Finish finish = shared;  // of its own: what is written might be it, for all compilers know
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
