@@ -23,6 +23,7 @@ LAYERS = {
         lambda: nn.Conv2d(8, 6, (3, 1), stride=(2, 1), bias=False),
         lambda: torch.randn(2, 8, 9, 8).contiguous(memory_format=torch.channels_last),
     ),
+    "padded by name": (lambda: nn.Conv2d(3, 6, (3, 5), padding="same"), lambda: torch.randn(2, 3, 9, 8)),
     "groups": (lambda: nn.Conv2d(4, 8, 3, dilation=2, groups=4), lambda: torch.randn(1, 4, 12, 9)),
 }
 

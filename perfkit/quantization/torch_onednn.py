@@ -64,8 +64,16 @@ def takes(module: nn.Module) -> bool:
     if missing():
         return False
     if isinstance(module, nn.Conv2d):
-        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return module.padding_mode == "zeros" and _padding(module) is not None
     return isinstance(module, nn.Linear)
+
+
+def _padding(conv: nn.Conv2d) -> list[int] | None:
+    """Rows and columns of zeros at either side; None where "same" puts more of them behind."""
+    if not isinstance(conv.padding, str):
+        return list(conv.padding)
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    return [top, left] if (top, left) == (bottom, right) else None
 
 
 def direct(*tensors: torch.Tensor) -> bool:
@@ -146,7 +154,7 @@ def _linear(module: Any, bias: torch.Tensor | None, q: torch.Tensor, grid: Affin
 
 
 def _conv(module: Any, bias: torch.Tensor | None, q: torch.Tensor, grid: Affine, out: torch.dtype) -> torch.Tensor:
-    place = list(module.stride), list(module.padding), list(module.dilation), module.groups
+    place = list(module.stride), _padding(module), list(module.dilation), module.groups
     weight = _as_packed(
         module,
         grid,
