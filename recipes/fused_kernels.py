@@ -11,7 +11,8 @@ class FusedKernels(LayerRecipe):
 
     PyTorch: nn.LSTM, nn.GRU and nn.RNN whole; conv → [batch norm that does not train] → ReLU → max-pool in one go, in
     the usual spellings; for inference on CPU nn.Linear with the ReLU behind it, and layers that follow each other by
-    one call, also behind a recurrent layer of which the last step alone is read. JAX: scans over an LSTM, GRU or
+    one call, also behind a recurrent layer of which the last step alone is read; the same on integers behind `int8` on
+    x86 CPUs. JAX: scans over an LSTM, GRU or
     simple cell, the same convolutions, and for inference on CPUs with AVX-512 linear layers, in the jaxpr of any
     model. For inference and for training. A layer whose call no kernel of ours takes here stays as it is, and the
     report says why. Small models gain most; where the library's layer is as good, nothing is swapped.

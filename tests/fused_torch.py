@@ -1,6 +1,7 @@
 """The recipe `fused_kernels` applied to torch models without optimizing: for tests of all kinds of layers."""
 
 import torch
+from torch import nn
 
 from perfkit import reference
 from perfkit._recipe_files import recipe_class
@@ -53,3 +54,23 @@ def small(name):
 def workload(model, inputs, training=None):
     mode = "training" if training else "inference"
     return BACKEND.copy(Workload(BACKEND, model.train(bool(training)), Inputs(inputs), mode, "cpu", training))
+
+
+class Net(nn.Module):
+    """A convolution with ReLU and pool, and two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu, self.pool = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2)
+        self.first, self.second = nn.Linear(8 * 5 * 5, 160), nn.Linear(160, 10)
+
+    def forward(self, x):
+        x = self.pool(self.relu(self.conv(x)))
+        x = x.view(x.size(0), -1)
+        x = self.relu(self.first(x))
+        return self.second(x)
+
+
+def batch(rows=2):
+    torch.manual_seed(1)
+    return torch.randn(rows, 1, 12, 12)

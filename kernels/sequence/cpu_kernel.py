@@ -15,8 +15,11 @@ from perfkit.kernels import _native
 from perfkit.kernels._torch import Threads
 from perfkit.kernels.conv2d import cpu_kernel as convolution
 from perfkit.kernels.conv2d.problem import Problem as Convolution
+from perfkit.kernels.conv2d_int8 import cpu_kernel as integer_convolution
+from perfkit.kernels.conv2d_int8.problem import Problem as IntegerConvolution
 from perfkit.kernels.linear import cpu_kernel as linear
 from perfkit.kernels.linear.problem import Problem as Linear
+from perfkit.kernels.linear_int8 import on_grid
 from perfkit.kernels.rnn import cpu_kernel as recurrent
 from perfkit.kernels.rnn.problem import Problem as Recurrent
 
@@ -30,10 +33,11 @@ class LastStep(NamedTuple):
     batch_first: bool
 
 
-Problem = Convolution | Linear | LastStep
+Integer = on_grid.Problem | IntegerConvolution
+Problem = Convolution | Linear | LastStep | Integer
 Layer = tuple[Problem, Sequence["Tensor | None"]]
-"""A layer's problem, and its weight and bias, or all weights of recurrent ones, in torch's order: dense, on CPU, of the
-problem's shapes and dtype."""
+"""A layer's problem, and its weight and bias, or all weights of recurrent ones, in torch's order, or int8 weight, its
+scales and bias: dense, on CPU, of the problem's shapes and dtype."""
 
 
 class _Layer(ctypes.Structure):
@@ -72,7 +76,9 @@ def caller(layers: Sequence[Layer], x: Tensor, size: tuple[int, ...]) -> Callabl
     work = sum(_work(problem) for problem, _ in layers)
     all_steps = _Sequence(ctypes.addressof(steps), len(layers), rows, x.nbytes // rows, work)
     run, threads, empty, where = library().perfkit_sequence, Threads.of_torch, torch.empty_like, ctypes.byref(all_steps)
-    like = layers[-1][1][0].new_empty(1).expand(size)  # of the size, in no memory: quicker than its size is
+    last, (of_last, *_) = layers[-1]
+    dtype = getattr(torch, last.y) if isinstance(last, Integer) else of_last.dtype
+    like = of_last.new_empty(1, dtype=dtype).expand(size)  # of the size, in no memory: quicker than its size is
 
     def call(x: Tensor) -> Tensor:
         y = empty(like)
@@ -108,8 +114,27 @@ def _told(problem: Problem, tensors: Sequence[Tensor | None], rows: int) -> tupl
     elif isinstance(problem, Convolution):
         run, numbers = convolution.library().perfkit_conv2d_forward, convolution.told(problem)
         outputs = problem.outputs * problem.batch * problem.out_size[0] * problem.out_size[1]
-    else:
+    elif isinstance(problem, Linear):
         run, numbers, outputs = linear.library().perfkit_linear, linear.told(problem), problem.outputs * problem.rows
+    else:
+        return _told_integer(problem, *tensors, rows)
     pointers = [ctypes.cast(each, ctypes.c_void_p) for each in (run, numbers, *addresses)]
     size = outputs * tensors[0].element_size() // rows
     return _Layer(*pointers, isinstance(problem, Convolution), len(numbers), size), (numbers, addresses[0])
+
+
+def _told_integer(problem: Integer, weight: Tensor, scale: Tensor, bias: Tensor | None, rows: int):
+    """The same of a layer on integers. Its weight is packed once: who keeps the call asks whether it was written to."""
+    if isinstance(problem, on_grid.Problem):
+        run, packed, numbers = (
+            on_grid.library().perfkit_linear_int8,
+            on_grid.packed(weight, scale),
+            on_grid.told(problem),
+        )
+    else:
+        run, numbers = integer_convolution.library().perfkit_conv2d_int8, integer_convolution.told(problem)
+        packed = integer_convolution.packed(problem, weight, scale)
+    bias_at = None if bias is None else bias.data_ptr()
+    pointers = [ctypes.cast(each, ctypes.c_void_p) for each in (run, numbers, packed.data_ptr(), bias_at)]
+    size = problem.rows // rows * problem.outputs * getattr(torch, problem.y).itemsize
+    return _Layer(*pointers, False, len(numbers), size), (numbers, packed)

@@ -18,11 +18,12 @@ from perfkit._workload import Workload
 from perfkit.backends import torch_conv_forwards as forwards
 from perfkit.backends import torch_fused_conv as convolutions
 from perfkit.backends import torch_fused_group as grouped
+from perfkit.backends import torch_fused_int8 as integers
 from perfkit.backends import torch_fused_linear as linears
 from perfkit.backends import torch_fused_rnn as recurrent
 from perfkit.backends.fused_layers import LEFT, UNKNOWN, Layer, effect
 from perfkit.backends.torch_source import Unreadable
-from perfkit.backends.torch_surgery import copied, derive
+from perfkit.backends.torch_surgery import copied, derive, on_grid
 from perfkit.kernels._op import trace
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ _LAYERS = (nn.Conv2d, nn.RNNBase)
 
 @dataclass(kw_only=True)
 class Part(Layer):
-    """A layer, and the module that it is."""
+    """A layer, and the module that it is; whether it runs on integers, or would in floats."""
 
     name: str
     module: nn.Module
+    on_integers: bool = False
+    in_floats: bool = False
 
 
 def fused(work: Workload, recipe: FusedKernels) -> tuple[Workload, Effect]:
@@ -66,7 +69,7 @@ def _refusal(module: nn.Module) -> str:
     if isinstance(module, nn.RNNBase):
         return recurrent.refusal(module) or ""
     if isinstance(module, nn.Linear):
-        return linears.refusal(module) or ""
+        return "" if on_grid(module) else linears.refusal(module) or ""
     if not convolutions.may_begin(module):
         return f"this {module._get_name()} has a forward of its own, which would be lost"
     return ""
@@ -91,10 +94,16 @@ def _watched(work: Workload, layers: dict[str, Part]) -> set[str]:
             layer = layer_of.get(id(links[-1]))
             if layer is None:
                 return grouped.apart(links, x), False
+            found = one_on_integers(layer, links, x, after) if on_grid(links[-1]) else None
+            if found is not None:
+                owners.add(owner)
+                return found, True
             if isinstance(layer.module, nn.RNNBase):
                 return grouped.apart(links, x), bool(layer.runs)
             if isinstance(layer.module, nn.Linear):
                 y = grouped.apart(links, x)
+                if on_grid(links[-1]):
+                    return y, False
                 if after and not layer.runs and grouped.linear_problem(links, x) is not None:
                     layer.runs["Linear on 'cpu', by one call with the layer before it (unless compiled)"] = None
                 if layer.runs and (after or grouped.rectified(links)):
@@ -108,7 +117,23 @@ def _watched(work: Workload, layers: dict[str, Part]) -> set[str]:
                 y = convolutions.together(links[-1], read, x)
             if took := layer.saw(str(read), choices):
                 owners.add(owner)
+                layer.in_floats = True
             return grouped.apart(links[: read.rest], y), took
+
+        def one_on_integers(layer: Part, links: tuple, x: Any, after: bool) -> Any:
+            """What one on integers makes of x; None where no kernel takes it."""
+            read = integers.reading(links, x)
+            if read is None:
+                layer.misses["the kernels for integers do not take what it is called with"] = None
+                return None
+            with trace() as choices:
+                pays = integers.pays(read.problem, recorded=True)
+            if not pays and after and read.problem.work <= grouped.LEAST_WORK:
+                layer.runs[f"{read} on 'cpu', by one call with the layer before it (unless compiled)"] = None
+            elif not layer.saw(f"{read} (unless compiled)", choices):
+                return None
+            layer.on_integers = (y := integers.together(links[-1], read, x)) is not None
+            return grouped.apart(links[: read.rest], y) if layer.on_integers else None
 
         return run
 
@@ -117,7 +142,7 @@ def _watched(work: Workload, layers: dict[str, Part]) -> set[str]:
     for layer in layers.values():
         if isinstance(layer.module, nn.RNNBase) and not layer.refused:
             _watch(recurrent.fuse, parts[layer.name], layer)
-        elif isinstance(layer.module, nn.Linear) and not layer.refused:
+        elif isinstance(layer.module, nn.Linear) and not layer.refused and not on_grid(layer.module):
             _watch(linears.fuse, parts[layer.name], layer, " (unless compiled)")
     with torch.random.fork_rng(), torch.set_grad_enabled(work.trains):
         torch.manual_seed(work.seed)
@@ -179,6 +204,8 @@ def _rewritten(
         for layer in called:
             if isinstance(layer.module, nn.Conv2d):
                 layer.unseen = reason
+            elif on_grid(layer.module):
+                layer.unseen = f"it runs on integers by itself, as before: {reason}"
     return found
 
 
@@ -188,6 +215,11 @@ def _swap(model: nn.Module, layers: dict[str, Part], owners: set[str]) -> None:
             continue
         if isinstance(layer.module, nn.RNNBase):
             recurrent.fuse(layer.module)
+        elif on_grid(layer.module):
+            if layer.on_integers or UNKNOWN in layer.runs:
+                integers.fuse(layer.module)
+            if layer.in_floats:
+                convolutions.fuse(layer.module)
         elif isinstance(layer.module, nn.Linear):
             linears.fuse(layer.module)
         else:

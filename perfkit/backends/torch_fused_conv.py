@@ -55,7 +55,7 @@ class Group(NamedTuple):
 
 
 def may_begin(thing: Any) -> bool:
-    """Whether it is a convolution as torch has it, or on integer weights: of few channels, floats are faster.
+    """Whether it is a convolution as torch has it, or on integer weights: of few channels, compiled, floats are faster.
 
     Or a linear or recurrent layer as torch has it.
     """
@@ -87,8 +87,17 @@ def reading(links: tuple, x: Any) -> Group | str:
         return f"it pads with padding_mode={conv.padding_mode!r}, and the kernel with zeros"
     if seen(conv):
         return "it has hooks, which see the convolution's own output"
+    found = following(links)
+    if found.norm is found.activation is found.pool is None:
+        why = step_of(links[-2]) if len(links) > 1 else ("", None)
+        return (why[1] if why[0] == "no" else "") or "nothing that follows it runs in the kernel"
+    return found
+
+
+def following(links: tuple) -> Group:
+    """What may run together with the convolution that a group begins with."""
     norm = activation = pool = rounds = None
-    at, why = len(links) - 1, ""
+    at = len(links) - 1
     while at:
         link = links[at - 1]
         kind, given = step_of(link)
@@ -99,11 +108,8 @@ def reading(links: tuple, x: Any) -> Group | str:
         elif kind == "pool" and pool is None:
             pool, rounds = given, getattr(type(link), ROUNDS, None)
         else:
-            why = given if kind == "no" else ""
             break
         at -= 1
-    if norm is activation is pool is None:
-        return why or "nothing that follows it runs in the kernel"
     return Group(norm, activation, pool, rounds, at)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perfkit.backends import torch_fused_conv as convolutions
+from perfkit.backends import torch_fused_int8 as integers
 from perfkit.backends import torch_fused_linear as linears
 from perfkit.backends import torch_fused_rnn as recurrent
 from perfkit.backends.torch_fused_sequence import Layers, run
@@ -50,6 +51,10 @@ def parts(links: tuple) -> Iterator[tuple]:
 
 def _part(links: tuple, x: Any) -> Any:
     layer = links[-1]
+    read = integers.reading(links, x) if integers.is_fused(layer) and not torch.compiler.is_compiling() else None
+    pays = read is not None and integers.pays(read.problem, recorded=True)
+    if pays and (y := integers.together(layer, read, x)) is not None:
+        return apart(links[: read.rest], y)
     if isinstance(layer, nn.Linear):
         if linears.is_fused(layer) and rectified(links):
             x, links = linear(x, layer.weight, layer.bias, "relu"), links[:-2]
@@ -87,6 +92,8 @@ def _problem(links: tuple, x: Tensor) -> Any:
     layer = links[-1]
     if isinstance(layer, nn.RNNBase):
         return recurrent.last_problem(links, x)
+    if integers.is_integer(layer):
+        return integer_problem(links, x)
     if isinstance(layer, nn.Linear):
         rest = len(links) - 1 - rectified(links)
         problem = linear_problem(links, x) if linears.is_fused(layer) else None
@@ -99,6 +106,19 @@ def _problem(links: tuple, x: Tensor) -> Any:
         problem, choice = picked(*tensors, given, False, None, recorded=False)
         problem = None if choice.implementation != "cpu" or problem.channels_last else problem
     return problem if all(convolutions.step_of(link)[0] == "rows" for link in links[:rest]) else None
+
+
+def integer_problem(links: tuple, x: Tensor) -> Any:
+    """The same of a layer on integers."""
+    read = integers.reading(links, x) if integers.is_fused(links[-1]) else None
+    if read is None or (read.rounds is not None and read.rounds(x) is not x):
+        return None
+    if not integers.pays(read.problem) and read.problem.work > LEAST_WORK:
+        return None
+    if integers.packed(links[-1], read.problem) is None:
+        return None
+    rest = links[: read.rest]
+    return read.problem if all(convolutions.step_of(link)[0] == "rows" for link in rest) else None
 
 
 def linear_problem(links: tuple, x: Tensor) -> Problem | None:

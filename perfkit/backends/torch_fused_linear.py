@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from perfkit.backends.torch_surgery import derive
+from perfkit.backends.torch_surgery import derive, on_grid
 from perfkit.kernels.linear.torch_call import linear
 
 FUSES = "_perfkit_fuses_linear"
@@ -29,8 +29,10 @@ def is_fused(thing: Any) -> bool:
 
 
 def may_begin(thing: Any) -> bool:
-    """Whether it is a linear layer as torch has it, or one that runs in the kernel."""
-    return isinstance(thing, nn.Linear) and (type(thing).forward is nn.Linear.forward or is_fused(thing))
+    """Whether it is a linear layer as torch has it, or one that runs in the kernel, or on integers of a known grid."""
+    return isinstance(thing, nn.Linear) and (
+        type(thing).forward is nn.Linear.forward or is_fused(thing) or on_grid(thing)
+    )
 
 
 def fuse(module: nn.Linear) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from perfkit.backends import torch_fused_conv as convolutions
+from perfkit.backends import torch_fused_int8 as integers
 from perfkit.kernels import _autotune, _op
 from perfkit.kernels._torch import PLAIN, autocasts, observer
 from perfkit.kernels.sequence.cpu_kernel import Problem, caller
@@ -96,6 +97,8 @@ def _autocasts_to(x: Tensor) -> torch.dtype | None:
 
 def _names(layer: nn.Module) -> Sequence[str]:
     """Of its parameters, in the order in which its kernel takes them."""
+    if integers.is_integer(layer):
+        return "weight_int8", "weight_scale", "bias"
     return layer._flat_weights_names if isinstance(layer, nn.RNNBase) else ("weight", "bias")
 
 
@@ -126,6 +129,7 @@ class _Sequence:
         self.own = list(map(vars, modules))
         self.hooks = [*(getattr(each, name) for each in modules for name in _HOOKS), *convolutions.GLOBAL_HOOKS]
         self.read = [(each, _READ[kind]) for each in modules for kind in _READ if isinstance(each, kind)]
+        self.read += [(each, integers.written) for each in layers if integers.is_integer(each)]
         self.told = [tell(each) for each, tell in self.read]
         self.places = [(layer._parameters, name) for layer in layers for name in _names(layer)]
         self.low, self.of_layers = low, [[getattr(layer, name) for name in _names(layer)] for layer in layers]
@@ -140,6 +144,7 @@ class _Sequence:
 
     def learn(self, problems: Sequence[Problem], x: Tensor, size: tuple[int, ...]) -> None:
         """Make the call of tensors such as x, which gives one of `size`."""
+        problems = integers.joined(problems)
         if self.low is None:
             self.call = caller(list(zip(problems, self.of_layers, strict=True)), x, size)
             return

@@ -96,6 +96,11 @@ def _keeping_class(deepcopy: Callable) -> Callable:
     return __deepcopy__
 
 
+def on_grid(thing: Any) -> bool:
+    """Whether it is a layer on integer weights whose input is rounded to a grid that is known beforehand."""
+    return isinstance(thing, nn.Module) and getattr(type(thing), INTEGER, False) and "input_grid" in vars(thing)
+
+
 def around_forward(module: nn.Module, wrap: Callable[[Callable], Callable]) -> None:
     """`forward(module, *args, **kwargs)` becomes `wrap(forward)`, inside of what torch.compile traces.
 

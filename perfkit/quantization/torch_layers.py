@@ -40,7 +40,8 @@ def static(module: nn.Module, grid: Affine, bits: int = 8) -> None:
     module.input_grid = grid
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        y = torch_onednn.product(self, input, self.input_grid)
+        y = torch_onednn.at_once(self, input)
+        y = torch_onednn.product(self, input, self.input_grid) if y is None else y
         return _float_form(self, self.input_grid.rounded(input)) if y is None else y
 
     def get_extra_state(self) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Integer layers on x86 CPUs without a compiler: oneDNN's kernels, which Inductor's programs call, called directly.
+"""Integer layers on x86 CPUs without a compiler: oneDNN's kernels, which Inductor's programs call, called directly; or
+perfkit's own (`torch_native.py`), where these are no slower.
 
 Where something looks on at a call (a compiler, a tracer, torch.func, a tensor's class) there is no such product: the
 layer is then its pattern of float operations, which those know.
@@ -16,8 +17,11 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from perfkit.backends import torch_fused_int8 as integers
+from perfkit.backends import torch_fused_sequence as sequences
 from perfkit.kernels._torch import autocasts, observer
 from perfkit.measure.environment import has
+from perfkit.quantization import torch_native
 from perfkit.quantization.torch_ranges import Affine
 
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
@@ -60,8 +64,16 @@ def takes(module: nn.Module) -> bool:
     if missing():
         return False
     if isinstance(module, nn.Conv2d):
-        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return module.padding_mode == "zeros" and _padding(module) is not None
     return isinstance(module, nn.Linear)
+
+
+def _padding(conv: nn.Conv2d) -> list[int] | None:
+    """Rows and columns of zeros at either side; None where "same" puts more of them behind."""
+    if not isinstance(conv.padding, str):
+        return list(conv.padding)
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    return [top, left] if (top, left) == (bottom, right) else None
 
 
 def direct(*tensors: torch.Tensor) -> bool:
@@ -72,6 +84,13 @@ def direct(*tensors: torch.Tensor) -> bool:
     if seen == "traced" and not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None:
         seen = None  # by a profiler, which knows these operators
     return not seen and all(tensor.device.type == "cpu" for tensor in tensors) and not missing()
+
+
+def at_once(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """What a layer makes of `x` by a call that was worked out before, where all is as it was then; else None."""
+    if torch.compiler.is_compiling() or missing() or not isinstance(module, (nn.Linear, nn.Conv2d)):
+        return None
+    return sequences.run((module,), x, integers.alone)
 
 
 def product(module: nn.Module, x: torch.Tensor, grid: Affine | None, top: int = 0) -> torch.Tensor | None:
@@ -89,15 +108,21 @@ def product(module: nn.Module, x: torch.Tensor, grid: Affine | None, top: int = 
     out = torch.get_autocast_dtype("cpu") if autocasts("cpu") else torch.float32
     if out not in (torch.float32, torch.bfloat16) or (bias is not None and bias.dtype != torch.float32):
         return None
+    read = grid is None
     if grid is None and (grid := _read(x, top)) is None:
         return None
     kernel, dimensions = (_linear, x.dim() > 1) if isinstance(module, nn.Linear) else (_conv, x.dim() == 4)
     if not dimensions:
         return None
+
+    def run(bias: torch.Tensor | None) -> torch.Tensor:
+        y = torch_native.product(module, bias, x, grid, out, read)
+        return kernel(module, bias, _rounded(x, grid), grid, out) if y is None else y
+
     if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
-        return kernel(module, bias, _rounded(x, grid), grid, out)
+        return run(bias)
     with torch.no_grad():  # as in the pattern, the bias alone has a gradient
-        y = kernel(module, None, _rounded(x, grid), grid, out)
+        y = run(None)
     return y + (bias if kernel is _linear else bias[:, None, None]).to(out)
 
 
@@ -129,7 +154,7 @@ def _linear(module: Any, bias: torch.Tensor | None, q: torch.Tensor, grid: Affin
 
 
 def _conv(module: Any, bias: torch.Tensor | None, q: torch.Tensor, grid: Affine, out: torch.dtype) -> torch.Tensor:
-    place = list(module.stride), list(module.padding), list(module.dilation), module.groups
+    place = list(module.stride), _padding(module), list(module.dilation), module.groups
     weight = _as_packed(
         module,
         grid,

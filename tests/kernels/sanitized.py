@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from int8_calls import all_calls as int8
 from max_pool_calls import CASES as POOLS
 from max_pool_calls import images
 from torch import nn
@@ -114,5 +115,7 @@ def linear_as_jax_has_it(problem, x, weight, bias):
 
 
 def main():
-    count = sum(1 for kernel in (rnn_int8, conv2d_and_gradients, rnn_and_gradients, max_pool, linear) for _ in kernel())
+    count = sum(
+        1 for kernel in (rnn_int8, conv2d_and_gradients, rnn_and_gradients, max_pool, linear, int8) for _ in kernel()
+    )
     print(count, "cases, all of their calls under AddressSanitizer")

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from byte_instructions import VARIANTS
 from instruction_paths import QUICKLY_BUILT
 from rnn_int8_calls import MODES, assert_is_the_reference
 
@@ -20,27 +21,6 @@ if _native.find_compiler() is None:
     pytest.skip("no C++ compiler is installed", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("seeded")
-
-DPBUSD = """
-#include <cstdint>
-#include <cstring>
-template <class V> V emulated(V sums, V bytes, V signed_bytes) {
-    std::int32_t sum[sizeof(V) / 4];
-    std::uint8_t a[sizeof(V)];
-    std::int8_t b[sizeof(V)];
-    std::memcpy(sum, &sums, sizeof(V)), std::memcpy(a, &bytes, sizeof(V)), std::memcpy(b, &signed_bytes, sizeof(V));
-    for (unsigned i = 0; i < sizeof(V); ++i) sum[i / 4] += a[i] * b[i];
-    std::memcpy(&sums, sum, sizeof(V));
-    return sums;
-}
-#define PERFKIT_DPBUSD emulated
-"""
-VARIANTS = {
-    "AVX512-VNNI": "#include <immintrin.h>\n#undef __AVX512VNNI__\n#define __AVX512VNNI__ 1\n" + DPBUSD,
-    "AVX-VNNI": "#include <immintrin.h>\n#undef __AVX512VNNI__\n#undef __AVXVNNI__\n#define __AVXVNNI__ 1\n" + DPBUSD,
-    "AVX2": "#undef __AVX512VNNI__\n#undef __AVXVNNI__\n",
-    "plain C++": "#undef __AVX2__\n#undef __AVX512VNNI__\n#undef __FMA__\n#undef __FP_FAST_FMAF\n",
-}
 
 
 @pytest.mark.skipif("avx2" not in cpu()[1], reason="a CPU without AVX2")

@@ -9,6 +9,7 @@ pytest.importorskip("torch")
 
 import torch
 import torch.nn.functional as F
+from fused_torch import Net, batch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
@@ -20,21 +21,6 @@ from perfkit.kernels import _native
 
 if _native.find_compiler() is None:
     pytest.skip("no C++ compiler is installed", allow_module_level=True)
-
-
-class Net(nn.Module):
-    """A convolution with ReLU and pool, and two linear layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.relu, self.pool = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2)
-        self.first, self.second = nn.Linear(8 * 5 * 5, 160), nn.Linear(160, 10)
-
-    def forward(self, x):
-        x = self.pool(self.relu(self.conv(x)))
-        x = x.view(x.size(0), -1)
-        x = self.relu(self.first(x))
-        return self.second(x)
 
 
 class Reshaped(Net):
@@ -67,11 +53,6 @@ def optimized(model, x):
 
 def assert_same(new, old):
     torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-5)
-
-
-def batch(rows=2):
-    torch.manual_seed(1)
-    return torch.randn(rows, 1, 12, 12)
 
 
 @pytest.mark.parametrize("kind", [Net, Reshaped, Flat, FlatFunction, in_line])
