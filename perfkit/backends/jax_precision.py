@@ -24,6 +24,11 @@ def cast(tree: Any, dtype: Any, only: tuple = (jnp.float32, jnp.float64, jnp.bfl
     return jax.tree.map(one, tree)
 
 
+def in_float64(tree: Any) -> Any:
+    """`tree` with its floating-point arrays in float64, the complex ones in complex128."""
+    return cast(cast(tree, jnp.float64), jnp.complex128, only=(jnp.complex64,))
+
+
 def autocast(work: Workload, dtype: str) -> tuple[Workload, Effect]:
     """The model's function with its matrix products and convolutions in `dtype`, accumulated in float32."""
     model, inputs = work.model, work.inputs

@@ -37,9 +37,8 @@ from perfkit.backends.torch_sequences import sequences_seen
 from perfkit.backends.torch_state import keeping_state
 from perfkit.backends.torch_surgery import (
     ELSEWHERE,
-    cast,
-    cast_attributes,
     copied,
+    in_float64,
     map_tensors,
     parts,
     settle_forward,
@@ -131,10 +130,7 @@ class TorchBackend(Backend):
 
     def float64_outputs(self, work: Workload) -> list[np.ndarray]:
         self.seed(work.seed)
-        model = copied(work.model).double()
-        for module in model.modules():
-            cast_attributes(module, torch.float64)
-        args, kwargs = cast((work.inputs.args, work.inputs.kwargs), torch.float64)
+        model, args, kwargs = in_float64(copied(work.model), work.inputs.args, work.inputs.kwargs)
         with torch.no_grad():
             return [self.numpy(tensor) for tensor in self.leaves(model(*args, **kwargs))]
 

@@ -22,7 +22,7 @@ from perfkit.backends.torch_precision import (
     outputs_dtype,
 )
 from perfkit.backends.torch_state import keeping_state
-from perfkit.backends.torch_surgery import around_forward, cast_attributes
+from perfkit.backends.torch_surgery import around_forward, cast
 
 Named = dict[str, torch.Tensor]
 
@@ -171,7 +171,9 @@ def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
     for name, buffer in module.named_buffers(recurse=False):
         if buffer.is_floating_point():
             setattr(module, name, buffer.to(dtype))
-    cast_attributes(module, dtype)
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):  # used like a buffer, but never registered
+            vars(module)[name] = cast(value, dtype)
     if isinstance(module, nn.RNNBase):
         module.flatten_parameters()
 
