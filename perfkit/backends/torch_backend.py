@@ -24,6 +24,7 @@ from perfkit.backends.torch_checks import (
     check_inputs,
     check_module,
     check_on_its_own,
+    check_optimizer,
     check_outputs,
     check_surroundings,
     content,
@@ -66,6 +67,7 @@ class TorchBackend(Backend):
         training = None
         if mode == "training":
             training = Training(loss, targets, optimizer_of(model, optimizer))
+            check_optimizer(training.optimizer, model)
             if not any(parameter.requires_grad for parameter in model.parameters()):
                 raise InvalidInputError(
                     f"mode='training', and no parameter of {type(model).__name__} requires a gradient: nothing is to "

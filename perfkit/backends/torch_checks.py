@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import types
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
+from torch.optim.lr_scheduler import LRScheduler
 
 from perfkit._errors import InvalidInputError, PerfkitWarning
 from perfkit._workload import Inputs
@@ -20,7 +22,7 @@ from perfkit.backends.torch_hooks import gradient_hooks
 from perfkit.backends.torch_surgery import COMPILED_WITH, map_tensors, non_leaf_copies, parts, tensors_in
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, torch.dtype, torch.device)
-_CONTAINERS = (list, tuple, set, Mapping, torch.optim.Optimizer)
+_CONTAINERS = (list, tuple, set, Mapping, torch.optim.Optimizer, LRScheduler)
 
 
 def check_module(model: nn.Module) -> None:
@@ -110,6 +112,40 @@ def check_on_its_own(twin: nn.Module, original: nn.Module) -> None:
                 )
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse what a copy of an optimizer could not train with, and tell of a scheduler, which does not know the copy.
+
+    Raises:
+        InvalidInputError: its step asks for a function, or a hook has the model or the optimizer itself.
+    """
+    kind, scheduled = type(optimizer).__name__, "make a scheduler over result.optimizer and step it after train_step"
+    _, *given = inspect.signature(type(optimizer).step).parameters.values()  # a scheduler wraps the instance's
+    first = next(
+        (each for each in given if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD), None
+    )
+    if first is not None:
+        raise InvalidInputError(
+            f"{kind}.step asks for {first.name}, to compute the loss several times a step; train_step computes it once "
+            "and calls step() without arguments: take an optimizer that does without, such as torch.optim.Adam"
+        )
+    own = {id(thing) for thing in (*model.modules(), *model.parameters(), *model.buffers())}
+    hooks = [held for name, held in vars(optimizer).items() if name.startswith("_optimizer_")]
+    for function in _functions(hooks):
+        if any(id(thing) in own for thing in _enclosed(function)):
+            raise InvalidInputError(
+                f"a hook of {kind} is the function {function.__qualname__!r}, which has the model, the optimizer or "
+                "its scheduler from outside of its arguments: a copy would go on changing the original's. Let it use "
+                f"the optimizer that it is given; {scheduled}"
+            )
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        warnings.warn(
+            f"a learning-rate scheduler steps {kind}, and train_step works with a copy of that, whose learning rates "
+            f"stay as they are now: {scheduled}",
+            PerfkitWarning,
+            stacklevel=4,
+        )
+
+
 def _kept(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """What may hold functions: the attributes of modules, and the hooks of parameters."""
     for name, module in model.named_modules():
@@ -138,15 +174,17 @@ def _enclosed(function: types.FunctionType, depth: int = 3) -> Iterator[Any]:
     """What a function has from where it was written, and what other functions there have."""
     cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
     for thing in (*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-        bound = getattr(thing, "__self__", None) if isinstance(thing, types.MethodType) else None
-        for item in _contained(thing) if isinstance(thing, _CONTAINERS) else (thing, bound):
+        held = thing.__self__ if isinstance(thing, types.MethodType) else thing
+        for item in _contained(held) if isinstance(held, _CONTAINERS) else (held,):
             yield item
             if depth and isinstance(item, types.FunctionType):
                 yield from _enclosed(item, depth - 1)
 
 
 def _contained(container: Any, depth: int = 5) -> Iterator[Any]:
-    """What nested containers and optimizers hold."""
+    """What nested containers, optimizers and their schedulers hold."""
+    if isinstance(container, LRScheduler):
+        container = container.optimizer
     if isinstance(container, torch.optim.Optimizer):
         container = container.param_groups
     if isinstance(container, Mapping):
