@@ -19,12 +19,11 @@ from perfkit._report import NO_OPTIMIZER
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends.adapter import Backend, CompileLog, Finished, Rounds, Traffic
 from perfkit.backends.checks import check_loss, does_not_run
-from perfkit.backends.torch_bind import as_inputs, device_of, optimizer_of
+from perfkit.backends.torch_bind import as_inputs, check_optimizer, device_of, optimizer_of
 from perfkit.backends.torch_checks import (
     check_inputs,
     check_module,
     check_on_its_own,
-    check_optimizer,
     check_outputs,
     check_surroundings,
     content,

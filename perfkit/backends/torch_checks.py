@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import inspect
 import types
 import warnings
 from collections.abc import Iterator, Mapping
@@ -103,47 +102,13 @@ def check_on_its_own(twin: nn.Module, original: nn.Module) -> None:
     """
     foreign = {id(thing) for thing in (*original.modules(), *original.parameters(), *original.buffers())}
     for holder, value in _kept(twin):
-        for function in _functions(value):
-            if any(id(thing) in foreign for thing in _enclosed(function)):
+        for function in functions_in(value):
+            if any(id(thing) in foreign for thing in enclosed(function)):
                 raise InvalidInputError(
                     f"{holder} holds the function {function.__qualname__!r}, which has the model, or a part of it, "
                     "from outside of its arguments: a copy would go on using the original's. Make it a method "
                     "(self.hook), or let a hook use what it is given"
                 )
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Refuse what a copy of an optimizer could not train with, and tell of a scheduler, which does not know the copy.
-
-    Raises:
-        InvalidInputError: its step asks for a function, or a hook has the model or the optimizer itself.
-    """
-    kind, scheduled = type(optimizer).__name__, "make a scheduler over result.optimizer and step it after train_step"
-    _, *given = inspect.signature(type(optimizer).step).parameters.values()  # a scheduler wraps the instance's
-    first = next(
-        (each for each in given if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD), None
-    )
-    if first is not None:
-        raise InvalidInputError(
-            f"{kind}.step asks for {first.name}, to compute the loss several times a step; train_step computes it once "
-            "and calls step() without arguments: take an optimizer that does without, such as torch.optim.Adam"
-        )
-    own = {id(thing) for thing in (*model.modules(), *model.parameters(), *model.buffers())}
-    hooks = [held for name, held in vars(optimizer).items() if name.startswith("_optimizer_")]
-    for function in _functions(hooks):
-        if any(id(thing) in own for thing in _enclosed(function)):
-            raise InvalidInputError(
-                f"a hook of {kind} is the function {function.__qualname__!r}, which has the model, the optimizer or "
-                "its scheduler from outside of its arguments: a copy would go on changing the original's. Let it use "
-                f"the optimizer that it is given; {scheduled}"
-            )
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        warnings.warn(
-            f"a learning-rate scheduler steps {kind}, and train_step works with a copy of that, whose learning rates "
-            f"stay as they are now: {scheduled}",
-            PerfkitWarning,
-            stacklevel=4,
-        )
 
 
 def _kept(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -155,22 +120,22 @@ def _kept(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield f"a gradient hook of parameter {name!r}", gradient_hooks(parameter)
 
 
-def _functions(value: Any, depth: int = 3) -> Iterator[types.FunctionType]:
+def functions_in(value: Any, depth: int = 3) -> Iterator[types.FunctionType]:
     """The functions in nested containers, partial functions and bound methods."""
     if isinstance(value, types.FunctionType):
         yield value
     elif isinstance(value, types.MethodType):
-        yield from _functions(value.__func__, depth)
+        yield from functions_in(value.__func__, depth)
     elif isinstance(value, functools.partial):
-        yield from _functions([value.func, *value.args, *value.keywords.values()], depth)
+        yield from functions_in([value.func, *value.args, *value.keywords.values()], depth)
     elif depth and isinstance(value, Mapping):
-        yield from _functions(list(value.values()), depth)
+        yield from functions_in(list(value.values()), depth)
     elif depth and isinstance(value, (list, tuple, set)):
         for item in value:
-            yield from _functions(item, depth - 1)
+            yield from functions_in(item, depth - 1)
 
 
-def _enclosed(function: types.FunctionType, depth: int = 3) -> Iterator[Any]:
+def enclosed(function: types.FunctionType, depth: int = 3) -> Iterator[Any]:
     """What a function has from where it was written, and what other functions there have."""
     cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
     for thing in (*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
@@ -178,7 +143,7 @@ def _enclosed(function: types.FunctionType, depth: int = 3) -> Iterator[Any]:
         for item in _contained(held) if isinstance(held, _CONTAINERS) else (held,):
             yield item
             if depth and isinstance(item, types.FunctionType):
-                yield from _enclosed(item, depth - 1)
+                yield from enclosed(item, depth - 1)
 
 
 def _contained(container: Any, depth: int = 5) -> Iterator[Any]:
@@ -236,6 +201,13 @@ def check_outputs(name: str, outputs: Any, inputs: Inputs) -> None:
             f"{name} returned a {type(outputs).__name__} without any tensor that could be compared: let forward return "
             "tensors, or tuples, lists, dicts, dataclasses or packed sequences of them"
         )
+    if hidden := sorted({type(item).__name__ for item in _opaque(outputs)}):
+        warnings.warn(
+            f"the outputs of {name} hold tensors in objects ({', '.join(hidden)}), where they are neither compared nor "
+            "returned in the precision that they had: return them in tuples, lists, dicts or dataclasses",
+            PerfkitWarning,
+            stacklevel=5,
+        )
     values = [_dense(tensor) for tensor in found if tensor.is_floating_point() or tensor.is_complex()]
     if sum(value.numel() for value in values) and not any(torch.isfinite(value).any() for value in values):
         given = map(_dense, tensors_in((inputs.args, inputs.kwargs)))
@@ -244,6 +216,18 @@ def check_outputs(name: str, outputs: Any, inputs: Inputs) -> None:
             f"{name} returned no finite number on example_inputs, which hold {bad} NaN or infinite ones: "
             "nothing could be compared. Pass inputs on which its outputs are numbers"
         )
+
+
+def _opaque(tree: Any) -> Iterator[Any]:
+    """Objects among the outputs that have tensors which are not looked for."""
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _opaque(item)
+    elif not isinstance(tree, (*_PLAIN, torch.Tensor, nn.Module)) and not dataclasses.is_dataclass(tree):
+        held = getattr(tree, "__dict__", {}).values()
+        yield from [tree] if any(isinstance(value, torch.Tensor) for value in held) else ()
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import types
 
 import pytest
 
@@ -247,6 +248,14 @@ def test_tensors_with_a_history_are_copied_wherever_they_are_kept():
 
 
 @pytest.mark.filterwarnings("default::perfkit.PerfkitWarning")
+def test_outputs_in_objects_are_told():
+    def held(model, x):
+        return {"y": model.fc(x), "more": [types.SimpleNamespace(y=model.fc(x), rows=len(x))]}
+
+    with pytest.warns(PerfkitWarning, match=r"hold tensors in objects \(SimpleNamespace\), where .* neither compared"):
+        perfkit.plan(Calling(held), "bf16", example_inputs=(torch.ones(3, 4),))
+
+
 def test_modules_that_torch_does_not_find_are_told():
     model = Calling(lambda model, x: model.more[0](model.fc(x)))
     model.more, model.again = [nn.Linear(4, 4)], [model.fc]
