@@ -71,7 +71,9 @@ def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
     touched = [name for name, held in found.items() if held != jnp.dtype(dtype)]
     skipped = tuple(Skipped(name, f"it is {dtype} already") for name in found if name not in touched)
     if not touched:
-        nothing = () if found else ("the model has no floating-point parameters: pass params=, or take bf16",)
+        other = f"they are {', '.join(sorted({str(leaf.dtype) for _, leaf in named}))}"
+        why = other if named else "pass params=, or take bf16"
+        nothing = () if found else (f"the model has no floating-point parameters: {why}",)
         return work, Effect(skipped=skipped, notes=nothing)
     model = model.then(wrap)
     if not work.trains:
