@@ -46,6 +46,11 @@ class Result:
         return self.finished.train_step
 
     @property
+    def optimizer(self) -> Any:
+        """PyTorch, training: what `train_step` updates with, for schedulers and checkpoints; None elsewhere."""
+        return getattr(self.finished.trainer, "optimizer", None)
+
+    @property
     def params(self) -> Any:
         """The parameters that `model` takes as its first argument (JAX functions and linen); None elsewhere."""
         return self.finished.params() if self.finished.params else None

@@ -36,7 +36,7 @@ from perfkit.backends.jax_inputs import (
 from perfkit.backends.jax_keys import drawing_others
 from perfkit.backends.jax_model import LinenModel, NnxModel
 from perfkit.backends.jax_placement import device_bytes
-from perfkit.backends.jax_precision import cast
+from perfkit.backends.jax_precision import in_float64
 from perfkit.backends.jax_sequences import mixing_seen, sequences_seen
 from perfkit.backends.jax_training import Trainer, checked_optimizer, warn_of_ascent
 from perfkit.backends.jax_trees import leaves
@@ -116,14 +116,15 @@ class JaxBackend(Backend):
     def float64_outputs(self, work: Workload) -> list[np.ndarray]:
         with jax.enable_x64(True):
             model, inputs = work.model, work.inputs
-            state = cast((model.params, model.rest), jnp.float64)
-            args, kwargs = cast((inputs.args, dict(inputs.kwargs)), jnp.float64)
+            state = in_float64((model.params, model.rest))
+            args, kwargs = in_float64((inputs.args, dict(inputs.kwargs)))
             traced = jax.jit(model.function()).trace(*state, *args, **kwargs)
             if "random_bits" in primitives(traced.jaxpr):
                 raise TypeError("it draws random numbers, and would draw others in float64")
             outputs, _ = traced.lower().compile()(*state, *args, **kwargs)
             leaves = list(self.leaves(outputs))
-            fixed = [str(leaf.dtype) for leaf in leaves if leaf.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)]
+            low = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64)
+            fixed = [str(leaf.dtype) for leaf in leaves if leaf.dtype in low]
             if fixed:
                 raise TypeError(f"the model fixes its dtype: an output stayed {fixed[0]}")
             return [self.numpy(leaf) for leaf in leaves]

@@ -24,6 +24,11 @@ def cast(tree: Any, dtype: Any, only: tuple = (jnp.float32, jnp.float64, jnp.bfl
     return jax.tree.map(one, tree)
 
 
+def in_float64(tree: Any) -> Any:
+    """`tree` with its floating-point arrays in float64, the complex ones in complex128."""
+    return cast(cast(tree, jnp.float64), jnp.complex128, only=(jnp.complex64,))
+
+
 def autocast(work: Workload, dtype: str) -> tuple[Workload, Effect]:
     """The model's function with its matrix products and convolutions in `dtype`, accumulated in float32."""
     model, inputs = work.model, work.inputs
@@ -66,7 +71,9 @@ def cast_weights(work: Workload, dtype: str) -> tuple[Workload, Effect]:
     touched = [name for name, held in found.items() if held != jnp.dtype(dtype)]
     skipped = tuple(Skipped(name, f"it is {dtype} already") for name in found if name not in touched)
     if not touched:
-        nothing = () if found else ("the model has no floating-point parameters: pass params=, or take bf16",)
+        other = f"they are {', '.join(sorted({str(leaf.dtype) for _, leaf in named}))}"
+        why = other if named else "pass params=, or take bf16"
+        nothing = () if found else (f"the model has no floating-point parameters: {why}",)
         return work, Effect(skipped=skipped, notes=nothing)
     model = model.then(wrap)
     if not work.trains:

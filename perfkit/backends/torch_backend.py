@@ -19,7 +19,7 @@ from perfkit._report import NO_OPTIMIZER
 from perfkit._workload import Inputs, Training, Workload
 from perfkit.backends.adapter import Backend, CompileLog, Finished, Rounds, Traffic
 from perfkit.backends.checks import check_loss, does_not_run
-from perfkit.backends.torch_bind import as_inputs, device_of, optimizer_of
+from perfkit.backends.torch_bind import as_inputs, check_optimizer, device_of, optimizer_of
 from perfkit.backends.torch_checks import (
     check_inputs,
     check_module,
@@ -37,9 +37,8 @@ from perfkit.backends.torch_sequences import sequences_seen
 from perfkit.backends.torch_state import keeping_state
 from perfkit.backends.torch_surgery import (
     ELSEWHERE,
-    cast,
-    cast_attributes,
     copied,
+    in_float64,
     map_tensors,
     parts,
     settle_forward,
@@ -67,6 +66,7 @@ class TorchBackend(Backend):
         training = None
         if mode == "training":
             training = Training(loss, targets, optimizer_of(model, optimizer))
+            check_optimizer(training.optimizer, model)
             if not any(parameter.requires_grad for parameter in model.parameters()):
                 raise InvalidInputError(
                     f"mode='training', and no parameter of {type(model).__name__} requires a gradient: nothing is to "
@@ -131,10 +131,7 @@ class TorchBackend(Backend):
 
     def float64_outputs(self, work: Workload) -> list[np.ndarray]:
         self.seed(work.seed)
-        model = copied(work.model).double()
-        for module in model.modules():
-            cast_attributes(module, torch.float64)
-        args, kwargs = cast((work.inputs.args, work.inputs.kwargs), torch.float64)
+        model, args, kwargs = in_float64(copied(work.model), work.inputs.args, work.inputs.kwargs)
         with torch.no_grad():
             return [self.numpy(tensor) for tensor in self.leaves(model(*args, **kwargs))]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from perfkit._errors import InvalidInputError
+from perfkit._errors import InvalidInputError, PerfkitWarning
 from perfkit._workload import Inputs
+from perfkit.backends.torch_checks import enclosed, functions_in
 from perfkit.backends.torch_surgery import tensors_in
 
 
@@ -52,6 +54,40 @@ def optimizer_of(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer:
             f"optimizer holds {len(foreign)} parameter(s) that are not the model's: build it on this model"
         )
     return optimizer
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse what a copy of an optimizer could not train with, and tell of a scheduler, which does not know the copy.
+
+    Raises:
+        InvalidInputError: its step asks for a function, or a hook has the model or the optimizer itself.
+    """
+    kind, scheduled = type(optimizer).__name__, "make a scheduler over result.optimizer and step it after train_step"
+    _, *given = inspect.signature(type(optimizer).step).parameters.values()  # a scheduler wraps the instance's
+    first = next(
+        (each for each in given if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD), None
+    )
+    if first is not None:
+        raise InvalidInputError(
+            f"{kind}.step asks for {first.name}, to compute the loss several times a step; train_step computes it once "
+            "and calls step() without arguments: take an optimizer that does without, such as torch.optim.Adam"
+        )
+    own = {id(thing) for thing in (*model.modules(), *model.parameters(), *model.buffers())}
+    hooks = [held for name, held in vars(optimizer).items() if name.startswith("_optimizer_")]
+    for function in functions_in(hooks):
+        if any(id(thing) in own for thing in enclosed(function)):
+            raise InvalidInputError(
+                f"a hook of {kind} is the function {function.__qualname__!r}, which has the model, the optimizer or "
+                "its scheduler from outside of its arguments: a copy would go on changing the original's. Let it use "
+                f"the optimizer that it is given; {scheduled}"
+            )
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        warnings.warn(
+            f"a learning-rate scheduler steps {kind}, and train_step works with a copy of that, whose learning rates "
+            f"stay as they are now: {scheduled}",
+            PerfkitWarning,
+            stacklevel=4,
+        )
 
 
 def device_of(model: nn.Module, inputs: Inputs | None) -> str:

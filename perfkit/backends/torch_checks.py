@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
+from torch.optim.lr_scheduler import LRScheduler
 
 from perfkit._errors import InvalidInputError, PerfkitWarning
 from perfkit._workload import Inputs
@@ -20,7 +21,7 @@ from perfkit.backends.torch_hooks import gradient_hooks
 from perfkit.backends.torch_surgery import COMPILED_WITH, map_tensors, non_leaf_copies, parts, tensors_in
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, torch.dtype, torch.device)
-_CONTAINERS = (list, tuple, set, Mapping, torch.optim.Optimizer)
+_CONTAINERS = (list, tuple, set, Mapping, torch.optim.Optimizer, LRScheduler)
 
 
 def check_module(model: nn.Module) -> None:
@@ -101,8 +102,8 @@ def check_on_its_own(twin: nn.Module, original: nn.Module) -> None:
     """
     foreign = {id(thing) for thing in (*original.modules(), *original.parameters(), *original.buffers())}
     for holder, value in _kept(twin):
-        for function in _functions(value):
-            if any(id(thing) in foreign for thing in _enclosed(function)):
+        for function in functions_in(value):
+            if any(id(thing) in foreign for thing in enclosed(function)):
                 raise InvalidInputError(
                     f"{holder} holds the function {function.__qualname__!r}, which has the model, or a part of it, "
                     "from outside of its arguments: a copy would go on using the original's. Make it a method "
@@ -119,34 +120,36 @@ def _kept(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield f"a gradient hook of parameter {name!r}", gradient_hooks(parameter)
 
 
-def _functions(value: Any, depth: int = 3) -> Iterator[types.FunctionType]:
+def functions_in(value: Any, depth: int = 3) -> Iterator[types.FunctionType]:
     """The functions in nested containers, partial functions and bound methods."""
     if isinstance(value, types.FunctionType):
         yield value
     elif isinstance(value, types.MethodType):
-        yield from _functions(value.__func__, depth)
+        yield from functions_in(value.__func__, depth)
     elif isinstance(value, functools.partial):
-        yield from _functions([value.func, *value.args, *value.keywords.values()], depth)
+        yield from functions_in([value.func, *value.args, *value.keywords.values()], depth)
     elif depth and isinstance(value, Mapping):
-        yield from _functions(list(value.values()), depth)
+        yield from functions_in(list(value.values()), depth)
     elif depth and isinstance(value, (list, tuple, set)):
         for item in value:
-            yield from _functions(item, depth - 1)
+            yield from functions_in(item, depth - 1)
 
 
-def _enclosed(function: types.FunctionType, depth: int = 3) -> Iterator[Any]:
+def enclosed(function: types.FunctionType, depth: int = 3) -> Iterator[Any]:
     """What a function has from where it was written, and what other functions there have."""
     cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
     for thing in (*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-        bound = getattr(thing, "__self__", None) if isinstance(thing, types.MethodType) else None
-        for item in _contained(thing) if isinstance(thing, _CONTAINERS) else (thing, bound):
+        held = thing.__self__ if isinstance(thing, types.MethodType) else thing
+        for item in _contained(held) if isinstance(held, _CONTAINERS) else (held,):
             yield item
             if depth and isinstance(item, types.FunctionType):
-                yield from _enclosed(item, depth - 1)
+                yield from enclosed(item, depth - 1)
 
 
 def _contained(container: Any, depth: int = 5) -> Iterator[Any]:
-    """What nested containers and optimizers hold."""
+    """What nested containers, optimizers and their schedulers hold."""
+    if isinstance(container, LRScheduler):
+        container = container.optimizer
     if isinstance(container, torch.optim.Optimizer):
         container = container.param_groups
     if isinstance(container, Mapping):
@@ -198,6 +201,13 @@ def check_outputs(name: str, outputs: Any, inputs: Inputs) -> None:
             f"{name} returned a {type(outputs).__name__} without any tensor that could be compared: let forward return "
             "tensors, or tuples, lists, dicts, dataclasses or packed sequences of them"
         )
+    if hidden := sorted({type(item).__name__ for item in _opaque(outputs)}):
+        warnings.warn(
+            f"the outputs of {name} hold tensors in objects ({', '.join(hidden)}), where they are neither compared nor "
+            "returned in the precision that they had: return them in tuples, lists, dicts or dataclasses",
+            PerfkitWarning,
+            stacklevel=5,
+        )
     values = [_dense(tensor) for tensor in found if tensor.is_floating_point() or tensor.is_complex()]
     if sum(value.numel() for value in values) and not any(torch.isfinite(value).any() for value in values):
         given = map(_dense, tensors_in((inputs.args, inputs.kwargs)))
@@ -206,6 +216,18 @@ def check_outputs(name: str, outputs: Any, inputs: Inputs) -> None:
             f"{name} returned no finite number on example_inputs, which hold {bad} NaN or infinite ones: "
             "nothing could be compared. Pass inputs on which its outputs are numbers"
         )
+
+
+def _opaque(tree: Any) -> Iterator[Any]:
+    """Objects among the outputs that have tensors which are not looked for."""
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _opaque(item)
+    elif not isinstance(tree, (*_PLAIN, torch.Tensor, nn.Module)) and not dataclasses.is_dataclass(tree):
+        held = getattr(tree, "__dict__", {}).values()
+        yield from [tree] if any(isinstance(value, torch.Tensor) for value in held) else ()
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

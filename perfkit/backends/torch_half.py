@@ -22,7 +22,7 @@ from perfkit.backends.torch_precision import (
     outputs_dtype,
 )
 from perfkit.backends.torch_state import keeping_state
-from perfkit.backends.torch_surgery import around_forward, cast_attributes
+from perfkit.backends.torch_surgery import around_forward, cast
 
 Named = dict[str, torch.Tensor]
 
@@ -171,7 +171,9 @@ def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
     for name, buffer in module.named_buffers(recurse=False):
         if buffer.is_floating_point():
             setattr(module, name, buffer.to(dtype))
-    cast_attributes(module, dtype)
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):  # used like a buffer, but never registered
+            vars(module)[name] = cast(value, dtype)
     if isinstance(module, nn.RNNBase):
         module.flatten_parameters()
 
@@ -180,20 +182,27 @@ def _cast_in_forward(
     model: nn.Module, dtype: torch.dtype, chosen: set[int], held: Iterable[torch.dtype], outside: torch.dtype
 ) -> None:
     """`forward` on parameters cast to `dtype`: gradients flow back through the cast to the float32 originals."""
-    held_ones = (*model.named_parameters(), *model.named_buffers())
-    names = {name for name, tensor in held_ones if id(tensor) in chosen}  # of tied ones the first
+    first = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    places = {
+        f"{prefix}.{name}" if prefix else name: first[id(tensor)]  # of tied ones the first
+        for prefix, module in model.named_modules()  # a module that stands in two places once, to be put back once
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if id(tensor) in chosen
+    }
+    names = set(places.values())
 
     def wrap(forward: Callable) -> Callable:
-        def low(module, *args, **kwargs):
+        def cast_anew(module, *args, **kwargs):
             # functional_call would call the module, hooks and this wrapper included: only its inner half is wanted
             tensors = (*module.named_parameters(), *module.named_buffers())
-            state = {name: tensor.to(dtype) for name, tensor in tensors if name in names}
-            with _reparametrize_module(module, state, tie_weights=True):
+            low = {name: tensor.to(dtype) for name, tensor in tensors if name in names}
+            state = {place: low[name] for place, name in places.items() if name in low}
+            with _reparametrize_module(module, state):
                 outputs = forward(module, *args, **kwargs)
                 if not torch.compiler.is_compiling():
                     _check_unwritten(dict(module.named_buffers()), state)
             return outputs
 
-        return at_the_boundary(low, dtype, outside, held)
+        return at_the_boundary(cast_anew, dtype, outside, held)
 
     around_forward(model, wrap)

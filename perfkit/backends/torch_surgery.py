@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import pickle
 import types
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,6 +20,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from perfkit._errors import InvalidInputError
+from perfkit.backends.torch_containers import refilled, replaced
 
 COMPILED_WITH = "_perfkit_compiled_with"
 FIXED_SHAPES = "_perfkit_fixed_shapes"
@@ -229,12 +229,9 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
         return with_data(tree, function(tree.data))
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         fields = {item.name: getattr(tree, item.name) for item in dataclasses.fields(tree) if item.init}
-        return dataclasses.replace(tree, **{name: map_tensors(function, value) for name, value in fields.items()})
+        return replaced(tree, {name: map_tensors(function, value) for name, value in fields.items()})
     if isinstance(tree, Mapping):
-        items = {key: map_tensors(function, value) for key, value in tree.items()}
-        if isinstance(tree, defaultdict):
-            return defaultdict(tree.default_factory, items)
-        return type(tree)(items)
+        return refilled(tree, {key: map_tensors(function, value) for key, value in tree.items()})
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)._make(map_tensors(function, value) for value in tree)
     if isinstance(tree, (list, tuple)):
@@ -282,8 +279,20 @@ def cast(tree: Any, dtype: torch.dtype, only: tuple[torch.dtype, ...] | None = N
     return map_tensors(one, tree)
 
 
-def cast_attributes(module: nn.Module, dtype: torch.dtype) -> None:
-    """Put the floating-point tensors that are used like buffers, but were never registered, in `dtype`."""
-    for name, value in vars(module).items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            vars(module)[name] = value.to(dtype)
+def in_float64(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[nn.Module, tuple, Mapping[str, Any]]:
+    """The model, which is changed, and what it is called with in float64, what is complex in complex128."""
+    model._apply(_widened)
+    for module in model.modules():
+        own = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        vars(module).update(map_tensors(_widened, own))  # used like buffers, but never registered
+    return model, *map_tensors(_widened, (args, kwargs))
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    numbers = tensor.is_floating_point() or tensor.is_complex()
+    return widened(tensor) if numbers else tensor
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, what is complex in complex128."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -18,11 +20,17 @@ def accumulate(work: Workload, parts: int, batch_dim: int) -> tuple[Workload, Ef
     Raises:
         UnsupportedError: the loss is no mean over the batch.
     """
-    model, inputs = work.model, work.inputs
-    outputs, _ = jax.jit(model.function())(model.params, model.rest, *inputs.args, **inputs.kwargs)
+    model, function = work.model, jax.jit(work.model.function())
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(model.params, model.rest, *args, **kwargs)[0]
+
+    return micro_batches.accumulated(work, parts, batch_dim, call, _rounding, jax.tree.map, _notes(work))
+
+
+def _rounding(outputs: Any) -> float:
     floats = [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    rounding = max((float(jnp.finfo(leaf.dtype).eps) for leaf in floats), default=0.0)
-    return micro_batches.accumulated(work, parts, batch_dim, outputs, rounding, jax.tree.map, _notes(work))
+    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in floats), default=0.0)
 
 
 def _notes(work: Workload) -> list[str]:

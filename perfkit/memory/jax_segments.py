@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from perfkit.backends.jax_autocast import trace, untraced
@@ -119,8 +120,9 @@ def _moves(value: Any) -> bool:
     return jax.dtypes.issubdtype(value.dtype, jax.numpy.inexact)
 
 
-def _products_kept(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name in PRODUCTS
+def _products_kept(primitive: Any, *given: Any, **_: Any) -> bool:
+    """Not complex ones, which JAX 0.10 cannot keep: it would reduce their precision, and has no such operation."""
+    return primitive.name in PRODUCTS and not any(jnp.issubdtype(aval.dtype, jnp.complexfloating) for aval in given)
 
 
 def inlined(jaxpr: Any, args: Sequence[Any]) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -23,12 +25,18 @@ def accumulate(work: Workload, parts: int, batch_dim: int) -> tuple[Workload, Ef
     given = [*work.inputs.args, *work.inputs.kwargs.values()]
     if any(isinstance(value, PackedSequence) for value in given):
         raise UnsupportedError("a packed sequence mixes the rows of a batch: give padded ones with their lengths")
-    work.backend.seed(work.seed)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        work.backend.seed(work.seed)
+        return copied(work.model)(*args, **kwargs)
+
     with torch.no_grad():
-        outputs = copied(work.model)(*work.inputs.args, **work.inputs.kwargs)
-        floats = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
-        rounding = max((torch.finfo(tensor.dtype).eps for tensor in floats), default=0.0)
-        return micro_batches.accumulated(work, parts, batch_dim, outputs, rounding, map_tensors, _notes(work))
+        return micro_batches.accumulated(work, parts, batch_dim, call, _rounding, map_tensors, _notes(work))
+
+
+def _rounding(outputs: Any) -> float:
+    floats = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
+    return max((torch.finfo(tensor.dtype).eps for tensor in floats), default=0.0)
 
 
 def _notes(work: Workload) -> list[str]:

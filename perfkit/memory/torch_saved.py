@@ -48,7 +48,7 @@ class Record:
 
 
 def records(work: Workload) -> dict[str, Record]:
-    """A record of each module, by name: bytes from one training step of a copy, seconds the least of three."""
+    """A record of each module, by each of its names: bytes of a training step of a copy, the least seconds of three."""
     model = copied(work.model)
     found = {name: Record(hooked=bool(call_hooks(module))) for name, module in model.named_modules()}
     _step(work, model)  # warm
@@ -62,10 +62,12 @@ def records(work: Workload) -> dict[str, Record]:
         seconds.append({name: record.seconds for name, record in again.items()})
     for name, record in found.items():
         record.seconds = min(one[name] for one in seconds)
+    first = {module: name for name, module in model.named_modules()}
+    found = {name: found[first[module]] for name, module in model.named_modules(remove_duplicate=False)}
+    for name, record in found.items():
         within = f"{name}." if name else ""
-        record.saved_bytes = sum(
-            other.own_bytes for key, other in found.items() if key == name or key.startswith(within)
-        )
+        inside = {id(other): other for key, other in found.items() if key == name or key.startswith(within)}
+        record.saved_bytes = sum(other.own_bytes for other in inside.values())
     return found
 
 

@@ -102,13 +102,13 @@ def split_in_two(kernel: Any, energy: float) -> tuple[np.ndarray, np.ndarray] | 
     The singular values go to both in equal parts, so that neither is much larger than the other.
 
     Args:
-        kernel: (m, n), any floating dtype; decomposed in float64.
+        kernel: (m, n), any floating or complex dtype; decomposed in float64 or complex128.
         energy: the share, 0 to 1.
     """
     array = np.asarray(kernel)
     if array.ndim != 2:
         return f"its kernel has {array.ndim} dimensions: a stack of layers, which is not factorized"
-    whole = array.astype(np.float64)
+    whole = array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
     if not np.isfinite(whole).all() or not whole.any():
         return "it is zero or not finite"
     u, values, v = np.linalg.svd(whole, full_matrices=False)

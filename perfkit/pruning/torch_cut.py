@@ -11,7 +11,7 @@ from torch import nn
 
 from perfkit._errors import UnsupportedError
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import cast, copied, tensors_in
+from perfkit.backends.torch_surgery import copied, in_float64, tensors_in, widened
 from perfkit.pruning.torch_layers import label
 from perfkit.pruning.torch_units import NONE, Slice, Structure
 
@@ -87,11 +87,11 @@ class _Check:
 
     def __init__(self, work: Workload, structure: Structure):
         self.work, self.structure = work, structure
-        self.dtype, self.same = torch.float64, SAME
+        self.wide, self.same = True, SAME
         try:
             self._outputs(nn.Module.eval)
         except Exception:  # whatever a model may raise in a precision it was not written for
-            self.dtype, self.same = None, SAME_AS_IT_IS
+            self.wide, self.same = False, SAME_AS_IT_IS
 
     def failure(self, removed: torch.Tensor) -> str | None:
         """What goes wrong without these units; None where nothing does."""
@@ -104,19 +104,19 @@ class _Check:
         if [each.shape for each in outputs] != [each.shape for each in masked]:
             return "without its units the outputs change their shape"
         for new, old in zip(outputs, masked, strict=True):
-            new, old = new.double().nan_to_num(), old.double().nan_to_num()
+            new, old = (widened(each).nan_to_num() for each in (new, old))
             if float((new - old).norm()) > self.same * float(old.norm()):
                 return "removing its units is not what setting them to zero is: they are regrouped, or do not stay zero"
         return None
 
     def _outputs(self, change: Callable[[nn.Module], None]) -> list[torch.Tensor]:
-        model, given = copied(self.work.model).eval(), (self.work.inputs.args, self.work.inputs.kwargs)
+        model, args, kwargs = copied(self.work.model).eval(), self.work.inputs.args, self.work.inputs.kwargs
         change(model)
-        if self.dtype is not None:
-            model, given = model.to(self.dtype), cast(given, self.dtype)
+        if self.wide:
+            model, args, kwargs = in_float64(model, args, kwargs)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(self.work.seed)
-            return list(tensors_in(model(*given[0], **given[1])))
+            return list(tensors_in(model(*args, **kwargs)))
 
 
 def _independent(structure: Structure, removed: torch.Tensor) -> Iterable[tuple[list[str], torch.Tensor]]:

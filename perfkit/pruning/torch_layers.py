@@ -157,18 +157,19 @@ def bound_parameters(model: nn.Module) -> dict[str, str]:
 
 def _looked_at(name: str, module: nn.Module, shared: str | None, rule: Rule, labels: Labels) -> Callable:
     """The module's forward, as one operation under its rule."""
-    forward = module.forward
+    forward, held = module.forward, list(module.parameters(recurse=False))
 
     @functools.wraps(forward)
     def look(*args, **kwargs):
         with _disable_current_modes():
             outputs = forward(*args, **kwargs)
             call = _Call(name, module, labels, args, kwargs, outputs)
-            if shared is None:
-                rule(call)
+            lent = any(one is not own for one, own in zip(module.parameters(recurse=False), held, strict=True))
+            if why := shared or ("is called with weights that are not its own, as by functional_call" if lent else ""):
+                labels.fix([args, kwargs], f"feeds {call.called}, which {why}")
+                labels.units.skipped[call.called] = f"it {why}"
             else:
-                labels.fix([args, kwargs], f"feeds {call.called}, which {shared}")
-                labels.units.skipped[call.called] = f"it {shared}"
+                rule(call)
         return outputs
 
     return look

@@ -13,7 +13,7 @@ from torch import nn
 from perfkit._errors import UnsupportedError
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import copied
+from perfkit.backends.torch_surgery import copied, widened
 from perfkit.backends.torch_training import teacher
 from perfkit.pruning.torch_layers import RECURRENT, bound_parameters, is_plain, label
 from perfkit.pruning.torch_low_rank_recurrent import input_weights, reduced
@@ -66,7 +66,7 @@ def factors(weight: torch.Tensor, energy: float) -> tuple[torch.Tensor, torch.Te
 
     Computed in float64; returned in the weight's dtype, each with the square roots of the singular values.
     """
-    left, values, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    left, values, right = torch.linalg.svd(widened(weight.detach()), full_matrices=False)
     lost = values.square().flip(0).cumsum(0).flip(0)  # lost[r]: what rank r leaves out
     rank = max(1, int((lost > (1 - energy) * lost[0]).sum()))
     root = values[:rank].sqrt()

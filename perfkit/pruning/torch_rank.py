@@ -91,14 +91,14 @@ def magnitudes(structure: Structure, model: nn.Module) -> torch.Tensor:
     """The L2 norms of the weights that make the units; -1 for units that are zero."""
     squares = torch.zeros(structure.count, dtype=torch.float64)
     for part, weight in _makers(structure, model):
-        add(squares, part.units, _along(weight.detach().double().square(), part.dim))
+        add(squares, part.units, _along(weight.detach().abs().double().square(), part.dim))
     return torch.where(_dead(structure, model), -1.0, squares.sqrt())
 
 
 def _taylor(structure: Structure, work: Workload) -> torch.Tensor:
     found = torch.zeros(structure.count, dtype=torch.float64)
     for part, weight in _makers(structure, _with_gradients(work)):
-        add(found, part.units, _along((weight.detach() * weight.grad).double().abs(), part.dim))
+        add(found, part.units, _along((weight.detach() * weight.grad).abs().double(), part.dim))
     return found
 
 
@@ -127,7 +127,7 @@ def _dead(structure: Structure, model: nn.Module) -> torch.Tensor:
     for part in structure.slices:
         tensor = getattr(model.get_submodule(part.module), part.tensor)
         if part.produced and isinstance(tensor, nn.Parameter):
-            add(weight, part.units, _along(tensor.detach().double().abs(), part.dim))
+            add(weight, part.units, _along(tensor.detach().abs().double(), part.dim))
     return weight == 0
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from perfkit._workload import Workload
 from perfkit.backends.torch_state import keeping_state
-from perfkit.backends.torch_surgery import tensors_in
+from perfkit.backends.torch_surgery import tensors_in, widened
 from perfkit.quantization.torch_ranges import linked
 
 ROUNDING = 1e-4
@@ -54,7 +54,7 @@ def _outputs(work: Workload) -> list[torch.Tensor]:
     work.backend.seed(work.seed)
     with torch.no_grad(), keeping_state(work.model):
         outputs = work.model(*inputs.args, **inputs.kwargs)
-    return [tensor.detach().double() for tensor in tensors_in(outputs)]
+    return [widened(tensor.detach()) for tensor in tensors_in(outputs)]
 
 
 def _distance(outputs: list[torch.Tensor], before: list[torch.Tensor]) -> float:

@@ -343,6 +343,18 @@ def test_random_draws_are_not_held_against_others():
         assert (close.relative_error > 16 * 2**-24) == wrong  # sums of four products in another order are float32's
 
 
+def test_complex_numbers_are_compared_with_wider_ones():
+    """A run of complex64 numbers is no float64 run: against itself everything is exact."""
+    params = {"w": W + 1j * W[::-1]}
+    for told, function in (
+        ("a float64 run of the original", lambda params, x: x @ params["w"]),
+        ("the model fixes its dtype: an output stayed complex64", lambda params, x: (x @ params["w"]).astype("F")),
+    ):
+        found = perfkit.optimize(function, "compile", params=params, example_inputs=(X + 1j,)).report.fidelity
+        assert told in found.reference
+        assert (found.original_error > 0) == (told == found.reference)
+
+
 def test_a_number_among_outputs():
     def function(params, x):
         return {"y": x @ params["w"], "rows": x.shape[0]}

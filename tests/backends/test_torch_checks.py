@@ -4,6 +4,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import types
 
 import pytest
 
@@ -131,12 +132,30 @@ class Slots:
     x: torch.Tensor
 
 
+class Named(collections.OrderedDict):
+    """Takes its items by name, and remembers which."""
+
+    def __init__(self, y, hidden=None):
+        super().__init__(y=y)
+        self.hidden = hidden
+
+
+@dataclasses.dataclass
+class Own:
+    x: torch.Tensor
+    rows: int
+
+    def __init__(self, x):
+        self.x, self.rows = x, len(x)
+
+
 @pytest.mark.parametrize(
     ("how", "example"),
     [
         (lambda model, d: model.fc(d["x"][0]), collections.defaultdict(list, x=[torch.ones(3, 4)])),
         (lambda model, d: collections.defaultdict(list, y=[model.fc(d)]), torch.ones(3, 4)),
         (lambda model, s: Slots(model.fc(s.x)), Slots(torch.ones(3, 4))),
+        (lambda model, o: Own(model.fc(o.x)), Own(torch.ones(3, 4))),
         (lambda model, x: model.fc(x).max(-1), torch.ones(3, 4)),
         (lambda model, x: model.fc(x.to_dense()), torch.eye(4).to_sparse()),
         (lambda model, x: model.fc(x), torch.ones(1, 4).requires_grad_() * 2),
@@ -145,6 +164,16 @@ class Slots:
 )
 def test_inputs_and_outputs_of_many_kinds(how, example):
     assert applied(Calling(how), "half", example).fidelity.ok
+
+
+def test_a_mapping_that_takes_its_items_by_name():
+    model = Calling(lambda model, d: Named(model.fc(d["y"]), "seen"))
+    example = Named(torch.ones(3, 4), "given")
+    result = perfkit.optimize(model, "half", example_inputs=(example,))
+    found = result.model(example)
+    assert (type(found), list(found), found.hidden) == (Named, ["y"], "seen")
+    torch.testing.assert_close(found["y"], model(example)["y"], rtol=3e-2, atol=3e-2)  # bfloat16
+    assert found["y"].dtype == example["y"].dtype == torch.float32
 
 
 def test_keywords_of_an_overridden_call():
@@ -219,6 +248,14 @@ def test_tensors_with_a_history_are_copied_wherever_they_are_kept():
 
 
 @pytest.mark.filterwarnings("default::perfkit.PerfkitWarning")
+def test_outputs_in_objects_are_told():
+    def held(model, x):
+        return {"y": model.fc(x), "more": [types.SimpleNamespace(y=model.fc(x), rows=len(x))]}
+
+    with pytest.warns(PerfkitWarning, match=r"hold tensors in objects \(SimpleNamespace\), where .* neither compared"):
+        perfkit.plan(Calling(held), "bf16", example_inputs=(torch.ones(3, 4),))
+
+
 def test_modules_that_torch_does_not_find_are_told():
     model = Calling(lambda model, x: model.more[0](model.fc(x)))
     model.more, model.again = [nn.Linear(4, 4)], [model.fc]
@@ -250,6 +287,17 @@ def test_random_outputs_are_not_compared_with_other_random_numbers():
     right = applied(Calling(noisy), "channels_last", torch.ones(3, 4)).fidelity
     assert right.ok
     assert "the original itself, since a float64 run of it differs" in right.reference
+
+
+def test_complex_numbers_are_compared_with_wider_ones():
+    """A run of complex64 weights is no float64 run: against itself everything unchanged is exact."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.cfloat), nn.Linear(8, 3, dtype=torch.cfloat))
+    model[1].scale = torch.ones(3, dtype=torch.cfloat)  # used like a buffer
+    model[1].register_forward_hook(lambda layer, inputs, outputs: outputs @ torch.diag(layer.scale))
+    found = applied(model, "channels_last", torch.randn(5, 8, dtype=torch.cfloat)).fidelity
+    assert found.reference == "a float64 run of the original"
+    assert 0 < found.original_error < 1e-6
 
 
 def test_what_the_caller_has_is_left_as_it_is():

@@ -1,4 +1,4 @@
-"""Hooks of parameters work on the copy as on the original, or are refused."""
+"""Hooks of parameters and optimizers, and schedulers, work on the copy as on the original, or are refused."""
 
 import functools
 
@@ -84,3 +84,74 @@ def test_hooks_of_parameters_that_would_train_the_original_are_refused():
     with pytest.raises(InvalidInputError, match=r"a gradient hook of parameter '0\.weight' holds the function"):
         trained(model, "bf16")
     assert torch.equal(model[0].weight, before)
+
+
+def sgd(model, hooked=lambda optimizer, scheduler: None, scheduled=True):
+    """An optimizer of a model of two layers, its scheduler, and what is hooked to it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    if (
+        hook := hooked(optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) if scheduled else None)
+    ) is not None:
+        optimizer.register_step_post_hook(hook)
+    return optimizer
+
+
+def prepared(model, optimizer):
+    return perfkit.apply(
+        model,
+        "bf16",
+        mode="training",
+        example_inputs=(torch.ones(4, 4),),
+        targets=torch.ones(4, 2),
+        loss=nn.functional.mse_loss,
+        optimizer=optimizer,
+    )
+
+
+@pytest.mark.parametrize(
+    "hooked",
+    [
+        lambda optimizer, scheduler: lambda *_: scheduler.step(),
+        lambda optimizer, scheduler: (lambda step: lambda *_: step())(scheduler.step),
+        lambda optimizer, scheduler: lambda *_: [group.update(lr=0) for group in optimizer.param_groups],
+    ],
+    ids=["a scheduler", "its method", "the optimizer"],
+)
+def test_hooks_of_optimizers_that_would_change_the_original_are_refused(hooked):
+    model = nn.Linear(4, 2)
+    optimizer = sgd(model, hooked)
+    with pytest.raises(InvalidInputError, match=r"a hook of SGD .* make a scheduler over result.optimizer"):
+        prepared(model, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_hooks_of_optimizers_may_use_what_they_are_given():
+    def halved(optimizer, _args, _kwargs):
+        optimizer.param_groups[0]["lr"] /= 2
+
+    model = nn.Linear(4, 2)
+    optimizer = sgd(model, lambda *_: halved, scheduled=False)
+    result = prepared(model, optimizer)
+    for lr in (0.25, 0.125):
+        result.train_step(((torch.ones(4, 4),), torch.ones(4, 2)))
+        assert result.optimizer.param_groups[0]["lr"] == lr
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_scheduler_is_made_over_the_optimizer_of_the_result():
+    model = nn.Linear(4, 2)
+    with pytest.warns(perfkit.PerfkitWarning, match=r"a learning-rate scheduler steps SGD.* over result\.optimizer"):
+        result = prepared(model, sgd(model))
+    scheduler = torch.optim.lr_scheduler.StepLR(result.optimizer, 1, 0.0)
+    moved = []
+    for _ in range(2):
+        before = result.model.weight.detach().clone()
+        result.train_step(((torch.ones(4, 4),), torch.ones(4, 2)))
+        scheduler.step()
+        moved.append(not torch.equal(result.model.weight, before))
+    assert moved == [True, False]
+
+
+def test_an_optimizer_that_computes_the_loss_itself_is_refused():
+    with pytest.raises(InvalidInputError, match=r"LBFGS.step asks for closure, .* take an optimizer that does without"):
+        prepared(nn.Linear(4, 2), torch.optim.LBFGS)

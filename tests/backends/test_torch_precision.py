@@ -1,5 +1,8 @@
 """Low precision on models whose dtypes and layers are not the usual ones: what is told is what runs."""
 
+import copy
+import functools
+
 import pytest
 
 pytest.importorskip("torch")
@@ -213,3 +216,32 @@ def test_tied_weights_train_in_half():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ids = torch.arange(8)
     assert applied(model, "half", ids, loss=F.cross_entropy, targets=ids, optimizer=optimizer).fidelity.ok
+
+
+class Shared(nn.Module):
+    """One layer in several places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.again = nn.Linear(16, 16)
+        self.rest = nn.Sequential(self.first, nn.Tanh(), self.first, nn.Linear(16, 4))
+
+    def forward(self, x):
+        return self.rest(self.again(x))
+
+
+def test_a_layer_in_several_places_trains_in_half():
+    torch.manual_seed(0)
+    model, x, y = Shared(), torch.randn(32, 16), torch.arange(32) % 4
+    plain = copy.deepcopy(model)
+    sgd = functools.partial(torch.optim.SGD, lr=0.5)
+    training = {"mode": "training", "loss": F.cross_entropy, "targets": y, "optimizer": sgd}
+    result, optimizer = perfkit.apply(model, "half", example_inputs=(x,), **training), sgd(plain.parameters())
+    for _ in range(5):
+        result.train_step(((x,), y))
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    assert isinstance(result.model.first.weight, nn.Parameter)
+    moved = [(other.first.weight - model.first.weight).detach() for other in (result.model, plain)]
+    assert float((moved[0] - moved[1]).norm()) < 0.1 * float(moved[1].norm())  # each gradient in bfloat16

@@ -124,6 +124,37 @@ def test_what_looks_at_the_whole_batch_is_named(framework):
         perfkit.optimize(**task, tolerance=0, budget_s=0.01)
 
 
+def paired(framework):
+    """Each row of the batch is compared with another one."""
+    task = dense(framework)
+    inner = task["model"]
+    if framework == "jax":
+        return task | {"model": lambda params, batch: inner(params, batch) - inner(params, batch)[::-1]}
+    inner.register_forward_hook(lambda _, __, out: out - out.flip(0))
+    return task
+
+
+def test_rows_that_are_computed_together_are_told(framework):
+    effect = perfkit.plan(**paired(framework), recipe="accumulate(2)", mode="training").steps[0].effect
+    assert "the model computes rows together" in effect.notes[1]
+    assert effect.apart == effect.notes[1:]
+
+
+def test_a_model_that_does_not_run_on_fewer_rows_is_refused(framework):
+    task = dense(framework)
+    inner = task["model"]
+    if framework == "torch":
+
+        def whole(_, inputs):
+            inputs[0]["data"].reshape(12, 5)  # raises on fewer rows
+
+        inner.register_forward_pre_hook(whole)
+    else:
+        task["model"] = lambda params, batch: inner(params, batch | {"data": batch["data"].reshape(12, 5)})
+    plan = perfkit.plan(**task, recipe="accumulate(2)", mode="training")
+    assert "does not run on a micro-batch, the first 6 rows of the example batch" in plan.steps[0].refusal
+
+
 def test_numbers_that_micro_batches_draw_alike_are_named():
     jax = pytest.importorskip("jax")
     task = dense("jax")

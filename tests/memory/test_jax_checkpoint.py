@@ -83,6 +83,19 @@ def trained(work):
     return losses, list(map(np.asarray, jax.tree.leaves(finished.trainer.state[0])))
 
 
+@pytest.mark.parametrize("cut", [Cut(keeps_products=True), Cut(3), Cut(3, opaque=True)], ids=str)
+def test_complex_products_have_the_same_gradient(cut):
+    def spectral(w, x):
+        for _ in range(3):
+            x = jnp.tanh(jnp.fft.ifft(jnp.fft.fft(x) @ w).real)
+        return x.sum()
+
+    w = jax.lax.complex(WEIGHTS["u"], WEIGHTS["u"].T)
+    x = SEQUENCES[:, 0] @ WEIGHTS["w"]
+    expected, found = (jax.jit(jax.grad(each))(w, x) for each in (spectral, in_segments(spectral, cut)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_with_statistics_and_dropout_trains_as_before():
     """XLA fuses the pieces in other ways than the whole, so to rounding: sums over 1024 numbers a layer."""
     work = bound(Images(nnx.Rngs(0)), IMAGES)

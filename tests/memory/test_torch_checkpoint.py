@@ -41,6 +41,19 @@ class Own(nn.Module):
         return self.second(x + self.first(x))
 
 
+class Shared(nn.Module):
+    """One layer in several places, also of a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.again = nn.Linear(8, 8)
+        self.rest = nn.Sequential(self.first, nn.Tanh(), self.first, nn.GELU(), nn.Linear(8, 64), nn.Tanh())
+        self.fc = nn.Linear(64, 2)
+
+    def forward(self, x):
+        return self.fc(self.rest(self.again(x)))
+
+
 class Counts(nn.Module):
     """Changes a buffer in each forward."""
 
@@ -91,6 +104,7 @@ MODELS = {
     "lstm": (lambda: Padded(nn.LSTM, batch_first=True), lambda: torch.randn(4, 23, 6)),
     "gru": (lambda: Padded(nn.GRU), lambda: torch.randn(23, 4, 6)),
     "own": (Own, lambda: torch.randn(4, 8)),
+    "shared": (Shared, lambda: torch.randn(4, 8)),
     "spectral norm": (lambda: among_others(nn.utils.spectral_norm(nn.Linear(8, 8))), lambda: torch.randn(4, 8)),
     "echo": (lambda: among_others(Echo()), lambda: torch.randn(4, 8)),
 }

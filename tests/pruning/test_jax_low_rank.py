@@ -44,6 +44,13 @@ def test_the_rank_is_the_smallest_that_keeps_the_energy(energy, rank):
     assert (left.shape, right.shape) == ((20, rank), (rank, 20))
 
 
+def test_complex_kernels_keep_both_parts():
+    kernel = np.asarray(low(20, 16, 2) + 1j * low(20, 16, 2, seed=1))
+    left, right = split_in_two(kernel, 1 - 1e-9)
+    assert left.shape[1] == 4
+    close(left @ right, kernel)
+
+
 def test_the_error_is_the_energy_left_out():
     kernel = np.random.default_rng(0).standard_normal((40, 60)) * np.linspace(1, 0.01, 60) ** 4
     left, right = split_in_two(kernel, 0.9)

@@ -53,6 +53,14 @@ def test_smallest_rank_that_keeps_the_energy(energy, shape):
     assert error <= LowRank(energy=energy).tolerance
 
 
+def test_complex_weights_keep_both_parts():
+    torch.manual_seed(0)
+    weight = torch.complex(thin(12, 10, 2), thin(12, 10, 2)) @ torch.diag(torch.linspace(1, 2, 10)).cfloat()
+    left, right = factors(weight, 1 - 1e-9)
+    assert left.shape[1] == 4  # of two sums of two products of rows and columns
+    torch.testing.assert_close(left @ right, weight, rtol=1e-4, atol=1e-4)
+
+
 def test_zero_weights():
     left, right = factors(torch.zeros(4, 3), 0.99)
     assert left.shape == (4, 1)

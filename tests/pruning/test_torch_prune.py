@@ -1,5 +1,7 @@
 """Removing units of torch models: what is left computes what the original does with those units at zero."""
 
+import warnings
+
 import pytest
 
 pytest.importorskip("torch")
@@ -182,3 +184,20 @@ def test_before_another_recipe():
     model, example_inputs = torch_models()["resnet"]
     result = perfkit.optimize(model, recipe="prune(round_to=1)+half", example_inputs=example_inputs, tolerance=10)
     assert result.model.stem.weight.shape == (4, 3, 3, 3)
+
+
+def test_complex_units_are_ranked_and_checked_by_both_parts():
+    """By their real parts alone others would go: those are largest where the whole is smallest."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, dtype=torch.cfloat), nn.Tanh(), nn.Linear(8, 3, dtype=torch.cfloat))
+    sizes = torch.arange(1, 9)[:, None]
+    with torch.no_grad():
+        model[0].weight.copy_(torch.complex(0.1 / sizes, 0.1 * sizes).expand(8, 6))
+    x = torch.randn(4, 6, dtype=torch.cfloat)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "Casting complex values to real discards the imaginary part"
+        result = perfkit.optimize(model, "prune(round_to=1)", example_inputs=(x,), tolerance=10.0)
+    torch.testing.assert_close(result.model[0].weight, model[0].weight[4:])
+    with torch.no_grad():
+        model[0].weight[:4], model[0].bias[:4] = 0, 0
+    torch.testing.assert_close(result.model(x), model(x))

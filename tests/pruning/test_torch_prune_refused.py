@@ -111,6 +111,18 @@ class Functional(nn.Module):
         return self.b(self.a(x) * self.scale)
 
 
+class Lent(nn.Module):
+    """Calls its layers with other weights than theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        weights = {"0.weight": self.net[0].weight * self.scale[:, None]}
+        return torch.func.functional_call(self.net, weights, (x,))
+
+
 REFUSED = {
     "written sizes": (WrittenSizes, (2, 1, 8, 8), {"b": "sizes stand in its forward", "fc": "an output of the model"}),
     "regrouped": (Shuffled, (2, 1, 8, 8), {"a": "regrouped"}),
@@ -118,6 +130,7 @@ REFUSED = {
     "state returned": (StatesReturned, (7, 3, 5), {"rnn": "output of the model"}),
     "one direction returned": (HalfReturned, (7, 3, 5), {"rnn": "output of the model"}),
     "own parameter": (Functional, (2, 4), {"a": "values of fixed size in mul"}),
+    "other weights": (Lent, (2, 4), {"net.0": "not its own, as by functional_call"}),
     "pixel shuffle": (Pixels, (2, 3, 8, 8), {"a": "used by pixel_shuffle"}),
     "squeezed": (Squeezed, (3, 4), {"a": "does not run"}),
     "averaged": (Unread, (3, 4), {"a": "used by mean"}),
