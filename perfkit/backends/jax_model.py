@@ -142,10 +142,11 @@ class LinenModel(JaxModel):
 
     def advice(self, error: Exception) -> str:
         if isinstance(error, errors.ModifyScopeVariableError):
+            written = re.search(r'collection "(\w+)"', str(error))
             return (
                 "It writes to a collection of its variables, as batch norm does in training: for inference leave "
                 "train=True out, else pass a function, lambda variables, *inputs: module.apply(variables, *inputs, "
-                "mutable=['cache']), with params=variables"
+                f"mutable=[{written[1] if written else 'cache'!r}]), with params=variables"
             )
         if isinstance(error, errors.InvalidRngError):
             asked = re.search(r'PRNG for "(\w+)"', str(error))
