@@ -13,7 +13,7 @@ from perfkit.kernels.conv2d.problem import options
 from perfkit.kernels.conv2d_int8 import cpu_kernel, reference, torch_op
 from perfkit.kernels.conv2d_int8.cases import CASES
 from perfkit.kernels.linear_int8 import on_grid
-from perfkit.quantization import torch_native
+from perfkit.quantization import torch_layers, torch_native
 
 LINEAR = [(1, 1, 1), (1, 5408, 130), (2, 33, 9), (5, 130, 17), (13, 64, 300), (70, 257, 131), (300, 64, 8), (0, 8, 4)]
 """Rows, inputs, outputs: around the edges of tiles and of what threads take, one that reads a part of the weights."""
@@ -69,6 +69,12 @@ def all_calls():
         yield
     for case in CASES:
         assert_convolution_is_the_reference(case)
+        yield
+    for rows, inputs, outputs in LINEAR[:6]:
+        layer, x = torch.nn.Linear(inputs, outputs), torch.randn(rows, inputs)
+        torch_layers.dynamic(layer, 255)
+        with torch.no_grad():
+            assert torch_native.product(layer, layer.bias, x, 255, torch.float32) is not None
         yield
 
 

@@ -7,7 +7,7 @@ extern "C" struct PerfkitLinearInt8 {
     std::int64_t rows, outputs, inputs, relu;
     std::int64_t x_kind, y_kind;  // FLOAT32, UINT8, BFLOAT16; x is one of the first two
     std::int64_t zero, top;       // of x's grid
-    double scale;
+    double scale;                 // 0 to read x's grid, of which top alone is given, from x
     std::int64_t y_zero, y_top;  // of y's, where it is of bytes
     double y_scale;
 };
@@ -59,6 +59,36 @@ struct Pass {
     }
 };
 
+// The grid from the least number of x, or 0, to its largest, or 0, as torch's `choose_qparams` has it, into `p`. False
+// where x holds what is no number, or none that is finite.
+bool read_grid(PerfkitLinearInt8& p, const float* x, Threads threads) {
+    constexpr i64 EACH = 1 << 16;
+    const i64 count = p.rows * p.inputs, pieces = (count + EACH - 1) / EACH;
+    const std::unique_ptr<float[]> found(new float[3 * pieces]);
+    parallel(pieces, threads, threads.count, [&](i64 piece) {
+        Floats low{}, high{}, spoilt{};
+        const auto look = [&](Floats value) INLINE_LAMBDA {
+            low = at_most(low, value), high = at_least(high, value), spoilt += value * 0.0f;
+        };
+        i64 i = piece * EACH;
+        const i64 end = std::min(i + EACH, count);
+        for (; i + L <= end; i += L) look(load<Floats>(x + i));
+        if (i < end) look(load_part(x + i, end - i));
+        float* const to = &found[3 * piece];
+        to[0] = low[0], to[1] = high[0], to[2] = spoilt[0];
+        for (int lane = 1; lane < L; ++lane)
+            to[0] = std::min(to[0], low[lane]), to[1] = std::max(to[1], high[lane]), to[2] += spoilt[lane];
+    });
+    float low = 0, high = 0, spoilt = 0;
+    for (i64 i = 0; i < pieces; ++i)
+        low = std::min(low, found[3 * i]), high = std::max(high, found[3 * i + 1]), spoilt += found[3 * i + 2];
+    if (!(spoilt == 0)) return false;
+    const float scale = std::max((high - low) / float(p.top), std::numeric_limits<float>::epsilon());
+    if (!(scale <= std::numeric_limits<float>::max())) return false;
+    p.scale = scale, p.zero = std::clamp<i64>(-i64(std::nearbyint(low / scale)), 0, p.top);
+    return true;
+}
+
 Packed packed(i64 outputs, i64 inputs, void* at) {
     return {outputs, round_up(outputs, PANEL) * round_up(inputs, 4), at};
 }
@@ -82,9 +112,12 @@ extern "C" int perfkit_linear_int8_pack(std::int64_t outputs, std::int64_t input
     return found.tell(outputs, inputs, scale, [&](i64 n, i64 k) { return weight[n * inputs + k]; });
 }
 
-// bias may be null. Returns 1 where memory is short, else 0.
-extern "C" int perfkit_linear_int8(const PerfkitLinearInt8* p, const void* x, void* weight, const float* bias, void* y,
+// bias may be null. Returns 1 where memory is short, 2 where x has no range to read, else 0.
+extern "C" int perfkit_linear_int8(const PerfkitLinearInt8* told, const void* x, void* weight, const float* bias, void* y,
                                    perfkit::Threads threads) try {
+    PerfkitLinearInt8 own_problem = *told;
+    const PerfkitLinearInt8* const p = &own_problem;
+    if (p->scale == 0 && !read_grid(own_problem, static_cast<const float*>(x), threads)) return 2;
     const Packed given = packed(p->outputs, p->inputs, weight);
     const PerOutput numbers(given, p->outputs, bias, p->zero);
     const Grid grid(p->scale, p->zero, p->top);

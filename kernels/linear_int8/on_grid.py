@@ -29,7 +29,7 @@ from perfkit.measure.environment import has
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 MOST_ROWS_BESIDE_TILES = 16
-Call = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+Call = Callable[[Tensor, Tensor, "Tensor | None"], "Tensor | None"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Problem(_int8.OnCpu):
 
     Args:
         rows, inputs, outputs: M, K and N.
-        grid: of x.
+        grid: of x; with a scale of 0, of which `top` alone is read, each call reads it from x, as torch's
+            `choose_qparams` does.
         activation: None or "relu".
         x: "float32", or "uint8" where it is on the grid already.
         y: "float32", "bfloat16", or "uint8" on `y_grid`.
@@ -195,7 +196,7 @@ def _pack(weight: Tensor, scale: Tensor) -> Tensor | None:
 
 @functools.lru_cache(maxsize=4096)
 def caller(problem: Problem, leading: tuple[int, ...]) -> Call:
-    """y of (*leading, N) from x of (*leading, K), all dense, and the packed weight."""
+    """y of (*leading, N) from x of (*leading, K), all dense, and the packed weight; None where x has no range."""
     numbers, run, threads = told(problem), library().perfkit_linear_int8, Threads.of_torch
     size, dtype, empty = (*leading, problem.outputs), getattr(torch, problem.y), torch.empty
     device = torch.device("cpu")  # whatever the default device is
@@ -203,9 +204,10 @@ def caller(problem: Problem, leading: tuple[int, ...]) -> Call:
     def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = empty(size, dtype=dtype, device=device)
         at = None if bias is None else bias.data_ptr()
-        if problem.rows and run(numbers, x.data_ptr(), weight.data_ptr(), at, y.data_ptr(), threads()):
+        failed = problem.rows and run(numbers, x.data_ptr(), weight.data_ptr(), at, y.data_ptr(), threads())
+        if failed == 1:
             raise MemoryError("the int8 linear kernel found no memory for its working space")
-        return y
+        return None if failed else y
 
     return call
 

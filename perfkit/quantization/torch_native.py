@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -20,22 +19,20 @@ from perfkit.quantization.torch_ranges import Affine
 _linears, _convs = Known(linear.OP), Known(convolution.OP)
 
 
-def product(
-    module: Any, bias: Tensor | None, x: Tensor, grid: Affine, out: torch.dtype, read: bool = False
-) -> Tensor | None:
+def product(module: Any, bias: Tensor | None, x: Tensor, grid: Affine | int, out: torch.dtype) -> Tensor | None:
     """What a linear layer or a convolution over images makes of x, which it takes; None where oneDNN is to compute it.
 
     Args:
-        grid: of x.
+        grid: of x; the largest q alone to have it read from x, of a linear layer.
         out: float32 or bfloat16.
-        read: the grid was read from x: the next call has another one.
     """
     x = x if x.dtype == torch.float32 else x.float()
     kernel = _linear if isinstance(module, nn.Linear) else _conv
-    return kernel(module, bias, x, Grid(grid.scale, grid.zero, grid.top), out, read)
+    known = Grid(0.0, 0, grid) if isinstance(grid, int) else Grid(grid.scale, grid.zero, grid.top)
+    return kernel(module, bias, x, known, out)
 
 
-def _linear(module: Any, bias: Tensor | None, x: Tensor, grid: Grid, out: torch.dtype, read: bool) -> Tensor | None:
+def _linear(module: Any, bias: Tensor | None, x: Tensor, grid: Grid, out: torch.dtype) -> Tensor | None:
     weight = module.weight_int8
 
     def problem() -> linear.Problem:
@@ -44,17 +41,13 @@ def _linear(module: Any, bias: Tensor | None, x: Tensor, grid: Grid, out: torch.
 
     if x.size(-1) != weight.size(1):
         return None
-    made, choice = _linears((x.shape, weight.shape, grid.top if read else grid, out), problem, None)
+    made, choice = _linears((x.shape, weight.shape, grid, out), problem, None)
     if choice.implementation != "cpu" or (packed := linear.packed(weight, module.weight_scale)) is None:
         return None
-    if read:
-        run = linear.caller.__wrapped__(replace(made, grid=grid), x.shape[:-1])
-    else:
-        run = linear.caller(made, x.shape[:-1])
-    return run(x.contiguous(), packed, bias)
+    return linear.caller(made, x.shape[:-1])(x.contiguous(), packed, bias)
 
 
-def _conv(module: Any, bias: Tensor | None, x: Tensor, grid: Grid, out: torch.dtype, _read: bool) -> Tensor | None:
+def _conv(module: Any, bias: Tensor | None, x: Tensor, grid: Grid, out: torch.dtype) -> Tensor | None:
     weight, place = module.weight_int8, (module.stride, module.padding, module.dilation, module.groups)
     if x.size(1) != module.in_channels:
         return None

@@ -108,31 +108,34 @@ def product(module: nn.Module, x: torch.Tensor, grid: Affine | None, top: int = 
     out = torch.get_autocast_dtype("cpu") if autocasts("cpu") else torch.float32
     if out not in (torch.float32, torch.bfloat16) or (bias is not None and bias.dtype != torch.float32):
         return None
-    read = grid is None
-    if grid is None and (grid := _read(x, top)) is None:
-        return None
     kernel, dimensions = (_linear, x.dim() > 1) if isinstance(module, nn.Linear) else (_conv, x.dim() == 4)
     if not dimensions:
         return None
 
-    def run(bias: torch.Tensor | None) -> torch.Tensor:
-        y = torch_native.product(module, bias, x, grid, out, read)
-        return kernel(module, bias, _rounded(x, grid), grid, out) if y is None else y
+    def run(bias: torch.Tensor | None) -> torch.Tensor | None:
+        if (y := torch_native.product(module, bias, x, top if grid is None else grid, out)) is not None:
+            return y
+        known = _read(x, top) if grid is None else grid
+        return None if known is None else kernel(module, bias, _rounded(x, known), known, out)
 
     if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
         return run(bias)
     with torch.no_grad():  # as in the pattern, the bias alone has a gradient
         y = run(None)
-    return y + (bias if kernel is _linear else bias[:, None, None]).to(out)
+    return None if y is None else y + (bias if kernel is _linear else bias[:, None, None]).to(out)
 
 
 def _read(x: torch.Tensor, top: int) -> Affine | None:
-    """The grid that torch's `choose_qparams` chooses, without its dozen operations; None without finite numbers."""
+    """The grid that torch's `choose_qparams` chooses, without its dozen operations; None without a finite one."""
     low, high = (np.float32(float(value)) for value in torch.aminmax(x))
     if not (math.isfinite(low) and math.isfinite(high)):
         return None
     low, high = min(low, np.float32(0)), max(high, np.float32(0))
-    scale = max((high - low) / np.float32(top), np.finfo(np.float32).eps)
+    with np.errstate(over="ignore"):
+        span = high - low
+    if not math.isfinite(span):
+        return None
+    scale = max(span / np.float32(top), np.finfo(np.float32).eps)
     return Affine(float(scale), int(np.clip(-np.rint(low / scale), 0, top)), top)
 
 

@@ -148,3 +148,38 @@ def test_the_bias_has_its_gradient(name):
     assert torch.equal(y, wanted)
     y.sum().backward()
     assert (layer.bias.grad == y.numel() / len(layer.bias)).all()
+
+
+@torch.no_grad()
+def test_a_range_is_read_as_torch_reads_it(own, monkeypatch):
+    """In bits: with the grid that the pattern chooses, known beforehand, the numbers are the same."""
+    layer, top = nn.Linear(33, 9), torch_onednn.top()
+    torch_layers.dynamic(layer, top)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for shift in (0.0, 5.0, -5.0):  # zero within the range, and not
+            for x in (torch.randn(7, 33) + shift, torch.randn(9000, 33) + shift, torch.full((2, 33), shift)):
+                grid = torch_onednn._read(x, top)
+                scale, zero = torch.ops.quantized_decomposed.choose_qparams.tensor(
+                    x, 0, top, torch_layers.EPSILON, torch.uint8
+                )
+                assert (grid.scale, grid.zero) == (float(scale), int(zero))
+                expected = torch_native.product(layer, layer.bias, x, grid, torch.float32)
+                own.clear()
+                assert torch.equal(layer(x), expected)
+                assert own[0] is not None
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38])
+@pytest.mark.parametrize("place", [0, 17, 32])
+def test_what_has_no_range_is_left_to_the_pattern(value, place, own, monkeypatch):
+    layer, x = nn.Linear(33, 9), torch.randn(4, 33)
+    torch_layers.dynamic(layer, torch_onednn.top())
+    x[2, place], x[3, place] = value, -3e38 if value == 3e38 else 0.0
+    y = layer(x)
+    assert own == [None]
+    assert torch.equal(y.isnan(), in_floats(layer, x, monkeypatch).isnan())
