@@ -19,6 +19,7 @@ ELSEWHERE = {
     "bench/plan.py": ("data_parallel", "pipeline_parallel", "tensor_parallel"),
     "bench/local_sgd.py": ("local_sgd",),
     "bench/threads.py": ("threads",),
+    "bench/keep_memory.py": ("keep_memory",),
 }  # fmt: skip
 """Recipes with a benchmark of their own; every other one there is, is measured here."""
 

@@ -136,7 +136,7 @@ def _assembled(
         for name, variant, latency in zip(("original", chain), (original, result), latencies, strict=True)
     )
     spread = parallel(result, speedup)
-    told = (_about_load(speedup), _about_memory(original, result) if result.measurable else "")
+    told = (_about_load(speedup), _about_memory(original, result, applied.chain) if result.measurable else "")
     optimizing_s = sum(step.apply_s for step in applied.steps) + (result.first_call_s.value or 0.0)
     report = Report(
         model=work.backend.model_name(work),
@@ -176,11 +176,13 @@ def _about_load(speedup: Comparison | None) -> str:
     )
 
 
-def _about_memory(original: Variant, result: Variant) -> str:
-    """What settings of the process may give the result; or the original, since that is no gain of the recipe's then."""
+def _about_memory(original: Variant, result: Variant, chain: Chain) -> str:
+    """What keeping memory may give the result; or the original, since that is no gain of the recipe's then."""
     advice = original.work.backend.memory_advice
     if (told := advice(result.work, result.finished)) or result is original:
         return told
+    if any(recipe.keeps_memory for recipe in chain):
+        return ""
     told = advice(original.work, original.finished)
     return f"part of the gain may be memory: of the original {told}" if told else ""
 

@@ -64,6 +64,7 @@ class Recipe:
         positional: the options that may be given without their names: "data_parallel(2)".
         retrains: its training starts from another loss than the original's, and is judged by where it ends.
         aim: what it is for, "speed" or "memory". Where it is memory, more time is its price and no failure.
+        keeps_memory: calls find memory as the last one left it, which is its gain and no other recipe's.
     """
 
     stage: ClassVar[Stage]
@@ -72,6 +73,7 @@ class Recipe:
     positional: ClassVar[tuple[str, ...]] = ()
     retrains: ClassVar[bool] = False
     aim: ClassVar[str] = "speed"
+    keeps_memory: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -45,7 +45,7 @@ from perfkit.backends.torch_surgery import (
     tensors_in,
 )
 from perfkit.backends.torch_training import Trainer
-from perfkit.measure import kept_memory
+from perfkit.measure import kept_memory, kept_region
 
 
 class TorchBackend(Backend):
@@ -167,7 +167,10 @@ class TorchBackend(Backend):
         if work.device != "cpu" or not work.world.alone or kept_memory.settled():
             return ""
         with finished.keeping_state():
-            return kept_memory.advice(kept_memory.touched_anew(self.caller(work, finished)))
+            call = self.caller(work, finished)
+            call()  # what was kept may have been given back, to see what a call needs
+            taken = kept_memory.touched_anew(call)
+        return kept_memory.advice(taken, by_recipe=kept_region.reached() and not kept_region.unavailable())
 
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
         from perfkit.parallel.torch_traffic import traffic

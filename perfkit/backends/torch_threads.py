@@ -21,7 +21,7 @@ import torch
 from perfkit._quantity import Comparison, Verdict
 from perfkit._report import Effect
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import COMPILED_WITH, around_call, around_forward
+from perfkit.backends.torch_training import anew, within
 from perfkit.measure import timing
 
 LONGEST_S = 30.0
@@ -61,9 +61,7 @@ def not_settable() -> str | None:
 def computing(work: Workload, count: int) -> tuple[Workload, Effect]:
     """The same workload with `count` threads, in each call of the model and in each training step as a whole."""
     context = functools.partial(Computing, count)
-    around_call(work.model, context)
-    if work.trains:
-        work = work.replace(training=replace(work.training, around=(*work.training.around, context)))
+    work = within(work, context)
     told = f"computes with {threads(count)}; torch is set to {torch.get_num_threads()}"
     return work, Effect((work.backend.model_name(work),), notes=(told,))
 
@@ -97,27 +95,16 @@ def quickest(work: Workload, most: int, budget_s: float) -> tuple[Workload, Effe
             if told and time.perf_counter() - began > LONGEST_S:
                 told.append(f"{threads(count)}: not tried, {LONGEST_S:g} s were over")
                 continue
-            found = _compared(work, computing(_anew(work), count)[0], (threads(now), threads(count)), budget_s)
+            found = _compared(work, computing(anew(work), count)[0], (threads(now), threads(count)), budget_s)
             told.append(f"{threads(count)} against {threads(now)}: {found}")
             if found.verdict == Verdict.FASTER and found.ratio > ratio:
                 chosen, ratio, low = count, found.ratio, found.low
             elif found.high < low:
                 break
     if chosen == now:
-        return _anew(work), Effect(notes=(f"no number is faster than the {now} that torch is set to", *told))
-    work, effect = computing(_anew(work), chosen)
+        return anew(work), Effect(notes=(f"no number is faster than the {now} that torch is set to", *told))
+    work, effect = computing(anew(work), chosen)
     return work, replace(effect, notes=(*effect.notes, *told))
-
-
-def _anew(work: Workload) -> Workload:
-    """A copy that has not been called yet, and is compiled when it is: it shares no program with the original.
-
-    torch.compile keeps programs by the code that they are made of, and a copy has the original's.
-    """
-    work = work.backend.copy(work)
-    if hasattr(type(work.model), COMPILED_WITH):
-        around_forward(work.model, lambda forward: lambda module, *args, **kwargs: forward(module, *args, **kwargs))
-    return work
 
 
 def threads(count: int) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,14 @@ from torch import nn
 
 from perfkit._batch import even_rows, sliced
 from perfkit.backends.torch_state import keeping_state
-from perfkit.backends.torch_surgery import copied, map_tensors, tensors_in
+from perfkit.backends.torch_surgery import (
+    COMPILED_WITH,
+    around_call,
+    around_forward,
+    copied,
+    map_tensors,
+    tensors_in,
+)
 
 if TYPE_CHECKING:
     from perfkit._workload import Inputs, Workload
@@ -95,6 +103,25 @@ class Trainer:
             self.scaler.load_state_dict(scale)
             if self.rounds is not None:
                 self.rounds.load_state_dict(rounds)
+
+
+def within(work: Workload, context: Callable[[], AbstractContextManager]) -> Workload:
+    """The same workload with each call of the model and each training step as a whole within `context()`."""
+    around_call(work.model, context)
+    if not work.trains:
+        return work
+    return work.replace(training=replace(work.training, around=(*work.training.around, context)))
+
+
+def anew(work: Workload) -> Workload:
+    """A copy that has not been called yet, and is compiled when it is: it shares no program with the original.
+
+    torch.compile keeps programs by the code that they are made of, and a copy has the original's.
+    """
+    work = work.backend.copy(work)
+    if hasattr(type(work.model), COMPILED_WITH):
+        around_forward(work.model, lambda forward: lambda module, *args, **kwargs: forward(module, *args, **kwargs))
+    return work
 
 
 def teacher(work: Workload) -> nn.Module:

@@ -2,8 +2,9 @@
 
 XLA takes a program's temporary memory on a CPU in one piece, by malloc, in each call, and torch each tensor. glibc maps
 a piece above `KEPT_BYTES` by itself and unmaps it when it is freed; the threads' own arenas do so too, in heaps of 64
-MiB. The kernel then zeroes and maps each page again when it is next touched. `SETTINGS` turn this off. glibc reads them
-once, when a process starts. docs/memory.md has what that gives and takes.
+MiB. The kernel then zeroes and maps each page again when it is next touched. `SETTINGS` turn this off for a whole
+process. glibc reads them once, when it starts; `kept_region` is what can be done later. docs/memory.md has what that
+gives and takes.
 """
 
 from __future__ import annotations
@@ -48,6 +49,14 @@ KEEPING = (
 )
 """What can be done, and what it costs."""
 
+BY_RECIPE = (
+    "the recipe keep_memory keeps it, which may be quicker: the process then holds it between calls, too. So does "
+    f"Python, started with {TYPED} (docs/memory.md)"
+)
+"""The same where memory can be kept while a process runs."""
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
 
 def fresh(temporary: int) -> int:
     """Bytes that the system gives in each call to a program that takes so many while it runs, in one piece."""
@@ -59,13 +68,16 @@ def touched_anew(call: Call) -> int:
 
     Each page is counted as if it were no huge one.
     """
-    if resource is None:
-        return 0
-    before, began, calls = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter(), 0
+    before, began, calls = touched(), time.perf_counter(), 0
     while not calls or (calls < MOST_CALLS and time.perf_counter() - began < LONG_S):
         call()
         calls += 1
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() // calls
+    return (touched() - before) // calls
+
+
+def touched() -> int:
+    """Bytes of the pages that this process has touched for the first time, or again after they went back."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize() if resource else 0
 
 
 def unavailable() -> str:
@@ -83,7 +95,7 @@ def replaced(variables: Mapping[str, str]) -> str:
 
 def kept(variables: Mapping[str, str] | None = None) -> bool:
     """Whether a process that was started with these variables keeps what it frees; None: this one."""
-    given = _at_start() if variables is None else variables
+    given = at_start() if variables is None else variables
     arenas, mapped, trim = (_number(given.get(name)) for name in SETTINGS)
     return arenas == 1 and mapped == 0 and trim is not None and trim >= int(SETTINGS["MALLOC_TRIM_THRESHOLD_"])
 
@@ -93,11 +105,12 @@ def settled() -> bool:
     return kept() or bool(unavailable())
 
 
-def advice(temporary: int) -> str:
+def advice(temporary: int, by_recipe: bool = False) -> str:
     """What to tell of a program on the CPU that takes so many bytes in each call; empty where there is nothing to."""
     if not fresh(temporary) or settled():
         return ""
-    return f"each call takes {temporary / 2**20:.0f} MiB from the system anew and gives that back; {KEEPING}"
+    keeping = BY_RECIPE if by_recipe else KEEPING
+    return f"each call takes {mib(temporary)} from the system anew and gives that back; {keeping}"
 
 
 def told() -> str:
@@ -106,10 +119,25 @@ def told() -> str:
         return f"as the C library does it: the settings to keep it do nothing here, since {reason}"
     if kept():
         return f"kept from call to call ({TYPED})"
-    return f"above {KEPT_BYTES >> 20} MiB given back after each call; kept, if Python is started with {TYPED}"
+    return (
+        f"above {mib(KEPT_BYTES)} given back after each call; kept for models in torch by the recipe keep_memory, and "
+        f"for all, if Python is started with {TYPED}"
+    )
 
 
-def _at_start() -> Mapping[str, str]:
+def mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def huge_pages() -> bool:
+    """Whether all of a process may have huge pages, of which `touched_anew` counts each as a small one."""
+    try:
+        return "[always]" in HUGE_PAGES.read_text()
+    except OSError:
+        return False
+
+
+def at_start() -> Mapping[str, str]:
     """The environment variables that this process began with: what was set later, glibc has not seen."""
     try:
         lines = Path("/proc/self/environ").read_bytes().split(b"\0")

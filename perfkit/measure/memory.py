@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perfkit._quantity import Quantity
+from perfkit.measure import kept_region
 
 
 def process_high_water(call: Callable[[], Any], repeats: int = 3, proc: str | Path = "/proc/self") -> Quantity:
@@ -68,10 +69,15 @@ def native_heap(without_bytes: float = 0) -> Quantity:
     mallinfo2.restype = _Mallinfo
     told = mallinfo2()
     return Quantity(
-        float(max(told.uordblks + told.hblkhd - without_bytes, 0)),
+        float(max(told.uordblks + told.hblkhd - kept_region.held_bytes() - without_bytes, 0)),
         "B",
         method="mallinfo2 after a step: all of the process that malloc handed out, without tensors",
     )
+
+
+def resident_bytes() -> int:
+    """What this process has in memory now."""
+    return _resident_bytes(Path("/proc/self/status"), "VmRSS")
 
 
 def _resident_bytes(status: Path, field: str) -> int:
@@ -82,7 +88,8 @@ def _resident_bytes(status: Path, field: str) -> int:
 
 
 def _trim() -> bool:
-    """Hand freed memory back to the system; False where the C library is not glibc."""
+    """Hand freed memory back to the system, what models keep between calls too; False where this is not glibc."""
+    kept_region.hand_back()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):

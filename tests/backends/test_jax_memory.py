@@ -40,7 +40,7 @@ def test_what_a_library_allocates_for_itself_makes_the_number_unavailable():
 @pytest.mark.parametrize("kept", [False, True])
 def test_memory_that_each_call_takes_anew_is_told(monkeypatch, kept):
     monkeypatch.setattr(kept_memory, "unavailable", str)
-    monkeypatch.setattr(kept_memory, "_at_start", lambda: kept_memory.SETTINGS if kept else {})
+    monkeypatch.setattr(kept_memory, "at_start", lambda: kept_memory.SETTINGS if kept else {})
 
     def table(x):
         return jax.numpy.sin(x[:, None] * x) @ x  # a product reads the whole table from memory

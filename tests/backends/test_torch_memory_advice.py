@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from perfkit import _proof
+from perfkit._chain import chain_of
 from perfkit._variant import ready
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_backend import BACKEND
@@ -34,7 +35,7 @@ def variant(monkeypatch):
     """A model that takes so many MiB, in a process that was started so."""
 
     def make(mib, variables):
-        monkeypatch.setattr(kept_memory, "_at_start", lambda: variables)
+        monkeypatch.setattr(kept_memory, "at_start", lambda: variables)
         return ready(Workload(BACKEND, Large(mib).eval(), Inputs((torch.ones(1),)), "inference", "cpu"), "original")
 
     return make
@@ -56,7 +57,9 @@ def test_where_only_the_original_takes_it_the_gain_may_be_that(variant, monkeypa
     small, large = variant(1, {}), variant(2, {})
     large = replace(large, work=large.work.replace(seed=1))
     monkeypatch.setattr(BACKEND.__class__, "memory_advice", lambda _, work, finished: "it takes much" * work.seed)
-    assert _proof._about_memory(large, small) == "part of the gain may be memory: of the original it takes much"
-    assert _proof._about_memory(small, large) == "it takes much"
-    assert _proof._about_memory(large, large) == "it takes much"
-    assert _proof._about_memory(small, small) == ""
+    told, chain = _proof._about_memory, chain_of("compile")
+    assert told(large, small, chain) == "part of the gain may be memory: of the original it takes much"
+    assert told(small, large, chain) == "it takes much"
+    assert told(large, large, chain) == "it takes much"
+    assert told(small, small, chain) == ""
+    assert told(large, small, chain | "keep_memory") == "", "the recipe tells it itself, and is its gain"

@@ -40,7 +40,7 @@ def started(monkeypatch):
     """As in a process that glibc runs in, started with these variables."""
 
     def start(variables, reason=""):
-        monkeypatch.setattr(kept_memory, "_at_start", lambda: variables)
+        monkeypatch.setattr(kept_memory, "at_start", lambda: variables)
         monkeypatch.setattr(kept_memory, "unavailable", lambda: reason)
 
     return start
