@@ -81,7 +81,7 @@ def row(model: str, batch_size: int, mode: str, chain: str) -> dict[str, Any]:
     plain = perfkit.apply(**arguments, recipe="nothing")
     taken = []
     for side in (plain, result):
-        for _ in range(3):  # the first calls after measuring memory find none
+        for _ in range(2):  # the first calls after measuring memory find none
             taken.append(kept_memory.touched_anew(calling(side, given, mode)))
     speedup = {name: getattr(report.speedup, name) for name in ("ratio", "low", "high")}
     return speedup | {
@@ -91,7 +91,7 @@ def row(model: str, batch_size: int, mode: str, chain: str) -> dict[str, Any]:
         "recipe": chain,
         "verdict": str(report.speedup.verdict),
         "median_ms": [side.latency.median_ms for side in (report.before, report.after)],
-        "taken_bytes": [taken[2], taken[5]],
+        "taken_bytes": [taken[1], taken[3]],
         "high_water_bytes": [side.process_high_water_bytes.value for side in (report.before, report.after)],
         "notes": list(report.steps[-1].effect.notes),
     }
@@ -111,15 +111,13 @@ def calling(result, given, mode):
 
 
 def switching_us() -> float:
-    """What each call costs on top: what is kept, found and put aside again, in µs."""
-    from perfkit.measure import kept_region
+    """What each call costs on top: going into the cache and out of it, in µs."""
+    from perfkit.kernels.torch_memory.allocator import Keeping, User
 
-    if not kept_region.size():
-        kept_region.enlarge(256 << 20)
-    user = kept_region.User()
+    user = User()
 
     def once() -> None:
-        with kept_region.Keeping(user):
+        with Keeping(user):
             pass
 
     return min(timeit.repeat(once, number=1000, repeat=9)) / 1000 * 1e6
@@ -131,8 +129,8 @@ def measured() -> list[str]:
     for path, found in recorded("keep-memory"):
         lines += [
             "",
-            f"{machine(found)}, PyTorch, the reference models; source: `bench/results/{path.name}`. To find what is "
-            f"kept and to put it aside again takes {found['switching_us']:.0f} µs of each call.",
+            f"{machine(found)}, PyTorch, the reference models; source: `bench/results/{path.name}`. Going into the "
+            f"cache and out of it takes {found['switching_us']:.1f} µs of each call.",
             "",
             "| model, batch | recipe | what it said | taken anew in a call | a call | the whole chain |",
             "|---|---|---|---|---|---|",

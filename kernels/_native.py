@@ -1,7 +1,8 @@
 """C++ kernels that ship as source: built once on the machine they run on, for exactly its processor, and cached.
 
 A kernel is a set of framework-neutral `extern "C"` functions on raw pointers, loaded with ctypes, which lets go of
-Python's lock while they run. Nothing of torch or JAX is included, so one build serves all of their versions.
+Python's lock while they run. Nothing of torch or JAX is included (but in `torch_memory`), so one build serves all of
+their versions.
 """
 
 from __future__ import annotations

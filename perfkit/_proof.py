@@ -178,11 +178,11 @@ def _about_load(speedup: Comparison | None) -> str:
 
 def _about_memory(original: Variant, result: Variant, chain: Chain) -> str:
     """What keeping memory may give the result; or the original, since that is no gain of the recipe's then."""
+    if any(recipe.keeps_memory for recipe in chain):
+        return ""
     advice = original.work.backend.memory_advice
     if (told := advice(result.work, result.finished)) or result is original:
         return told
-    if any(recipe.keeps_memory for recipe in chain):
-        return ""
     told = advice(original.work, original.finished)
     return f"part of the gain may be memory: of the original {told}" if told else ""
 

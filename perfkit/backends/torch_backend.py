@@ -45,7 +45,8 @@ from perfkit.backends.torch_surgery import (
     tensors_in,
 )
 from perfkit.backends.torch_training import Trainer
-from perfkit.measure import kept_memory, kept_region
+from perfkit.kernels.torch_memory import allocator
+from perfkit.measure import kept_memory
 
 
 class TorchBackend(Backend):
@@ -170,7 +171,7 @@ class TorchBackend(Backend):
             call = self.caller(work, finished)
             call()  # what was kept may have been given back, to see what a call needs
             taken = kept_memory.touched_anew(call)
-        return kept_memory.advice(taken, by_recipe=kept_region.reached() and not kept_region.unavailable())
+        return kept_memory.advice(taken, by_recipe=not allocator.unavailable())
 
     def traffic(self, work: Workload, finished: Finished) -> Traffic:
         from perfkit.parallel.torch_traffic import traffic

@@ -3,8 +3,8 @@
 XLA takes a program's temporary memory on a CPU in one piece, by malloc, in each call, and torch each tensor. glibc maps
 a piece above `KEPT_BYTES` by itself and unmaps it when it is freed; the threads' own arenas do so too, in heaps of 64
 MiB. The kernel then zeroes and maps each page again when it is next touched. `SETTINGS` turn this off for a whole
-process. glibc reads them once, when it starts; `kept_region` is what can be done later. docs/memory.md has what that
-gives and takes.
+process. glibc reads them once, when it starts; later, allocators of our own can keep memory (`hold`). docs/memory.md
+has what that gives and takes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -144,6 +144,25 @@ def at_start() -> Mapping[str, str]:
     except OSError:
         return os.environ
     return dict(line.decode(errors="replace").split("=", 1) for line in lines if b"=" in line)
+
+
+def hold(drop: Callable[[], None], held: Callable[[], int]) -> None:
+    """Tell of an allocator that keeps memory between calls: how it hands that back, and how many bytes there are."""
+    _holders.append((drop, held))
+
+
+def hand_back() -> None:
+    """Have allocators hand back what they keep between calls."""
+    for drop, _ in _holders:
+        drop()
+
+
+def held_bytes() -> int:
+    """What allocators keep between calls."""
+    return sum(held() for _, held in _holders)
+
+
+_holders: list[tuple[Callable[[], None], Callable[[], int]]] = []
 
 
 def _number(value: str | None) -> int | None:

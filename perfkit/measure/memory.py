@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perfkit._quantity import Quantity
-from perfkit.measure import kept_region
+from perfkit.measure import kept_memory
 
 
 def process_high_water(call: Callable[[], Any], repeats: int = 3, proc: str | Path = "/proc/self") -> Quantity:
@@ -69,15 +69,10 @@ def native_heap(without_bytes: float = 0) -> Quantity:
     mallinfo2.restype = _Mallinfo
     told = mallinfo2()
     return Quantity(
-        float(max(told.uordblks + told.hblkhd - kept_region.held_bytes() - without_bytes, 0)),
+        float(max(told.uordblks + told.hblkhd - kept_memory.held_bytes() - without_bytes, 0)),
         "B",
         method="mallinfo2 after a step: all of the process that malloc handed out, without tensors",
     )
-
-
-def resident_bytes() -> int:
-    """What this process has in memory now."""
-    return _resident_bytes(Path("/proc/self/status"), "VmRSS")
 
 
 def _resident_bytes(status: Path, field: str) -> int:
@@ -89,7 +84,7 @@ def _resident_bytes(status: Path, field: str) -> int:
 
 def _trim() -> bool:
     """Hand freed memory back to the system, what models keep between calls too; False where this is not glibc."""
-    kept_region.hand_back()
+    kept_memory.hand_back()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
