@@ -25,6 +25,8 @@ QUICK_S = 0.2
 
 RECURRENT = ("fused_kernels", "bf16+fused_kernels", "half+fused_kernels")
 CONVOLUTION = ("compile", "fused_kernels", "fused_kernels+compile", "half+fused_kernels", "bf16+fused_kernels+compile")
+BYTES = "int8+fused_kernels"
+"""In PyTorch too, calibrated on the example inputs alone: for its speed."""
 INFERENCE = {
     ("lstm", 64): RECURRENT,
     ("lstm", 1): RECURRENT,
@@ -59,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     for framework in options.frameworks:
         for (model, batch_size), recipes in INFERENCE.items():
             if asked(framework, model):
-                rows += inference(framework, model, batch_size, recipes)
+                bytewise = (BYTES,) if framework == "torch" else ()
+                rows += inference(framework, model, batch_size, (*recipes, *bytewise))
         for model, recipes in TRAINING.items():
             if asked(framework, model):
                 rows += training(framework, model, recipes)

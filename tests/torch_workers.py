@@ -22,7 +22,7 @@ def together(script: str, processes: int, *arguments: object) -> Any:
         "PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}",
     }
     done = subprocess.run(
-        [*command, str(HERE / script), *map(str, arguments)],
+        [*command, *map(str, (HERE / "to_its_end.py", HERE / script, *arguments))],
         env=os.environ | about,
         capture_output=True,
         text=True,
