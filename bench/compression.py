@@ -35,12 +35,13 @@ AT_ONCE = {
         "compile",
         "int8",
         "int8+compile",
+        "int8+fused_kernels",
         "int8+fused_kernels+compile",
         "int8_dynamic+compile",
         "int8_weight_only",
         "low_rank",
     ),
-    ("cnn", 1): ("int8+compile", "int8_weight_only", "int4_weight_only"),
+    ("cnn", 1): ("int8+compile", "int8+fused_kernels", "int8_weight_only", "int4_weight_only"),
     ("text_lstm", 64): ("bf16", "int8", "int8_dynamic", "int8_weight_only", "int4_weight_only", "low_rank"),
 }
 """Recipes for inference, by model and batch size."""
