@@ -22,8 +22,9 @@ class Agenda:
     without take turns by the time that each kind has used. Of a kind, single recipes come first, kernels before what
     comes earlier in a chain: the sooner a fast one is found, the less time goes to those far behind it. Then comes the
     chain that what was measured promises most of: the ratio of the largest part of it that was tried, times those of
-    the rest by themselves; the lower one where there are two such parts. One recipe more has to be worth it. A chain
-    with a part that came to nothing comes last.
+    the rest by themselves; the lower one where there are two such parts. One recipe more has to be worth it, and what a
+    chain is more than one recipe ahead of promises too much: gains overlap. A chain with a part that came to nothing
+    comes last.
     """
 
     def __init__(self, chains: Iterable[Chain]):
@@ -53,16 +54,29 @@ class Agenda:
         self._used_s[_compiles(chain)] += candidate.seconds
 
     def _rank(self, chain: Chain) -> tuple:
-        promise = self.expected(_parts(chain)) * SIMPLER_WITHIN ** len(chain)
-        return len(chain) > 1, -promise, len(chain), -max(recipe.stage for recipe in chain), str(chain)
+        parts = _parts(chain)
+        promise = self.expected(parts) * SIMPLER_WITHIN ** len(chain)
+        leaps = len(parts) - max(map(len, self._known(parts)), default=0) > 1
+        return (
+            len(chain) > 1,
+            leaps or not promise,
+            -promise,
+            len(chain),
+            -max(recipe.stage for recipe in chain),
+            str(chain),
+        )
 
     def expected(self, parts: frozenset[str]) -> float:
         """The ratio that recipes, by how they are written, promise together."""
-        known = [tried for tried in self._ratios if tried < parts]
+        known = self._known(parts)
         if not known:
             return UNKNOWN
         most = max(map(len, known))
         return min(self._ratios[tried] * self._alone(parts - tried) for tried in known if len(tried) == most)
+
+    def _known(self, parts: frozenset[str]) -> list[frozenset[str]]:
+        """What was tried of them."""
+        return [tried for tried in self._ratios if tried < parts]
 
     def _alone(self, parts: frozenset[str]) -> float:
         ratio = 1.0

@@ -77,6 +77,12 @@ def test_kernels_come_before_other_single_recipes_and_one_recipe_more_has_to_be_
     assert order(specs, ratios) == ["fused_kernels", "bf16", "channels_last", specs[4], specs[3]]
 
 
+def test_of_what_overlaps_each_recipe_more_is_tried_by_itself_first():
+    specs = ["bf16", "int8", "fused_kernels", "bf16+int8+fused_kernels", "int8+fused_kernels", "bf16+fused_kernels"]
+    ratios = {"bf16": 1.8, "int8": 1.5, "fused_kernels": 8.0, "bf16+fused_kernels": 7.0, "int8+fused_kernels": 16.0}
+    assert order(specs, ratios)[3:] == ["bf16+fused_kernels", "int8+fused_kernels", "bf16+int8+fused_kernels"]
+
+
 class Copied(perfkit.Recipe):
     stage = perfkit.Stage.KERNELS
 
