@@ -209,14 +209,6 @@ struct PerOutput {
     }
 };
 
-// use(std::integral_constant<int, count>()), for 1 <= count <= MOST; of more, MOST.
-template <int MOST, class Use>
-INLINE void counted(i64 count, Use use) {
-    if constexpr (MOST > 1)
-        if (count < MOST) return counted<MOST - 1>(count, use);
-    use(std::integral_constant<int, MOST>());
-}
-
 // task(index) for each, on as many threads as are useful.
 template <class Task>
 void parallel(i64 tasks, Threads threads, i64 useful, Task task) {

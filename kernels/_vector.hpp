@@ -55,6 +55,14 @@ INLINE void each(Body body) {
     each_of(std::make_integer_sequence<int, N>{}, body);
 }
 
+// use(std::integral_constant<int, count>()), for 1 <= count <= MOST; of more, MOST.
+template <int MOST, class Use>
+INLINE void counted(i64 count, Use use) {
+    if constexpr (MOST > 1)
+        if (count < MOST) return counted<MOST - 1>(count, use);
+    use(std::integral_constant<int, MOST>());
+}
+
 INLINE Floats all(float value) { return Floats{} + value; }
 
 // In a register: compilers read a number anew for each product, and there are fewer loads than products at a time.
