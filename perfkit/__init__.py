@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "optimize": "perfkit._optimize",
     "apply": "perfkit._optimize",
+    "load": "perfkit._artifact",
     "plan": "perfkit._optimize",
     "max_batch_size": "perfkit._max_batch",
     "MaxBatch": "perfkit._max_batch",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from perfkit import _proof
@@ -62,6 +63,40 @@ class Result:
         """
         if self.finished.rounds is not None:
             self.finished.rounds.settle()
+
+    def save(
+        self,
+        path: str | Path,
+        model: Any,
+        *,
+        example_inputs: Any,
+        params: Any = None,
+        calibration: Iterable | None = None,
+        seed: int = 0,
+    ) -> Path:
+        """Write what `perfkit.load` makes this model of again, into one file without pickle.
+
+        It holds the original's weights, the recipe, the inputs and calibration data, and the report; and what the
+        result computes on the inputs, which a loaded one is checked against: at once here, before the file gets its
+        name. So the file is as large as the original's weights and that data, also where the recipe makes them smaller.
+
+        Args:
+            path: the file; one that is there is replaced.
+            model, example_inputs, params, calibration, seed: as they were passed to `optimize`.
+
+        Returns:
+            The path.
+
+        Raises:
+            InvalidInputError: what was passed is not what was optimized, or no file can hold it.
+
+        Example:
+            >>> result.save("model.perfkit", model, example_inputs=(x,))
+        """
+        from perfkit._artifact import save
+
+        given = {"example_inputs": example_inputs, "params": params, "calibration": calibration, "seed": seed}
+        return save(self, path, model, **given)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.finished.call(*args, **kwargs)

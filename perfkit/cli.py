@@ -67,9 +67,14 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as one HTML page.")
 @click.option("--save-report", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as JSON.")
-def optimize(model, framework, recipe, mode, batch_size, budget, tolerance, strict, as_json, html, save_report) -> None:
+@click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Write the result, for perfkit.load.")
+def optimize(
+    model, framework, recipe, mode, batch_size, budget, tolerance, strict, as_json, html, save_report, save
+) -> None:
     """Apply a recipe to MODEL, measure it against the original, and report."""
-    common.check_writable(html, save_report)
+    if save and mode == "training":
+        raise InvalidInputError("--save is for inference: what a training has learnt goes into the original")
+    common.check_writable(html, save_report, save)
     with common.status() as progress:
         progress(f"loading {model}")
         arguments = common.load(model, framework, mode, batch_size)
@@ -80,6 +85,9 @@ def optimize(model, framework, recipe, mode, batch_size, budget, tolerance, stri
     report = result.report
     click.echo(report.to_json(), nl=False) if as_json else common.out.print(report)
     write(report, html, save_report)
+    if save:
+        result.save(save, **common.taken_by(result.save, arguments))
+        common.err.print(f"wrote {save}")
     sys.exit(EXIT_CODES.get(report.speedup.verdict, 0) if report.speedup and not report.savings else 0)
 
 

@@ -116,7 +116,7 @@ def test_optimize_writes_what_is_asked_for(run, factory):
     pytest.importorskip("torch")
     code, out, err = run(
         "optimize", "users_models:pair", "--recipe", "half", "--budget", "0.3", "--json",
-        "--html", "page.html", "--save-report", "report.json",
+        "--html", "page.html", "--save-report", "report.json", "--save", "model.perfkit",
     )  # fmt: skip
     assert code in (0, _cli_common.SLOWER, _cli_common.NOISY)
     report = json.loads(out)
@@ -124,6 +124,8 @@ def test_optimize_writes_what_is_asked_for(run, factory):
     assert report == json.loads((factory / "report.json").read_text())
     assert "<html" in (factory / "page.html").read_text()
     assert "page.html" in err
+    model, _ = sys.modules["users_models"].pair()
+    assert perfkit.load(factory / "model.perfkit", model).recipe == "half"
     verdicts = {"slower": _cli_common.SLOWER, "too noisy": _cli_common.NOISY}
     assert code == verdicts.get(report["speedup"]["verdict"], 0)
 

@@ -28,7 +28,8 @@ def run(code: str, name: str) -> dict:
 @pytest.mark.filterwarnings("ignore::perfkit.PerfkitWarning")
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
 @pytest.mark.usefixtures("hasty")
-def test_examples_run(number, capsys):
+def test_examples_run(number, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one of them writes a file
     names = run(blocks("python", README)[number], f"README, example {number}")
     assert names["result"].report.fidelity.ok
 

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from perfkit.backends.jax_training import Trainer
 
 NOT_PICKLED = (
-    "an optimized {} is a compiled or rewritten program, which cannot be pickled: save {} and the result's .recipe; "
-    "where they are loaded, perfkit.apply makes it of the original again, without measuring"
+    "an optimized {} is a compiled or rewritten program, which cannot be pickled: result.save writes a file that "
+    "perfkit.load makes it of again. Or save {} and the result's .recipe: where they are loaded, perfkit.apply makes "
+    "it of the original again"
 )
 
 

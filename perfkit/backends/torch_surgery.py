@@ -39,9 +39,9 @@ ROUNDS = "_perfkit_rounds"
 """On the classes of modules that round what comes in and what goes out: the function that does it."""
 
 NOT_PICKLED = (
-    "an optimized {} is of a class that was made at run time, which cannot be pickled: save its state_dict() and the "
-    "result's .recipe. Where they are loaded, perfkit.apply(model, recipe, …) makes it of the original again, without "
-    "measuring, and takes the state_dict"
+    "an optimized {} is of a class that was made at run time, which cannot be pickled: result.save(path, model, …) "
+    "writes a file that perfkit.load makes it of again. Or save its state_dict() and the result's .recipe: where they "
+    "are loaded, perfkit.apply(model, recipe, …) makes it of the original again, and takes the state_dict"
 )
 
 _numbers = itertools.count()

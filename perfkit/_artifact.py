@@ -1,0 +1,268 @@
+"""`Result.save` and `load`: what was proven, in one file without pickle, made again elsewhere and checked there.
+
+The file is a safetensors file. It holds what the chain starts from (the original's weights, the example inputs,
+the calibration data), the outputs of the result, and in its header the recipe and the whole report.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+import perfkit
+from perfkit import _saved_trees as trees
+from perfkit import backends
+from perfkit._chain import chain_of
+from perfkit._environment import Environment
+from perfkit._errors import FidelityError, InvalidInputError
+from perfkit._optimize import apply
+from perfkit._workload import CALIBRATION_BATCHES
+from perfkit.backends.adapter import Backend
+from perfkit.measure.fidelity import compare_outputs
+
+if TYPE_CHECKING:
+    from perfkit._pipeline import Result
+
+SCHEMA_VERSION = 1
+HEADER = "perfkit"
+WEIGHT, INPUT, OUTPUT = "weight.", "input.", "output."
+SHOWN = 3
+ROUNDING = 1e-4
+"""Relative error between two machines that is no more than another order of float32 additions."""
+
+
+def save(
+    result: Result, path: str | Path, model: Any, *, example_inputs: Any, params: Any, calibration: Any, seed: int
+) -> Path:
+    """See `Result.save`."""
+    report = result.report
+    if report.mode != "inference":
+        raise InvalidInputError(
+            "the result of a training cannot be saved in one file: put what it learnt into the original (torch: "
+            "model.load_state_dict(result.model.state_dict())), optimize that for inference, and save that result; or "
+            "keep result.model.state_dict() and result.recipe"
+        )
+    if report.parallel is not None:
+        raise InvalidInputError(f"{report.recipe} spreads the model over processes: save result.recipe, and apply it")
+    if example_inputs is None:
+        raise InvalidInputError("example_inputs=None: what is saved is checked on them wherever it is loaded")
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InvalidInputError(f"{path} cannot be written: expected a file's name in a folder that is there")
+    backend = _backend(report.framework, model, example_inputs)
+    batches = None if calibration is None else list(itertools.islice(calibration, CALIBRATION_BATCHES))
+    side = _side(backend.name)
+    writing = _Writing(side)
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "framework": backend.name,
+        "recipe": result.recipe,
+        "seed": seed,
+        "weights": writing.named(WEIGHT, side.weights(model, params)),
+        "example_inputs": writing.tree(example_inputs),
+        "calibration": writing.tree(batches),
+        "report": report.to_dict(),
+    }
+    outputs = _outputs(result, backend, model, params, example_inputs, seed)
+    about["outputs"] = writing.named(OUTPUT, {str(i): side.tensor(array) for i, array in enumerate(outputs)})
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        try:
+            side.write(partial, writing.tensors, {HEADER: json.dumps(about)})
+            partial.chmod(mode)  # safetensors' is its owner's alone
+        except (SafetensorError, KeyError, AttributeError) as error:  # what safetensors raises of a dtype it has not
+            raise InvalidInputError(f"{path} cannot be written: {type(error).__name__}: {error}") from error
+        try:
+            load(partial, model, params=params)
+        except FidelityError as error:
+            raise InvalidInputError(
+                f"nothing was written: what {result.recipe} makes of this model now is not what result.model computes "
+                f"({error.report.fidelity.reason}). Pass the model, inputs and calibration data that were optimized, "
+                "as they were then"
+            ) from error
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load(path: str | Path, model: Any, *, params: Any = None, progress: Callable[[str], Any] | None = None) -> Result:
+    """Make again what `Result.save` wrote, and check it: on the saved inputs it must compute the saved outputs.
+
+    Nothing is timed: the report tells what was measured where the file was written.
+
+    Args:
+        path: the file.
+        model: the original, as it is when it was just made: its own weights do not matter. It is not changed.
+        params: JAX functions and linen modules: parameters of the same form; `jax.eval_shape(module.init, key, x)`
+            will do.
+        progress: called with a line of text as the work goes on.
+
+    Returns:
+        The optimized model, as `perfkit.apply` does.
+
+    Raises:
+        InvalidInputError: there is no such file, it is of something else, or of a model of another form.
+        UnsupportedError: a recipe cannot work on this machine.
+        FidelityError: it computes something else here.
+
+    Example:
+        >>> result.save("model.perfkit", model, example_inputs=(x,))
+        >>> fast = perfkit.load("model.perfkit", make_model()).model
+    """
+    path = Path(path)
+    about = _header(path)
+    backend = _backend(about["framework"], model, None)
+    side = _side(backend.name)
+    tensors = side.read(path)
+
+    def given(leaf: str) -> Any:
+        return side.beside(model, tensors[leaf])
+
+    held = {name: tensors[stands] for name, stands in about["weights"].items()}
+    _check_form(path, type(model).__name__, *(_forms(side, each) for each in (held, side.weights(model, params))))
+    model, params = side.with_weights(model, params, held)
+    example_inputs, calibration = (
+        trees.unpacked(about[name], given, side.made) for name in ("example_inputs", "calibration")
+    )
+    result = apply(
+        model,
+        about["recipe"],
+        example_inputs=example_inputs,
+        params=params,
+        calibration=calibration,
+        seed=about["seed"],
+        progress=progress,
+    )
+    outputs = _outputs(result, backend, model, params, example_inputs, about["seed"])
+    saved = [side.array(tensors[stands]) for stands in about["outputs"].values()]
+    close = compare_outputs(
+        outputs,
+        saved,
+        saved,
+        tolerance=max(chain_of(about["recipe"]).tolerance, ROUNDING),
+        reference_name="the outputs where it was saved",
+    )
+    notes = (*result.report.notes, _told(about["report"], result.report.environment))
+    report = replace(result.report, fidelity=close, notes=notes)
+    if not close.ok:
+        told = f"{report.recipe} on {report.model} computes something else than where it was saved"
+        raise FidelityError(f"{path}: {told}: {close.reason}", report)
+    return replace(result, report=report)
+
+
+class _Writing:
+    """Gathers the tensors of a file, each once."""
+
+    def __init__(self, side: ModuleType):
+        self.tensors: dict[str, Any] = {}
+        self._side = side
+        self._known: dict[Any, str] = {}
+        self._leaves = itertools.count()
+
+    def named(self, prefix: str, held: dict[str, Any]) -> dict[str, str]:
+        """What stands in the file for each of these; tied ones are the same."""
+        return {name: self._stored(f"{prefix}{name}", tensor) for name, tensor in held.items()}
+
+    def tree(self, inputs: Any) -> Any:
+        return trees.packed(inputs, self._leaf, self._side.parts)
+
+    def _leaf(self, leaf: Any) -> str | None:
+        tensor = self._side.one(leaf)
+        return None if tensor is None else self._stored(f"{INPUT}{next(self._leaves)}", tensor)
+
+    def _stored(self, name: str, tensor: Any) -> str:
+        known = self._known.setdefault(self._side.identity(tensor), name)
+        self.tensors.setdefault(known, tensor)
+        return known
+
+
+def _backend(framework: str, model: Any, example_inputs: Any) -> Backend:
+    found = backends.of(model, example_inputs)
+    if found.name != framework:
+        raise InvalidInputError(f"expected the original, a {framework} model, and got one of {found.name}")
+    return found
+
+
+def _side(framework: str) -> ModuleType:
+    return import_module(f"perfkit.backends.{framework}_saved")
+
+
+def _forms(side: ModuleType, held: dict[str, Any]) -> dict[str, str]:
+    """Dtypes and shapes by name."""
+    return {name: side.form(tensor) for name, tensor in held.items()}
+
+
+def _outputs(
+    result: Result, backend: Backend, model: Any, params: Any, example_inputs: Any, seed: int
+) -> list[np.ndarray]:
+    with backend.preserved():
+        settled = {"mode": "inference", "loss": None, "targets": None, "optimizer": None, "seed": seed}
+        return backend.outputs(backend.bind(model, params, example_inputs, **settled), result.finished)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What a file says of itself.
+
+    Raises:
+        InvalidInputError: it is no file of `Result.save`, or of a later perfkit.
+    """
+    if not path.is_file():
+        raise InvalidInputError(f"there is no file {path}: expected one that result.save wrote")
+    try:
+        with safe_open(path, framework="np") as file:
+            header = (file.metadata() or {}).get(HEADER)
+    except SafetensorError as error:
+        raise InvalidInputError(f"{path} is no file that result.save wrote, or not whole ({error})") from error
+    if header is None:
+        raise InvalidInputError(f"{path} is a safetensors file, but none that result.save wrote")
+    about = json.loads(header)
+    if about["schema_version"] > SCHEMA_VERSION:
+        raise InvalidInputError(
+            f"{path} was written by perfkit {about['report']['perfkit_version']}, in a form that this one "
+            f"({perfkit.__version__}) does not know: upgrade it"
+        )
+    return about
+
+
+def _check_form(path: Path, name: str, saved: dict[str, str], here: dict[str, str]) -> None:
+    """Refuse a model whose weights are not those of the file by name, shape and dtype, in their order."""
+    if list(saved.items()) == list(here.items()):
+        return
+    wrong = [
+        f"{key} is {saved.get(key, 'not there')} in the file and {here.get(key, 'not there')} in the model"
+        for key in dict.fromkeys((*saved, *here))
+        if saved.get(key) != here.get(key)
+    ] or ["they come in another order"]
+    if not here:
+        wrong = ["that has none without params="]
+    more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    raise InvalidInputError(
+        f"{path} holds the weights of another model than this {name}: {'; '.join(wrong[:SHOWN])}{more}. "
+        "Pass the original as it was made before it was optimized"
+    )
+
+
+def _told(report: dict[str, Any], here: Environment) -> str:
+    """What was proven of it, and where."""
+    there, speedup = report["environment"], report["speedup"]
+    proof = report["explanation"] if speedup else "it was not timed"
+    told = f"saved by perfkit {report['perfkit_version']} on {there['cpu']}, measured {report['created']}: {proof}"
+    others = [
+        f"{name} {there['libraries'].get(name, 'not there')} then, {here.libraries.get(name, 'not there')} here"
+        for name in sorted(there["libraries"].keys() | here.libraries.keys())
+        if there["libraries"].get(name) != here.libraries.get(name)
+    ]
+    machine = [] if there["cpu"] == here.cpu else [f"here it is {here.cpu}"]
+    return "; ".join([told, *machine, *others])
