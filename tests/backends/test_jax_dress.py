@@ -137,7 +137,7 @@ def test_copies_go_their_own_way_and_pickling_is_refused_with_what_to_do():
     first = np.asarray(model(X))
     np.testing.assert_allclose(other(X), first, rtol=1e-5)
     assert float(other.calls) == float(model.calls) == 1
-    with pytest.raises(UnsupportedError, match=r"cannot be pickled: save nnx\.state"):
+    with pytest.raises(UnsupportedError, match=r"cannot be pickled: .* save nnx\.state"):
         pickle.dumps(model)
 
 
@@ -148,7 +148,7 @@ def _function(params, x):
 def test_a_function_is_copied_and_not_pickled():
     result = perfkit.optimize(_function, "compile", params=jnp.eye(4), example_inputs=(X,))
     np.testing.assert_allclose(copy.deepcopy(result.model)(jnp.eye(4), X), X, rtol=1e-5)
-    with pytest.raises(UnsupportedError, match=r"cannot be pickled: save result\.params"):
+    with pytest.raises(UnsupportedError, match=r"cannot be pickled: .* save result\.params"):
         pickle.dumps(result.model)
 
 
