@@ -6,6 +6,7 @@ the calibration data), the outputs of the result, and in its header the recipe a
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 from collections.abc import Callable
@@ -191,7 +192,8 @@ class _Writing:
 def _backend(framework: str, model: Any, example_inputs: Any) -> Backend:
     found = backends.of(model, example_inputs)
     if found.name != framework:
-        raise InvalidInputError(f"expected the original, a {framework} model, and got one of {found.name}")
+        called = ": pass what it returns" if inspect.isfunction(model) else ""
+        raise InvalidInputError(f"expected the original, a {framework} model, and got a {type(model).__name__}{called}")
     return found
 
 

@@ -213,8 +213,10 @@ def test_models_of_another_form(saved):
 def test_the_other_framework_and_missing_parameters(saved, tmp_path):
     pytest.importorskip("jax")
     found, more = given("jax", "linen")
-    with pytest.raises(InvalidInputError, match="expected the original, a torch model, and got one of jax"):
+    with pytest.raises(InvalidInputError, match=r"expected the original, a torch model, and got a Dense$"):
         perfkit.load(saved[2], found["model"])
+    with pytest.raises(InvalidInputError, match="a torch model, and got a function: pass what it returns"):
+        perfkit.load(saved[2], lambda: fresh("torch", "cnn")[0])
     path = perfkit.apply(**found, recipe="bf16").save(tmp_path / "model.perfkit", found["model"], **more)
     with pytest.raises(InvalidInputError, match="has none without params="):
         perfkit.load(path, found["model"])
