@@ -13,7 +13,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import nn
 
-from perfkit._errors import InvalidInputError
+from perfkit._errors import InvalidInputError, PerfkitError, UnsupportedError
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_state import keeping_state
 
@@ -106,6 +106,7 @@ def calibrate(work: Workload, watched: Mapping[str, nn.Module]) -> tuple[dict[st
 
     Raises:
         InvalidInputError: a batch does not run, or brings NaN or infinite values to a layer.
+        UnsupportedError: a layer is given a nested tensor.
     """
     batches = work.calibration or (work.inputs,)
     seen = {name: Observed() for name in watched}
@@ -130,7 +131,7 @@ def _run(work: Workload, inputs: Inputs, number: int) -> None:
     try:
         with torch.no_grad(), keeping_state(work.model):
             work.model(*inputs.args, **inputs.kwargs)
-    except InvalidInputError:
+    except PerfkitError:
         raise
     except Exception as error:
         raise InvalidInputError(
@@ -167,6 +168,11 @@ def _watching(watched: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
             x = next(
                 (value for value in itertools.chain(args, kwargs.values()) if isinstance(value, torch.Tensor)), None
             )
+            if x is not None and x.is_nested:
+                raise UnsupportedError(
+                    f"layer {name!r} is given a nested tensor, of which no range is read: exclude the layer, or let "
+                    "the model pad its rows"
+                )
             if x is not None and x.is_floating_point() and x.numel():
                 see(name, x)
 

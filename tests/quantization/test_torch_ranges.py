@@ -9,7 +9,7 @@ import torch
 from sample_models import arguments
 from torch import nn
 
-from perfkit import InvalidInputError, backends
+from perfkit import InvalidInputError, UnsupportedError, backends
 from perfkit._workload import Inputs
 from perfkit.quantization.torch_ranges import Affine, Observed, calibrate, linked
 
@@ -69,6 +69,21 @@ def test_a_batch_that_does_not_fit_or_is_not_finite_is_named():
     work = workload(model, good, good / 0)
     with pytest.raises(InvalidInputError, match="NaN or infinite values to layer '0'"):
         calibrate(work, {"0": work.model[0]})
+
+
+class Nesting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.inner(torch.nested.as_nested_tensor([x], layout=torch.jagged)).values()
+
+
+def test_a_layer_that_is_given_a_nested_tensor_is_named():
+    work = workload(nn.Sequential(Nesting()), torch.randn(16, 3))
+    with pytest.raises(UnsupportedError, match=r"layer '0\.inner' is given a nested tensor"):
+        calibrate(work, {"0.inner": work.model[0].inner})
 
 
 class Branching(nn.Module):
