@@ -17,8 +17,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from perfkit._errors import InvalidInputError, PerfkitWarning
 from perfkit._workload import Inputs
+from perfkit.backends.torch_copies import non_leaf_copies
 from perfkit.backends.torch_hooks import gradient_hooks
-from perfkit.backends.torch_surgery import COMPILED_WITH, map_tensors, non_leaf_copies, parts, tensors_in
+from perfkit.backends.torch_surgery import COMPILED_WITH, map_tensors, parts, tensors_in
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, torch.dtype, torch.device)
 _CONTAINERS = (list, tuple, set, Mapping, torch.optim.Optimizer, LRScheduler)

@@ -11,7 +11,8 @@ from torch import nn
 
 from perfkit._errors import UnsupportedError
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import copied, in_float64, tensors_in, widened
+from perfkit.backends.torch_copies import copied
+from perfkit.backends.torch_surgery import in_float64, tensors_in, widened
 from perfkit.pruning.torch_layers import label
 from perfkit.pruning.torch_units import NONE, Slice, Structure
 
