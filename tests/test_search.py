@@ -77,6 +77,14 @@ def test_kernels_come_before_other_single_recipes_and_one_recipe_more_has_to_be_
     assert order(specs, ratios) == ["fused_kernels", "bf16", "channels_last", specs[4], specs[3]]
 
 
+def test_a_longer_chain_has_to_promise_more_by_what_a_recipe_is_worth():
+    agenda = Agenda(map(chain_of, ["channels_last+bf16+fused_kernels", "int8+fused_kernels"]))
+    ratios = {"fused_kernels": 8.0, "bf16": 1.5, "channels_last": 1.01, "int8": 1.51, "bf16+fused_kernels": 12.0}
+    for spec, ratio in ratios.items():
+        agenda.tried(chain_of(spec), Candidate(spec, "lost"), ratio)
+    assert str(agenda.next()) == "int8+fused_kernels", "12.08 by two recipes, 12.12 by three"
+
+
 def test_of_what_overlaps_each_recipe_more_is_tried_by_itself_first():
     specs = ["bf16", "int8", "fused_kernels", "bf16+int8+fused_kernels", "int8+fused_kernels", "bf16+fused_kernels"]
     ratios = {"bf16": 1.8, "int8": 1.5, "fused_kernels": 8.0, "bf16+fused_kernels": 7.0, "int8+fused_kernels": 16.0}
