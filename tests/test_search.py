@@ -8,9 +8,9 @@ import torch
 from sample_models import training
 
 import perfkit
-from perfkit import Comparison, Verdict, _search
+from perfkit import Comparison, Quantity, Verdict, _search
 from perfkit._chain import Chain, chain_of
-from perfkit._report import Candidate
+from perfkit._report import Candidate, Fidelity
 from perfkit._search import search
 from perfkit._search_order import Agenda
 from perfkit._settings import Settings
@@ -62,6 +62,15 @@ def test_what_failed_comes_last_with_all_that_holds_it_but_one_recipe_without_ef
     assert order(specs, {"bf16": 0.8, "fused_kernels": 0.8})[-1] == "int8+fused_kernels", "int8 failed"
     given = order(specs, {"bf16": 0.8, "fused_kernels": 0.8}, idle=["int8"])
     assert given[-1] == "bf16+fused_kernels", "0.64 of what is known against 0.8 of what is not"
+    specs = ["bf16", "channels_last", "fused_kernels", "int8", "int8+bf16", "channels_last+bf16+fused_kernels"]
+    assert order(specs, dict.fromkeys(specs[:3], 0.8))[-1] == "bf16+int8", "also after what is far ahead of all known"
+
+
+def test_a_recipe_whose_numbers_are_too_far_off_promises_nothing_with_others():
+    agenda, unknown = Agenda([]), Quantity.missing("dB", "of no interest here")
+    far = Fidelity(False, 1.0, 0.0, 2.0, 0.1, "a float64 run", 1.0, unknown, unknown)
+    agenda.tried(chain_of("int8"), Candidate("int8", "lost", "too far off", fidelity=far), None)
+    assert agenda.expected(frozenset({"int8", "bf16"})) == 0
 
 
 def test_a_slow_compiler_leaves_half_of_the_time_to_the_others():
