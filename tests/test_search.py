@@ -158,6 +158,16 @@ def test_what_is_best_is_decided_side_by_side_not_by_how_slow_the_original_was_m
     assert ("first", "second") in timed
 
 
+def test_what_falls_behind_the_best_is_not_timed_against_the_original(monkeypatch, hasty):
+    speeds = {"original": 1.0, "first": 6.0, "second": 4.5}
+    report, outcomes, timed = searched(
+        monkeypatch, lambda baseline, variant: speeds[variant] / speeds[baseline], ["first", "second"]
+    )
+    assert report.recipe == "first"
+    assert outcomes["second"].reason == "0.75× [0.75, 0.75] the speed of first"
+    assert ("original", "second") not in timed
+
+
 def test_what_is_far_behind_the_best_is_not_timed_and_the_original_not_called_for_it(monkeypatch, hasty):
     speeds = {"original": 1.0, "first": 6.0, "second": 2.0}
     report, outcomes, timed = searched(
