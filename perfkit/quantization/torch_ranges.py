@@ -106,7 +106,7 @@ def calibrate(work: Workload, watched: Mapping[str, nn.Module]) -> tuple[dict[st
 
     Raises:
         InvalidInputError: a batch does not run, or brings NaN or infinite values to a layer.
-        UnsupportedError: a layer is given a nested tensor.
+        UnsupportedError: a layer is given a tensor that does not show its numbers.
     """
     batches = work.calibration or (work.inputs,)
     seen = {name: Observed() for name in watched}
@@ -168,10 +168,10 @@ def _watching(watched: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
             x = next(
                 (value for value in itertools.chain(args, kwargs.values()) if isinstance(value, torch.Tensor)), None
             )
-            if x is not None and x.is_nested:
+            if x is not None and (kind := _unread(x)):
                 raise UnsupportedError(
-                    f"layer {name!r} is given a nested tensor, of which no range is read: exclude the layer, or let "
-                    "the model pad its rows"
+                    f"layer {name!r} is given {kind}, of which no range is read: exclude the layer, or let the model "
+                    "call it on a plain tensor"
                 )
             if x is not None and x.is_floating_point() and x.numel():
                 see(name, x)
@@ -184,6 +184,14 @@ def _watching(watched: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _unread(x: torch.Tensor) -> str:
+    """What a tensor is that does not show its numbers; empty where it does."""
+    if x.is_nested:
+        return "a nested tensor"
+    transformed = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return "a tensor of torch.func's (vmap, grad, jacrev)" if transformed else ""
 
 
 class Links:

@@ -71,18 +71,27 @@ def test_a_batch_that_does_not_fit_or_is_not_finite_is_named():
         calibrate(work, {"0": work.model[0]})
 
 
-class Nesting(nn.Module):
-    def __init__(self):
+class Within(nn.Module):
+    """Calls a layer on tensors that are not plain ones."""
+
+    def __init__(self, call):
         super().__init__()
-        self.inner = nn.Linear(3, 3)
+        self.inner, self.call = nn.Linear(3, 3), call
 
     def forward(self, x):
-        return self.inner(torch.nested.as_nested_tensor([x], layout=torch.jagged)).values()
+        return self.call(self.inner, x)
 
 
-def test_a_layer_that_is_given_a_nested_tensor_is_named():
-    work = workload(nn.Sequential(Nesting()), torch.randn(16, 3))
-    with pytest.raises(UnsupportedError, match=r"layer '0\.inner' is given a nested tensor"):
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda layer, x: layer(torch.nested.as_nested_tensor([x], layout=torch.jagged)).values(), "a nested tensor"),
+        (lambda layer, x: torch.func.vmap(layer)(x), "a tensor of torch.func's"),
+    ],
+)
+def test_a_layer_that_is_given_no_plain_tensor_is_named(call, kind):
+    work = workload(nn.Sequential(Within(call)), torch.randn(16, 3))
+    with pytest.raises(UnsupportedError, match=rf"layer '0\.inner' is given {kind}"):
         calibrate(work, {"0.inner": work.model[0].inner})
 
 
