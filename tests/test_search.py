@@ -146,6 +146,20 @@ def test_where_the_best_ones_fail_the_callers_metric_the_next_is_asked(monkeypat
     assert outcomes["four"].reason == "the winner is faster, or as fast with fewer recipes"
 
 
+def test_what_fell_behind_the_best_is_asked_too_unless_it_is_slower_than_the_original(monkeypatch, hasty):
+    speeds = {"original": 1.0, "a": 4.0, "b": 3.0, "c": 0.4}
+    scores = iter([1.0, 0.0, 1.0, 0.0])
+    report, outcomes, _ = searched(
+        monkeypatch,
+        lambda baseline, variant: speeds[variant] / speeds[baseline],
+        ["a", "b", "c"],
+        evaluate=lambda model: next(scores),
+    )
+    assert report.outcome == "original returned"
+    assert "evaluate() fell from 1 to 0" in outcomes["b"].reason
+    assert outcomes["c"].reason == "0.10× [0.10, 0.10] the speed of a"
+
+
 def test_what_is_best_is_decided_side_by_side_not_by_how_slow_the_original_was_meanwhile(monkeypatch, hasty):
     against_original = {"first": 9.0, "second": 3.0}  # the original was three times as quick when the second came
     report, outcomes, timed = searched(
