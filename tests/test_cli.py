@@ -4,7 +4,6 @@ import json
 import runpy
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 from click.testing import CliRunner
@@ -109,7 +108,7 @@ def test_doctor(run):
     assert code == 0
     assert "instruction sets" in out
     assert "NVIDIA" in out, "why tf32 is not ready"
-    assert ("memory of jax on CPU" in out) == bool(find_spec("jax"))
+    assert "memory on CPU" in out
 
 
 def test_optimize_writes_what_is_asked_for(run, factory):

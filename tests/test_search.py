@@ -8,9 +8,9 @@ import torch
 from sample_models import training
 
 import perfkit
-from perfkit import Comparison, Verdict, _search
+from perfkit import Comparison, Quantity, Verdict, _search
 from perfkit._chain import Chain, chain_of
-from perfkit._report import Candidate
+from perfkit._report import Candidate, Fidelity
 from perfkit._search import search
 from perfkit._search_order import Agenda
 from perfkit._settings import Settings
@@ -62,6 +62,15 @@ def test_what_failed_comes_last_with_all_that_holds_it_but_one_recipe_without_ef
     assert order(specs, {"bf16": 0.8, "fused_kernels": 0.8})[-1] == "int8+fused_kernels", "int8 failed"
     given = order(specs, {"bf16": 0.8, "fused_kernels": 0.8}, idle=["int8"])
     assert given[-1] == "bf16+fused_kernels", "0.64 of what is known against 0.8 of what is not"
+    specs = ["bf16", "channels_last", "fused_kernels", "int8", "int8+bf16", "channels_last+bf16+fused_kernels"]
+    assert order(specs, dict.fromkeys(specs[:3], 0.8))[-1] == "bf16+int8", "also after what is far ahead of all known"
+
+
+def test_a_recipe_whose_numbers_are_too_far_off_promises_nothing_with_others():
+    agenda, unknown = Agenda([]), Quantity.missing("dB", "of no interest here")
+    far = Fidelity(False, 1.0, 0.0, 2.0, 0.1, "a float64 run", 1.0, unknown, unknown)
+    agenda.tried(chain_of("int8"), Candidate("int8", "lost", "too far off", fidelity=far), None)
+    assert agenda.expected(frozenset({"int8", "bf16"})) == 0
 
 
 def test_a_slow_compiler_leaves_half_of_the_time_to_the_others():
@@ -75,6 +84,14 @@ def test_kernels_come_before_other_single_recipes_and_one_recipe_more_has_to_be_
     specs = ["bf16", "channels_last", "fused_kernels", "channels_last+bf16+fused_kernels", "bf16+fused_kernels"]
     ratios = dict.fromkeys(specs, 1.0) | {"fused_kernels": 8.0, "bf16": 1.5, "channels_last": 1.01}
     assert order(specs, ratios) == ["fused_kernels", "bf16", "channels_last", specs[4], specs[3]]
+
+
+def test_a_longer_chain_has_to_promise_more_by_what_a_recipe_is_worth():
+    agenda = Agenda(map(chain_of, ["channels_last+bf16+fused_kernels", "int8+fused_kernels"]))
+    ratios = {"fused_kernels": 8.0, "bf16": 1.5, "channels_last": 1.01, "int8": 1.51, "bf16+fused_kernels": 12.0}
+    for spec, ratio in ratios.items():
+        agenda.tried(chain_of(spec), Candidate(spec, "lost"), ratio)
+    assert str(agenda.next()) == "int8+fused_kernels", "12.08 by two recipes, 12.12 by three"
 
 
 def test_of_what_overlaps_each_recipe_more_is_tried_by_itself_first():
@@ -129,6 +146,20 @@ def test_where_the_best_ones_fail_the_callers_metric_the_next_is_asked(monkeypat
     assert outcomes["four"].reason == "the winner is faster, or as fast with fewer recipes"
 
 
+def test_what_fell_behind_the_best_is_asked_too_unless_it_is_slower_than_the_original(monkeypatch, hasty):
+    speeds = {"original": 1.0, "a": 4.0, "b": 3.0, "c": 0.4}
+    scores = iter([1.0, 0.0, 1.0, 0.0])
+    report, outcomes, _ = searched(
+        monkeypatch,
+        lambda baseline, variant: speeds[variant] / speeds[baseline],
+        ["a", "b", "c"],
+        evaluate=lambda model: next(scores),
+    )
+    assert report.outcome == "original returned"
+    assert "evaluate() fell from 1 to 0" in outcomes["b"].reason
+    assert outcomes["c"].reason == "0.10× [0.10, 0.10] the speed of a"
+
+
 def test_what_is_best_is_decided_side_by_side_not_by_how_slow_the_original_was_meanwhile(monkeypatch, hasty):
     against_original = {"first": 9.0, "second": 3.0}  # the original was three times as quick when the second came
     report, outcomes, timed = searched(
@@ -139,6 +170,16 @@ def test_what_is_best_is_decided_side_by_side_not_by_how_slow_the_original_was_m
     assert report.recipe == "second"
     assert outcomes["first"].reason == "the winner is faster, or as fast with fewer recipes"
     assert ("first", "second") in timed
+
+
+def test_what_falls_behind_the_best_is_not_timed_against_the_original(monkeypatch, hasty):
+    speeds = {"original": 1.0, "first": 6.0, "second": 4.5}
+    report, outcomes, timed = searched(
+        monkeypatch, lambda baseline, variant: speeds[variant] / speeds[baseline], ["first", "second"]
+    )
+    assert report.recipe == "first"
+    assert outcomes["second"].reason == "0.75× [0.75, 0.75] the speed of first"
+    assert ("original", "second") not in timed
 
 
 def test_what_is_far_behind_the_best_is_not_timed_and_the_original_not_called_for_it(monkeypatch, hasty):

@@ -31,19 +31,12 @@ from perfkit.backends.torch_checks import (
     warn_of_hidden_modules,
     writes_to_inputs,
 )
+from perfkit.backends.torch_copies import copied
 from perfkit.backends.torch_hooks import copy_gradient_hooks
 from perfkit.backends.torch_peak import peak_during
 from perfkit.backends.torch_sequences import sequences_seen
 from perfkit.backends.torch_state import keeping_state
-from perfkit.backends.torch_surgery import (
-    ELSEWHERE,
-    copied,
-    in_float64,
-    map_tensors,
-    parts,
-    settle_forward,
-    tensors_in,
-)
+from perfkit.backends.torch_surgery import ELSEWHERE, in_float64, map_tensors, parts, settle_forward, tensors_in
 from perfkit.backends.torch_training import Trainer
 from perfkit.kernels.torch_memory import allocator
 from perfkit.measure import kept_memory

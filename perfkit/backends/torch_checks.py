@@ -17,8 +17,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from perfkit._errors import InvalidInputError, PerfkitWarning
 from perfkit._workload import Inputs
+from perfkit.backends.torch_copies import non_leaf_copies
 from perfkit.backends.torch_hooks import gradient_hooks
-from perfkit.backends.torch_surgery import COMPILED_WITH, map_tensors, non_leaf_copies, parts, tensors_in
+from perfkit.backends.torch_surgery import COMPILED_WITH, map_tensors, parts, tensors_in
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, torch.dtype, torch.device)
 _CONTAINERS = (list, tuple, set, Mapping, torch.optim.Optimizer, LRScheduler)
@@ -182,9 +183,14 @@ def check_inputs(inputs: Inputs) -> None:
     """Refuse inputs that nothing can be computed from.
 
     Raises:
-        InvalidInputError: an empty tensor.
+        InvalidInputError: an empty tensor, or a nested one.
     """
     for tensor in tensors_in((inputs.args, inputs.kwargs)):
+        if tensor.is_nested:
+            raise InvalidInputError(
+                "example_inputs hold a nested tensor, whose rows of different lengths cannot be counted or compared: "
+                "pass a list of tensors, a packed sequence or a padded tensor"
+            )
         if tensor.numel() == 0:
             raise InvalidInputError(f"example_inputs hold an empty tensor of shape {list(tensor.shape)}")
 
@@ -193,9 +199,14 @@ def check_outputs(name: str, outputs: Any, inputs: Inputs) -> None:
     """Refuse outputs that cannot be compared with anything.
 
     Raises:
-        InvalidInputError: no tensor was found, or no floating-point number that is finite.
+        InvalidInputError: no tensor was found, or a nested one, or no floating-point number that is finite.
     """
     found = list(tensors_in(outputs))
+    if any(tensor.is_nested for tensor in found):
+        raise InvalidInputError(
+            f"{name} returned a nested tensor, which cannot be compared: let forward return a list of tensors "
+            "(unbind()) or a padded one (to_padded_tensor)"
+        )
     if not found:
         raise InvalidInputError(
             f"{name} returned a {type(outputs).__name__} without any tensor that could be compared: let forward return "

@@ -22,8 +22,9 @@ from perfkit.backends import torch_fused_int8 as integers
 from perfkit.backends import torch_fused_linear as linears
 from perfkit.backends import torch_fused_rnn as recurrent
 from perfkit.backends.fused_layers import LEFT, UNKNOWN, Layer, effect
+from perfkit.backends.torch_copies import copied
 from perfkit.backends.torch_source import Unreadable
-from perfkit.backends.torch_surgery import copied, derive, on_grid
+from perfkit.backends.torch_surgery import derive, on_grid
 from perfkit.kernels._op import trace
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ traces) or `__call__` (what stands outside of it) does more than before. FSDP2 d
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import pickle
@@ -153,33 +152,6 @@ def compile_in_place(module: nn.Module, **options: Any) -> None:
     module.compile(**options)
 
 
-def copied(*things: Any) -> Any:
-    """Deep copies that share what the originals share: a module, or a module and its optimizer.
-
-    Raises:
-        InvalidInputError: the module cannot be copied.
-    """
-    modules = [module for thing in things if isinstance(thing, nn.Module) for module in thing.modules()]
-    try:
-        copies = copy.deepcopy(things, non_leaf_copies(held for module in modules for held in _held(module)))
-    except Exception as error:
-        raise InvalidInputError(
-            f"the model cannot be copied ({type(error).__name__}: {error}), and perfkit never changes the caller's: "
-            "give it a __deepcopy__, or take out what cannot be copied (locks, files, compiled code)"
-        ) from error
-    for thing, original in zip(copies, things, strict=True):
-        if isinstance(thing, torch.optim.Optimizer):
-            _copy_hooks(original, thing)
-    return copies if len(copies) > 1 else copies[0]
-
-
-def _copy_hooks(optimizer: torch.optim.Optimizer, copied_to: torch.optim.Optimizer) -> None:
-    """deepcopy leaves an optimizer's hooks behind, gradient clipping among them. They are given the optimizer."""
-    for name, hooks in vars(optimizer).items():
-        if name.startswith("_optimizer_") and name.endswith("_hooks"):
-            getattr(copied_to, name).update(hooks)
-
-
 def settle_forward(module: nn.Module) -> None:
     """Move a `forward` that was assigned to an instance, and would hide the class's, into a class of its own.
 
@@ -197,24 +169,6 @@ def settle_forward(module: nn.Module) -> None:
             )
         del part.forward
         derive(part, forward=assigned.__func__)
-
-
-def non_leaf_copies(tensors: Iterable[torch.Tensor]) -> dict[int, Any]:
-    """deepcopy refuses tensors that have a history, such as cached or reparametrized weights: copy those beforehand."""
-    return {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
-
-
-def _held(value: Any, depth: int = 5) -> Iterator[torch.Tensor]:
-    """The tensors that a module has beside its parameters, those in plain containers included."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, nn.Module):
-        names = vars(value).keys() - {"_parameters", "_modules"}
-        yield from _held([vars(value)[name] for name in names], depth)
-    elif depth and isinstance(value, (list, tuple, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            if not isinstance(item, nn.Module):
-                yield from _held(item, depth - 1)
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:

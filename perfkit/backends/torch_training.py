@@ -11,15 +11,9 @@ import torch
 from torch import nn
 
 from perfkit._batch import even_rows, sliced
+from perfkit.backends.torch_copies import copied
 from perfkit.backends.torch_state import keeping_state
-from perfkit.backends.torch_surgery import (
-    COMPILED_WITH,
-    around_call,
-    around_forward,
-    copied,
-    map_tensors,
-    tensors_in,
-)
+from perfkit.backends.torch_surgery import COMPILED_WITH, around_call, around_forward, map_tensors, tensors_in
 
 if TYPE_CHECKING:
     from perfkit._workload import Inputs, Workload

@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 from perfkit._errors import UnsupportedError
 from perfkit._report import Effect
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import copied, map_tensors, tensors_in
+from perfkit.backends.torch_copies import copied
+from perfkit.backends.torch_surgery import map_tensors, tensors_in
 from perfkit.memory import micro_batches
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from perfkit._workload import Workload
+from perfkit.backends.torch_copies import copied
 from perfkit.backends.torch_hooks import call_hooks
 from perfkit.backends.torch_state import remembered, unchanged
-from perfkit.backends.torch_surgery import copied, parts, tensors_in
+from perfkit.backends.torch_surgery import parts, tensors_in
 
 MOST_CHUNKS = 32
 

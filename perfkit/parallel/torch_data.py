@@ -15,8 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from perfkit._errors import UnsupportedError
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
+from perfkit.backends.torch_copies import copied
 from perfkit.backends.torch_hooks import gradient_hooks
-from perfkit.backends.torch_surgery import copied, map_tensors
+from perfkit.backends.torch_surgery import map_tensors
 from perfkit.parallel.batch import part
 from perfkit.parallel.spread import Spread
 from perfkit.parallel.torch_mesh import alike, cut_along, follow, mesh_of

@@ -19,7 +19,8 @@ from perfkit._errors import UnsupportedError, nearest
 from perfkit._report import Effect
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_compile import uncompiled
-from perfkit.backends.torch_surgery import copied, derive, unwrapped
+from perfkit.backends.torch_copies import copied
+from perfkit.backends.torch_surgery import derive, unwrapped
 from perfkit.parallel.balance import Costs, balanced, spans
 from perfkit.parallel.pipeline_plan import Plan, planned
 from perfkit.parallel.planning_parts import Stages

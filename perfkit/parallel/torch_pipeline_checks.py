@@ -12,7 +12,8 @@ from torch import fx
 from perfkit._batch import sliced
 from perfkit._errors import UnsupportedError
 from perfkit._workload import Inputs, Workload
-from perfkit.backends.torch_surgery import copied, map_tensors, tensors_in, unwrapped
+from perfkit.backends.torch_copies import copied
+from perfkit.backends.torch_surgery import map_tensors, tensors_in, unwrapped
 from perfkit.parallel.batch import length
 from perfkit.parallel.pipeline_plan import Plan
 from perfkit.parallel.torch_pipe import StageModule, micro_batches

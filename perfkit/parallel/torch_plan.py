@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from perfkit._report import Skipped
 from perfkit._workload import Workload
+from perfkit.backends.torch_copies import copied
 from perfkit.backends.torch_encoder import leave_short_cuts
-from perfkit.backends.torch_surgery import copied
 from perfkit.parallel import torch_attention
 from perfkit.parallel.torch_by_heads import ThreeParallel
 from perfkit.parallel.torch_flow import Flow

@@ -13,7 +13,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from perfkit.backends.torch_surgery import copied, map_tensors, tensors_in, wrapped
+from perfkit.backends.torch_copies import copied
+from perfkit.backends.torch_surgery import map_tensors, tensors_in, wrapped
 from perfkit.parallel.balance import Costs, spans
 
 REPEATS = 3

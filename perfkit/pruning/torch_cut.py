@@ -11,7 +11,8 @@ from torch import nn
 
 from perfkit._errors import UnsupportedError
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import copied, in_float64, tensors_in, widened
+from perfkit.backends.torch_copies import copied
+from perfkit.backends.torch_surgery import in_float64, tensors_in, widened
 from perfkit.pruning.torch_layers import label
 from perfkit.pruning.torch_units import NONE, Slice, Structure
 
@@ -104,7 +105,7 @@ class _Check:
         if [each.shape for each in outputs] != [each.shape for each in masked]:
             return "without its units the outputs change their shape"
         for new, old in zip(outputs, masked, strict=True):
-            new, old = (widened(each).nan_to_num() for each in (new, old))
+            new, old = (widened(each.detach()).nan_to_num() for each in (new, old))
             if float((new - old).norm()) > self.same * float(old.norm()):
                 return "removing its units is not what setting them to zero is: they are regrouped, or do not stay zero"
         return None

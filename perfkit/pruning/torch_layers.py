@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
 from perfkit._workload import Inputs, Workload
+from perfkit.backends.torch_copies import copied
 from perfkit.backends.torch_hooks import gradient_hooks
-from perfkit.backends.torch_surgery import copied, is_composed, tensors_in
+from perfkit.backends.torch_surgery import is_composed, tensors_in
 from perfkit.pruning.torch_trace import Following, Labels, Unpacking
 from perfkit.pruning.torch_units import NONE, Structure, Units, spread
 

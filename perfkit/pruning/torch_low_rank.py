@@ -13,7 +13,8 @@ from torch import nn
 from perfkit._errors import UnsupportedError
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import copied, widened
+from perfkit.backends.torch_copies import copied
+from perfkit.backends.torch_surgery import widened
 from perfkit.backends.torch_training import teacher
 from perfkit.pruning.torch_layers import RECURRENT, bound_parameters, is_plain, label
 from perfkit.pruning.torch_low_rank_recurrent import input_weights, reduced

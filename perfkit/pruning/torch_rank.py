@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from perfkit._errors import UnsupportedError
 from perfkit._workload import Workload
-from perfkit.backends.torch_surgery import copied, tensors_in
+from perfkit.backends.torch_copies import copied
+from perfkit.backends.torch_surgery import tensors_in
 from perfkit.pruning.amounts import kept
 from perfkit.pruning.torch_layers import label
 from perfkit.pruning.torch_units import NONE, Slice, Structure

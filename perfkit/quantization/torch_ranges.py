@@ -13,7 +13,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import nn
 
-from perfkit._errors import InvalidInputError
+from perfkit._errors import InvalidInputError, PerfkitError, UnsupportedError
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_state import keeping_state
 
@@ -106,6 +106,7 @@ def calibrate(work: Workload, watched: Mapping[str, nn.Module]) -> tuple[dict[st
 
     Raises:
         InvalidInputError: a batch does not run, or brings NaN or infinite values to a layer.
+        UnsupportedError: a layer is given a tensor that does not show its numbers.
     """
     batches = work.calibration or (work.inputs,)
     seen = {name: Observed() for name in watched}
@@ -130,7 +131,7 @@ def _run(work: Workload, inputs: Inputs, number: int) -> None:
     try:
         with torch.no_grad(), keeping_state(work.model):
             work.model(*inputs.args, **inputs.kwargs)
-    except InvalidInputError:
+    except PerfkitError:
         raise
     except Exception as error:
         raise InvalidInputError(
@@ -167,6 +168,11 @@ def _watching(watched: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
             x = next(
                 (value for value in itertools.chain(args, kwargs.values()) if isinstance(value, torch.Tensor)), None
             )
+            if x is not None and (kind := _unread(x)):
+                raise UnsupportedError(
+                    f"layer {name!r} is given {kind}, of which no range is read: exclude the layer, or let the model "
+                    "call it on a plain tensor"
+                )
             if x is not None and x.is_floating_point() and x.numel():
                 see(name, x)
 
@@ -178,6 +184,14 @@ def _watching(watched: Mapping[str, nn.Module], see: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _unread(x: torch.Tensor) -> str:
+    """What a tensor is that does not show its numbers; empty where it does."""
+    if x.is_nested:
+        return "a nested tensor"
+    transformed = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return "a tensor of torch.func's (vmap, grad, jacrev)" if transformed else ""
 
 
 class Links:

@@ -30,7 +30,7 @@ def _parts(diagnosis: Diagnosis) -> Iterator[RenderableType]:
     for name, device in diagnosis.devices.items():
         machine.add_row(cell(f"{name} uses"), cell(device))
     if diagnosis.memory:
-        machine.add_row(cell("memory of jax on CPU"), cell(diagnosis.memory))
+        machine.add_row(cell("memory on CPU"), cell(diagnosis.memory))
     for name, counter in diagnosis.energy.items():
         machine.add_row(cell(f"energy of {name}"), cell(counter))
     for card in diagnosis.cards:

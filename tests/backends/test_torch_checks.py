@@ -196,6 +196,11 @@ def test_what_has_no_values_to_compare_is_refused():
     assert "tuples, lists, dicts, dataclasses" in said
     said = refused(nn.Linear(4, 4), torch.full((3, 4), float("nan")))
     assert "hold 12 NaN or infinite" in said
+    rows = torch.ones(2, 4), torch.ones(3, 4)
+    joined = torch.nested.nested_tensor(list(rows), layout=torch.jagged)
+    assert "hold a nested tensor" in refused(nn.Linear(4, 4), joined)
+    nests = Calling(lambda model, x: torch.nested.as_nested_tensor([model.fc(x)], layout=torch.jagged))
+    assert "returned a nested tensor" in refused(nests, rows[0])
 
 
 def test_lazy_and_compiled_parts_are_refused():

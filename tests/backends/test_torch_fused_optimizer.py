@@ -57,11 +57,37 @@ def test_a_fused_optimizer_trains_alike(kind, taken):
     assert str(work.training.optimizer.state_dict()) == str(given), "the caller's is as it was"
 
 
+@pytest.fixture
+def wide():
+    """Under it optimizers count their steps in float64, and GPUs' fused updates read float32."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adagrad"])
+def test_steps_that_were_counted_are_counted_on(kind, wide):
+    work = bound(kind, taken=3)
+    made = apply(chain_of("fused_optimizer"), work).works[-1]
+    assert {state["step"].dtype for state in made.training.optimizer.state.values()} == {torch.float32}
+    assert losses(made) == pytest.approx(losses(bound(kind, taken=3)), rel=1e-5)
+    assert {int(state["step"]) for state in made.training.optimizer.state.values()} == {8}
+
+
 def test_parameters_are_updated_by_the_fused_kernel():
     work = apply(chain_of("fused_optimizer"), bound()).works[-1]
     with torch.profiler.profile() as profile:
         losses(work)
     assert "aten::_fused_adam_" in {event.key for event in profile.key_averages()}
+
+
+def test_groups_that_are_added_later_and_gradient_scalers_find_it_fused():
+    made = apply(chain_of("fused_optimizer"), bound("adamw")).works[-1].training.optimizer
+    made.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert made.param_groups[-1]["fused"]
+    assert not made.param_groups[-1]["foreach"]
+    asked_for = torch.optim.AdamW(nn.Linear(1, 1).parameters(), fused=True)
+    assert made._step_supports_amp_scaling == asked_for._step_supports_amp_scaling
 
 
 class Words(nn.Module):
@@ -73,6 +99,15 @@ class Words(nn.Module):
         return self.out(x + self.table(x.long().clamp(0, 4)[:, 0]))
 
 
+class Turned(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.turn = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (super().forward(x) * self.turn).abs()
+
+
 def test_what_cannot_be_fused_is_refused():
     recipe = chain_of("fused_optimizer").recipes[0]
     assert "no fused RMSprop" in refusal(recipe, bound(torch.optim.RMSprop))
@@ -81,6 +116,7 @@ def test_what_cannot_be_fused_is_refused():
     capturable.training.optimizer.param_groups[1]["capturable"] = True
     assert "capturable" in refusal(recipe, capturable)
     assert "gradient of table is sparse" in refusal(recipe, bound(torch.optim.SGD, model=Words()))
+    assert "floating-point" in refusal(recipe, bound(model=Turned(6, 2)))
     model = Words()
     nothing = dict.fromkeys(("loss", "targets", "optimizer"))
     inference = backends.of(model).bind(model, None, (torch.ones(4, 6),), mode="inference", seed=0, **nothing)

@@ -201,3 +201,18 @@ def test_complex_units_are_ranked_and_checked_by_both_parts():
     with torch.no_grad():
         model[0].weight[:4], model[0].bias[:4] = 0, 0
     torch.testing.assert_close(result.model(x), model(x))
+
+
+class Regularized(nn.Sequential):
+    """Hands out a weight beside its output."""
+
+    def forward(self, x):
+        return super().forward(x), self[2].bias
+
+
+def test_a_weight_among_the_outputs_is_compared_without_a_warning():
+    model = Regularized(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "Converting a tensor with requires_grad=True to a scalar"
+        result = perfkit.optimize(model, "prune", example_inputs=(torch.randn(4, 6),), tolerance=10.0)
+    assert result.model[0].out_features == 4

@@ -9,7 +9,7 @@ import torch
 from sample_models import arguments
 from torch import nn
 
-from perfkit import InvalidInputError, backends
+from perfkit import InvalidInputError, UnsupportedError, backends
 from perfkit._workload import Inputs
 from perfkit.quantization.torch_ranges import Affine, Observed, calibrate, linked
 
@@ -69,6 +69,30 @@ def test_a_batch_that_does_not_fit_or_is_not_finite_is_named():
     work = workload(model, good, good / 0)
     with pytest.raises(InvalidInputError, match="NaN or infinite values to layer '0'"):
         calibrate(work, {"0": work.model[0]})
+
+
+class Within(nn.Module):
+    """Calls a layer on tensors that are not plain ones."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.inner, self.call = nn.Linear(3, 3), call
+
+    def forward(self, x):
+        return self.call(self.inner, x)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda layer, x: layer(torch.nested.as_nested_tensor([x], layout=torch.jagged)).values(), "a nested tensor"),
+        (lambda layer, x: torch.func.vmap(layer)(x), "a tensor of torch.func's"),
+    ],
+)
+def test_a_layer_that_is_given_no_plain_tensor_is_named(call, kind):
+    work = workload(nn.Sequential(Within(call)), torch.randn(16, 3))
+    with pytest.raises(UnsupportedError, match=rf"layer '0\.inner' is given {kind}"):
+        calibrate(work, {"0.inner": work.model[0].inner})
 
 
 class Branching(nn.Module):
