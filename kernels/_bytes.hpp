@@ -93,30 +93,31 @@ INLINE void store_lanes(T* to, V value, i64 count) {
 // q = round(x / scale) + zero, ties to even, within 0...top; x is near scale (q - zero). NaN becomes 0, as in torch.
 struct Grid {
     float inverse, low, high;
-    std::int32_t zero;
+    std::int32_t zero, top;
 
     Grid(double scale, i64 zero, i64 top)
-        : inverse(float(1.0 / scale)), low(float(-zero)), high(float(top - zero)), zero(std::int32_t(zero)) {}
+        : inverse(float(1.0 / scale)), low(float(-zero)), high(float(top - zero)), zero(std::int32_t(zero)),
+          top(std::int32_t(top)) {}
 
-    // Clamped before it is rounded: the bounds are integers, so that is the same.
-    INLINE Ints of(Floats x) const {
+    // Clamped before it is rounded, as the bounds are integers; AVX-512 takes off last what is above them.
+    INLINE Bytes bytes(Floats x) const {
         x = x * inverse;
 #if PERFKIT_BYTES == 512
-        const __m512 clamped = _mm512_min_ps(_mm512_max_ps(__m512(x), _mm512_set1_ps(low)), _mm512_set1_ps(high));
-        return Ints(_mm512_cvtps_epi32(clamped)) + zero;
+        const Ints rounded = Ints(_mm512_cvtps_epi32(_mm512_max_ps(__m512(x), _mm512_set1_ps(low)))) + zero;
+        return Bytes(_mm_min_epu8(_mm512_cvtusepi32_epi8(__m512i(rounded)), _mm_set1_epi8(char(top))));
 #else
         x = x > low ? x : all(low);
         x = x < high ? x : all(high);
-        return bits<Ints>(x + ROUNDER) - bits<Ints>(all(ROUNDER)) + zero;
+        return __builtin_convertvector(bits<Ints>(x + ROUNDER) - bits<Ints>(all(ROUNDER)) + zero, Bytes);
 #endif
     }
-    INLINE Bytes bytes(Floats x) const { return __builtin_convertvector(of(x), Bytes); }
 
-    // `count` numbers, of which the last vector is written whole where `to` has room for it.
+    // `count` numbers, and as many more as fill the last vector.
     void row(const float* from, i64 count, u8* to) const {
+        const Grid grid = *this;  // of its own: what is written might be it, for all compilers know
         i64 k = 0;
-        for (; k + L <= count; k += L) store(to + k, bytes(load<Floats>(from + k)));
-        if (k < count) store_part(to + k, bytes(load_part(from + k, count - k)), count - k);
+        for (; k + L <= count; k += L) store(to + k, grid.bytes(load<Floats>(from + k)));
+        if (k < count) store(to + k, grid.bytes(load_part(from + k, count - k)));
     }
 };
 
@@ -134,7 +135,7 @@ INLINE Halves halved(Floats x) {
 struct Finish {
     float x_scale, low;
     const float *scales, *biases;       // (N,), in whole panels
-    const std::int32_t* excess;         // zero times the sum of the output's weights
+    const std::int32_t* begin;          // what sums begin with: zero times the sum of the output's weights is taken off
     i64 kind;
     Grid grid;
     void* y;
@@ -142,13 +143,14 @@ struct Finish {
     INLINE Floats relu(Floats value) const { return at_least(all(low), value); }
     // Lanes are outputs from n on.
     INLINE Floats across(Ints sum, i64 n) const {
-        const Floats value = __builtin_convertvector(sum - load<Ints>(excess + n), Floats) * x_scale;
+        const Floats value = __builtin_convertvector(sum, Floats) * x_scale;
         return relu(value * load<Floats>(scales + n) + load<Floats>(biases + n));
     }
     // Lanes are places of output n.
-    INLINE Floats along(Ints sum, i64 n) const {
-        return relu(__builtin_convertvector(sum - excess[n], Floats) * x_scale * scales[n] + biases[n]);
+    INLINE Floats scaled(Ints sum, i64 n) const {
+        return __builtin_convertvector(sum, Floats) * x_scale * scales[n] + biases[n];
     }
+    INLINE Floats along(Ints sum, i64 n) const { return relu(scaled(sum, n)); }
     INLINE void put(i64 at, Floats value, i64 count) const {
         if (kind == UINT8)
             store_lanes(static_cast<u8*>(y) + at, grid.bytes(value), count);
@@ -196,16 +198,16 @@ struct Packed {
     }
 };
 
-// The numbers of a call that are one for each output: its bias, and what the zero of x adds to its sums.
+// The numbers of a call that are one for each output: its bias, and what its sums begin with.
 struct PerOutput {
     Lines<float> biases;
-    Lines<std::int32_t> excess;
+    Lines<std::int32_t> begin;
 
     PerOutput(const Packed& packed, i64 outputs, const float* bias, i64 zero)
-        : biases(lines<float>(packed.N)), excess(lines<std::int32_t>(packed.N)) {
+        : biases(lines<float>(packed.N)), begin(lines<std::int32_t>(packed.N)) {
         std::memset(biases.get(), 0, 4 * packed.N);
         if (bias) std::memcpy(biases.get(), bias, 4 * outputs);
-        for (i64 n = 0; n < packed.N; ++n) excess[n] = std::int32_t(zero) * packed.totals()[n];
+        for (i64 n = 0; n < packed.N; ++n) begin[n] = -std::int32_t(zero) * packed.totals()[n];
     }
 };
 
@@ -225,6 +227,17 @@ constexpr int MANY = WIDE ? 8 : 4;     // or with so many, of a single row
 
 // Where vector g of the outputs from a panel's first one begins; a panel is K4 blocks.
 INLINE i64 vector_at(i64 g, i64 K4) { return WIDE ? g * K4 * BLOCK : g / 2 * K4 * BLOCK + g % 2 * 4 * L; }
+
+// What the sums of G vectors of outputs begin with.
+template <int R, int G>
+INLINE void begin(const std::int32_t* from, Ints (&sums)[R][G]) {
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+        const Ints first = load<Ints>(from + g * L);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r][g] = first;
+    }
+}
 
 // sums[r][g] += the products of K4 groups of four bytes from x[r] with G vectors of outputs; all_K4: of a whole panel.
 template <int R, int G>

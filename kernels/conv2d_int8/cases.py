@@ -25,6 +25,7 @@ class Case:
 CASES = (
     Case((3, 1, 28, 28), 32, (3, 3), {"activation": "relu", "pool": 2}),
     Case((2, 3, 33, 29), 17, (7, 7), {"stride": 2, "padding": 3, "activation": "relu"}),
+    Case((2, 3, 12, 21), 7, (3, 3), {"padding": 1, "activation": "relu", "pool": 2}),
     Case((1, 3, 20, 23), 5, (5, 5), {"pool": 2, "padding": "same"}),
     Case((2, 2, 19, 17), 9, (3, 2), {"pool": 3, "stride": (1, 2), "dilation": (2, 3), "padding": (1, 2)}),
     Case((1, 4, 1, 1), 1, (1, 1)),

@@ -121,7 +121,8 @@ class ChannelsPass {
     // The sums of R places, from `at` on, with G vectors of outputs from o on; `direct`: into y, where the chunk begins.
     template <int R, int G>
     void tile(i64 at, i64 o, i64 begin) {
-        Ints found[R][G] = {};
+        Ints found[R][G];
+        ::begin(call.finish.begin + o, found);
         const u8* x[R];
         for (int r = 0; r < R; ++r)
             x[r] = &seen[(at + r) / wide * p.stride_h * row + (at + r) % wide * p.stride_w * s.C];

@@ -49,7 +49,7 @@ extern "C" int perfkit_conv2d_int8(const PerfkitConv2dInt8* p, const void* x, vo
     const Grid grid(p->scale, p->zero, p->top);
     const Finish finish{
         float(p->scale), p->relu ? 0.0f : -std::numeric_limits<float>::infinity(), packed.scales(), numbers.biases.get(),
-        numbers.excess.get(), p->y_kind, Grid(p->y_scale, p->y_zero, p->y_top), y};
+        numbers.begin.get(), p->y_kind, Grid(p->y_scale, p->y_zero, p->y_top), y};
     const Call call{*p, x, packed.weights(), grid, finish};
     few(*p) ? run<PlanesShape, PlanesPass>(call, threads) : run<ChannelsShape, ChannelsPass>(call, threads);
     return 0;

@@ -83,11 +83,13 @@ class PlanesPass {
         const i64 rows = std::min(chunk, p.out_height - first), done = first * p.out_width, count = rows * p.out_width;
         fill(image, first, rows);
         const i64 most = s.W == 1 ? STREAMS * L : L;
-        for (i64 v = 0; v < count; v += most) {
+        for (i64 at = 0; at < count; at += most) {
+            // The last vector is a whole one, of which some may be there already.
+            const i64 v = s.W > 1 && count >= L ? std::min(at, count - L) : at;
             if (s.W == 1)
                 each_channel<1>(image, v, done, count, parts(std::min(most, count - v), L));
             else if (s.P == 2 && s.quads == s.each)  // both windows of a row read the same
-                each_channel<2>(image, v, done, count, 1);
+                each_channel<2>(image, v, done, count, 1, count - v < L ? 0 : bytes_of_squares(image, v, done));
             else
                 each_channel<0>(image, v, done, count, 1);
         }
@@ -114,27 +116,42 @@ class PlanesPass {
                     std::memset(at, int(p.zero), seen_wide);
                     continue;
                 }
-                std::memset(at, int(p.zero), from);
+                if (from) std::memset(at, int(p.zero), from);
                 call.take(image, i, h, first_w + from, to - from, at + from);
-                std::memset(at + to, int(p.zero), seen_wide - to);
+                if (to < seen_wide) std::memset(at + to, int(p.zero), seen_wide - to);
             }
         if (s.step_w == 1)
-            spread(rows, [](const u8* at, i64 c) INLINE_LAMBDA {
-                Ints found{};
-                for (int j = 0; j < 4; ++j) found |= __builtin_convertvector(load<Bytes>(at + c + j), Ints) << 8 * j;
-                return found;
-            });
+            spread(rows, [](const u8* at, i64 c) INLINE_LAMBDA { return fours<1>(at + c); });
         else if (s.step_w == 2)
-            spread(rows, [](const u8* at, i64 c) INLINE_LAMBDA {
-                return __builtin_convertvector(load<Halves>(at + 2 * c), Ints) |
-                       __builtin_convertvector(load<Halves>(at + 2 * c + 2), Ints) << 16;
-            });
+            spread(rows, [](const u8* at, i64 c) INLINE_LAMBDA { return fours<2>(at + 2 * c); });
         else
             spread(rows, [step = s.step_w](const u8* at, i64 c) {
                 Ints found;
                 for (int lane = 0; lane < L; ++lane) found[lane] = load<std::int32_t>(at + (c + lane) * step);
                 return found;
             });
+    }
+
+    // The four bytes from each STEP-th byte on; 64 may be read.
+    template <int STEP>
+    static INLINE Ints fours(const u8* at) {
+#if PERFKIT_BYTES == 512
+        // Each 128 bits get the words that theirs begin with, then the bytes go to their places.
+        constexpr Ints words = {0, 1, 0, 0, 1, 2, 0, 0, 2, 3, 0, 0, 3, 4, 0, 0};
+        constexpr Ints pairs = {0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 8, 9};
+        const __m512i near = _mm512_permutexvar_epi32(__m512i(STEP == 2 ? pairs : words), load<__m512i>(at));
+        constexpr int S = STEP, T = 2 * STEP, U = 3 * STEP;
+        const __m128i places = _mm_setr_epi8(0, 1, 2, 3, S, S + 1, S + 2, S + 3, T, T + 1, T + 2, T + 3, U, U + 1, U + 2, U + 3);
+        return Ints(_mm512_shuffle_epi8(near, _mm512_broadcast_i32x4(places)));
+#else
+        Ints found{};
+        for (int j = 0; j < 4; ++j)
+            if (STEP == 1)
+                found |= __builtin_convertvector(load<Bytes>(at + j), Ints) << 8 * j;
+            else if (j % 2 == 0)
+                found |= __builtin_convertvector(load<Halves>(at + j), Ints) << 8 * j;
+        return found;
+#endif
     }
 
     // Fours of numbers into planes, by vectors: what one writes too much, the next row overwrites.
@@ -150,14 +167,59 @@ class PlanesPass {
                 }
     }
 
-    // SIDE: P where it is 1, or 2 and both windows of a row read the same; else 0.
+    // The largest of 2 x 2 windows that read the same fours, of a whole vector of outputs, as bytes that lie by channels:
+    // in registers from the products to the bytes. Returns of how many channels.
+    i64 bytes_of_squares(i64 image, i64 v, i64 done) const {
+        if (call.finish.kind != UINT8 || p.y_last) return 0;
+        const i64 at = image * p.outputs * call.area() + done + v;
+        return s.T == 3 ? bytes_of_squares<3>(&planes[v], at) : bytes_of_squares<0>(&planes[v], at);
+    }
+    // TERMS: T, where x's vectors are to stay in registers, too.
+    template <int TERMS>
+    __attribute__((noinline)) i64 bytes_of_squares(const std::int32_t* x, i64 at) const {
+        constexpr int C = CHANNELS;
+        const Finish finish = call.finish;  // of its own: what is written might be it, for all compilers know
+        const bool bounded = finish.low == 0 && finish.grid.zero > 0;  // by ReLU: else the grid has nothing below it
+        const i64 T = TERMS ? TERMS : s.T, area = call.area(), end = p.outputs / C * C, *const from = offsets.get();
+        const i8* weights = call.weights;
+        u8* to = static_cast<u8*>(finish.y) + at;
+        Ints kept[TERMS + 1][2];
+        each<TERMS>([&](auto t) INLINE_LAMBDA {
+            for (int a = 0; a < 2; ++a) kept[t][a] = held(load<Ints>(x + from[4 * t + 2 * a]));
+        });
+        for (i64 o = 0; o < end; o += C, weights += 8 * C * T) {
+            Ints sums[C][4];
+            each<C>([&](auto c) INLINE_LAMBDA {
+                const Ints first = Ints{} + finish.begin[o + c];
+                for (auto& sum : sums[c]) sum = first;
+            });
+            const auto add = [&](i64 t, Ints above, Ints below) INLINE_LAMBDA {
+                each<C>([&](auto c) INLINE_LAMBDA {
+                    const i8* w = weights + 8 * (c * T + t);
+                    const Ints left = held(Ints{} + load<std::int32_t>(w)), right = held(Ints{} + load<std::int32_t>(w + 4));
+                    sums[c][0] = add_products(sums[c][0], above, left), sums[c][1] = add_products(sums[c][1], above, right);
+                    sums[c][2] = add_products(sums[c][2], below, left), sums[c][3] = add_products(sums[c][3], below, right);
+                });
+            };
+            each<TERMS>([&](auto t) INLINE_LAMBDA { add(t, kept[t][0], kept[t][1]); });
+            for (i64 t = TERMS; t < T; ++t) add(t, load<Ints>(x + from[4 * t]), load<Ints>(x + from[4 * t + 2]));
+            each<C>([&](auto c) INLINE_LAMBDA {
+                const Ints most = largest(largest(sums[c][0], sums[c][1]), largest(sums[c][2], sums[c][3]));
+                const Floats value = finish.scaled(most, o + c);
+                store(to, finish.grid.bytes(bounded ? at_least(Floats{}, value) : value)), to += area;
+            });
+        }
+        return end;
+    }
+
+    // Channels from `from` on. SIDE: P where it is 1, or 2 and both windows of a row read the same; else 0.
     template <int SIDE>
-    void each_channel(i64 image, i64 v, i64 done, i64 count, i64 vectors) {
-        for (i64 o = 0; o < p.outputs; o += PANEL) {
+    void each_channel(i64 image, i64 v, i64 done, i64 count, i64 vectors, i64 from = 0) {
+        for (i64 o = from; o < p.outputs; o += PANEL) {
             const i64 last = std::min(o + PANEL, p.outputs);
             Ints sums[STREAMS][PANEL];
             for (i64 c = o; c < last; c += CHANNELS)
-                convolve<SIDE>(&planes[v], call.weights + 4 * c * s.T * s.P, vectors, &sums[0][c - o]);
+                convolve<SIDE>(&planes[v], call.weights + 4 * c * s.T * s.P, c, vectors, &sums[0][c - o]);
             for (i64 n = 0; n < vectors; ++n)
                 put(sums[n], image, o, last - o, done + v + n * L, std::min<i64>(L, count - v - n * L));
         }
@@ -165,12 +227,18 @@ class PlanesPass {
 
     // The largest sums of CHANNELS channels, the last of which may be of nothing, of so many vectors.
     template <int SIDE>
-    INLINE void convolve(const std::int32_t* x, const i8* weights, i64 vectors, Ints* to) const {
+    INLINE void convolve(const std::int32_t* x, const i8* weights, i64 o, i64 vectors, Ints* to) const {
         const i64 P = SIDE ? SIDE : s.P, T = s.T;
         for (i64 w = 0; w < s.W; w += STREAMS)
             counted<STREAMS>(SIDE == 1 ? vectors : SIDE == 2 ? 4 : s.W - w, [&](auto streams) INLINE_LAMBDA {
                 constexpr int N = decltype(streams)::value;
-                Ints sums[CHANNELS][N] = {};
+                Ints sums[CHANNELS][N];
+#pragma GCC unroll 4
+                for (int c = 0; c < CHANNELS; ++c) {
+                    const Ints first = Ints{} + call.finish.begin[o + c];
+#pragma GCC unroll 4
+                    for (int n = 0; n < N; ++n) sums[c][n] = first;
+                }
                 const i64* at = offsets.get() + w;
                 const i8* of = weights;
                 for (i64 t = 0; t < T; ++t, at += s.streams, of += 4 * P) {

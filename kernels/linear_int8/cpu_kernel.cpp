@@ -46,7 +46,8 @@ struct Pass {
   private:
     template <int R, int G>
     void tile(const u8* x, i64 stride, i64 row, i64 n, i64 to) const {
-        Ints sums[R][G] = {};
+        Ints sums[R][G];
+        begin(shared.begin + n, sums);
         const u8* rows[R];
         for (int r = 0; r < R; ++r) rows[r] = x + r * stride;
         add_dots<R, G>(rows, weights + n / PANEL * K4 * BLOCK, K4, K4, sums);
@@ -123,7 +124,7 @@ extern "C" int perfkit_linear_int8(const PerfkitLinearInt8* told, const void* x,
     const Grid grid(p->scale, p->zero, p->top);
     const Finish finish{
         float(p->scale), p->relu ? 0.0f : -std::numeric_limits<float>::infinity(), given.scales(), numbers.biases.get(),
-        numbers.excess.get(), p->y_kind, Grid(p->y_scale, p->y_zero, p->y_top), y};
+        numbers.begin.get(), p->y_kind, Grid(p->y_scale, p->y_zero, p->y_top), y};
     const i64 M = p->rows, K = p->inputs, K4 = (K + 3) / 4;
     const Pass pass{*p, K4, given.weights(), finish};
     const bool ready = p->x_kind == UINT8 && K % 4 == 0;

@@ -66,6 +66,18 @@ def test_the_largest_sums_are_exact(inputs):
             assert_call_is_the_reference(case, x, (w, torch.ones(3), None), Grid(1.0, zero, top()), {})
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("inputs", [1, 6])
+def test_numbers_that_no_integer_is_near_become_the_grids_ends(inputs, activation):
+    case = Case((1, inputs, 12, 12), 8, (3, 3), {"pool": 2, "activation": activation})
+    w, scale, bias = weights(8, inputs, 3, 3)
+    bias[:5] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e30, -1e30])
+    for zero, most in ((0, 255), (30, 255), (30, 100)):
+        assert_call_is_the_reference(
+            case, torch.randn(case.image), (w, scale, bias), grid(90), {"out_grid": Grid(1e-3, zero, most)}
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
