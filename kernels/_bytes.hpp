@@ -90,18 +90,21 @@ INLINE void store_lanes(T* to, V value, i64 count) {
     count >= L ? store(to, value) : store_part(to, value, count);
 }
 
-// q = round(x / scale) + zero, ties to even, within 0...top; x is near scale (q - zero). NaN becomes 0, as in torch.
+// q = round(x / scale) + zero, ties to even, within 0...top; x is near scale (q - zero). Divisions are products with the
+// inverse of the scale, as in torch and in XLA. NaN becomes 0, as in torch, or `in_jax` the zero.
 struct Grid {
     float inverse, low, high;
     std::int32_t zero, top;
+    bool in_jax;
 
-    Grid(double scale, i64 zero, i64 top)
+    Grid(double scale, i64 zero, i64 top, bool in_jax)
         : inverse(float(1.0 / scale)), low(float(-zero)), high(float(top - zero)), zero(std::int32_t(zero)),
-          top(std::int32_t(top)) {}
+          top(std::int32_t(top)), in_jax(in_jax) {}
 
     // Clamped before it is rounded, as the bounds are integers; AVX-512 takes off last what is above them.
     INLINE Bytes bytes(Floats x) const {
         x = x * inverse;
+        if (in_jax) x = x == x ? x : Floats{};
 #if PERFKIT_BYTES == 512
         const Ints rounded = Ints(_mm512_cvtps_epi32(_mm512_max_ps(__m512(x), _mm512_set1_ps(low)))) + zero;
         return Bytes(_mm_min_epu8(_mm512_cvtusepi32_epi8(__m512i(rounded)), _mm_set1_epi8(char(top))));
@@ -131,7 +134,7 @@ INLINE Halves halved(Floats x) {
 }
 
 // What becomes of sums: y = float(sum - zero * weights) * scale of x * scale of the output + bias, each operation
-// rounded once; then ReLU, and the next layer's grid where y is of bytes.
+// rounded once; then ReLU, and the next layer's grid where y is of bytes. In JAX the scale of the output holds that of x.
 struct Finish {
     float x_scale, low;
     const float *scales, *biases;       // (N,), in whole panels

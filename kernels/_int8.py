@@ -1,15 +1,10 @@
-"""What ops on 8-bit activations share: grids, numbers as C++ is told them, weights kept as kernels read them."""
+"""What ops on 8-bit activations share: grids, what the kernels take, numbers as C++ is told them."""
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from perfkit._errors import InvalidInputError
 from perfkit.kernels import _native
@@ -23,10 +18,10 @@ MOST_INPUTS = (2**31 - 1) // (255 * 128) // 2
 """So many products of bytes, and what the zero of x adds to them, are sure to fit into int32."""
 
 
-class OnCpu:
+class OfBytes:
     """What all problems of these ops say alike, to `perfkit.kernels._op`."""
 
-    framework, device, dtype, needs_grad = "torch", "cpu", "int8", False
+    dtype, needs_grad = "int8", False
 
 
 class Grid(NamedTuple):
@@ -60,6 +55,10 @@ def refusal(grid: Grid, inputs: int) -> str | None:
     return _native.missing()
 
 
+IN_JAX = Grid(1.0, 127, 254)
+"""Of JAX's symmetric grids, -127 to 127, what is known when a call is traced: scales are numbers of the program."""
+
+
 def slower() -> str | None:
     """Why oneDNN is expected to be faster, on a CPU without AMX's tiles for bytes; None where it is not.
 
@@ -71,29 +70,6 @@ def slower() -> str | None:
     return None if has("avx2") else "it was measured on x86 CPUs with AVX2 or VNNI only"
 
 
-def check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dimensions: int) -> None:
-    """What kernels rely on.
-
-    Raises:
-        InvalidInputError: tensors of other dtypes, sizes or devices.
-    """
-    outputs = weight.shape[:1]
-    if weight.dtype != torch.int8 or weight.dim() != dimensions or not weight.numel():
-        raise InvalidInputError(
-            f"weight is {weight.dtype} {list(weight.shape)}: expected torch.int8 of {dimensions} dimensions"
-        )
-    if x.dtype not in (torch.float32, torch.uint8):
-        raise InvalidInputError(f"x is {x.dtype}: expected torch.float32, or torch.uint8 on the grid")
-    for name, tensor in (("weight_scale", weight_scale), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != torch.float32 or tensor.shape != outputs):
-            raise InvalidInputError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}: expected torch.float32 {list(outputs)}"
-            )
-    given = [tensor for tensor in (x, weight, weight_scale, bias) if tensor is not None]
-    if any(tensor.device.type != "cpu" for tensor in given):
-        raise InvalidInputError(f"tensors are on {', '.join(str(each.device) for each in given)}: expected cpu")
-
-
 def numbers(*fields: int | float) -> ctypes.Array:
     """A struct of 64-bit integers, and of doubles where floats are given."""
     whole = [struct.unpack("q", struct.pack("d", each))[0] if isinstance(each, float) else int(each) for each in fields]
@@ -103,32 +79,3 @@ def numbers(*fields: int | float) -> ctypes.Array:
 def grid_fields(grid: Grid | None) -> tuple[int, int, float]:
     """A grid as a struct's fields."""
     return (0, 1, 1.0) if grid is None else (grid.zero, grid.top, grid.scale)
-
-
-_packed = WeakTensorKeyDictionary()
-"""By integer weight: for each way to pack it, the versions that it was packed from, and that."""
-
-
-def packed(weight: Tensor, scale: Tensor, way: Any, pack: Callable[[Tensor, Tensor], Tensor | None]) -> Tensor | None:
-    """The weight as kernels read it, packed anew where it or its scales were written to; None where `pack` gives that.
-
-    What was made in inference mode keeps no count of writes, and is packed at each call.
-    """
-    if weight.is_inference() or scale.is_inference():
-        return pack(weight, scale)
-    key = weight._version, scale._version, weight.data_ptr(), scale.data_ptr()
-    ways = _packed.get(weight)
-    if ways is None:
-        ways = _packed[weight] = {}
-    found = ways.get(way)
-    if found is None or found[0] != key:
-        found = ways[way] = key, pack(weight, scale)
-    return found[1]
-
-
-def pack_with(run: Any, told: Sequence[Any], size: int, weight: Tensor, scale: Tensor) -> Tensor | None:
-    """What `run(*told, weight, scale, to)` writes into `size` bytes; None where a scale is not positive and finite."""
-    with torch.inference_mode(False), torch.no_grad():  # kept for calls in other modes
-        to = torch.empty(size, dtype=torch.uint8, device="cpu")
-    fine = run(*told, weight.contiguous().data_ptr(), scale.contiguous().data_ptr(), to.data_ptr())
-    return to if fine else None

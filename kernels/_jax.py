@@ -26,11 +26,16 @@ Axes = tuple[int | None, ...]
 def device_of(x: Array) -> str:
     """Where a call runs: "cpu", "cuda", "rocm" or "tpu". An array inside of a traced program does not know: there it is
     the default device."""
-    if isinstance(x, jax.core.Tracer):
-        chosen = jax.config.jax_default_device  # None, a device, or the name of a platform
-        device = jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
-    else:
-        device = next(iter(x.devices()))
+    return default_device() if isinstance(x, jax.core.Tracer) else _named(next(iter(x.devices())))
+
+
+def default_device() -> str:
+    """The same, of the device where programs run unless something else is said."""
+    chosen = jax.config.jax_default_device  # None, a device, or the name of a platform
+    return _named(jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen)
+
+
+def _named(device: jax.Device) -> str:
     if device.platform != "gpu":
         return device.platform
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
@@ -104,7 +109,7 @@ def by_rows(function: Callable[..., tuple], axes: Axes, result_axes: Axes) -> Ca
     @once.defjvp
     def _(_arguments, _tangents):
         raise UnsupportedError(
-            "a kernel of perfkit.kernels.rnn has first derivatives, by jax.grad and jax.vjp, and no others: "
+            "a kernel of perfkit.kernels has first derivatives, by jax.grad and jax.vjp, and no others: "
             "implementation='reference' has all of them"
         )
 

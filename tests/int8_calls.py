@@ -10,9 +10,9 @@ from perfkit.kernels import _int8, _op
 from perfkit.kernels._int8 import Grid
 from perfkit.kernels._torch import Known
 from perfkit.kernels.conv2d.problem import options
-from perfkit.kernels.conv2d_int8 import cpu_kernel, reference, torch_op
+from perfkit.kernels.conv2d_int8 import cpu_shape, reference, torch_op
 from perfkit.kernels.conv2d_int8.cases import CASES
-from perfkit.kernels.linear_int8 import on_grid
+from perfkit.kernels.linear_int8 import grid_shape, on_grid
 from perfkit.quantization import torch_layers, torch_native
 
 LINEAR = [(1, 1, 1), (1, 5408, 130), (2, 33, 9), (5, 130, 17), (13, 64, 300), (70, 257, 131), (300, 64, 8), (0, 8, 4)]
@@ -83,7 +83,7 @@ def kernels_pay():
     """Within it the kernels take whatever they can, on any CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_int8, "slower", lambda: None)
-        for kernel, known in ((on_grid, "_linears"), (cpu_kernel, "_convs")):
+        for kernel, known in ((grid_shape, "_linears"), (cpu_shape, "_convs")):
             patch.setattr(kernel, "has", lambda _: False)
             patch.setattr(torch_native, known, Known(kernel.OP))
         _op._choose.cache_clear()

@@ -167,5 +167,9 @@ def program(work: Workload) -> tuple[str, Any]:
 
 
 def products(program: str, dtype: str) -> list[str]:
-    """The dots and convolutions of a compiled program whose results are of a dtype ("s32", "f32")."""
-    return re.findall(rf"= {dtype}\[[^ ]* (dot|convolution)\(", program)
+    """The dots and convolutions of a compiled program whose sums are of a dtype ("s32", "f32"), kernels' included."""
+    found = re.findall(rf"= {dtype}\[[^ ]* (dot|convolution)\(", program)
+    if dtype == "s32":
+        kernels = re.findall(r'custom_call_target="perfkit_(linear|conv2d)_int8_xla"', program)
+        found += [{"linear": "dot", "conv2d": "convolution"}[kernel] for kernel in kernels]
+    return found

@@ -3,12 +3,13 @@
 import torch
 
 from perfkit.kernels.rnn_int8 import reference, weights
+from perfkit.kernels.rnn_int8.problem import GATES
 
-MODES = tuple(weights.GATES)
+MODES = tuple(GATES)
 
 
 def make(mode, inputs, hidden):
-    gates, bound = weights.GATES[mode], hidden**-0.5
+    gates, bound = GATES[mode], hidden**-0.5
     q_ih, scale_ih = weights.quantize(torch.empty(gates * hidden, inputs).uniform_(-bound, bound))
     q_hh, scale_hh = weights.quantize(torch.empty(gates * hidden, hidden).uniform_(-bound, bound))
     bias = torch.empty(gates * hidden).uniform_(-bound, bound)
@@ -17,7 +18,7 @@ def make(mode, inputs, hidden):
 
 
 def tensors(layer):
-    gates = weights.GATES[layer.mode]
+    gates = GATES[layer.mode]
     packed = (
         weights.pack(layer.q_ih, gates),
         layer.scale_ih,

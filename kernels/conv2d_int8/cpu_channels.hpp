@@ -3,7 +3,7 @@
 // Letters: C input channels, in whole fours; O output channels; P the pool's side; K4 fours of products of an output.
 #pragma once
 
-#include "cpu_problem.hpp"
+#include "cpu_call.hpp"
 
 namespace {
 

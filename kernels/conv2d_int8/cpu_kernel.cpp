@@ -46,10 +46,11 @@ extern "C" int perfkit_conv2d_int8(const PerfkitConv2dInt8* p, const void* x, vo
                                    perfkit::Threads threads) try {
     const Packed packed(p->outputs, packed_bytes(*p), weight);
     const PerOutput numbers(packed, p->outputs, bias, p->zero);
-    const Grid grid(p->scale, p->zero, p->top);
+    const bool in_jax = p->in_jax;
+    const Grid grid(p->scale, p->zero, p->top, in_jax), y_grid(p->y_scale, p->y_zero, p->y_top, in_jax);
     const Finish finish{
-        float(p->scale), p->relu ? 0.0f : -std::numeric_limits<float>::infinity(), packed.scales(), numbers.biases.get(),
-        numbers.begin.get(), p->y_kind, Grid(p->y_scale, p->y_zero, p->y_top), y};
+        in_jax ? 1.0f : float(p->scale), p->relu ? 0.0f : -std::numeric_limits<float>::infinity(), packed.scales(),
+        numbers.biases.get(), numbers.begin.get(), p->y_kind, y_grid, y};
     const Call call{*p, x, packed.weights(), grid, finish};
     few(*p) ? run<PlanesShape, PlanesPass>(call, threads) : run<ChannelsShape, ChannelsPass>(call, threads);
     return 0;

@@ -5,20 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from perfkit.kernels import _int8, _native
-from perfkit.kernels._op import Implementation, Op
+from perfkit.kernels import _int8_torch, _native
 from perfkit.kernels._torch import Threads
+from perfkit.kernels.conv2d_int8.cpu_shape import SOURCE, told
 from perfkit.kernels.conv2d_int8.problem import Problem
-from perfkit.measure.environment import has
 
-SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
-FEW_CHANNELS = 4
-"""Input channels up to which lanes are places, and above which oneDNN fills AMX's tiles; `FEW` in C++."""
 Call = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
@@ -38,30 +33,6 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def refusal(problem: Problem) -> str | None:
-    """Why the kernel cannot take `problem`; None where it can."""
-    if problem.sizes.groups > 1:
-        return f"it takes one group, and this has {problem.sizes.groups}"
-    return _int8.refusal(problem.grid, problem.sizes.taps)
-
-
-def slower(problem: Problem) -> str | None:
-    """Why oneDNN is expected to be faster; None where it is not."""
-    if has("amx_int8") and problem.sizes.inputs > FEW_CHANNELS:
-        return "oneDNN multiplies on AMX's tiles"
-    return _int8.slower()
-
-
-OP = Op(
-    "conv2d_int8",
-    (
-        Implementation("cpu", "torch", refusal, ("cpu",), slower),
-        Implementation("library", "torch", lambda _problem: None),
-    ),
-)
-"""The library is oneDNN, called by `perfkit.quantization.torch_onednn`."""
-
-
 def packed(problem: Problem, weight: Tensor, weight_scale: Tensor) -> Tensor | None:
     """The weight as the kernel reads it, kept; None where a scale is not positive and finite."""
     sizes = problem.sizes
@@ -69,10 +40,10 @@ def packed(problem: Problem, weight: Tensor, weight_scale: Tensor) -> Tensor | N
     def pack(weight: Tensor, scale: Tensor) -> Tensor | None:
         numbers = told(problem)
         size = library().perfkit_conv2d_int8_packed_bytes(numbers)
-        return _int8.pack_with(library().perfkit_conv2d_int8_pack, (numbers,), size, weight, scale)
+        return _int8_torch.pack_with(library().perfkit_conv2d_int8_pack, (numbers,), size, weight, scale)
 
     way = sizes.stride, sizes.dilation, sizes.pool, problem.x_last and problem.y_last
-    return _int8.packed(weight, weight_scale, way, pack)
+    return _int8_torch.packed(weight, weight_scale, way, pack)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -91,16 +62,3 @@ def caller(problem: Problem) -> Call:
         return y
 
     return call
-
-
-def told(problem: Problem) -> ctypes.Array:
-    """`PerfkitConv2dInt8`."""
-    sizes = problem.sizes
-    return _int8.numbers(
-        *(sizes.batch, sizes.inputs, sizes.height, sizes.width, sizes.outputs),
-        *(sizes.kernel_height, sizes.kernel_width, *sizes.stride, sizes.padding[0], sizes.padding[2]),
-        *(*sizes.dilation, sizes.pool, *sizes.out_size, sizes.activation == "relu"),
-        *(_int8.KINDS[problem.x], _int8.KINDS[problem.y], problem.x_last, problem.y_last),
-        *_int8.grid_fields(problem.grid),
-        *_int8.grid_fields(problem.y_grid),
-    )

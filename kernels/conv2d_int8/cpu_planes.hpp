@@ -7,7 +7,7 @@
 // zeros beside them. So 3x3 taps in 2x2 windows read four vectors for each channel, not 36 numbers.
 #pragma once
 
-#include "cpu_problem.hpp"
+#include "cpu_call.hpp"
 
 namespace {
 

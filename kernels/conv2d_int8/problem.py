@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from perfkit.kernels._int8 import Grid, OnCpu
+from perfkit.kernels._int8 import Grid, OfBytes
 from perfkit.kernels.conv2d.problem import Problem as Sizes
 
 
 @dataclass(frozen=True)
-class Problem(OnCpu):
+class Problem(OfBytes):
     """A call.
 
     Args:
         sizes: the convolution's, with its activation and pool, in one group; of its layout and dtypes nothing is read.
+            In JAX grids are `_int8.IN_JAX`.
         grid: of x.
         x, x_last: "float32", or "uint8" where it is on the grid already; whether it lies NHWC.
         y, y_last: "float32", "bfloat16", or "uint8" on `y_grid`; the same.
@@ -26,6 +27,16 @@ class Problem(OnCpu):
     y: str = "float32"
     y_last: bool = False
     y_grid: Grid | None = None
+
+    @property
+    def framework(self) -> str:
+        """ "torch" or "jax"."""
+        return self.sizes.framework
+
+    @property
+    def device(self) -> str:
+        """ "cpu", or another, which the kernel does not run on."""
+        return self.sizes.device
 
     @property
     def rows(self) -> int:

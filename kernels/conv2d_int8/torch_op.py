@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit.kernels import _int8
+from perfkit.kernels import _int8_torch
 from perfkit.kernels._int8 import Grid
 from perfkit.kernels.conv2d.problem import options
 from perfkit.kernels.conv2d.problem import problem as sizes_of
-from perfkit.kernels.conv2d_int8 import cpu_kernel
+from perfkit.kernels.conv2d_int8 import cpu_kernel, cpu_shape
 from perfkit.kernels.conv2d_int8.problem import Problem
 
 
@@ -52,13 +52,13 @@ def conv2d_int8(
         InvalidInputError: sizes, dtypes or options that do not go together.
         UnsupportedError: the kernel cannot be built here, or its sums could overflow.
     """
-    _int8.check(x, weight, weight_scale, bias, 4)
+    _int8_torch.check(x, weight, weight_scale, bias, 4)
     if out_dtype not in (torch.float32, torch.bfloat16):
         raise InvalidInputError(f"out_dtype is {out_dtype}: expected torch.float32 or torch.bfloat16")
     made = problem(x, weight, options(stride, padding, dilation, 1, activation, pool), Grid.of(grid), out_dtype)
     y_grid = None if out_grid is None else Grid.of(out_grid)
     made = Problem(made.sizes, made.grid, made.x, made.x_last, "uint8" if y_grid else made.y, channels_last, y_grid)
-    if why := cpu_kernel.refusal(made):
+    if why := cpu_shape.refusal(made):
         raise UnsupportedError(f"the int8 convolution kernel does not take this call: {why}")
     if (kept := cpu_kernel.packed(made, weight, weight_scale)) is None:
         raise InvalidInputError("weight_scale is not positive and finite throughout")

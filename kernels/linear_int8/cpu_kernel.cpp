@@ -1,16 +1,9 @@
 // act(x_scale w_scale (q_x - zero) q_wᵀ + bias) of x on a known grid, to which it is rounded here unless it is on it.
 //
 // Letters: M rows of x, N outputs, K inputs; see _bytes.hpp.
-#include "_bytes.hpp"
+#include "cpu_problem.hpp"
 
-extern "C" struct PerfkitLinearInt8 {
-    std::int64_t rows, outputs, inputs, relu;
-    std::int64_t x_kind, y_kind;  // FLOAT32, UINT8, BFLOAT16; x is one of the first two
-    std::int64_t zero, top;       // of x's grid
-    double scale;                 // 0 to read x's grid, of which top alone is given, from x
-    std::int64_t y_zero, y_top;  // of y's, where it is of bytes
-    double y_scale;
-};
+#include "_bytes.hpp"
 
 namespace {
 
@@ -118,13 +111,14 @@ extern "C" int perfkit_linear_int8(const PerfkitLinearInt8* told, const void* x,
                                    perfkit::Threads threads) try {
     PerfkitLinearInt8 own_problem = *told;
     const PerfkitLinearInt8* const p = &own_problem;
-    if (p->scale == 0 && !read_grid(own_problem, static_cast<const float*>(x), threads)) return 2;
+    if (p->scale == 0 && !p->in_jax && !read_grid(own_problem, static_cast<const float*>(x), threads)) return 2;
     const Packed given = packed(p->outputs, p->inputs, weight);
     const PerOutput numbers(given, p->outputs, bias, p->zero);
-    const Grid grid(p->scale, p->zero, p->top);
+    const bool in_jax = p->in_jax;
+    const Grid grid(p->scale, p->zero, p->top, in_jax), y_grid(p->y_scale, p->y_zero, p->y_top, in_jax);
     const Finish finish{
-        float(p->scale), p->relu ? 0.0f : -std::numeric_limits<float>::infinity(), given.scales(), numbers.biases.get(),
-        numbers.begin.get(), p->y_kind, Grid(p->y_scale, p->y_zero, p->y_top), y};
+        in_jax ? 1.0f : float(p->scale), p->relu ? 0.0f : -std::numeric_limits<float>::infinity(), given.scales(),
+        numbers.biases.get(), numbers.begin.get(), p->y_kind, y_grid, y};
     const i64 M = p->rows, K = p->inputs, K4 = (K + 3) / 4;
     const Pass pass{*p, K4, given.weights(), finish};
     const bool ready = p->x_kind == UINT8 && K % 4 == 0;

@@ -12,80 +12,19 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit.kernels import _int8, _native
+from perfkit.kernels import _int8_torch, _native
 from perfkit.kernels._int8 import Grid
-from perfkit.kernels._op import Implementation, Op
 from perfkit.kernels._torch import Threads
-from perfkit.measure.environment import has
+from perfkit.kernels.linear_int8.grid_shape import SOURCE, Problem, refusal, told
 
-SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
-MOST_ROWS_BESIDE_TILES = 16
 Call = Callable[[Tensor, Tensor, "Tensor | None"], "Tensor | None"]
-
-
-@dataclass(frozen=True)
-class Problem(_int8.OnCpu):
-    """One call, without its numbers.
-
-    Args:
-        rows, inputs, outputs: M, K and N.
-        grid: of x; with a scale of 0, of which `top` alone is read, each call reads it from x, as torch's
-            `choose_qparams` does.
-        activation: None or "relu".
-        x: "float32", or "uint8" where it is on the grid already.
-        y: "float32", "bfloat16", or "uint8" on `y_grid`.
-    """
-
-    rows: int
-    inputs: int
-    outputs: int
-    grid: Grid
-    activation: str | None = None
-    x: str = "float32"
-    y: str = "float32"
-    y_grid: Grid | None = None
-
-    @property
-    def work(self) -> int:
-        """Multiply-adds."""
-        return self.rows * self.inputs * self.outputs
-
-    @property
-    def bucket(self) -> str:
-        """The rows rounded up to a power of two, and the rest as it is."""
-        rows = 1 << max(0, self.rows - 1).bit_length()
-        return f"M{rows}-K{self.inputs}-N{self.outputs}-{self.activation or 'linear'}-{self.x}-{self.y}"
-
-
-def refusal(problem: Problem) -> str | None:
-    """Why the kernel cannot take `problem`; None where it can."""
-    return _int8.refusal(problem.grid, problem.inputs)
-
-
-def slower(problem: Problem) -> str | None:
-    """Why oneDNN is expected to be faster; None where it is not: of few rows reading the weights takes the time."""
-    if has("amx_int8") and problem.rows > MOST_ROWS_BESIDE_TILES:
-        return f"above {MOST_ROWS_BESIDE_TILES} rows oneDNN multiplies on AMX's tiles"
-    return _int8.slower()
-
-
-OP = Op(
-    "linear_on_grid",
-    (
-        Implementation("cpu", "torch", refusal, ("cpu",), slower),
-        Implementation("library", "torch", lambda _problem: None),
-    ),
-)
-"""The library is oneDNN, called by `perfkit.quantization.torch_onednn`."""
 
 
 def linear(
@@ -118,7 +57,7 @@ def linear(
         InvalidInputError: sizes, dtypes or options that do not go together.
         UnsupportedError: the kernel cannot be built here, or its sums could overflow.
     """
-    _int8.check(x, weight, weight_scale, bias, 2)
+    _int8_torch.check(x, weight, weight_scale, bias, 2)
     if activation not in (None, "relu"):
         raise InvalidInputError(f"activation is {activation!r}: expected None or 'relu'")
     if x.dim() < 1 or x.size(-1) != weight.size(1):
@@ -185,13 +124,13 @@ def library() -> ctypes.CDLL:
 
 def packed(weight: Tensor, weight_scale: Tensor) -> Tensor | None:
     """The weight as the kernel reads it, kept; None where a scale is not positive and finite."""
-    return _int8.packed(weight, weight_scale, "linear", _pack)
+    return _int8_torch.packed(weight, weight_scale, "linear", _pack)
 
 
 def _pack(weight: Tensor, scale: Tensor) -> Tensor | None:
     sizes = tuple(weight.shape)
     size = library().perfkit_linear_int8_packed_bytes(*sizes)
-    return _int8.pack_with(library().perfkit_linear_int8_pack, sizes, size, weight, scale)
+    return _int8_torch.pack_with(library().perfkit_linear_int8_pack, sizes, size, weight, scale)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -210,13 +149,3 @@ def caller(problem: Problem, leading: tuple[int, ...]) -> Call:
         return None if failed else y
 
     return call
-
-
-def told(problem: Problem) -> ctypes.Array:
-    """`PerfkitLinearInt8`."""
-    return _int8.numbers(
-        *(problem.rows, problem.outputs, problem.inputs, problem.activation == "relu"),
-        *(_int8.KINDS[problem.x], _int8.KINDS[problem.y]),
-        *_int8.grid_fields(problem.grid),
-        *_int8.grid_fields(problem.y_grid),
-    )

@@ -11,7 +11,8 @@ With q(v) the quantized and s(v) the scale of v, s_n that of output channel n of
 All q lie in [-127, 127] and round to nearest. Weights: one scale for each output channel, its largest magnitude / 127.
 Activations: one scale for each batch row and step, max(floor, largest magnitude) / 127. The floor is 1 for hidden
 states of LSTM, GRU and tanh, which makes it the static 1/127 unless an initial state lies outside of [-1, 1]; it is 0
-for inputs and for relu, which have no bound. A calibrated scale may be given for the first layer's input instead. Sums
+for inputs and for relu, which have no bound. A calibrated scale may be given for the first layer's input instead, and
+of a single layer (in JAX) for hidden states. Sums
 are int32, everything else float32, powers of 2 in the gates to 1.1e-4. An infinite or NaN number makes the rest of its
 row's sequence NaN.
 

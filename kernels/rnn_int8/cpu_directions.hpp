@@ -8,22 +8,7 @@
 #include "_in_order.hpp"
 #include "_memory.hpp"
 #include "cpu_cells.hpp"
-
-// A stack of layers, each in one or two directions; W = layers * directions, the directions of layer 0 first.
-extern "C" struct PerfkitRnnInt8 {
-    i64 cell;  // 0 LSTM, 1 GRU, 2 RNN tanh, 3 RNN relu; G = 4, 3, 1, 1 gates
-    i64 steps, batch, inputs, hidden, layers, directions;
-    const i64* batch_sizes;  // (T,), never rising: at step t the rows [0, batch_sizes[t]) are there
-    const i64* starts;       // (T,) the place of step t's first row in x and out, in units of row strides
-    const float* x;
-    i64 x_step, x_row;  // strides in floats; features are contiguous. The row b of step t lies at
-    float* out;         // x + t * x_step + (starts[t] + b) * x_row
-    i64 out_step, out_row;
-    float x_fixed;               // the static scale of x, 0 for one of each row and step
-    const void* const* weights;  // (W, 6): w_ih packed, its scales (G, H), w_hh, its scales, bias (G, H), bias_hn (H,) of GRU
-    float *h, *c;                // (W, B, H), the initial states, replaced by the final ones; c for LSTM only
-    perfkit::Threads threads;
-};
+#include "cpu_problem.hpp"
 
 namespace {
 
@@ -53,11 +38,14 @@ struct Direction {
         for (int g = 0; g < G; ++g)
             for (i64 i = g * H_; i < (g + 1) * H_; ++i) {
                 scale_x[i] *= Cell::FACTORS[g], scale_h[i] *= Cell::FACTORS[g], bias[i] *= Cell::FACTORS[g];
-                common_x[i] = scale_x[i] * common, common_h[i] = scale_h[i] * (1.0f / 127.0f);
+                common_x[i] = scale_x[i] * common, common_h[i] = scale_h[i] * h_scale(p);
             }
         begin(start_x, w_ih + 4 * K4_x * G * p.hidden, p.hidden, H_);
         begin(start_h, w_hh + 4 * K4_h * G * p.hidden, p.hidden, H_);
     }
+
+    // Of hidden states of which all rows have the same.
+    static float h_scale(const PerfkitRnnInt8& p) { return p.h_fixed > 0 ? p.h_fixed : 1.0f / 127.0f; }
 
   private:
     static void pad(Array<float>& to, const float* from, i64 H, i64 H_, int gates) {

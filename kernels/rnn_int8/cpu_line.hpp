@@ -68,7 +68,7 @@ class Line {
             const float* h = state(p_.h, b);
             if (Cell::CELLS) spread(c_, b, state(p_.c, b));
             if (Cell::GRU) spread(state_, b, h);
-            h_scales_[b] = quantize(h, stack_.H, floor(), 0.0f, &h_[0][b * h_stride_]);
+            h_scales_[b] = quantize(h, stack_.H, floor(), p_.h_fixed, &h_[0][b * h_stride_]);
             // Rows of a direction that runs backwards come when others are some steps on.
             std::memcpy(&h_[1][b * h_stride_], &h_[0][b * h_stride_], h_stride_ * sizeof(Activation));
         }
@@ -122,9 +122,9 @@ class Line {
     }
 
     // Of a row whose numbers lie in [-1, 1]: whether its scale is that of all such rows.
-    static bool scaled(const Activation* q, i64 count, float& scale) {
+    static bool scaled(const Activation* q, i64 count, float& scale, float all_rows = 1.0f / 127.0f) {
         const bool spoilt = any_is_not_a_number(q, count);
-        scale = spoilt ? std::numeric_limits<float>::quiet_NaN() : 1.0f / 127.0f;
+        scale = spoilt ? std::numeric_limits<float>::quiet_NaN() : all_rows;
         return !spoilt;
     }
 
@@ -223,7 +223,8 @@ class Line {
             if constexpr (Cell::CELLS) store(own(c_, u, b), c);
             if constexpr (Cell::GRU) store(own(state_, u, b), h);
             store_some(out_ + b * out_row_ + u, h, stack_.H - u);
-            if constexpr (Cell::BOUNDED) store(after_ + b * h_stride_ + u, quantized(h));
+            if constexpr (Cell::BOUNDED)
+                store(after_ + b * h_stride_ + u, h_inverse_ > 0 ? quantized(h, h_inverse_) : quantized(h));
         }
     }
 
@@ -244,7 +245,7 @@ class Line {
     void one_step(i64 step, i64 rows) {
         const i64 t = time(step), next = step + 1 < p_.steps ? there(step + 1) : 0, staying = std::min(next, rows);
         common_h_ = stack_.bounded;  // but for initial states
-        for (i64 b = 0; b < rows; ++b) common_h_ = common_h_ && h_scales_[b] == 1.0f / 127.0f;
+        for (i64 b = 0; b < rows; ++b) common_h_ = common_h_ && h_scales_[b] == of_.h_scale(p_);
         before_ = h_[step % 2].data(), after_ = h_[1 - step % 2].data();
         // Outputs in float32, where someone wants them: what all rows write over each other is not read.
         const bool top = layer == p_.layers - 1, read = !stack_.bounded || staying < rows;
@@ -275,9 +276,9 @@ class Line {
         for (i64 b = 0; b < rows; ++b) {
             Activation* q = after_ + b * h_stride_;
             if (stack_.bounded)
-                scaled(q, stack_.H, h_scales_[b]);
+                scaled(q, stack_.H, h_scales_[b], of_.h_scale(p_));
             else
-                h_scales_[b] = quantize(out_ + b * out_row_, stack_.H, floor(), 0.0f, q);
+                h_scales_[b] = quantize(out_ + b * out_row_, stack_.H, floor(), p_.h_fixed, q);
             if (stack_.bounded && layer < p_.layers - 1)
                 std::memcpy(&stack_.q_between[layer % 2][(stack_.offsets[t] + first + b) * stack_.q_stride + way * stack_.H],
                             q, stack_.H * sizeof(Activation));
@@ -292,6 +293,7 @@ class Line {
     Stack<Cell>& stack_;
     const PerfkitRnnInt8& p_;
     const Direction<Cell>& of_;
+    const float h_inverse_ = p_.h_fixed > 0 ? 1.0f / p_.h_fixed : 0.0f;
     i64 rows_, chunk_, x_stride_, h_stride_, several_, groups_, row_;
     bool at_once_;                   // a step's input parts are computed with its hidden parts, else those of a chunk
     Array<Activation> x_, h_[2];     // (chunk, x_stride), (rows, h_stride) before and after a step, by turns

@@ -214,6 +214,13 @@ INLINE Activations quantized(Floats x) {
     return narrowed(bits<Ints>(found));
 }
 
+// Any numbers, at the scale of which this is the inverse, as `quantize` has it.
+INLINE Activations quantized(Floats x, float inverse) {
+    const Floats clamped = at_most(all(127.0f), at_least(all(-127.0f), x * inverse));
+    const Ints found = bits<Ints>(clamped + ROUNDER) - bits<Ints>(all(ROUNDER)) + BIAS;
+    return narrowed(x == x ? found : Ints{} + std::int32_t(NOT_A_NUMBER));
+}
+
 INLINE bool any_is_not_a_number(const Activation* q, i64 count) {
     Activations found{};
     i64 k = 0;

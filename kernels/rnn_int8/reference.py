@@ -131,6 +131,7 @@ def layer(
     *,
     x_floor: float = 0.0,
     x_fixed: float = 0.0,
+    h_fixed: float = 0.0,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs and final states of one direction.
@@ -139,7 +140,7 @@ def layer(
         x_PI: (P, I), float32, step after step, as in a PackedSequence.
         batch_sizes: rows of each step, never rising.
         h_BH, c_BH: initial states, (B, H), float32; c is passed through by cells that have none.
-        x_floor, x_fixed: how inputs are quantized; see `quantize`.
+        x_floor, x_fixed: how inputs are quantized; see `quantize`. h_fixed: the same of hidden states.
         reverse: from the last step to the first.
 
     Returns:
@@ -159,7 +160,7 @@ def layer(
             input_n = [a_BN[:, 2 * hidden :]]
             hidden_n = (weights.bias_hn * factor_N[2 * hidden :]).expand_as(input_n[0])
             a_BN = torch.cat([a_BN[:, : 2 * hidden], hidden_n], 1)
-        gates = parts(h[:rows], weights.q_hh, scale_hh, a_BN, h_floor).split(hidden, 1)
+        gates = parts(h[:rows], weights.q_hh, scale_hh, a_BN, h_floor, h_fixed).split(hidden, 1)
         h[:rows], c[:rows] = cell([*gates, *input_n], h[:rows], c[:rows])
         outputs.append(h[:rows].clone())
     return torch.cat(outputs[::-1] if reverse else outputs), h, c

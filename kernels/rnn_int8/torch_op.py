@@ -9,7 +9,6 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,10 +17,7 @@ from torch import Tensor
 from perfkit._errors import InvalidInputError
 from perfkit.kernels import _native
 from perfkit.kernels._torch import Threads
-from perfkit.kernels.rnn_int8.weights import GATES, MOST_COLUMNS, packed_size
-
-SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
-MODES = tuple(GATES)
+from perfkit.kernels.rnn_int8.problem import GATES, MODES, MOST_COLUMNS, SOURCE, packed_size
 
 
 class Direction(NamedTuple):
@@ -56,7 +52,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("x_step", "x_row")),
         ("out", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("out_step", "out_row")),
-        ("x_fixed", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("x_fixed", "h_fixed")),
         *((name, ctypes.c_void_p) for name in ("weights", "h", "c")),
         ("threads", Threads),
     )

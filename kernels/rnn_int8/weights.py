@@ -9,15 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
-"""Gates of each `mode` of `torch.nn.RNNBase`."""
-
-PANEL = 16
-SLACK = 64
-"""Bytes behind the last panel that the kernel's widest load may touch."""
-
-MOST_COLUMNS = 2**31 // (127 * 255)
-"""So many products of bytes are sure to fit into int32, the kernel's bias of 128 included."""
+from perfkit.kernels.rnn_int8.problem import PANEL, SLACK
 
 
 def quantize(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,11 +43,6 @@ def pack(q_NK: Tensor, gates: int) -> Tensor:
     panels = [panel.transpose(1, 2).flatten() for panel in q_GHK4.split(PANEL, dim=1)]
     sums_N = q_NK.sum(1, dtype=torch.int32).view(torch.int8)
     return torch.cat([*panels, sums_N, q_NK.new_zeros(SLACK)])
-
-
-def packed_size(channels: int, columns: int) -> int:
-    """Bytes of a packed matrix of so many channels and columns."""
-    return (-(-columns // 4) * 4 + 4) * channels + SLACK
 
 
 def unpack(packed: Tensor, gates: int, hidden: int, columns: int) -> Tensor:

@@ -16,10 +16,11 @@ from perfkit.kernels._torch import Threads
 from perfkit.kernels.conv2d import cpu_kernel as convolution
 from perfkit.kernels.conv2d.problem import Problem as Convolution
 from perfkit.kernels.conv2d_int8 import cpu_kernel as integer_convolution
+from perfkit.kernels.conv2d_int8 import cpu_shape as integer_shape
 from perfkit.kernels.conv2d_int8.problem import Problem as IntegerConvolution
 from perfkit.kernels.linear import cpu_kernel as linear
 from perfkit.kernels.linear.problem import Problem as Linear
-from perfkit.kernels.linear_int8 import on_grid
+from perfkit.kernels.linear_int8 import grid_shape, on_grid
 from perfkit.kernels.rnn import cpu_kernel as recurrent
 from perfkit.kernels.rnn.problem import Problem as Recurrent
 
@@ -33,7 +34,7 @@ class LastStep(NamedTuple):
     batch_first: bool
 
 
-Integer = on_grid.Problem | IntegerConvolution
+Integer = grid_shape.Problem | IntegerConvolution
 Problem = Convolution | Linear | LastStep | Integer
 Layer = tuple[Problem, Sequence["Tensor | None"]]
 """A layer's problem, and its weight and bias, or all weights of recurrent ones, in torch's order, or int8 weight, its
@@ -125,14 +126,14 @@ def _told(problem: Problem, tensors: Sequence[Tensor | None], rows: int) -> tupl
 
 def _told_integer(problem: Integer, weight: Tensor, scale: Tensor, bias: Tensor | None, rows: int):
     """The same of a layer on integers. Its weight is packed once: who keeps the call asks whether it was written to."""
-    if isinstance(problem, on_grid.Problem):
+    if isinstance(problem, grid_shape.Problem):
         run, packed, numbers = (
             on_grid.library().perfkit_linear_int8,
             on_grid.packed(weight, scale),
-            on_grid.told(problem),
+            grid_shape.told(problem),
         )
     else:
-        run, numbers = integer_convolution.library().perfkit_conv2d_int8, integer_convolution.told(problem)
+        run, numbers = integer_convolution.library().perfkit_conv2d_int8, integer_shape.told(problem)
         packed = integer_convolution.packed(problem, weight, scale)
     bias_at = None if bias is None else bias.data_ptr()
     pointers = [ctypes.cast(each, ctypes.c_void_p) for each in (run, numbers, packed.data_ptr(), bias_at)]

@@ -109,7 +109,7 @@ class _Fuser:
         consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
         named = dict(zip(jaxpr.invars, names, strict=True))
-        live = _live(jaxpr)
+        live = live_in(jaxpr)
         uses, made_by = reading(jaxpr)
         found, reasons = groups(jaxpr.eqns, uses, made_by, self.trains)
         if not self.trains:
@@ -222,7 +222,7 @@ def _enters(eqn: Any, jaxpr: Any) -> bool:
     return cast and any(eqn.invars[0] is var for var in jaxpr.invars)
 
 
-def _live(jaxpr: Any) -> set:
+def live_in(jaxpr: Any) -> set:
     """The variables that outputs depend on, or effects."""
     live = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
     for eqn in reversed(jaxpr.eqns):

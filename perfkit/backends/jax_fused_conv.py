@@ -104,20 +104,25 @@ def groups(
 
 def refusal(eqn: Any) -> str | None:
     """Why a convolution cannot run in the kernel, whatever follows it; None where it can."""
-    numbers, params = eqn.params["dimension_numbers"], eqn.params
     x, weight = (atom.aval for atom in eqn.invars)
-    if x.ndim != 4:
-        return f"it is over {x.ndim - 2} dimension(s), and the kernel over 2"
-    if (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) != ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)):
-        return "its layout is not NHWC and HWIO"
-    if set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1:
-        return "it is a transposed convolution, or the gradient of one"
+    if reason := layout_refusal(eqn.params, x.ndim):
+        return reason
     if x.dtype != weight.dtype or str(x.dtype) not in DTYPES:
         return f"it is of {x.dtype} and {weight.dtype}"
     if eqn.outvars[0].aval.dtype != x.dtype:
         return f"a {eqn.outvars[0].aval.dtype} result of {x.dtype} was asked for"
-    if reason := precision_reason(params["precision"]):
-        return reason
+    return precision_reason(eqn.params["precision"])
+
+
+def layout_refusal(params: Mapping[str, Any], dimensions: int) -> str | None:
+    """Why a convolution of images of so many dimensions cannot, whatever its dtypes are; None where it can."""
+    numbers = params["dimension_numbers"]
+    if dimensions != 4:
+        return f"it is over {dimensions - 2} dimension(s), and the kernel over 2"
+    if (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) != ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)):
+        return "its layout is not NHWC and HWIO"
+    if set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1:
+        return "it is a transposed convolution, or the gradient of one"
     if any(low < 0 or high < 0 for low, high in params["padding"]):
         return "its padding is negative"
     return None
@@ -146,7 +151,7 @@ def _group(eqns: Sequence[Any], start: int, uses: Mapping, made_by: Mapping, tra
         elif activation is None and is_relu(eqn, made_by) and not (trains and not _has_relus_derivative(eqn)):
             activation = "relu"
             best = Group(tuple(places), tuple(affine), activation, pool)
-        elif pool is None and name == "reduce_window_max" and (size := _pool_size(eqn)):
+        elif pool is None and name == "reduce_window_max" and (size := pool_size(eqn)):
             pool = size
             best = Group(tuple(places), tuple(affine), activation, pool)
         else:
@@ -209,7 +214,8 @@ def _is_zero(atom: Any, made_by: Mapping) -> bool:
     return bool(np.all(np.asarray(atom.val, np.float64) == 0))
 
 
-def _pool_size(eqn: Any) -> int | None:
+def pool_size(eqn: Any) -> int | None:
+    """The side of the square windows, side by side, of which an equation takes the largest; None where it does not."""
     params = eqn.params
     plain = set(params["base_dilation"]) == set(params["window_dilation"]) == {1}
     window, strides = params["window_dimensions"], params["window_strides"]

@@ -26,11 +26,45 @@ class Recurrence:
     """A scan as a call of `perfkit.kernels.rnn`.
 
     Args:
-        mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
-        h, c: their places in the carry; c None but for LSTM.
-        x: the place of the sequence among what is scanned over.
-        outputs: for each output of the scan where it comes from: "h", "c", "y", "start" or "unused".
+        cell: what it is.
         weights: w_ih, w_hh, b_ih, b_hh, in the dtype to compute in.
+    """
+
+    cell: Cell
+    weights: tuple[Any, ...]
+
+    @property
+    def mode(self) -> str:
+        return self.cell.mode
+
+    def __call__(self, eqn: Any, operands: Sequence[Any], trains: bool) -> list[Any]:
+        """The outputs of the scan `eqn` on these operands."""
+        x, carry = entering(eqn, operands, self.cell.x)
+        dtype, cell = self.weights[0].dtype, self.cell
+        x, h0 = x.astype(dtype), carry[cell.h].astype(dtype)[None]
+        if cell.mode == "LSTM":
+            y, hn, cn = lstm(x, [self.weights], h0, carry[cell.c].astype(dtype)[None], training=trains)
+            return cell.results(eqn, carry, y, hn[0], cn[0])
+        if cell.mode == "GRU":
+            y, hn = gru(x, [self.weights], h0, training=trains)
+        else:
+            y, hn = rnn(x, [self.weights], h0, nonlinearity=cell.mode[4:].lower(), training=trains)
+        return cell.results(eqn, carry, y, hn[0], None)
+
+
+def entering(eqn: Any, operands: Sequence[Any], at: int) -> tuple[Any, Sequence[Any]]:
+    """What a scan goes over at `at`, in the order of its steps, and what it carries at first."""
+    n_consts, n_carry = scan_sizes(eqn.params)
+    carry, x = operands[n_consts : n_consts + n_carry], operands[n_consts + n_carry + at]
+    return jnp.flip(x, 0) if eqn.params["reverse"] else x, carry
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A scan as a recurrent layer: `mode`, `h`, `c`, `x` and `outputs` as `Recurrence` has them.
+
+    Args:
+        gates: in torch's order; of the GRU's n its input's and its hidden.
     """
 
     mode: str
@@ -38,31 +72,33 @@ class Recurrence:
     c: int | None
     x: int
     outputs: tuple[str, ...]
-    weights: tuple[Any, ...]
+    gates: tuple[Sum, ...]
 
-    def __call__(self, eqn: Any, operands: Sequence[Any], trains: bool) -> list[Any]:
-        """The outputs of the scan `eqn` on these operands."""
-        n_consts, n_carry = scan_sizes(eqn.params)
-        carry, xs = operands[n_consts : n_consts + n_carry], operands[n_consts + n_carry :]
-        dtype, back = self.weights[0].dtype, eqn.params["reverse"]
-        x = jnp.flip(xs[self.x], 0) if back else xs[self.x]
-        x, h0 = x.astype(dtype), carry[self.h].astype(dtype)[None]
-        if self.mode == "LSTM":
-            y, hn, cn = lstm(x, [self.weights], h0, carry[self.c].astype(dtype)[None], training=trains)
-        elif self.mode == "GRU":
-            y, hn, cn = *gru(x, [self.weights], h0, training=trains), None
-        else:
-            y, hn, cn = *rnn(x, [self.weights], h0, nonlinearity=self.mode[4:].lower(), training=trains), None
-        values = {"h": hn[0], "c": None if cn is None else cn[0], "y": jnp.flip(y, 0) if back else y}
-        results = []
+    @property
+    def sides(self) -> tuple[list[Part], list[Part]]:
+        """The weights of x and of h, gate after gate."""
+        x, h = (next(read for read in self.gates[0].terms if read.kind == kind) for kind in ("x", "carry"))
+        of_x, of_h = (self.gates[:3], [*self.gates[:2], self.gates[3]]) if self.mode == "GRU" else (self.gates,) * 2
+        return [gate.terms[x] for gate in of_x], [gate.terms[h] for gate in of_h]
+
+    @property
+    def biases(self) -> tuple[list[Part | None], Part | None]:
+        """Those of the gates, of the GRU's n the input's; that of its hidden part."""
+        gru = self.mode == "GRU"
+        return [gate.bias for gate in (self.gates[:3] if gru else self.gates)], self.gates[3].bias if gru else None
+
+    def results(self, eqn: Any, carry: Sequence[Any], y: Any, hn: Any, cn: Any) -> list[Any]:
+        """The outputs of the scan from those of the layer, steps in the order in which they were computed."""
+        values = {"h": hn, "c": cn, "y": jnp.flip(y, 0) if eqn.params["reverse"] else y}
+        found = []
         for at, (source, var) in enumerate(zip(self.outputs, eqn.outvars, strict=True)):
             if source == "start":
-                results.append(carry[at])
+                found.append(carry[at])
             elif source == "unused":
-                results.append(jnp.zeros(var.aval.shape, var.aval.dtype))
+                found.append(jnp.zeros(var.aval.shape, var.aval.dtype))
             else:
-                results.append(values[source].astype(var.aval.dtype))
-        return results
+                found.append(values[source].astype(var.aval.dtype))
+        return found
 
 
 def recurrence(eqn: Any, operands: Sequence[Any], wanted: Sequence[bool]) -> Recurrence:
@@ -76,6 +112,26 @@ def recurrence(eqn: Any, operands: Sequence[Any], wanted: Sequence[bool]) -> Rec
     Raises:
         Unlike: it is none that the kernels know.
     """
+    cell = cell_of(eqn, operands, wanted)
+    return Recurrence(cell, _weights(cell))
+
+
+def cell_of(
+    eqn: Any,
+    operands: Sequence[Any],
+    wanted: Sequence[bool],
+    steps: Steps | None = None,
+    dtypes: Sequence[str] = DTYPES,
+) -> Cell:
+    """The same, whatever its weights are.
+
+    Args:
+        steps: what runs its step.
+        dtypes: that its products may have.
+
+    Raises:
+        Unlike: it is no recurrent layer that the kernels know.
+    """
     body = eqn.params["jaxpr"]
     n_consts, n_carry = scan_sizes(eqn.params)
     invars, outvars = body.jaxpr.invars, body.jaxpr.outvars
@@ -88,8 +144,8 @@ def recurrence(eqn: Any, operands: Sequence[Any], wanted: Sequence[bool]) -> Rec
             kind, place = ("carry", at) if at < n_carry else ("x", at - n_carry)
             shape = var.aval.shape
             given.append(Input(kind, place, shape[-1] if len(shape) == 2 else 0, var.aval.dtype))
-    results = Steps().evaluate(body, given)
-    mode, h, c, gates = _cell({at: results[at] for at in range(n_carry) if not stays[at]})
+    results = (steps or Steps()).evaluate(body, given)
+    mode, h, c, gates = _cell({at: results[at] for at in range(n_carry) if not stays[at]}, dtypes)
     sources = []
     for at, result in enumerate(results):
         if at < n_carry:
@@ -103,10 +159,10 @@ def recurrence(eqn: Any, operands: Sequence[Any], wanted: Sequence[bool]) -> Rec
         else:
             raise Unlike("an output of its steps is something else than the hidden state")
     x = next(read for read in gates[0].terms if read.kind == "x")
-    return Recurrence(mode, h, c, x.at, tuple(sources), _weights(mode, gates, x, Input("carry", h)))
+    return Cell(mode, h, c, x.at, tuple(sources), tuple(gates))
 
 
-def _cell(carry: dict[int, Any]) -> tuple[str, int, int | None, list[Sum]]:
+def _cell(carry: dict[int, Any], dtypes: Sequence[str]) -> tuple[str, int, int | None, list[Sum]]:
     """The mode, the places of h and c, and the gates' sums in torch's order; of GRU's n its input's and its hidden.
 
     Raises:
@@ -115,14 +171,14 @@ def _cell(carry: dict[int, Any]) -> tuple[str, int, int | None, list[Sum]]:
     if len(carry) == 2:
         for c, h in itertools.permutations(carry):
             if gates := _lstm(carry[c], carry[h], Input("carry", c)):
-                return "LSTM", h, c, _checked(gates, h, ["both"] * 4)
+                return "LSTM", h, c, _checked(gates, h, ["both"] * 4, dtypes)
     if len(carry) == 1:
         ((h, new),) = carry.items()
         if gates := _gru(new, Input("carry", h)):
-            return "GRU", h, None, _checked(gates, h, ["both", "both", "x", "carry"])
+            return "GRU", h, None, _checked(gates, h, ["both", "both", "x", "carry"], dtypes)
         for name in ("tanh", "relu"):
             if gate := _of(new, name):
-                return f"RNN_{name.upper()}", h, None, _checked([gate], h, ["both"])
+                return f"RNN_{name.upper()}", h, None, _checked([gate], h, ["both"], dtypes)
     raise Unlike("its step computes something else than an LSTM, a GRU or a simple cell")
 
 
@@ -165,7 +221,7 @@ def _of(value: Any, name: str) -> Sum | None:
     return value.of[0] if known else None
 
 
-def _checked(gates: list[Sum], h: int, reads: list[str]) -> list[Sum]:
+def _checked(gates: list[Sum], h: int, reads: list[str], allowed: Sequence[str]) -> list[Sum]:
     """The gates, where each reads what it should ("x", the "carry" h, or "both"), in one dtype, and has h's size.
 
     Raises:
@@ -182,20 +238,19 @@ def _checked(gates: list[Sum], h: int, reads: list[str]) -> list[Sum]:
     if len(sizes) > 1:
         raise Unlike(f"its gates are of {' and '.join(map(str, sorted(sizes)))} units")
     dtypes = frozenset[str]().union(*(gate.dtypes for gate in gates))
-    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+    if len(dtypes) > 1 or not dtypes <= set(allowed):
         raise Unlike(f"its products are of {' and '.join(sorted(dtypes))}")
     return gates
 
 
-def _weights(mode: str, gates: list[Sum], x: Input, h: Input) -> tuple[Any, ...]:
+def _weights(cell: Cell) -> tuple[Any, ...]:
     """w_ih, w_hh, b_ih and b_hh in torch's layout, in the dtype of the products."""
-    of_x, of_h = (gates[:3], [*gates[:2], gates[3]]) if mode == "GRU" else (gates, gates)
-    (dtype,) = gates[0].dtypes
-    zeros = Part(jnp.zeros(gates[0].size, dtype), 0, gates[0].size)
-    biases = [gate.bias or zeros for gate in of_x]
-    hidden = [zeros, zeros, of_h[2].bias or zeros] if mode == "GRU" else [zeros] * len(gates)
-    w_ih, w_hh = (_joined([gate.terms[read] for gate in of]).T for of, read in ((of_x, x), (of_h, h)))
-    return tuple(array.astype(dtype) for array in (w_ih, w_hh, _joined(biases), _joined(hidden)))
+    (dtype,) = cell.gates[0].dtypes
+    zeros = Part(jnp.zeros(cell.gates[0].size, dtype), 0, cell.gates[0].size)
+    biases, of_n = cell.biases
+    hidden = [zeros] * (len(biases) - 1) + [of_n or zeros]
+    w_ih, w_hh = (_joined(parts).T for parts in cell.sides)
+    return tuple(array.astype(dtype) for array in (w_ih, w_hh, _joined([b or zeros for b in biases]), _joined(hidden)))
 
 
 def _joined(parts: list[Part]) -> Any:

@@ -103,7 +103,14 @@ _SYMBOLS = (Input, Joined, Sum, Node)
 
 
 class Steps:
-    """Runs a jaxpr on known values and symbols."""
+    """Runs a jaxpr on known values and symbols.
+
+    Args:
+        product: what an equation makes of its operands, where it is a product that no rule knows; else None.
+    """
+
+    def __init__(self, product: Callable[[Any, list[Any]], Any] = lambda _eqn, _operands: None):
+        self.product = product
 
     def evaluate(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
@@ -122,6 +129,8 @@ class Steps:
             return [row]
         if not any(isinstance(operand, _SYMBOLS) for operand in operands):
             return bind(eqn, [_spread(value, atom) for value, atom in zip(operands, eqn.invars, strict=True)])
+        if (product := self.product(eqn, operands)) is not None:
+            return [product]
         if name in _INSIDE:
             return self.evaluate(eqn.params[_INSIDE[name]], operands)
         if name not in _RULES:

@@ -25,18 +25,21 @@ _MOVES = ("reshape", "transpose", "broadcast_in_dim", "squeeze", "copy", "copy_p
 """Operations that XLA does on the way, as it reads: a copy of their result would gain nothing."""
 
 _LITTLE = 1 << 14
-"""Bytes that may always be kept: biases in a wider dtype."""
+"""Bytes that may always be kept more: biases in a wider dtype, and what stands beside packed weights."""
 
 _KERNELS = ("ffi_call", "pallas_call")
 """Operations that read their operands as they lie."""
+
+_PACKED = 2
+"""So many times what it is made of may what a kernel has packed take: small weights are rounded up to whole vectors."""
 
 
 class Prepared:
     """`function(held, *inputs)` as a program compiled at its first call, and one for what it computes of `held` alone.
 
     The second one runs where some of the arrays that it reads are others than at the call before. What it makes is
-    kept, where that takes no more memory than what it is made of. Inputs of other shapes, and traced calls, go through
-    `jax.jit`.
+    kept, where that takes no more memory than what it is made of, or was packed by a kernel. Inputs of other shapes,
+    and traced calls, go through `jax.jit`.
 
     Args:
         function: of a tree of arrays that are seldom changed, and of others.
@@ -160,7 +163,7 @@ class Parts:
 def parted(jaxpr: Any, count: int) -> Parts:
     """What of an open jaxpr depends on its first `count` inputs alone and is worth keeping."""
     origins: dict[Any, frozenset] = {var: frozenset([var]) for var in jaxpr.invars[:count]}
-    worked, alone = set(), []
+    worked, packed, alone = set(), set(), []
     for eqn in jaxpr.eqns:
         read = _read(eqn)
         if eqn.effects or not all(var in origins for var in read):
@@ -170,6 +173,8 @@ def parted(jaxpr: Any, count: int) -> Parts:
         origins.update(dict.fromkeys(eqn.outvars, of))
         if eqn.primitive.name not in _MOVES or worked.intersection(read):
             worked.update(eqn.outvars)
+        if holds(eqn, _KERNELS):
+            packed.update(eqn.outvars)
     apart = set(map(id, alone))
     rest = [eqn for eqn in jaxpr.eqns if id(eqn) not in apart]
     outside = {var for eqn in rest for var in _read(eqn)}.union(_variables(jaxpr.outvars))
@@ -177,7 +182,7 @@ def parted(jaxpr: Any, count: int) -> Parts:
 
     def worth(var: Any) -> bool:
         gains = origins[var] and (var in worked or var in by_kernels)
-        return gains and _bytes([var]) <= max(_bytes(origins[var]), _LITTLE)
+        return gains and _bytes([var]) <= _bytes(origins[var]) * (_PACKED if var in packed else 1) + _LITTLE
 
     kept: list[Any] = []
     for eqn in reversed(alone):

@@ -20,14 +20,16 @@ from perfkit.kernels._int8 import Grid
 from perfkit.kernels._torch import observer
 from perfkit.kernels.conv2d.problem import options
 from perfkit.kernels.conv2d_int8 import cpu_kernel as convolution
+from perfkit.kernels.conv2d_int8 import cpu_shape
 from perfkit.kernels.conv2d_int8.problem import Problem as Convolution
 from perfkit.kernels.conv2d_int8.torch_op import problem as convolution_problem
+from perfkit.kernels.linear_int8 import grid_shape
 from perfkit.kernels.linear_int8 import on_grid as linear
 
 FUSES = "_perfkit_fuses_int8"
 """Marks the classes of the layers whose groups run together on integers."""
 
-Problem = Convolution | linear.Problem
+Problem = Convolution | grid_shape.Problem
 
 
 class Group(NamedTuple):
@@ -39,7 +41,7 @@ class Group(NamedTuple):
 
     def __str__(self) -> str:
         made = self.problem
-        sizes = made if isinstance(made, linear.Problem) else made.sizes
+        sizes = made if isinstance(made, grid_shape.Problem) else made.sizes
         parts = ["Linear" if made is sizes else "conv", *(["ReLU"] if sizes.activation else [])]
         pool = 1 if made is sizes else sizes.pool
         return " + ".join([*parts, *([f"{pool}×{pool} max-pool"] if pool > 1 else [])]) + " on integers"
@@ -69,8 +71,8 @@ def reading(links: tuple, x: Any) -> Group | None:
             return None
         relu = len(links) > 1 and convolutions.step_of(links[-2])[0] == "relu"
         sizes = prod(x.shape[:-1]), layer.in_features, layer.out_features
-        made = linear.Problem(*sizes, grid, "relu" if relu else None)
-        return None if linear.refusal(made) else Group(made, None, len(links) - 1 - relu)
+        made = grid_shape.Problem(*sizes, grid, "relu" if relu else None)
+        return None if grid_shape.refusal(made) else Group(made, None, len(links) - 1 - relu)
     read = convolutions.following(links)
     if layer.padding_mode != "zeros" or layer.groups > 1 or x.dim() != 4 or read.norm is not None:
         return None
@@ -81,7 +83,7 @@ def reading(links: tuple, x: Any) -> Group | None:
         made = convolution_problem(x, layer.weight_int8, given, grid, torch.float32)
     except ValueError:  # nothing is left of such an image: torch says so
         return None
-    return None if convolution.refusal(made) else Group(made, read.rounds, read.rest)
+    return None if cpu_shape.refusal(made) else Group(made, read.rounds, read.rest)
 
 
 def _plain(layer: nn.Module, x: Any) -> bool:
@@ -108,13 +110,13 @@ def written(layer: nn.Module) -> tuple:
 
 def pays(problem: Problem, *, recorded: bool = False) -> bool:
     """Whether the kernel is no slower than oneDNN on such a layer by itself."""
-    op = linear.OP if isinstance(problem, linear.Problem) else convolution.OP
+    op = grid_shape.OP if isinstance(problem, grid_shape.Problem) else cpu_shape.OP
     return op.choose(problem, recorded=recorded).implementation == "cpu"
 
 
 def packed(layer: nn.Module, problem: Problem) -> Tensor | None:
     """Its weight as the kernel reads it; None where its scales do not keep the order of numbers."""
-    if isinstance(problem, linear.Problem):
+    if isinstance(problem, grid_shape.Problem):
         return linear.packed(layer.weight_int8, layer.weight_scale)
     return convolution.packed(problem, layer.weight_int8, layer.weight_scale)
 
@@ -124,7 +126,7 @@ def together(layer: nn.Module, read: Group, x: Tensor) -> Tensor | None:
     made, bias = read.problem, layer.bias
     if (weight := packed(layer, made)) is None:
         return None
-    if isinstance(made, linear.Problem):
+    if isinstance(made, grid_shape.Problem):
         run, layout = linear.caller(made, tuple(x.shape[:-1])), torch.contiguous_format
     else:
         run = convolution.caller(made)
@@ -149,7 +151,7 @@ def joined(problems: Sequence[Any]) -> list[Any]:
         one, other = found[at : at + 2]
         if not (isinstance(one, Problem) and isinstance(other, Problem)):
             continue
-        last = isinstance(other, Convolution) and other.sizes.inputs > convolution.FEW_CHANNELS
+        last = isinstance(other, Convolution) and other.sizes.inputs > cpu_shape.FEW_CHANNELS
         lies = {"y_last": last} if isinstance(one, Convolution) else {}
         found[at] = replace(one, y="uint8", y_grid=other.grid, **lies)
         found[at + 1] = replace(other, x="uint8", **({"x_last": last} if isinstance(other, Convolution) else {}))

@@ -16,6 +16,7 @@ from perfkit.backends.jax_autocast_rules import precision_reason
 from perfkit.backends.jax_model import Function
 from perfkit.backends.jax_quantized import is_quantized, quantize, range_scale
 from perfkit.backends.jax_trees import abstract, is_abstract, leaves_with_names, with_leaves
+from perfkit.quantization.jax_integers import Product, by_library
 from perfkit.quantization.jax_rewrite import Follower, contracted
 from perfkit.quantization.jax_views import Faked, PackedView, View, plain, view
 
@@ -58,7 +59,11 @@ class Quantizing:
             self.log(name, reason or "")
         if reason:
             return _in_float(eqn, plain(x), weight, at)
-        return low_product(eqn, x.value if isinstance(x, Faked) else x, weight, at)
+        x = x.value if isinstance(x, Faked) else x
+        if at == 1 and weight.input_scale is not None and weight.values.dtype == jnp.int8:
+            run = by_library(Product.of(eqn), weight.names, on_grid)
+            return run(x, weight.values, weight.scale, weight.input_scale)
+        return low_product(eqn, x, weight, at)
 
     def used(self, eqn: Any, weight: View | PackedView, at: int) -> None:
         """Dequantized: always right."""
@@ -83,18 +88,26 @@ def product_reason(eqn: Any, at: int) -> str | None:
     return precision_reason(eqn.params.get("precision"))
 
 
+def on_grid(product: Product, x: Any, values: Any, scale: Any, x_scale: Any) -> Any:
+    """A product of x, rounded to its grid, with a weight's integers."""
+    return _multiplied(product, x, values, scale, x_scale, 1)
+
+
 def low_product(eqn: Any, x: Any, weight: View, at: int) -> Any:
     """A product in the dtype of the weight's values: int8 summed in int32, float8 in float32; result as written."""
-    dtype = weight.values.dtype
-    scale = row_scale(eqn, x, 1 - at, dtype) if weight.input_scale is None else weight.input_scale
-    operands = [quantize(x, scale, dtype=dtype), weight.values]
-    summed = bind(
-        eqn,
-        operands if at == 1 else operands[::-1],
+    scale = row_scale(eqn, x, 1 - at, weight.values.dtype) if weight.input_scale is None else weight.input_scale
+    return _multiplied(Product.of(eqn), x, weight.values, weight.scale, scale, at)
+
+
+def _multiplied(product: Product, x: Any, values: Any, scale: Any, x_scale: Any, at: int) -> Any:
+    dtype = values.dtype
+    operands = [quantize(x, x_scale, dtype=dtype), values]
+    summed = product.bind(
+        *(operands if at == 1 else operands[::-1]),
         preferred_element_type=jnp.int32 if dtype == jnp.int8 else jnp.float32,
-    )[0]
-    factor = _spread(eqn, weight.scale, at) * (scale if scale.ndim == 0 else _spread(eqn, scale, 1 - at))
-    return (summed.astype(factor.dtype) * factor).astype(eqn.outvars[0].aval.dtype)
+    )
+    factor = spread(product, scale, at) * (x_scale if x_scale.ndim == 0 else spread(product, x_scale, 1 - at))
+    return (summed.astype(factor.dtype) * factor).astype(product.dtype)
 
 
 def row_scale(eqn: Any, x: Any, at: int, dtype: Any = jnp.int8) -> Any:
@@ -108,7 +121,7 @@ def _in_float(eqn: Any, x: Any, weight: View | PackedView, at: int) -> Any:
     late = late and product_reason(eqn, at) is None
     other = weight.values.astype(weight.dtype) if late else plain(weight)
     result = bind(eqn, [x, other] if at == 1 else [other, x])[0]
-    return (result * _spread(eqn, weight.scale, at)).astype(result.dtype) if late else result
+    return (result * spread(Product.of(eqn), weight.scale, at)).astype(result.dtype) if late else result
 
 
 def _scale_reason(eqn: Any, weight: View, at: int) -> str | None:
@@ -116,11 +129,10 @@ def _scale_reason(eqn: Any, weight: View, at: int) -> str | None:
     return None if shared else "its scales differ along what the product sums over"
 
 
-def _spread(eqn: Any, scale: Any, at: int) -> Any:
+def spread(product: Product, scale: Any, at: int) -> Any:
     """The scales of operand `at`, 1 along what is summed over, as factors of the result."""
-    numbers = eqn.params["dimension_numbers"]
-    rank = eqn.outvars[0].aval.ndim
-    if eqn.primitive.name == "conv_general_dilated":
+    numbers, rank = product["dimension_numbers"], product.rank
+    if product.convolves:
         kept = (numbers.lhs_spec, numbers.rhs_spec)[at][0], numbers.out_spec[at]
         return scale.reshape([scale.shape[kept[0]] if dim == kept[1] else 1 for dim in range(rank)])
     (summed, batch) = numbers[0][at], numbers[1][at]
@@ -131,5 +143,5 @@ def _spread(eqn: Any, scale: Any, at: int) -> Any:
     return scale.transpose(*batch, *free, *summed).reshape(sizes[0] + middle)
 
 
-def _silent(name: str, reason: str) -> None:
+def _silent(name: str, told: Any) -> None:
     """Nobody asks."""

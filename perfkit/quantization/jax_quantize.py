@@ -32,6 +32,9 @@ from perfkit.backends.jax_quantized import FLOAT8, GROUP, Packed, Quantized, ran
 from perfkit.backends.jax_trees import leaves_with_names, with_leaves
 from perfkit.quantization.jax_choice import Choice, choose, example, float8_reason, stored_reason
 from perfkit.quantization.jax_fake import fake_quantized
+from perfkit.quantization.jax_integer_layers import Layer
+from perfkit.quantization.jax_integer_programs import in_kernels
+from perfkit.quantization.jax_integer_rnn import Recurrence
 from perfkit.quantization.jax_products import quantized
 from perfkit.quantization.jax_study import Uses, candidates, ranges
 
@@ -194,10 +197,11 @@ def _in_low(
         return work, Effect((), chosen.skipped, none)
     weights = candidates(work.model.params)
     small = {name: low(weights[name], use) for name, use in chosen.weights.items()}
-    in_float = _products_in_float(work, small)
+    in_float, found = _products(work, small)
     chosen = chosen.without(in_float)
     model = _replaced(work, {name: small[name] for name in chosen.weights})
-    return work.replace(model=model.then(quantized)), Effect(chosen.touched, chosen.skipped, notes)
+    model, notes = model.then(quantized), (*notes, *_by_whom(found, chosen.layer_of))
+    return work.replace(model=model.then(in_kernels) if found else model), Effect(chosen.touched, chosen.skipped, notes)
 
 
 def _replaced(work: Workload, small: Mapping[str, Any]) -> Any:
@@ -207,13 +211,28 @@ def _replaced(work: Workload, small: Mapping[str, Any]) -> Any:
     )
 
 
-def _products_in_float(work: Workload, small: Mapping[str, Any]) -> dict[str, str]:
-    """The weights that, so stored, would enter no product as they are, though they are meant to; and why."""
+def _products(work: Workload, small: Mapping[str, Any]) -> tuple[dict[str, str], list[Layer | Recurrence]]:
+    """The weights that, so stored, would enter no product as they are, though they are meant to, and why; the layers
+    whose activations have a known grid."""
     outcomes: dict[str, list[str]] = collections.defaultdict(list)
+    found: list[Layer | Recurrence] = []
     inputs, model = example(work), _replaced(work, small)
     function = quantized(work.model.function(), lambda name, reason: outcomes[name].append(reason))
-    trace(function, (model.params, model.rest, *inputs.args), inputs.kwargs)
-    return {name: reasons[0] for name, reasons in outcomes.items() if all(reasons)}
+    trace(in_kernels(function, found.append), (model.params, model.rest, *inputs.args), inputs.kwargs)
+    return {name: reasons[0] for name, reasons in outcomes.items() if all(reasons)}, found
+
+
+def _by_whom(found: list[Layer | Recurrence], layer_of: Mapping[str, str]) -> list[str]:
+    """In which kernels layers run, and why others are XLA's."""
+    told: dict[str, dict[str, None]] = collections.defaultdict(dict)
+    for layer in found:
+        choice, names = layer.choice, ", ".join(dict.fromkeys(layer_of[name] for name in layer.weights.split(",")))
+        if layer.ours:
+            told[f"{layer} on {choice.implementation!r}, {choice.why}"][names] = None
+        else:
+            why = "; ".join(reason for _, reason in choice.refused) or choice.why
+            told[f"XLA's integer products ({why})"][names] = None
+    return [f"{', '.join(names)}: {what}" for what, names in told.items()]
 
 
 def _calibrated(work: Workload, chosen: Choice) -> tuple[Mapping[str, float], tuple[str, ...]]:

@@ -12,11 +12,13 @@ from perfkit.kernels._int8 import Grid
 from perfkit.kernels._torch import Known
 from perfkit.kernels.conv2d.problem import options
 from perfkit.kernels.conv2d_int8 import cpu_kernel as convolution
+from perfkit.kernels.conv2d_int8 import cpu_shape
 from perfkit.kernels.conv2d_int8.torch_op import problem as convolution_problem
+from perfkit.kernels.linear_int8 import grid_shape
 from perfkit.kernels.linear_int8 import on_grid as linear
 from perfkit.quantization.torch_ranges import Affine
 
-_linears, _convs = Known(linear.OP), Known(convolution.OP)
+_linears, _convs = Known(grid_shape.OP), Known(cpu_shape.OP)
 
 
 def product(module: Any, bias: Tensor | None, x: Tensor, grid: Affine | int, out: torch.dtype) -> Tensor | None:
@@ -35,9 +37,9 @@ def product(module: Any, bias: Tensor | None, x: Tensor, grid: Affine | int, out
 def _linear(module: Any, bias: Tensor | None, x: Tensor, grid: Grid, out: torch.dtype) -> Tensor | None:
     weight = module.weight_int8
 
-    def problem() -> linear.Problem:
+    def problem() -> grid_shape.Problem:
         sizes = prod(x.shape[:-1]), weight.size(1), weight.size(0)
-        return linear.Problem(*sizes, grid, y=str(out).removeprefix("torch."))
+        return grid_shape.Problem(*sizes, grid, y=str(out).removeprefix("torch."))
 
     if x.size(-1) != weight.size(1):
         return None

@@ -92,8 +92,9 @@ def _suffixes(module: nn.RNNBase) -> list[str]:
 @torch.no_grad()
 def _direction(module: nn.RNNBase, suffix: str) -> Any:
     """The quantized weights of one direction of one layer."""
+    from perfkit.kernels.rnn_int8.problem import GATES
     from perfkit.kernels.rnn_int8.torch_op import Direction
-    from perfkit.kernels.rnn_int8.weights import GATES, pack, quantize
+    from perfkit.kernels.rnn_int8.weights import pack, quantize
 
     gates, hidden = GATES[module.mode], module.hidden_size
     q_ih, scale_ih = quantize(getattr(module, f"weight_ih{suffix}").detach())

@@ -11,7 +11,7 @@ from byte_instructions import VARIANTS
 from instruction_paths import QUICKLY_BUILT
 from int8_calls import LINEAR, assert_convolution_is_the_reference, assert_linear_is_the_reference
 
-from perfkit.kernels import _int8, _native
+from perfkit.kernels import _int8, _int8_torch, _native
 from perfkit.kernels.conv2d_int8 import cpu_kernel
 from perfkit.kernels.conv2d_int8.cases import CASES
 from perfkit.kernels.linear_int8 import on_grid
@@ -39,7 +39,7 @@ def test_every_instruction_set_gives_the_same_bits(name, kernel, tmp_path, monke
     monkeypatch.setattr(_native, "load", lambda *_: load(source, (*QUICKLY_BUILT, headers)))
     for cached in (module.library, module.caller):
         cached.cache_clear()
-    monkeypatch.setattr(_int8, "_packed", type(_int8._packed)())
+    monkeypatch.setattr(_int8_torch, "_packed", type(_int8_torch._packed)())
     monkeypatch.setattr(_int8, "has", lambda _: True)
     try:
         assert getattr(module.library(), f"{prefix}_instructions")().decode() == name

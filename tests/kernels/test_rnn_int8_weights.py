@@ -10,6 +10,7 @@ import torch
 from rnn_int8_calls import MODES, make, tensors
 
 from perfkit.kernels.rnn_int8 import reference, weights
+from perfkit.kernels.rnn_int8.problem import GATES, packed_size
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -18,11 +19,11 @@ EXP2 = 1.1e-4
 
 
 def test_packing_is_undone_by_unpacking():
-    for mode, gates in weights.GATES.items():
+    for mode, gates in GATES.items():
         for inputs, hidden in [(1, 1), (10, 50), (3, 16), (33, 130), (4, 33)]:
             q = make(mode, inputs, hidden).q_ih
             packed = weights.pack(q, gates)
-            assert packed.shape == (weights.packed_size(gates * hidden, inputs),)
+            assert packed.shape == (packed_size(gates * hidden, inputs),)
             assert torch.equal(weights.unpack(packed, gates, hidden, inputs), q)
 
 
@@ -38,7 +39,7 @@ def test_recurrent_weights_are_a_fourth(hidden):
 def test_the_sums_of_channels_lie_behind_their_weights():
     q = make("GRU", 10, 18).q_ih
     packed = weights.pack(q, 3)
-    assert packed.numel() == weights.packed_size(54, 10)
+    assert packed.numel() == packed_size(54, 10)
     assert packed[54 * 12 : 54 * 16].view(torch.int32).tolist() == q.sum(1).tolist()
 
 
@@ -88,7 +89,7 @@ def float_step(mode, a, u, h, c, bias_hn):
 def test_one_step_is_within_the_rounding_of_its_operands(mode):
     """|q s - x| <= s / 2 for each operand bounds each gate's error, and the cells' slopes bound the output's."""
     inputs, hidden, batch = 30, 40, 16
-    gates, bound = weights.GATES[mode], hidden**-0.5
+    gates, bound = GATES[mode], hidden**-0.5
     w_ih, w_hh = (torch.empty(gates * hidden, k).uniform_(-bound, bound) for k in (inputs, hidden))
     (q_ih, s_ih), (q_hh, s_hh) = weights.quantize(w_ih), weights.quantize(w_hh)
     bias, bias_hn = torch.randn(gates * hidden) * bound, torch.randn(hidden) * bound if mode == "GRU" else None
