@@ -1,5 +1,7 @@
 """What recipe="auto" tries, in which order, and which chain it hands out."""
 
+import itertools
+
 import pytest
 
 pytest.importorskip("torch")
@@ -158,6 +160,13 @@ def test_what_fell_behind_the_best_is_asked_too_unless_it_is_slower_than_the_ori
     assert report.outcome == "original returned"
     assert "evaluate() fell from 1 to 0" in outcomes["b"].reason
     assert outcomes["c"].reason == "0.10× [0.10, 0.10] the speed of a"
+
+
+def test_what_is_not_faster_any_more_when_timed_afresh_is_not_handed_out(monkeypatch, hasty):
+    ratios = itertools.chain([2.0], itertools.repeat(0.9))
+    report, outcomes, _ = searched(monkeypatch, lambda *_: next(ratios), ["lucky"])
+    assert report.outcome == "original returned"
+    assert outcomes["lucky"].reason == "timed afresh, it was not faster any more"
 
 
 def test_what_is_best_is_decided_side_by_side_not_by_how_slow_the_original_was_meanwhile(monkeypatch, hasty):
