@@ -1,5 +1,7 @@
 """What recipe="auto" tries, in which order, and which chain it hands out."""
 
+import itertools
+
 import pytest
 
 pytest.importorskip("torch")
@@ -17,6 +19,9 @@ from perfkit._settings import Settings
 from perfkit._variant import ready
 from perfkit._workload import Inputs, Workload
 from perfkit.backends.torch_backend import BACKEND
+
+NO_HURRY_S = 1e6
+"""So that what is tried does not depend on how busy the machine is; `hasty` leaves the last timing seconds of it."""
 
 
 def compared(ratio, name="variant"):
@@ -125,7 +130,7 @@ def searched(monkeypatch, ratio, names, glance=lambda best, variant: 1.0, **sett
     monkeypatch.setattr("perfkit._search.glanced", glance)
     monkeypatch.setattr("perfkit._proof.compared", told)
     work = Workload(BACKEND, torch.nn.Linear(2, 2).eval(), Inputs((torch.ones(1, 2),)), "inference", "cpu")
-    report = search(work, Settings(budget_s=10, **settings)).report
+    report = search(work, Settings(budget_s=NO_HURRY_S, **settings)).report
     return report, {item.recipe: item for item in report.candidates}, timed
 
 
@@ -158,6 +163,13 @@ def test_what_fell_behind_the_best_is_asked_too_unless_it_is_slower_than_the_ori
     assert report.outcome == "original returned"
     assert "evaluate() fell from 1 to 0" in outcomes["b"].reason
     assert outcomes["c"].reason == "0.10× [0.10, 0.10] the speed of a"
+
+
+def test_what_is_not_faster_any_more_when_timed_afresh_is_not_handed_out(monkeypatch, hasty):
+    ratios = itertools.chain([2.0], itertools.repeat(0.9))
+    report, outcomes, _ = searched(monkeypatch, lambda *_: next(ratios), ["lucky"])
+    assert report.outcome == "original returned"
+    assert outcomes["lucky"].reason == "timed afresh, it was not faster any more"
 
 
 def test_what_is_best_is_decided_side_by_side_not_by_how_slow_the_original_was_meanwhile(monkeypatch, hasty):
@@ -243,7 +255,7 @@ def test_in_training_a_chain_that_learns_otherwise_is_passed_over_at_the_end(mon
     monkeypatch.setattr("perfkit._search.glanced", lambda best, variant: 1.0)
     for place in ("_search", "_proof"):
         monkeypatch.setattr(f"perfkit.{place}.compared", told)
-    report = perfkit.optimize(**training("torch"), recipe="auto", mode="training").report
+    report = perfkit.optimize(**training("torch"), recipe="auto", mode="training", budget_s=NO_HURRY_S).report
     assert report.recipe == "right"
     wrong = next(item for item in report.candidates if item.recipe == "wrong")
     assert wrong.outcome == "lost"

@@ -111,6 +111,10 @@ def rnn_int8(
         raise InvalidInputError(f"mode is {mode!r}: expected one of {', '.join(MODES)}")
     directions = 2 if bidirectional else 1
     count = len(fields(mode))
+    if not weights or len(weights) % (count * directions):
+        raise InvalidInputError(
+            f"there are {len(weights)} weights: expected {count} for each of {directions} directions of each layer"
+        )
     layers = [Direction(*weights[i : i + count]) for i in range(0, len(weights), count)]
     _check(x, batch_sizes, h0, c0, layers, mode, hidden, directions, batch_first)
     out, h, c = _empty(x, batch_sizes, h0, weights, mode, hidden, bidirectional, batch_first)

@@ -146,9 +146,9 @@ def weight_scale(weight: Any, axes: Iterable[int], bits: int = 8, dtype: Any = j
 
 
 def range_scale(largest_entry: Any, bits: int = 8, dtype: Any = jnp.int8) -> jax.Array:
-    """The scale at which `largest_entry` (≥ 0) is the largest number that can be held."""
+    """The scale at which `largest_entry` (≥ 0) is the largest number that can be held; of NaN it is NaN."""
     wide = jnp.promote_types(jnp.float32, largest_entry.dtype)
-    return jnp.where(largest_entry > 0, largest_entry.astype(wide) / largest(bits, dtype), 1)
+    return jnp.where(largest_entry == 0, 1, largest_entry.astype(wide) / largest(bits, dtype))
 
 
 def quantize(x: Any, scale: Any, bits: int = 8, dtype: Any = jnp.int8) -> jax.Array:

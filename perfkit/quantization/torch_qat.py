@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,6 @@ from torch import nn
 
 from perfkit.backends.torch_surgery import derive
 from perfkit.quantization.torch_ranges import Affine
-
-if TYPE_CHECKING:
-    pass
 
 MOMENTUM = 0.05
 """How fast the ranges follow the activations while the model trains."""

@@ -143,6 +143,14 @@ def test_zeros_stay_zeros(mode):
         ({"mode": "GURU"}, "'GURU': expected one of LSTM"),
         ({"x": torch.zeros(6, 4), "batch_sizes": torch.tensor([2, 3, 1])}, "never rising"),
         ({"x": torch.zeros(6, 4), "batch_sizes": torch.tensor([2, 1, 1])}, "sum to 4, and x has 6"),
+        ({"x": torch.zeros(3, 4), "batch_sizes": torch.tensor([2, 1, 0])}, "must be int64, positive"),
+        ({"x": torch.zeros(3, 4), "batch_sizes": torch.tensor([2, 1], dtype=torch.int32)}, "must be int64, positive"),
+        ({"x": torch.zeros(3, 4), "batch_sizes": torch.tensor([2, 1]), "h0": None}, "come with h0"),
+        ({"c0": torch.zeros(1, 2, 8, dtype=torch.float64)}, "c0 is torch.float64 on cpu"),
+        ({"c0": torch.zeros(1, 2, 4)}, r"c0 has shape \[1, 2, 4\]"),
+        ({"weights": tensors(make("LSTM", 4, 8))[:-1]}, "there are 4 weights: expected 5 for each of 1 directions"),
+        ({"bidirectional": True}, "there are 5 weights: expected 5 for each of 2 directions"),
+        ({"weights": [each.repeat(2)[::2] for each in tensors(make("LSTM", 4, 8))]}, "expected contiguous"),
     ],
 )
 def test_the_operator_checks_what_its_pointers_rely_on(change, message):

@@ -267,3 +267,20 @@ def test_bytes_and_parameters_count_what_is_stored_and_what_is_meant():
     work, low, _, _ = quantized("lstm", "int4_weight_only")
     assert BACKEND.size(low)[1] == BACKEND.size(work)[1]
     assert BACKEND.size(low)[0] == sum(leaf.nbytes for leaf in jax.tree.leaves(low.model.params))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_stays_so_where_its_range_is_read_at_each_call(bad):
+    def model(params, x):
+        return jax.nn.relu(x @ params["first"]) @ params["second"]
+
+    rng = np.random.default_rng(0)
+    params = {"first": rng.normal(size=(16, 16)), "second": rng.normal(size=(16, 4))}
+    params = {name: weight.astype(np.float32) for name, weight in params.items()}
+    x = rng.normal(size=(4, 16)).astype(np.float32)
+    result = perfkit.apply(model, "int8_dynamic", params=params, example_inputs=(x,))
+    whole = result.model(result.params, x)
+    x[1, 3] = bad
+    y = result.model(result.params, x)
+    assert not jnp.isfinite(y[1]).any()
+    assert jnp.array_equal(jnp.delete(y, 1, 0), jnp.delete(whole, 1, 0))
