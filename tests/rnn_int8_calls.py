@@ -2,7 +2,7 @@
 
 import torch
 
-from perfkit.kernels.rnn_int8 import reference, weights
+from perfkit.kernels.rnn_int8 import reference, torch_op, weights
 from perfkit.kernels.rnn_int8.problem import GATES
 
 MODES = tuple(GATES)
@@ -35,7 +35,7 @@ def run(layer, x, batch_sizes, h, c, *, scale=0.0, more=(), bidirectional=False)
     parts = [part for each in (layer, *more) for part in tensors(each)]
     states = [state if state.dim() == 3 else state[None] for state in (h, c)]
     scale = torch.tensor(scale)
-    return torch.ops.perfkit.rnn_int8(
+    return torch_op.rnn_int8(
         x, batch_sizes, states[0], states[1] if lstm else None, parts, layer.mode, hidden, bidirectional, False, scale
     )
 

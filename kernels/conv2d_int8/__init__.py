@@ -7,7 +7,8 @@ Numbers are those of `perfkit.kernels.linear_int8.on_grid`: exact int32 sums, th
 so results are equal to `reference` bit for bit on every processor. What scales, adds, cuts and rounds keeps the order
 of numbers, so the largest is taken of the sums.
 
-- `torch_op.py`: the public function; `problem.py`: one call without its numbers; `reference.py`: plain operations.
+- `torch_op.py`, `jax_op.py`: the public functions, the latter by `cpu_ffi.cpp`; `cpu_shape.py`: who takes a call, and
+  what it is told; `problem.py`: one call without its numbers; `reference.py`: plain operations.
 - `cpu_kernel.cpp`: of few input channels lanes are places (`cpu_planes.hpp`), of more they are output channels
   (`cpu_channels.hpp`). Both round x on the way in.
 - `cases.py`: the sizes of all tests.

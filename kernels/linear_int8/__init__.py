@@ -9,7 +9,8 @@ A row that holds an infinite or NaN number gives NaN everywhere, and a row below
 - `problem.py`: one call without its numbers, checked once.
 - `reference.py`: exact integers in plain operations.
 - `cpu_kernel.py`: what computes such sums fast and without saturation on this CPU.
-- `on_grid.py`, `cpu_kernel.cpp`: the layer with an unsigned x on a grid that is known before the call, on CPU.
+- `on_grid.py`, `cpu_kernel.cpp`: the layer with an unsigned x on a grid that is known before the call, on CPU;
+  `grid_shape.py`: who takes it, what it is told; `grid_jax.py`, `cpu_ffi.cpp`: the same in JAX.
 - `triton_kernel.py`, `triton_product.py`: for GPU.
 - `torch_op.py`: `torch.ops.perfkit.linear_int8`. `jax_op.py`: JAX.
 - `cases.py`: the sizes of all tests and benchmarks.

@@ -22,6 +22,7 @@ row's sequence NaN.
   `cpu_directions.hpp`: what is the same for all rows and steps; `cpu_cells.hpp`: the cells; `cpu_products.hpp`: integer
   products and rounding, with AVX512-VNNI, AVX-VNNI, AVX2, or plain C++.
 - `torch_op.py`: `torch.ops.perfkit.rnn_int8`, all layers and directions.
+- `problem.py`, `jax_op.py`, `cpu_ffi.cpp`: one direction of one layer in JAX.
 
 Source: https://arxiv.org/abs/1609.08144 (section 6, integer LSTM inference)
 """

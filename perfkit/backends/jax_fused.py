@@ -30,14 +30,19 @@ from perfkit.backends.jax_fused_conv import groups, reading
 from perfkit.backends.jax_fused_linear import linear_groups
 from perfkit.backends.jax_fused_rnn import recurrence
 from perfkit.backends.jax_fused_steps import Unlike
+from perfkit.backends.jax_quantized import is_quantized
 from perfkit.backends.jax_rewriting import context_of
-from perfkit.backends.jax_trees import array_names
+from perfkit.backends.jax_trees import array_names, leaves
 from perfkit.kernels._op import trace as kernels_called
 from perfkit.kernels.rounding.jax_op import rounded, takes
 
 if TYPE_CHECKING:
     from perfkit.recipes.fused_kernels import FusedKernels
 
+INTEGERS = (
+    "layers on integers have their kernels from the step that made them, with what follows them: its lines say which; "
+    "the model has none else that kernels are for"
+)
 _CANDIDATES = ("conv_general_dilated", "scan")
 _INNER = {
     "jit": ("jaxpr",),
@@ -77,6 +82,8 @@ def fused(work: Workload, recipe: FusedKernels) -> tuple[Workload, Effect]:
     seen: dict[str, Layer] = {}
     trace(rewritten(wanted.__contains__, seen)(model.function()), *arguments)
     swapped = {name for name, layer in seen.items() if not layer.why_not}
+    if not seen and any(map(is_quantized, leaves(model.params))):
+        return work, Effect(notes=(INTEGERS,))
     if not swapped:
         return work, effect(seen)
     return work.replace(model=model.then(rewritten(swapped.__contains__, {}))), effect(seen)

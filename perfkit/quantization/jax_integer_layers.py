@@ -15,10 +15,12 @@ from jax.extend.core import Literal
 
 from perfkit._errors import InvalidInputError
 from perfkit.backends.jax_fused_conv import channel_of, is_relu, only_reader, pool_size
+from perfkit.kernels._int8_jax import to_bytes
 from perfkit.kernels._op import Choice
-from perfkit.quantization.jax_integers import Product, product_in, weights_of
+from perfkit.quantization.jax_integers import NAME, SUMS, Product, product_in, weights_of
 
 _MOVES = ("reshape", "transpose", "squeeze", "copy", "copy_p")
+KINDS = (NAME, SUMS)
 _FLOATS = ("float32", "bfloat16", "float16")
 """Dtypes of x, which a kernel takes as float32."""
 
@@ -37,6 +39,7 @@ class Layer:
         activation, pool: as `conv2d_int8` takes them.
         x_bytes: x comes as bytes on its grid.
         y_scale: what holds the scale of the next layer's grid, on which y is handed on; None where it is in floats.
+        rows: each row of x has a scale of its own: sums are wanted, of integers.
     """
 
     equations: tuple[int, ...]
@@ -49,13 +52,16 @@ class Layer:
     pool: int | None = None
     x_bytes: bool = False
     y_scale: Any = None
+    rows: bool = False
 
     def __str__(self) -> str:
         parts = ["conv" if self.product.convolves else "linear", *["bias"] * (self.bias is not None)]
-        parts += ["ReLU"] * (self.activation is not None) + [f"{self.pool}×{self.pool} max-pool"] * (
-            self.pool is not None
+        parts += ["ReLU"] * (self.activation is not None)
+        parts += [f"{self.pool}×{self.pool} max-pool"] * (self.pool is not None)
+        rows = " with a scale for each row" if self.rows else ""
+        return (
+            " + ".join(parts) + " on integers" + rows + (", which hands on bytes," if self.y_scale is not None else "")
         )
-        return " + ".join(parts) + " on integers" + (", which hands on bytes," if self.y_scale is not None else "")
 
     @property
     def ours(self) -> bool:
@@ -65,14 +71,15 @@ class Layer:
         """The layer with its problem, and the choice who computes it."""
         first = eqns[self.equations[0]]
         x, values = (atom.aval for atom in first.invars[:2])
-        why = self.product.refusal(x, values) or (None if str(x.dtype) in _FLOATS else f"x is {x.dtype}")
+        why = self.product.refusal(x, values)
+        if why is None and self.rows and self.product.convolves:
+            why = "its images have scales of their own, so that its sums would be written one by one"
+        if why is None and not self.rows and str(x.dtype) not in _FLOATS:
+            why = f"x is {x.dtype}"
         if why is None:
             try:
-                kinds = {
-                    "x_dtype": "uint8" if self.x_bytes else "float32",
-                    "y": "uint8" if self.y_scale is not None else "",
-                }
-                problem = self.product.problem(device, x, values, self.activation, self.pool, **kinds)
+                kinds = ("float32", "uint8")[self.x_bytes or self.rows], ("", "uint8")[self.y_scale is not None]
+                problem = self.product.problem(device, x, values, self.activation, self.pool, *kinds)
                 return replace(self, problem=problem, choice=self.choice or self.product.choice(problem))
             except InvalidInputError as reason:  # nothing is left of such an image
                 why = str(reason)
@@ -80,7 +87,11 @@ class Layer:
 
     def run(self, eqns: Sequence[Any], read: Callable[[Any], Any]) -> Any:
         """The value of the last equation's output, by the kernel."""
-        x, values, scale, x_scale = map(read, eqns[self.equations[0]].invars)
+        x, values, *scales = map(read, eqns[self.equations[0]].invars)
+        if self.rows:
+            one = jnp.float32(1)
+            return self.product.run(self.problem, to_bytes(x), values, one, one)
+        scale, x_scale = scales
         bias = None
         if self.bias is not None:
             row = jnp.ravel(jnp.asarray(read(self.bias[0]), jnp.float32)) * self.bias[1]
@@ -97,7 +108,8 @@ def layers(jaxpr: Any, uses: Mapping, made_by: Mapping, device: str) -> dict[int
         uses, made_by: what `perfkit.backends.jax_fused_conv.reading` tells of it.
     """
     eqns = jaxpr.eqns
-    found = {at: _layer(eqns, at, uses, made_by).asked(device, eqns) for at in range(len(eqns)) if weights_of(eqns[at])}
+    marked = [at for at, eqn in enumerate(eqns) if weights_of(eqn, KINDS) is not None]
+    found = {at: _layer(eqns, at, uses, made_by).asked(device, eqns) for at in marked}
     found = {at: layer if layer.ours else replace(layer, equations=(at,)) for at, layer in found.items()}
     made_at = {var: at for at, eqn in enumerate(eqns) for var in eqn.outvars}
     for at, layer in list(found.items()):
@@ -120,7 +132,7 @@ def _next(eqns: Sequence[Any], layer: Layer, uses: Mapping) -> int | None:
         at = only_reader(value, uses)
         if at is None or eqns[at].invars[0] is not value:
             return None
-        if weights_of(eqns[at]):
+        if weights_of(eqns[at]) is not None:
             return at
         if eqns[at].primitive.name not in _MOVES:
             return None
@@ -128,11 +140,11 @@ def _next(eqns: Sequence[Any], layer: Layer, uses: Mapping) -> int | None:
 
 def _layer(eqns: Sequence[Any], start: int, uses: Mapping, made_by: Mapping) -> Layer:
     """The longest layer that begins with the product at `start`."""
-    product = product_in(eqns[start])
-    layer = Layer((start,), weights_of(eqns[start]) or "", product)
+    product, rows = product_in(eqns[start]), weights_of(eqns[start]) is None
+    layer = Layer((start,), weights_of(eqns[start], KINDS) or "", product, rows=rows)
     values = eqns[start].invars[1].aval
     outputs = product.convolves or values.ndim - 1 == len(product["dimension_numbers"][0][1])  # are one dimension
-    while str(product.dtype) == "float32":
+    while str(product.dtype) == "float32" and not rows:
         value = eqns[layer.equations[-1]].outvars[0]
         at = only_reader(value, uses)
         if at is None:

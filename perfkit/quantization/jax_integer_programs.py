@@ -24,7 +24,7 @@ from perfkit.backends.jax_model import Function
 from perfkit.backends.jax_prepared import evaluated, parted
 from perfkit.backends.jax_rewriting import context_of
 from perfkit.kernels._jax import default_device
-from perfkit.quantization.jax_integer_layers import Layer, layers
+from perfkit.quantization.jax_integer_layers import KINDS, Layer, layers
 from perfkit.quantization.jax_integer_rnn import Recurrence, recurrence
 from perfkit.quantization.jax_integers import weights_of
 
@@ -134,7 +134,7 @@ def _holds(eqn: Any) -> bool:
     """Whether a product on integers is somewhere in the jaxprs of an equation."""
     inner = [each for value in eqn.params.values() for each in (value if isinstance(value, tuple) else (value,))]
     jaxprs = [getattr(each, "jaxpr", each) for each in inner if hasattr(each, "eqns") or hasattr(each, "jaxpr")]
-    return any(weights_of(each) is not None or _holds(each) for jaxpr in jaxprs for each in jaxpr.eqns)
+    return any(weights_of(each, KINDS) is not None or _holds(each) for jaxpr in jaxprs for each in jaxpr.eqns)
 
 
 _CONTROL: dict[str, Callable[[_Program, Any, list[Any]], Sequence[Any]]] = {

@@ -25,6 +25,9 @@ from perfkit.kernels.linear_int8 import grid_jax as linear
 NAME = "perfkit_int8_product_"
 """How the names of the functions begin, whose arguments are x, the weight's integers, its scales and that of x."""
 
+SUMS = "perfkit_int8_sums_"
+"""The same where x has a scale for each row, which is multiplied with behind them: of x's integers and the weight's."""
+
 _RESULTS = ("float32", "bfloat16")
 
 
@@ -73,7 +76,6 @@ class Product:
         weight: Any,
         activation: str | None = None,
         pool: int | None = None,
-        *,
         x_dtype: str = "float32",
         y: str = "",
     ) -> Any:
@@ -121,25 +123,26 @@ class Product:
 
 
 @functools.lru_cache(maxsize=1024)
-def by_library(product: Product, names: tuple[str, ...], run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run(product, x, values, scale, x_scale)`, XLA's operations, as a function that is found by its name.
+def by_library(kind: str, product: Product, names: tuple[str, ...], run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run(product, *arguments)`, XLA's operations, as a function that is found by its name.
 
     Args:
+        kind: `NAME` or `SUMS`.
         names: of the weights.
     """
     once = shared.inference_only(functools.partial(run, product))
 
-    def marked(x: Any, values: Any, scale: Any, x_scale: Any) -> Any:
-        return once(x, values, scale, x_scale)
+    def marked(*arguments: Any) -> Any:
+        return once(*arguments)
 
-    marked.__name__ = NAME + ",".join(names)
+    marked.__name__ = kind + ",".join(names)
     return jax.jit(marked)
 
 
-def weights_of(eqn: Any) -> str | None:
-    """The names of the weights that an equation multiplies with, where it is such a function."""
+def weights_of(eqn: Any, kinds: tuple[str, ...] = (NAME,)) -> str | None:
+    """The names of the weights that an equation multiplies with, where it is such a function; None where it is not."""
     name = eqn.params["name"] if eqn.primitive.name in ("jit", "pjit") else ""
-    return name.removeprefix(NAME) if name.startswith(NAME) else None
+    return next((name.removeprefix(kind) for kind in kinds if name.startswith(kind)), None)
 
 
 def product_in(eqn: Any) -> Product:

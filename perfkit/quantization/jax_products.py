@@ -5,6 +5,7 @@ Source: https://arxiv.org/abs/1712.05877, section 2.2
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ from perfkit.backends.jax_autocast_rules import precision_reason
 from perfkit.backends.jax_model import Function
 from perfkit.backends.jax_quantized import is_quantized, quantize, range_scale
 from perfkit.backends.jax_trees import abstract, is_abstract, leaves_with_names, with_leaves
-from perfkit.quantization.jax_integers import Product, by_library
+from perfkit.kernels._int8_jax import inference_only
+from perfkit.quantization.jax_integers import NAME, SUMS, Product, by_library
 from perfkit.quantization.jax_rewrite import Follower, contracted
 from perfkit.quantization.jax_views import Faked, PackedView, View, plain, view
 
@@ -61,7 +63,7 @@ class Quantizing:
             return _in_float(eqn, plain(x), weight, at)
         x = x.value if isinstance(x, Faked) else x
         if at == 1 and weight.input_scale is not None and weight.values.dtype == jnp.int8:
-            run = by_library(Product.of(eqn), weight.names, on_grid)
+            run = by_library(NAME, Product.of(eqn), weight.names, on_grid)
             return run(x, weight.values, weight.scale, weight.input_scale)
         return low_product(eqn, x, weight, at)
 
@@ -90,23 +92,33 @@ def product_reason(eqn: Any, at: int) -> str | None:
 
 def on_grid(product: Product, x: Any, values: Any, scale: Any, x_scale: Any) -> Any:
     """A product of x, rounded to its grid, with a weight's integers."""
-    return _multiplied(product, x, values, scale, x_scale, 1)
+    summed = _summed(product, quantize(x, x_scale), values, 1)
+    return _scaled(product, summed, spread(product, scale, 1) * x_scale)
 
 
 def low_product(eqn: Any, x: Any, weight: View, at: int) -> Any:
     """A product in the dtype of the weight's values: int8 summed in int32, float8 in float32; result as written."""
-    scale = row_scale(eqn, x, 1 - at, weight.values.dtype) if weight.input_scale is None else weight.input_scale
-    return _multiplied(Product.of(eqn), x, weight.values, weight.scale, scale, at)
+    product, dtype = Product.of(eqn), weight.values.dtype
+    rows = weight.input_scale is None
+    scale = row_scale(eqn, x, 1 - at, dtype) if rows else weight.input_scale
+    rounded = functools.partial(quantize, dtype=dtype)
+    q = (inference_only(rounded) if dtype == jnp.int8 else rounded)(x, scale)
+    factor = spread(product, weight.scale, at) * (spread(product, scale, 1 - at) if rows else scale)
+    if rows and at == 1 and dtype == jnp.int8 and factor.dtype == jnp.float32:
+        return _scaled(product, by_library(SUMS, product, weight.names, _float_sums)(q, weight.values), factor)
+    return _scaled(product, _summed(product, q, weight.values, at), factor)
 
 
-def _multiplied(product: Product, x: Any, values: Any, scale: Any, x_scale: Any, at: int) -> Any:
-    dtype = values.dtype
-    operands = [quantize(x, x_scale, dtype=dtype), values]
-    summed = product.bind(
-        *(operands if at == 1 else operands[::-1]),
-        preferred_element_type=jnp.int32 if dtype == jnp.int8 else jnp.float32,
-    )
-    factor = spread(product, scale, at) * (x_scale if x_scale.ndim == 0 else spread(product, x_scale, 1 - at))
+def _summed(product: Product, q: Any, values: Any, at: int) -> Any:
+    wanted = jnp.int32 if values.dtype == jnp.int8 else jnp.float32
+    return product.bind(*((q, values) if at == 1 else (values, q)), preferred_element_type=wanted)
+
+
+def _float_sums(product: Product, q: Any, values: Any) -> Any:
+    return _summed(product, q, values, 1).astype(jnp.float32)
+
+
+def _scaled(product: Product, summed: Any, factor: Any) -> Any:
     return (summed.astype(factor.dtype) * factor).astype(product.dtype)
 
 

@@ -11,7 +11,9 @@ from jaxpr_walk import equations, relative_error
 from quantize_models import Quantize, bound, cases
 
 from perfkit import UnsupportedError
+from perfkit._recipe_files import recipe_class
 from perfkit.backends.jax_backend import BACKEND
+from perfkit.backends.jax_fused import INTEGERS
 from perfkit.kernels import _int8, _native
 from perfkit.kernels._op import _choose
 from perfkit.measure.environment import has
@@ -49,9 +51,9 @@ def network(params, x):
     return jax.nn.relu(x @ params["fc1"]["kernel"] + params["fc1"]["bias"]) @ params["fc2"]["kernel"]
 
 
-def quantized(model, *inputs, params=WEIGHTS):
+def quantized(model, *inputs, params=WEIGHTS, how=jax_quantize.int8):
     """In kernels, in XLA's operations, and what the effect tells."""
-    low, effect = jax_quantize.int8(bound(model, inputs, params), Quantize())
+    low, effect = how(bound(model, inputs, params), Quantize())
     plain = dataclasses.replace(low.model, transforms=low.model.transforms[:-1])
     return low, low.replace(model=plain), effect
 
@@ -90,6 +92,15 @@ def test_a_network_is_a_chain_of_kernels_with_bytes_between_and_its_numbers_are_
         jax.grad(lambda x: compiled(params, x).sum())(IMAGES)
     with pytest.raises(UnsupportedError, match="rounding has no gradient"):
         jax.grad(lambda x: run(plain, x).sum())(IMAGES)
+
+
+def test_rows_with_scales_of_their_own():
+    low, plain, effect = quantized(network, IMAGES, how=jax_quantize.int8_dynamic)
+    assert told(effect)["fc1"] == told(effect)["fc2"] == "linear on integers with a scale for each row on 'cpu'"
+    assert "its images have scales of their own" in told(effect)["conv1"]
+    np.testing.assert_array_equal(run(low), run(plain))
+    with pytest.raises(UnsupportedError, match="rounding has no gradient"):
+        jax.grad(lambda x: run(low, x).sum())(IMAGES)
 
 
 def twice_read(params, x):
@@ -232,6 +243,14 @@ def test_where_no_kernel_can_be_built_xla_computes_and_the_effect_says_why(monke
         np.testing.assert_array_equal(run(low), expected)
     finally:
         _choose.cache_clear()
+
+
+def test_fused_kernels_behind_it_leaves_them_and_says_so():
+    low, _, _ = quantized(network, IMAGES)
+    after, effect = recipe_class("fused_kernels")().jax(low)
+    assert after is low
+    assert not effect.touched
+    assert effect.notes == (INTEGERS,)
 
 
 def test_packed_weights_are_kept_from_call_to_call():
