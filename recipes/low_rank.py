@@ -46,7 +46,7 @@ class LowRank(LayerRecipe):
         if self.distill and not work.trains:
             return "distill=True is for training: pass mode='training' with a loss"
         if work.framework == "torch" and work.trains:
-            from perfkit.pruning.torch_layers import held_in_buckets
+            from perfkit.backends.torch_training import held_in_buckets
 
             return held_in_buckets(work.model)
         return None

@@ -93,7 +93,7 @@ class Prune(LayerRecipe):
             if self.criterion == "taylor":
                 return "criterion='taylor' needs a loss: pass mode='training', or use criterion='activation'"
         elif work.framework == "torch" and self.structure == "channels" and not self.schedule:
-            from perfkit.pruning.torch_layers import held_in_buckets
+            from perfkit.backends.torch_training import held_in_buckets
 
             return held_in_buckets(work.model)
         return None

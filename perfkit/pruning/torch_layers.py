@@ -296,15 +296,3 @@ def _recurrent(call: _Call) -> None:
     for state in states if isinstance(states, tuple) else (states,):
         last = torch.stack(hidden)
         labels.set(state, (last if state.ndim == 2 else last[:, None]).expand(state.shape))
-
-
-def held_in_buckets(model: nn.Module) -> str | None:
-    """Why a model that trains cannot be given other parameters; None where it can."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            where = f" ({name})" if name else ""
-            return (
-                f"DistributedDataParallel{where} adds up gradients of the parameters that it was made with, and this "
-                "makes others: pass the module inside (model.module), and wrap result.model, or write '+data_parallel'"
-            )
-    return None

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from perfkit._errors import UnsupportedError, missing
+from perfkit._errors import missing
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.torch_encoder import leave_short_cuts
 from perfkit.backends.torch_fused_rnn import let_compile
-from perfkit.backends.torch_state import keeping_state
 from perfkit.backends.torch_stderr import without_lines
 from perfkit.backends.torch_surgery import WHOLE
 from perfkit.backends.torch_training import teacher
@@ -36,7 +35,7 @@ from perfkit.quantization import (
     torch_qat,
     torch_rnn_int8,
 )
-from perfkit.quantization.torch_choice import FLOATS, choose
+from perfkit.quantization.torch_choice import FLOATS, check_gradients, choose
 from perfkit.quantization.torch_fold import fold_norms
 from perfkit.quantization.torch_layers import CONVS
 from perfkit.quantization.torch_onednn import top
@@ -103,7 +102,7 @@ def int8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
         *_quantize_pools(work.model, {pool: layers[name] for pool, name in followers.items() if name in touched}),
     )
     let_compile(work.model)
-    _check_gradients(work)
+    check_gradients(work)
     skipped = [item for item in skipped if item.name not in folded]
     return work, _effect(layers, touched, skipped, notes)
 
@@ -120,7 +119,7 @@ def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]
         else:
             _without_calibration(module)
     let_compile(work.model)
-    _check_gradients(work)
+    check_gradients(work)
     return work, _effect(layers, layers, skipped, _range_notes(top()))
 
 
@@ -133,7 +132,7 @@ def weight_only(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
             torch_layers.embedding(module)
         else:
             torch_layers.weight_only(module)
-    _check_gradients(work)
+    check_gradients(work)
     return work, Effect(tuple(layers), tuple(skipped))
 
 
@@ -228,35 +227,6 @@ def _by_torchao(
         config = getattr(library, config)(**options)
     library.quantize_(work.model, config, filter_fn=lambda module, _: id(module) in chosen)
     return work, Effect(tuple(layers), tuple(skipped), (f"torchao's {type(config).__name__}",))
-
-
-def _check_gradients(work: Workload) -> None:
-    """Refuse a model whose forward differentiates through layers that have no gradient any more.
-
-    Raises:
-        UnsupportedError: it does.
-    """
-    if work.inputs is None:
-        return
-    with torch.random.fork_rng(), torch.no_grad(), keeping_state(work.model):
-        try:
-            work.model(*work.inputs.args, **work.inputs.kwargs)
-        except RuntimeError as error:
-            if not any(told in str(error) for told in _WITHOUT_GRADIENT):
-                return  # what else does not run is told where it is called
-            raise UnsupportedError(
-                f"{type(work.model).__name__} computes gradients in its forward (torch.autograd.grad, .backward()), "
-                "and layers on integers have none for their inputs: leave those alone that it differentiates through, "
-                "with exclude=, or choose a recipe that keeps gradients: 'bf16', 'compile', 'fused_kernels'"
-            ) from error
-
-
-_WITHOUT_GRADIENT = (
-    "appears to not have been used in the graph",
-    "_weight_int8pack_mm is not implemented",
-    "does not require grad and does not have a grad_fn",
-)
-"""What torch says to those who ask for them."""
 
 
 def _multiplies(module: nn.Module) -> bool:
