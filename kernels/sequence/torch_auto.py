@@ -21,12 +21,12 @@ from perfkit.kernels.conv2d_int8 import cpu_kernel as convolution
 from perfkit.kernels.linear_int8 import on_grid
 from perfkit.kernels.sequence.torch_op import Layer, problems, written
 
-MOST_ROWS, MOST_CHAINED_ROWS = 256, 1024
+MOST_ROWS, MOST_CHAINED_ROWS = 128, 1024
 """Of a linear layer, up to which a call of the kernels takes less time than the compiler's pattern: by itself, and
 where a layer that follows it, or that it follows, is in the same call.
 
 Measured on a Zen 4, compiled models of two linear layers of 256 to 1536 outputs, a GELU, or a SiLU and norms, around
-them: at 1 row half the time of the pattern, at 64 rows 0.7 to 0.95 of it, at 256 rows 0.96 to 1.05, at 1024 rows 1 to
+them: at 1 row half the time of the pattern, at 64 rows 0.7 to 0.95 of it, at 256 rows 0.96 to 1.1, at 1024 rows 1 to
 1.15, since oneDNN computes a GELU or a sum within its product. One call with a ReLU in it: 0.97 of it at 512 rows, 1.01
 at 1024 and 1.07 at 4096.
 """
