@@ -22,7 +22,13 @@ class Quantizer(LayerRecipe):
         return "it saves memory rather than time: choose it by name"
 
     def observed(self, effect, log):
+        made = []
         if log.integer_kernels:
-            made = f"the compiler made {log.integer_kernels} integer kernels"
-            return replace(effect, notes=(*effect.notes, made), simulated=False)
+            made.append(f"the compiler made {log.integer_kernels} integer kernels")
+        if log.integer_layers:
+            made.append(
+                f"compiled, {log.integer_layers} layers are {log.integer_calls} call(s) of perfkit's integer kernels"
+            )
+        if made:
+            return replace(effect, notes=(*effect.notes, *made), simulated=False)
         return replace(effect, notes=(*effect.notes, EAGER)) if effect.simulated else effect

@@ -45,6 +45,10 @@ class LowRank(LayerRecipe):
     def refusal(self, work):
         if self.distill and not work.trains:
             return "distill=True is for training: pass mode='training' with a loss"
+        if work.framework == "torch" and work.trains:
+            from perfkit.backends.torch_training import held_in_buckets
+
+            return held_in_buckets(work.model)
         return None
 
     def unsought(self, work):

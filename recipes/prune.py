@@ -92,6 +92,10 @@ class Prune(LayerRecipe):
                     return f"{option}={getattr(self, option)!r} is for training: pass mode='training' with a loss"
             if self.criterion == "taylor":
                 return "criterion='taylor' needs a loss: pass mode='training', or use criterion='activation'"
+        elif work.framework == "torch" and self.structure == "channels" and not self.schedule:
+            from perfkit.backends.torch_training import held_in_buckets
+
+            return held_in_buckets(work.model)
         return None
 
     def unsought(self, work):

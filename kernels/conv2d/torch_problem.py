@@ -30,9 +30,9 @@ def problem_of(x: Tensor, weight: Tensor, bias: Tensor | None, given: Options, n
         framework="torch",
         device=x.device.type,
         dtypes={name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
-        image=[_size(size) for size in x.shape],
-        kernel=[_size(size) for size in weight.shape],
-        bias=None if bias is None else [_size(size) for size in bias.shape],
+        image=[hinted(size) for size in x.shape],
+        kernel=[hinted(size) for size in weight.shape],
+        bias=None if bias is None else [hinted(size) for size in bias.shape],
         channels_last=channels_last(x),
         needs_grad=needs_grad,
     )
@@ -42,7 +42,8 @@ def _rest(given: Options) -> tuple:
     return given.dilation, given.groups, given.activation, given.pool
 
 
-def _size(size: Any) -> int:
+def hinted(size: Any) -> int:
+    """A size as a number: of a symbol, what a program is compiled with first."""
     if isinstance(size, SymInt) and size.node.has_hint():
         return size.node.hint
     return int(size)  # under torch.jit.trace it is a tensor

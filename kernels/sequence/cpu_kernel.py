@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ class _Sequence(ctypes.Structure):
     _fields_ = (("layers", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("count", "rows", "x_bytes", "work")))
 
 
-@functools.cache
+@cache
 def library() -> ctypes.CDLL:
     """The kernel, built at the first use.
 
@@ -69,15 +70,20 @@ def library() -> ctypes.CDLL:
 
 
 def caller(layers: Sequence[Layer], x: Tensor, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    """y, of `size`, from tensors like x, dense as the first problem has it. Where weights lie is known from now on."""
+    """y, of `size`, dense as the last problem has it, from tensors like x, dense as the first one has it.
+
+    Where weights lie is known from now on.
+    """
     rows = _rows(layers[0][0])
     rows = rows if all(_rows(problem) % rows == 0 for problem, _ in layers) else 1
     told = [_told(*layer, rows) for layer in layers]
     steps = (_Layer * len(layers))(*(layer for layer, _ in told))
     work = sum(_work(problem) for problem, _ in layers)
     all_steps = _Sequence(ctypes.addressof(steps), len(layers), rows, x.nbytes // rows, work)
-    run, threads, empty, where = library().perfkit_sequence, Threads.of_torch, torch.empty_like, ctypes.byref(all_steps)
+    run, threads, where = library().perfkit_sequence, Threads.of_torch, ctypes.byref(all_steps)
     last, (of_last, *_) = layers[-1]
+    lies = isinstance(last, IntegerConvolution) and last.y_last
+    empty = partial(torch.empty_like, memory_format=torch.channels_last) if lies else torch.empty_like
     dtype = getattr(torch, last.y) if isinstance(last, Integer) else of_last.dtype
     like = of_last.new_empty(1, dtype=dtype).expand(size)  # of the size, in no memory: quicker than its size is
 
@@ -89,6 +95,20 @@ def caller(layers: Sequence[Layer], x: Tensor, size: tuple[int, ...]) -> Callabl
 
     call.told = steps, told
     return call
+
+
+def joined(problems: Sequence[Problem]) -> list[Problem]:
+    """Layers one after the other, of which each that follows another one on integers is handed bytes on its grid."""
+    found = list(problems)
+    for at in range(len(found) - 1):
+        one, other = found[at : at + 2]
+        if not (isinstance(one, Integer) and isinstance(other, Integer)):
+            continue
+        last = isinstance(other, IntegerConvolution) and other.sizes.inputs > integer_shape.FEW_CHANNELS
+        lies = {"y_last": last} if isinstance(one, IntegerConvolution) else {}
+        found[at] = replace(one, y="uint8", y_grid=other.grid, **lies)
+        found[at + 1] = replace(other, x="uint8", **({"x_last": last} if isinstance(other, IntegerConvolution) else {}))
+    return found
 
 
 def _rows(problem: Problem) -> int:

@@ -28,7 +28,8 @@ class CompileLog:
         breaks: why the compiler gave up on a part, one line each.
         seconds: time spent compiling; None where the framework does not tell.
         cached: compilations answered from a persistent cache.
-        integer_kernels: matrix products and convolutions that became integer kernels (torch).
+        integer_kernels: matrix products and convolutions that became integer kernels of the compiler's (torch).
+        integer_layers, integer_calls: integer layers that are perfkit's kernels in the program, and in how many calls.
     """
 
     graphs: int = 0
@@ -36,6 +37,8 @@ class CompileLog:
     seconds: float | None = None
     cached: int = 0
     integer_kernels: int = 0
+    integer_layers: int = 0
+    integer_calls: int = 0
 
 
 @dataclass(frozen=True)

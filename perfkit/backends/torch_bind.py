@@ -12,7 +12,7 @@ from torch import nn
 
 from perfkit._errors import InvalidInputError, PerfkitWarning
 from perfkit._workload import Inputs
-from perfkit.backends.torch_checks import enclosed, functions_in
+from perfkit.backends.torch_checks import enclosed, functions_in, named
 from perfkit.backends.torch_surgery import tensors_in
 
 
@@ -74,10 +74,10 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         )
     own = {id(thing) for thing in (*model.modules(), *model.parameters(), *model.buffers())}
     hooks = [held for name, held in vars(optimizer).items() if name.startswith("_optimizer_")]
-    for function in functions_in(hooks):
-        if any(id(thing) in own for thing in enclosed(function)):
+    for called in functions_in(hooks):
+        if any(id(thing) in own for thing in enclosed(called)):
             raise InvalidInputError(
-                f"a hook of {kind} is the function {function.__qualname__!r}, which has the model, the optimizer or "
+                f"a hook of {kind} is {named(called)}, which has the model, the optimizer or "
                 "its scheduler from outside of its arguments: a copy would go on changing the original's. Let it use "
                 f"the optimizer that it is given; {scheduled}"
             )

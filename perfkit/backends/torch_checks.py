@@ -103,10 +103,10 @@ def check_on_its_own(twin: nn.Module, original: nn.Module) -> None:
     """
     foreign = {id(thing) for thing in (*original.modules(), *original.parameters(), *original.buffers())}
     for holder, value in _kept(twin):
-        for function in functions_in(value):
-            if any(id(thing) in foreign for thing in enclosed(function)):
+        for called in functions_in(value):
+            if any(id(thing) in foreign for thing in enclosed(called)):
                 raise InvalidInputError(
-                    f"{holder} holds the function {function.__qualname__!r}, which has the model, or a part of it, "
+                    f"{holder} holds {named(called)}, which has the model, or a part of it, "
                     "from outside of its arguments: a copy would go on using the original's. Make it a method "
                     "(self.hook), or let a hook use what it is given"
                 )
@@ -116,19 +116,33 @@ def _kept(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """What may hold functions: the attributes of modules, and the hooks of parameters."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
+            if attribute == "extra_repr":  # for people alone; torchao's has the original
+                continue
             yield f"{attribute} of {name or type(model).__name__}", value
     for name, parameter in model.named_parameters():
         yield f"a gradient hook of parameter {name!r}", gradient_hooks(parameter)
 
 
-def functions_in(value: Any, depth: int = 3) -> Iterator[types.FunctionType]:
-    """The functions in nested containers, partial functions and bound methods."""
+def named(called: Any) -> str:
+    """A function, or an object that is called, for people."""
+    if isinstance(called, types.FunctionType):
+        return f"the function {called.__qualname__!r}"
+    return f"a {type(called).__qualname__} that is called"
+
+
+def functions_in(value: Any, depth: int = 3) -> Iterator[Any]:
+    """The functions in nested containers, partial functions and bound methods; and objects that are called as such."""
     if isinstance(value, types.FunctionType):
         yield value
     elif isinstance(value, types.MethodType):
         yield from functions_in(value.__func__, depth)
     elif isinstance(value, functools.partial):
+        yield value
         yield from functions_in([value.func, *value.args, *value.keywords.values()], depth)
+    elif _is_called(value):
+        yield value
+        if depth:
+            yield from functions_in([type(value).__call__, *_attributes(value)], depth - 1)
     elif depth and isinstance(value, Mapping):
         yield from functions_in(list(value.values()), depth)
     elif depth and isinstance(value, (list, tuple, set)):
@@ -136,10 +150,35 @@ def functions_in(value: Any, depth: int = 3) -> Iterator[types.FunctionType]:
             yield from functions_in(item, depth - 1)
 
 
-def enclosed(function: types.FunctionType, depth: int = 3) -> Iterator[Any]:
-    """What a function has from where it was written, and what other functions there have."""
-    cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
-    for thing in (*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+def _is_called(value: Any) -> bool:
+    """Whether it is an object of a class of somebody's own that is called like a function."""
+    if isinstance(value, (type, nn.Module, torch.Tensor)) or not callable(value):
+        return False
+    return any(isinstance(vars(kind).get("__call__"), types.FunctionType) for kind in type(value).__mro__)
+
+
+def _attributes(value: Any) -> Iterator[Any]:
+    yield from getattr(value, "__dict__", {}).values()
+    slots = [kind.__dict__.get("__slots__", ()) for kind in type(value).__mro__]
+    for name in [name for each in slots for name in ((each,) if isinstance(each, str) else each)]:
+        if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+            yield getattr(value, name)
+
+
+def _brought(called: Any) -> Iterator[Any]:
+    """What a function has beside its arguments, or an object that is called, or a partial function."""
+    if isinstance(called, functools.partial):
+        yield from (*called.args, *called.keywords.values())
+    elif isinstance(called, types.FunctionType):
+        yield from (cell.cell_contents for cell in called.__closure__ or () if _filled(cell))
+        yield from (*(called.__defaults__ or ()), *(called.__kwdefaults__ or {}).values())
+    else:
+        yield from _attributes(called)
+
+
+def enclosed(called: Any, depth: int = 3) -> Iterator[Any]:
+    """What a function or an object that is called has beside its arguments, and what other functions there have."""
+    for thing in _brought(called):
         held = thing.__self__ if isinstance(thing, types.MethodType) else thing
         for item in _contained(held) if isinstance(held, _CONTAINERS) else (held,):
             yield item

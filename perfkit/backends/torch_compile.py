@@ -17,7 +17,7 @@ from torch._dynamo.callback import callback_handler
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.torch_state import draws_random
-from perfkit.backends.torch_surgery import COMPILED_WITH, FIXED_SHAPES, around_call, compile_in_place, derive
+from perfkit.backends.torch_surgery import COMPILED_WITH, FIXED_SHAPES, INTEGER, around_call, compile_in_place, derive
 
 
 def missing_compiler(device: str) -> str | None:
@@ -45,6 +45,13 @@ def compiled(work: Workload, mode: str, freezing: bool, **settings: Any) -> tupl
     if not work.trains and work.inputs is not None and draws_random(work):
         options["fallback_random"] = True
         notes += ("it draws random numbers: by torch's generator, as before, and not by Inductor's own",)
+    if any(getattr(type(part), INTEGER, False) for part in work.model.modules()):
+        from perfkit.backends import torch_compile_integers as integers  # which imports the kernels
+
+        options |= {
+            "pre_grad_custom_pass": integers.ChainedIntegers(),
+            "post_grad_custom_pre_pass": integers.JoinedIntegers(),
+        }
     if settings.get("dynamic") is None and any(hasattr(type(part), FIXED_SHAPES) for part in work.model.modules()):
         settings["dynamic"] = False
     compile_in_place(work.model, options=options, **settings)
@@ -111,14 +118,16 @@ def _thaw(_: Any) -> None:
 
 
 def _left_eager(model: nn.Module) -> list[Skipped]:
-    from perfkit.backends.torch_fused_rnn import is_fused  # which imports the kernels: only where something is compiled
+    from perfkit.backends.torch_fused_rnn import (
+        calls_kernel,
+    )  # which imports the kernels: only where something is compiled
 
     if getattr(torch._dynamo.config, "allow_rnn", False):
         return []
     return [
         Skipped(name or type(module).__name__, f"torch.compile does not trace nn.{module._get_name()}: it runs eagerly")
         for name, module in model.named_modules()
-        if isinstance(module, nn.RNNBase) and not is_fused(module)
+        if isinstance(module, nn.RNNBase) and not calls_kernel(module)
     ]
 
 

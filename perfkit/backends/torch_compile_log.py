@@ -27,4 +27,6 @@ def _log(counts: dict[str, Counter]) -> CompileLog:
         breaks=tuple(dict.fromkeys(reason.strip().splitlines()[0] for reason in reasons)),
         cached=counts["inductor"]["fxgraph_cache_hit"],
         integer_kernels=sum(counts["inductor"][f"{op}_weight_prepack_matcher_count"] for op in ("qlinear", "qconv")),
+        integer_layers=counts["inductor"]["perfkit_integer_layers"],
+        integer_calls=counts["inductor"]["perfkit_integer_calls"],
     )

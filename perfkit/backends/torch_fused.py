@@ -24,7 +24,7 @@ from perfkit.backends import torch_fused_rnn as recurrent
 from perfkit.backends.fused_layers import LEFT, UNKNOWN, Layer, effect
 from perfkit.backends.torch_copies import copied
 from perfkit.backends.torch_source import Unreadable
-from perfkit.backends.torch_surgery import derive, on_grid
+from perfkit.backends.torch_surgery import WHOLE, derive, on_grid
 from perfkit.kernels._op import trace
 
 if TYPE_CHECKING:
@@ -129,9 +129,10 @@ def _watched(work: Workload, layers: dict[str, Part]) -> set[str]:
                 return None
             with trace() as choices:
                 pays = integers.pays(read.problem, recorded=True)
+            unless = "" if getattr(type(links[-1]), WHOLE) else " (unless compiled)"
             if not pays and after and read.problem.work <= grouped.LEAST_WORK:
-                layer.runs[f"{read} on 'cpu', by one call with the layer before it (unless compiled)"] = None
-            elif not layer.saw(f"{read} (unless compiled)", choices):
+                layer.runs[f"{read} on 'cpu', by one call with the layer before it{unless}"] = None
+            elif not layer.saw(f"{read}{unless}", choices):
                 return None
             layer.on_integers = (y := integers.together(links[-1], read, x)) is not None
             return grouped.apart(links[: read.rest], y) if layer.on_integers else None
@@ -228,6 +229,4 @@ def _swap(model: nn.Module, layers: dict[str, Part], owners: set[str]) -> None:
     for name, (forward, _) in _rewritten(model, layers, lambda _: grouped.group).items():
         if name in owners:
             derive(model.get_submodule(name), forward=forward)
-    found = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
-    if found and all(map(recurrent.is_fused, found)):
-        recurrent.let_compile(model)
+    recurrent.let_compile(model)

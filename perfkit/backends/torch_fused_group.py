@@ -18,6 +18,7 @@ from perfkit.backends import torch_fused_int8 as integers
 from perfkit.backends import torch_fused_linear as linears
 from perfkit.backends import torch_fused_rnn as recurrent
 from perfkit.backends.torch_fused_sequence import Layers, run
+from perfkit.backends.torch_surgery import WHOLE
 from perfkit.kernels import linear as linear_op
 from perfkit.kernels._torch import lowered
 from perfkit.kernels.conv2d.problem import options
@@ -58,6 +59,8 @@ def _part(links: tuple, x: Any) -> Any:
     if isinstance(layer, nn.Linear):
         if linears.is_fused(layer) and rectified(links):
             x, links = linear(x, layer.weight, layer.bias, "relu"), links[:-2]
+    elif torch.compiler.is_compiling() and getattr(type(layer), WHOLE, False):
+        pass  # with what follows it, it becomes a call of the kernels (`torch_compile_integers.py`)
     elif convolutions.is_fused(layer) and not isinstance(read := convolutions.reading(links, x), str):
         x = convolutions.together(layer, read, x)
         links = links[: read.rest]

@@ -6,8 +6,7 @@ For layers whose input is rounded to a grid that is known beforehand. What stand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
@@ -142,17 +141,3 @@ def alone(links: tuple, x: Tensor) -> tuple[list | None, Tensor | None]:
         return None, None
     y = together(links[-1], read, x)
     return None if y is None else [(links[-1], read.problem)], y
-
-
-def joined(problems: Sequence[Any]) -> list[Any]:
-    """Layers one after the other, of which each that follows another one on integers is handed bytes on its grid."""
-    found = list(problems)
-    for at in range(len(found) - 1):
-        one, other = found[at : at + 2]
-        if not (isinstance(one, Problem) and isinstance(other, Problem)):
-            continue
-        last = isinstance(other, Convolution) and other.sizes.inputs > cpu_shape.FEW_CHANNELS
-        lies = {"y_last": last} if isinstance(one, Convolution) else {}
-        found[at] = replace(one, y="uint8", y_grid=other.grid, **lies)
-        found[at + 1] = replace(other, x="uint8", **({"x_last": last} if isinstance(other, Convolution) else {}))
-    return found

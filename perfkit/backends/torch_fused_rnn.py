@@ -12,7 +12,7 @@ from torch._dynamo.callback import callback_handler
 from torch.nn.utils.rnn import PackedSequence
 
 from perfkit.backends.torch_spellings import Last
-from perfkit.backends.torch_surgery import derive
+from perfkit.backends.torch_surgery import INTEGER_RNN, derive
 from perfkit.kernels._torch import lowered
 from perfkit.kernels.rnn.torch_call import picked_at_once, run
 from perfkit.kernels.sequence.cpu_kernel import LastStep
@@ -21,6 +21,8 @@ FORWARDS = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED = "_perfkit_fused"
 """Marks the classes of the modules whose forward is ours."""
+TRACED = "_perfkit_traced"
+"""Marks the classes of models that torch.compile may trace with their recurrent modules."""
 
 
 def refusal(module: nn.RNNBase) -> str | None:
@@ -141,12 +143,20 @@ def _forbid(_: Any) -> None:
         setting.__exit__(None, None, None)
 
 
+def calls_kernel(module: nn.Module) -> bool:
+    """Whether a recurrent module's forward is a call of a kernel of ours, in floats or on integers."""
+    return is_fused(module) or getattr(type(module), INTEGER_RNN, False)
+
+
 def let_compile(model: nn.Module) -> None:
-    """Let torch.compile trace `model` whole, whose recurrent modules all call kernels; otherwise it breaks the graph.
+    """Let torch.compile trace `model` whole, if its recurrent modules all call kernels; otherwise it breaks the graph.
 
     It knows them by their class, and that is still what they are. The setting is torch's own and global: it is changed
     while something inside a call of `model` compiles, and not at each call.
     """
+    found = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    if not found or not all(map(calls_kernel, found)) or hasattr(type(model), TRACED):
+        return
     base = type(model)
 
     def __call__(self, *args, **kwargs):
@@ -160,4 +170,4 @@ def let_compile(model: nn.Module) -> None:
         finally:
             _calls.depth -= 1
 
-    derive(model, __call__=__call__)
+    derive(model, __call__=__call__, **{TRACED: True})

@@ -20,7 +20,7 @@ from perfkit.backends import torch_fused_conv as convolutions
 from perfkit.backends import torch_fused_int8 as integers
 from perfkit.kernels import _autotune, _op
 from perfkit.kernels._torch import PLAIN, autocasts, observer
-from perfkit.kernels.sequence.cpu_kernel import Problem, caller
+from perfkit.kernels.sequence.cpu_kernel import Problem, caller, joined
 
 KEPT = "_perfkit_sequences"
 _MOST = 64  # kinds of inputs of a layer
@@ -144,7 +144,7 @@ class _Sequence:
 
     def learn(self, problems: Sequence[Problem], x: Tensor, size: tuple[int, ...]) -> None:
         """Make the call of tensors such as x, which gives one of `size`."""
-        problems = integers.joined(problems)
+        problems = joined(problems)
         if self.low is None:
             self.call = caller(list(zip(problems, self.of_layers, strict=True)), x, size)
             return

@@ -33,6 +33,9 @@ def cast_weights(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
     In training the optimizer keeps float32 parameters, and each forward casts copies of them and of the buffers, so
     that small updates are not lost. What a model writes to while it trains stays in float32.
 
+    For inference, where the forward makes float32 numbers that do not go with the rest, layers are cast one by one:
+    each computes in `dtype`, and everything between them in float32.
+
     Raises:
         UnsupportedError: the model does not run so.
     """
@@ -59,13 +62,77 @@ def cast_weights(work: Workload, dtype: torch.dtype) -> tuple[Workload, Effect]:
         chosen -= {id(buffer) for buffers in written.values() for buffer in buffers.values()}
         _cast_in_forward(model, dtype, chosen, held, outside)
     else:
+        apart = {name: module for name, module in holders.items() if name in touched and isinstance(module, _LAYERS)}
+        before = [_own_tensors(module) for module in model.modules() if module not in apart.values()]
         for module in model.modules():
             if id(module) not in left:
                 _cast_own(module, dtype)
         around_forward(model, lambda forward: at_the_boundary(forward, dtype, outside, held))
-    if work.inputs is not None:
+        if work.inputs is not None and (effect := _one_by_one(work, dtype, apart, before, touched, kept)):
+            return work, effect
+    if work.inputs is not None and work.trains:
         _check_runs(work, dtype)
     return work, Effect(touched, tuple(kept))
+
+
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.RNNBase, nn.RNNCellBase)
+"""What computes in its weights' precision, given inputs in it."""
+
+
+def _one_by_one(
+    work: Workload,
+    dtype: torch.dtype,
+    apart: Mapping[str, nn.Module],
+    before: Iterable[Callable[[], None]],
+    touched: Iterable[str],
+    kept: Iterable[Skipped],
+) -> Effect | None:
+    """Where the cast model does not run: each layer of `apart` by itself, all else as it was; None where it does.
+
+    Args:
+        before: puts back what the others held.
+
+    Raises:
+        UnsupportedError: it does not run so either.
+    """
+    try:
+        _check_runs(work, dtype)
+        return None
+    except UnsupportedError as error:
+        if not apart:
+            raise
+        model, whole = work.model, error
+    model.__class__ = type(model).__mro__[1]  # without what was put around it
+    for put_back in before:
+        put_back()
+    for module in apart.values():
+        around_forward(module, lambda forward: at_the_boundary(forward, dtype, torch.float32))
+    try:
+        _check_runs(work, dtype)
+    except UnsupportedError:
+        raise whole from whole.__cause__
+    label = str(dtype).removeprefix("torch.")
+    reason = (
+        f"it stays in float32: layers are cast one by one, since the forward makes numbers that {label} does not fit"
+    )
+    left = [Skipped(name, reason) for name in touched if name not in apart]
+    told = f"each layer computes in {label} by itself, and what is between them in float32: {whole.__cause__}"
+    return Effect(tuple(apart), (*kept, *left), (told,))
+
+
+def _own_tensors(module: nn.Module) -> Callable[[], None]:
+    """What puts back the tensors that a module holds now."""
+    data = [(parameter, parameter.data) for parameter in _own(module)]
+    buffers = dict(module._buffers)
+    others = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+
+    def put_back() -> None:
+        for parameter, held in data:
+            parameter.data = held
+        module._buffers.update(buffers)
+        vars(module).update(others)
+
+    return put_back
 
 
 def _own(module: nn.Module) -> list[torch.Tensor]:

@@ -18,9 +18,16 @@ def gradient_hooks(parameter: torch.Tensor) -> tuple[list[Callable], list[Callab
 
 
 def copy_gradient_hooks(model: nn.Module, copied_to: nn.Module) -> None:
-    """Give a copy's parameters the hooks of the model's; what is a method of the model becomes one of the copy."""
+    """Give a copy's parameters the hooks of the model's.
+
+    What is a method of the model becomes one of the copy, and so does a module, parameter or buffer of the model that
+    an object among the hooks holds.
+    """
     twins = dict(copied_to.named_parameters())
-    memo = {id(module): copied_to.get_submodule(name) for name, module in model.named_modules()}
+    memo: dict[int, object] = {id(module): copied_to.get_submodule(name) for name, module in model.named_modules()}
+    tensors = twins | dict(copied_to.named_buffers())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        memo[id(tensor)] = tensors[name]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

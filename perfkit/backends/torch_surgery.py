@@ -28,6 +28,12 @@ FIXED_SHAPES = "_perfkit_fixed_shapes"
 INTEGER = "_perfkit_integer"
 """Marks the classes of layers on integer weights, whose `weight` is what these stand for, in float32."""
 
+INTEGER_RNN = "_perfkit_int8"
+"""Marks the classes of recurrent modules on integer weights, which call a kernel."""
+
+WHOLE = "_perfkit_whole"
+"""On the classes of layers on integers: whether they are calls of perfkit's kernels in compiled programs."""
+
 ELSEWHERE = "_perfkit_elsewhere"
 """On a model of which this process holds a part: how many parameters others hold."""
 

@@ -131,3 +131,15 @@ def _distance(outputs: Any, taught: Any) -> torch.Tensor:
     pairs = zip(tensors_in(outputs), tensors_in(taught), strict=True)
     terms = [(o - t).square().mean() / t.var(correction=0).clamp_min(1e-12) for o, t in pairs if t.is_floating_point()]
     return torch.stack(terms).mean()
+
+
+def held_in_buckets(model: nn.Module) -> str | None:
+    """Why a model that trains cannot be given other parameters; None where it can."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            where = f" ({name})" if name else ""
+            return (
+                f"DistributedDataParallel{where} adds up gradients of the parameters that it was made with, and this "
+                "makes others: pass the module inside (model.module), and wrap result.model, or write '+data_parallel'"
+            )
+    return None

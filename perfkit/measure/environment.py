@@ -51,6 +51,7 @@ SETTINGS = (
     "JAX_",
     "TF_XLA_",
     "MALLOC_",
+    "GLIBC_TUNABLES",
     "LD_PRELOAD",
 )
 """Beginnings of the names of environment variables that change speed."""

@@ -40,6 +40,16 @@ SETTINGS = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRES
 Source: mallopt(3).
 """
 
+TUNABLES = {
+    "glibc.malloc.arena_max": "MALLOC_ARENA_MAX",
+    "glibc.malloc.mmap_max": "MALLOC_MMAP_MAX_",
+    "glibc.malloc.trim_threshold": "MALLOC_TRIM_THRESHOLD_",
+}
+"""The same as parts of the variable GLIBC_TUNABLES, which count before variables of their own.
+
+Source: https://www.gnu.org/software/libc/manual/html_node/Memory-Allocation-Tunables.html
+"""
+
 TYPED = " ".join(f"{name}={value}" for name, value in SETTINGS.items())
 """As they stand before a command."""
 
@@ -96,6 +106,8 @@ def replaced(variables: Mapping[str, str]) -> str:
 def kept(variables: Mapping[str, str] | None = None) -> bool:
     """Whether a process that was started with these variables keeps what it frees; None: this one."""
     given = at_start() if variables is None else variables
+    parts = (part.split("=", 1) for part in given.get("GLIBC_TUNABLES", "").split(":") if "=" in part)
+    given = {**given, **{TUNABLES[name]: value for name, value in parts if name in TUNABLES}}
     arenas, mapped, trim = (_number(given.get(name)) for name in SETTINGS)
     return arenas == 1 and mapped == 0 and trim is not None and trim >= int(SETTINGS["MALLOC_TRIM_THRESHOLD_"])
 

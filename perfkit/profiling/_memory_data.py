@@ -54,7 +54,9 @@ class Memory:
         reserved: held by the framework's caching allocator (CUDA).
         device_used: of the card, by everything (NVML).
         fragmentation: share of `reserved` that is not allocated at the peak.
-        program: what the compiler says of its program, by name: "temp", "arguments", "output", "alias" (JAX).
+        program: of the step as a whole, by name. JAX: what the compiler says, "temp", "arguments", "output", "alias".
+            PyTorch on a CPU: "anew", the pages that a step touches for the first time, counted, where those it frees
+            go back to the system.
     """
 
     peak: Quantity

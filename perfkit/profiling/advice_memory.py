@@ -96,23 +96,24 @@ def batch(facts: Facts) -> Iterator[Finding]:
 
 
 def fresh(facts: Facts) -> Iterator[Finding]:
-    """JAX on Linux: each training step takes its temporary memory from the system anew."""
-    if (found := _peak(facts)) is None or not facts.trains or facts.profile.device != "cpu":
+    """On a CPU each step takes memory from the system anew: in PyTorch as counted, in JAX, in training, as compiled."""
+    if (found := _peak(facts)) is None or facts.profile.device != "cpu":
         return
     memory, peak = found
-    about, temporary = facts.profile.environment, memory.program.get("temp", 0.0)
-    kept = kept_memory.kept(about.settings) or kept_memory.replaced(about.settings)
-    if kept or "Linux" not in about.os or not kept_memory.fresh(int(temporary)):
+    about, torch = facts.profile.environment, facts.profile.framework == "torch"
+    taken = memory.program.get("anew" if torch else "temp", 0.0)
+    kept = kept_memory.kept(about.settings) or kept_memory.replaced(about.settings) or "keep_memory" in facts.applied
+    if kept or not (torch or facts.trains) or "Linux" not in about.os or not kept_memory.fresh(int(taken)):
         return
     yield Finding(
         kind="fresh memory",
-        told=f"each step takes {format_bytes(temporary)} from the system anew and gives that back: the kernel zeroes "
+        told=f"each step takes {format_bytes(taken)} from the system anew and gives that back: the kernel zeroes "
         "and maps every page of it again",
         where=(),
-        share=min(temporary / peak, 1.0),
+        share=min(taken / peak, 1.0),
         resource="memory",
-        recipe="",
-        advice=kept_memory.KEEPING,
+        recipe="keep_memory" if torch else "",
+        advice=kept_memory.BY_RECIPE if torch else kept_memory.KEEPING,
         predicted=Quantity.missing("ratio", "the time that the kernel takes for it was not measured"),
     )
 

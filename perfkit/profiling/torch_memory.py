@@ -14,7 +14,7 @@ import torch
 from perfkit._quantity import Quantity
 from perfkit._workload import Workload
 from perfkit.backends.adapter import Finished
-from perfkit.measure import memory
+from perfkit.measure import kept_memory, memory
 from perfkit.profiling import torch_snapshot
 from perfkit.profiling._memory_data import Allocation, Memory, MemoryPoint
 from perfkit.profiling.torch_trace import BEFORE, Block, Trace, held, traced
@@ -52,6 +52,8 @@ def collected(work: Workload, finished: Finished) -> Memory:
         own = sum(thing.bytes for thing in held(work).values()) if work.device == "cpu" else 0
         heap = memory.native_heap(own)
         card = _card(call, work.device)
+        counted = work.device == "cpu" and work.world.alone and not kept_memory.settled()
+        program = {"anew": float(kept_memory.touched_anew(call))} if counted else {}
     return Memory(
         peak=Quantity(float(sum(categories.values())), "B", method=_method(work.device, card)),
         by_category={name: float(size) for name, size in categories.items()},
@@ -64,6 +66,7 @@ def collected(work: Workload, finished: Finished) -> Memory:
         reserved=card["reserved"],
         device_used=card["device_used"],
         fragmentation=card["fragmentation"],
+        program=program,
     )
 
 

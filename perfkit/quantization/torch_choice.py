@@ -1,4 +1,4 @@
-"""Which layers of a torch module to quantize, and why the others are left alone."""
+"""Which layers of a torch module to quantize, why the others are left alone, and which models cannot be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from perfkit._errors import UnsupportedError
 from perfkit._report import Skipped
+from perfkit._workload import Workload
+from perfkit.backends.torch_state import keeping_state
 from perfkit.backends.torch_surgery import is_composed, unwrapped
 from perfkit.quantization import torch_qat, torch_rnn_int8
 
@@ -65,3 +68,32 @@ def _reason(module: nn.Module, kinds: tuple, recurrent: bool, dtypes: tuple[torc
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, and this works on {wanted}"
     return ""
+
+
+def check_gradients(work: Workload) -> None:
+    """Refuse a model whose forward differentiates through layers that have no gradient any more.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    if work.inputs is None:
+        return
+    with torch.random.fork_rng(), torch.no_grad(), keeping_state(work.model):
+        try:
+            work.model(*work.inputs.args, **work.inputs.kwargs)
+        except RuntimeError as error:
+            if not any(told in str(error) for told in _WITHOUT_GRADIENT):
+                return  # what else does not run is told where it is called
+            raise UnsupportedError(
+                f"{type(work.model).__name__} computes gradients in its forward (torch.autograd.grad, .backward()), "
+                "and layers on integers have none for their inputs: leave those alone that it differentiates through, "
+                "with exclude=, or choose a recipe that keeps gradients: 'bf16', 'compile', 'fused_kernels'"
+            ) from error
+
+
+_WITHOUT_GRADIENT = (
+    "appears to not have been used in the graph",
+    "_weight_int8pack_mm is not implemented",
+    "does not require grad and does not have a grad_fn",
+)
+"""What torch says to those who ask for them."""

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from perfkit.backends.torch_surgery import FIXED_SHAPES, INTEGER, ROUNDS, derive
+from perfkit.backends.torch_surgery import FIXED_SHAPES, INTEGER, ROUNDS, WHOLE, derive
 from perfkit.kernels import _native
 from perfkit.kernels.max_pool_uint8.torch_op import max_pool_uint8
-from perfkit.quantization import torch_onednn
+from perfkit.quantization import torch_native, torch_onednn
 from perfkit.quantization.torch_ranges import Affine
 
 _quantized = torch.ops.quantized_decomposed
@@ -40,6 +40,8 @@ def static(module: nn.Module, grid: Affine, bits: int = 8) -> None:
     module.input_grid = grid
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() and getattr(self, WHOLE) and not torch.compiler.is_exporting():
+            return torch_native.called(self, input, self.input_grid)
         y = torch_onednn.at_once(self, input)
         y = torch_onednn.product(self, input, self.input_grid) if y is None else y
         return _float_form(self, self.input_grid.rounded(input)) if y is None else y
@@ -53,7 +55,8 @@ def static(module: nn.Module, grid: Affine, bits: int = 8) -> None:
         self.input_grid = Affine(scale, int(zero), int(top))
 
     members = _MARKED | {"get_extra_state": get_extra_state, "set_extra_state": set_extra_state}
-    if isinstance(module, CONVS):
+    members[WHOLE] = torch_native.stays_whole(module, grid)
+    if isinstance(module, CONVS) and not members[WHOLE]:
         members[FIXED_SHAPES] = True  # for any size at once, Inductor (torch 2.13) takes wrong strides for integers
     derive(module, forward=forward, **members)
 
@@ -76,11 +79,12 @@ def dynamic(module: nn.Linear, top: int, bits: int = 8) -> None:
     derive(module, forward=forward, **_MARKED)
 
 
-def pool(module: nn.MaxPool2d, grid: Affine, flat: bool) -> None:
+def pool(module: nn.MaxPool2d, grid: Affine, flat: bool, whole: bool = False) -> None:
     """A max-pool on the grid of the layer after it. Rounding before the pool or after it gives the same numbers.
 
     Args:
         flat: the layer after it takes images as rows, NCHW.
+        whole: compiled, that layer is a call of perfkit's kernels, which rounds.
     """
     size, base = 0 if _native.missing() else _square(module), type(module).forward
 
@@ -88,7 +92,7 @@ def pool(module: nn.MaxPool2d, grid: Affine, flat: bool) -> None:
         return x if torch_onednn.direct(x) else grid.rounded(x)  # the layer after it does so
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if torch_onednn.direct(input):
+        if (whole and torch.compiler.is_compiling()) or torch_onednn.direct(input):
             return base(self, input)
         if size and input.dim() == 4 and input.device.type == "cpu":
             return grid.floats(max_pool_uint8(grid.integers(input), size, flat))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import perfkit.kernels.sequence.torch_auto  # noqa: F401 - registers torch.ops.perfkit.int8_auto
+from perfkit.kernels import _int8
 from perfkit.kernels._int8 import Grid
 from perfkit.kernels._torch import Known
 from perfkit.kernels.conv2d.problem import options
@@ -16,6 +18,7 @@ from perfkit.kernels.conv2d_int8 import cpu_shape
 from perfkit.kernels.conv2d_int8.torch_op import problem as convolution_problem
 from perfkit.kernels.linear_int8 import grid_shape
 from perfkit.kernels.linear_int8 import on_grid as linear
+from perfkit.measure.environment import has
 from perfkit.quantization.torch_ranges import Affine
 
 _linears, _convs = Known(grid_shape.OP), Known(cpu_shape.OP)
@@ -67,3 +70,28 @@ def _conv(module: Any, bias: Tensor | None, x: Tensor, grid: Grid, out: torch.dt
         return None
     layout = torch.channels_last if made.x_last else torch.contiguous_format
     return convolution.caller(made)(x.contiguous(memory_format=layout), packed, bias)
+
+
+def stays_whole(module: nn.Module, grid: Affine) -> bool:
+    """Whether a layer is left to torch.compile as one operation, of which perfkit's kernels are expected to take calls.
+
+    With AMX's tiles oneDNN's kernels are, and the compiler is given what it makes those of.
+    """
+    if has("amx_int8") or _int8.slower() is not None:
+        return False
+    if isinstance(module, nn.Conv2d):
+        if module.padding_mode != "zeros" or module.groups > 1:
+            return False
+    elif not isinstance(module, nn.Linear):
+        return False
+    return _int8.refusal(Grid(grid.scale, grid.zero, grid.top), prod(module.weight_int8.shape[1:])) is None
+
+
+def called(module: Any, x: Tensor, grid: Affine) -> Tensor:
+    """What such a layer computes, as Dynamo traces it."""
+    place: tuple = ((), (), ())
+    if isinstance(module, nn.Conv2d):
+        left, right, top, bottom = module._reversed_padding_repeated_twice
+        place = module.stride, (top, bottom, left, right), module.dilation
+    tensors = module.weight_int8, module.weight_scale, module.weight_zero, module.bias
+    return torch.ops.perfkit.int8_auto(x, *tensors, grid.scale, grid.zero, grid.top, *place)

@@ -23,7 +23,9 @@ from perfkit._errors import missing
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.torch_encoder import leave_short_cuts
+from perfkit.backends.torch_fused_rnn import let_compile
 from perfkit.backends.torch_stderr import without_lines
+from perfkit.backends.torch_surgery import WHOLE
 from perfkit.backends.torch_training import teacher
 from perfkit.quantization import (
     torch_int4,
@@ -33,7 +35,7 @@ from perfkit.quantization import (
     torch_qat,
     torch_rnn_int8,
 )
-from perfkit.quantization.torch_choice import FLOATS, choose
+from perfkit.quantization.torch_choice import FLOATS, check_gradients, choose
 from perfkit.quantization.torch_fold import fold_norms
 from perfkit.quantization.torch_layers import CONVS
 from perfkit.quantization.torch_onednn import top
@@ -99,6 +101,8 @@ def int8(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
         *(f"{norm} is folded into {conv}" for norm, conv in folded.items()),
         *_quantize_pools(work.model, {pool: layers[name] for pool, name in followers.items() if name in touched}),
     )
+    let_compile(work.model)
+    check_gradients(work)
     skipped = [item for item in skipped if item.name not in folded]
     return work, _effect(layers, touched, skipped, notes)
 
@@ -114,6 +118,8 @@ def int8_dynamic(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]
             torch_layers.dynamic(module, top())
         else:
             _without_calibration(module)
+    let_compile(work.model)
+    check_gradients(work)
     return work, _effect(layers, layers, skipped, _range_notes(top()))
 
 
@@ -126,6 +132,7 @@ def weight_only(work: Workload, recipe: LayerRecipe) -> tuple[Workload, Effect]:
             torch_layers.embedding(module)
         else:
             torch_layers.weight_only(module)
+    check_gradients(work)
     return work, Effect(tuple(layers), tuple(skipped))
 
 
@@ -270,5 +277,6 @@ def _quantize_pools(model: nn.Module, followers: dict[str, nn.Module]) -> Iterat
     """Put max-pools on the grid of the layer that takes their output, so that they too run on integers."""
     names = {module: name for name, module in model.named_modules()}
     for pool, follower in followers.items():
-        torch_layers.pool(model.get_submodule(pool), follower.input_grid, flat=isinstance(follower, nn.Linear))
+        flat, whole = isinstance(follower, nn.Linear), getattr(type(follower), WHOLE)
+        torch_layers.pool(model.get_submodule(pool), follower.input_grid, flat, whole)
         yield f"{pool} runs on the grid of {names[follower]}"

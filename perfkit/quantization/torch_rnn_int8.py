@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from perfkit._errors import InvalidInputError, UnsupportedError
-from perfkit.backends.torch_surgery import derive
+from perfkit.backends.torch_surgery import INTEGER_RNN, derive
 
-INT8 = "_perfkit_int8"
 FORWARDS = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
 
 
@@ -44,7 +43,7 @@ def refusal(module: nn.Module) -> str | None:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether `quantize_rnn` was here."""
-    return getattr(type(module), INT8, False)
+    return getattr(type(module), INTEGER_RNN, False)
 
 
 def quantize_rnn(module: nn.RNNBase, *, input_scale: float | None = None) -> None:
@@ -144,7 +143,7 @@ def _derive(module: nn.RNNBase) -> None:
         _apply=_apply,
         __reduce_ex__=__reduce_ex__,
         flatten_parameters=flatten_parameters,
-        **{INT8: True},
+        **{INTEGER_RNN: True},
     )
 
 

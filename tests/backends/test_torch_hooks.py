@@ -26,8 +26,8 @@ def keep_first_column(parameter):
     parameter.grad[:, 1:] = 0
 
 
-def trained(model, recipe):
-    """The model after a training step, and what the recipe left alone."""
+def trained(model, recipe, steps=1):
+    """The model after training, and what the recipe left alone."""
     result = perfkit.apply(
         model,
         recipe,
@@ -37,7 +37,8 @@ def trained(model, recipe):
         loss=nn.functional.mse_loss,
         optimizer=functools.partial(torch.optim.SGD, lr=0.1),
     )
-    result.train_step(((torch.ones(4, 4),), torch.ones(4, 2)))
+    for _ in range(steps):
+        result.train_step(((torch.ones(4, 4),), torch.ones(4, 2)))
     return result.model, [item.name for item in result.report.steps[0].effect.skipped]
 
 
@@ -75,6 +76,79 @@ def test_hooks_of_parameters_that_are_methods_are_the_copys():
     result, _ = trained(model, "half")
     assert torch.equal(result.fc.weight, model.fc.weight)
     assert result.seen > model.seen == 0
+
+
+class Decay:
+    """A gradient hook that is an object, and holds the parameter that it decays."""
+
+    def __init__(self, parameter):
+        self.parameter, self.calls = parameter, 0
+
+    def __call__(self, gradient):
+        self.calls += 1
+        return 0 * gradient + self.parameter.detach()  # at a rate of 0.1, a tenth of it is gone after each step
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_hooks_of_parameters_that_are_objects_hold_the_copys(partial):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    weight = model[0].weight
+    hook = functools.partial(Decay.__call__, Decay(weight)) if partial else Decay(weight)
+    weight.register_hook(hook)
+    before = weight.detach().clone()
+    result, _ = trained(model, "bf16", steps=2)
+    torch.testing.assert_close(result[0].weight, 0.9**2 * before)
+    assert torch.equal(weight, before)
+    assert (hook.args[0] if partial else hook).calls == 0
+
+
+class Shared(Decay):
+    """The same, which cannot be copied."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.mark.parametrize(
+    "make", [Shared, lambda weight: functools.partial(Shared(weight)), lambda weight: Kept(weight)]
+)
+def test_objects_among_the_hooks_that_go_on_using_the_original_are_refused(make):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    model[0].weight.register_hook(make(model[0].weight))
+    with pytest.raises(InvalidInputError, match=r"a gradient hook of parameter '0\.weight' holds .* is called, which"):
+        trained(model, "bf16")
+    called = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    called[0].register_forward_hook(Watching(called))
+    with pytest.raises(InvalidInputError, match=r"_forward_hooks of 0 holds a Watching that is called"):
+        trained(called, "bf16")
+
+
+class Kept:
+    """Holds the original in a slot, and is not copied."""
+
+    __slots__ = ("parameter",)
+
+    def __init__(self, parameter):
+        self.parameter = parameter
+
+    def __call__(self, gradient):
+        return gradient + self.parameter
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Watching:
+    """A hook of a module's calls that has the model in a list, and is not copied."""
+
+    def __init__(self, model):
+        self.models = [model]
+
+    def __call__(self, module, arguments, output):
+        return output
+
+    def __deepcopy__(self, memo):
+        return self
 
 
 def test_hooks_of_parameters_that_would_train_the_original_are_refused():

@@ -103,6 +103,56 @@ def test_outputs_of_a_model_in_two_precisions_stay_in_theirs(recipe):
     assert result.model(torch.randn(3, 4)).dtype == torch.bfloat16
 
 
+class Filled(nn.Module):
+    """A state and a matrix that the forward makes in float32; and parameters that are no layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.cell, self.norm = nn.Linear(4, 8), nn.GRUCell(8, 8), nn.LayerNorm(8)
+        self.scale, self.last = nn.Parameter(torch.rand(8)), nn.Linear(8, 2)
+        self.register_buffer("shift", torch.randn(8))
+
+    def forward(self, x):
+        state = torch.zeros(x.size(0), 8)
+        for step in range(x.size(1)):
+            state = self.cell(self.norm(self.inner(x[:, step])) * self.scale + self.shift, state) @ torch.eye(8)
+        return self.last(state)
+
+
+def test_half_casts_layers_one_by_one_where_the_forward_makes_float32():
+    torch.manual_seed(0)
+    model, x = Filled().eval(), torch.randn(3, 5, 4)
+    result = perfkit.apply(model, "half", example_inputs=(x,))
+    effect = result.report.steps[0].effect
+    assert effect.touched == ("inner", "cell", "last")
+    assert {item.name for item in effect.skipped} == {"Filled", "norm"}
+    assert "each layer computes in bfloat16 by itself" in effect.notes[0]
+    for name, tensor in result.model.state_dict().items():
+        own = model.state_dict()[name]
+        assert torch.equal(tensor, own.to(torch.bfloat16 if name.split(".")[0] in effect.touched else torch.float32))
+    with torch.no_grad():
+        y, exact = result.model(x), model(x)
+    assert y.dtype == torch.float32
+    assert 0 < (y - exact).norm() <= 3e-2 * exact.norm()
+    assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
+
+
+class Bare(nn.Module):
+    """No layer that could be cast by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return x @ self.weight @ torch.eye(4)
+
+
+def test_half_says_why_it_cannot_cast_a_model():
+    with pytest.raises(perfkit.UnsupportedError, match=r"weights in bfloat16 do not fit the rest of Bare"):
+        perfkit.apply(Bare(), "half", example_inputs=(torch.randn(3, 4),))
+
+
 def test_half_takes_tensors_along_that_are_no_buffers():
     torch.manual_seed(0)
     result = applied(Own(), "half", torch.randn(3, 4))

@@ -56,6 +56,32 @@ def test_all_settings_are_needed():
         assert not kept_memory.kept(SETTINGS | {name: "many"})
 
 
+def test_they_may_be_tunables():
+    told = ":".join(f"{tunable}={SETTINGS[name]}" for tunable, name in kept_memory.TUNABLES.items())
+    assert kept_memory.kept({"GLIBC_TUNABLES": told})
+    assert kept_memory.kept({"GLIBC_TUNABLES": f"glibc.malloc.check=1:{told}:glibc.rtld.nns"})
+    assert kept_memory.kept(SETTINGS | {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=9000000000", "PATH": ""})
+    assert not kept_memory.kept({"GLIBC_TUNABLES": told.replace("mmap_max=0", "mmap_max=9")})
+    assert not kept_memory.kept(SETTINGS | {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}), "tunables count first"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_glibc_takes_tunables_before_variables():
+    """What `kept` says of a process is what its pages say: with neither, with both, and where the two differ."""
+    off = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "GLIBC_TUNABLES")}
+    told = ":".join(f"{tunable}={SETTINGS[name]}" for tunable, name in kept_memory.TUNABLES.items())
+    for given in ({"GLIBC_TUNABLES": told}, SETTINGS | {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=65536"}):
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, str(IN_NO_ARENA)],
+            env=off | given,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        kept = int(done.stdout.split()[-1]) < 100
+        assert kept == kept_memory.kept(given)
+
+
 def test_what_is_advised_and_when(started):
     started({})
     advice = kept_memory.advice(LARGE)

@@ -51,7 +51,7 @@ def test_what_grows_with_the_batch():
 
 def test_memory_that_each_step_takes_anew():
     def told(temporary: float, settings: dict[str, str], **changes) -> list[Finding]:
-        base = profile(product(dtype="bfloat16"), **{"mode": "training"} | changes)
+        base = profile(product(dtype="bfloat16"), **{"mode": "training", "framework": "jax"} | changes)
         memory = dataclasses.replace(base.memory, program={"temp": temporary}, peak=Quantity(4 * temporary, "B"))
         about = dataclasses.replace(base.environment, settings=settings)
         changed = findings(dataclasses.replace(base, memory=memory, environment=about))
@@ -65,6 +65,25 @@ def test_memory_that_each_step_takes_anew():
     assert not told(2**26, {"LD_PRELOAD": "libjemalloc.so.2"})
     assert not told(kept_memory.KEPT_BYTES, {})
     assert not told(2**26, {}, mode="inference")
+    assert not told(2**26, {}, device="cuda")
+
+
+def test_memory_that_each_step_of_a_torch_model_takes_anew():
+    def told(anew: float, settings: dict[str, str], **changes) -> list[Finding]:
+        base = profile(product(dtype="bfloat16"), framework="torch", **changes)
+        memory = dataclasses.replace(base.memory, program={"anew": anew}, peak=Quantity(4 * anew, "B"))
+        about = dataclasses.replace(base.environment, settings=settings)
+        changed = findings(dataclasses.replace(base, memory=memory, environment=about))
+        return [finding for finding in changed if finding.kind == "fresh memory"]
+
+    for mode in ("training", "inference"):
+        (finding,) = told(2**26, {}, mode=mode)
+        assert finding.told.startswith("each step takes 64.0 MiB from the system anew")
+        assert (finding.share, finding.recipe) == (0.25, "keep_memory")
+        assert finding.advice == kept_memory.BY_RECIPE
+    assert not told(2**26, kept_memory.SETTINGS)
+    assert not told(2**26, {}, notes=("profiled: what keep_memory makes of the model",))
+    assert not told(kept_memory.KEPT_BYTES, {})
     assert not told(2**26, {}, device="cuda")
 
 

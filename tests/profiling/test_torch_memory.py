@@ -12,6 +12,7 @@ from torch import nn
 from torch.cuda import _memory_viz
 
 from perfkit import InvalidInputError, reference
+from perfkit.measure import kept_memory
 from perfkit.profiling import torch_memory
 from perfkit.profiling._memory_data import CATEGORIES
 from perfkit.profiling.torch_memory import STEPS, _card, _growth, _moments
@@ -82,6 +83,25 @@ def test_the_timeline_begins_with_what_is_held_and_contains_the_peak(trained):
     assert first.bytes_by_category["parameters"] == PARAMETERS
     assert max(sum(point.bytes_by_category.values()) for point in memory.timeline) == memory.peak.value
     assert [point.at_ms for point in memory.timeline] == sorted(point.at_ms for point in memory.timeline)
+
+
+class Wide(nn.Module):
+    """Takes three times 40 MiB at each call."""
+
+    def forward(self, x):
+        return (x.repeat(1, 160) + 1).relu().sum()
+
+
+@pytest.mark.skipif(kept_memory.settled(), reason="memory is kept here")
+def test_what_each_step_takes_anew_is_counted(monkeypatch):
+    """A page is counted once where it is touched; all there is may be one huge one."""
+    monkeypatch.setattr(kept_memory, "MOST_CALLS", 2)
+    large, small = collected(Wide(), (torch.ones(1024, 64),))[1], collected(Net())[1]
+    assert small.program["anew"] < kept_memory.KEPT_BYTES
+    if not kept_memory.huge_pages():
+        assert large.program["anew"] >= 2 * 40 * 2**20
+    monkeypatch.setattr(kept_memory, "settled", lambda: True)
+    assert collected(Net())[1].program == {}
 
 
 def test_a_leak_is_told_and_nothing_else_is(trained):

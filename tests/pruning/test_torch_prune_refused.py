@@ -1,5 +1,7 @@
 """Units of torch models that cannot be followed: they stay, and the report tells why."""
 
+import functools
+
 import pytest
 
 pytest.importorskip("torch")
@@ -10,6 +12,8 @@ from sample_models import torch_models
 from torch import nn
 from torch.nn import functional as F
 
+import perfkit
+from perfkit import UnsupportedError
 from perfkit.pruning.torch_units import NONE, Units
 
 
@@ -211,3 +215,32 @@ def test_tied_weights_stay():
     reasons = {item.name: item.reason for item in effect.skipped}
     assert "shares a weight with embed" in reasons["out"]
     assert "shares a weight with embed" in reasons["body"]
+
+
+@pytest.mark.parametrize("recipe", ["prune(amount=0.5)", "low_rank(energy=0.5)"])
+def test_what_adds_up_gradients_of_other_parameters_is_told_of(recipe):
+    """Without processes: what the class does when it is made is not looked at."""
+
+    class Replica(nn.parallel.DistributedDataParallel):
+        def __init__(self, module):
+            nn.Module.__init__(self)
+            self.module = module
+
+        def forward(self, x):
+            return self.module(x)
+
+        def __getstate__(self):
+            return dict(vars(self))
+
+        __setstate__ = nn.Module.__setstate__
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    given = {
+        "mode": "training",
+        "loss": nn.functional.mse_loss,
+        "targets": torch.ones(4, 2),
+        "optimizer": functools.partial(torch.optim.SGD, lr=0.1),
+    }
+    with pytest.raises(UnsupportedError, match=r"DistributedDataParallel adds up .* \(model\.module\)"):
+        perfkit.apply(Replica(model), recipe, example_inputs=(torch.ones(4, 4),), **given)
+    assert perfkit.apply(model, recipe, example_inputs=(torch.ones(4, 4),), **given).report.steps[0].effect.touched

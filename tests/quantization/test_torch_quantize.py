@@ -106,8 +106,28 @@ def test_integer_kernels_come_with_compile_and_without_it_from_onednn_or_it_is_s
     monkeypatch.undo()
     compiled = perfkit.optimize(**given, recipe="int8+compile").report
     assert not steps(compiled).simulated
-    assert "the compiler made 2 integer kernels" in steps(compiled).notes
+    made = {"the compiler made 2 integer kernels", "compiled, 2 layers are 2 call(s) of perfkit's integer kernels"}
+    assert made & set(steps(compiled).notes), "the first with AMX's tiles"
     assert compiled.fidelity.ok
+
+
+class Force(nn.Module):
+    """A gradient in the forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.energy = nn.Linear(4, 16), nn.Linear(16, 1)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(torch.tanh(self.inner(x))).sum(), x)[0]
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8_dynamic", "int8_weight_only"])
+def test_gradients_in_the_forward_are_told_of(recipe):
+    with pytest.raises(perfkit.UnsupportedError, match=r"Force computes gradients in its forward .* with exclude="):
+        perfkit.apply(Force(), recipe, example_inputs=(torch.randn(32, 4),))
 
 
 def test_integer_kernels_take_other_batch_sizes():
