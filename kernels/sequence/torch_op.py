@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from perfkit._errors import InvalidInputError
+from perfkit.kernels import _int8_torch
 from perfkit.kernels._int8 import Grid
 from perfkit.kernels.conv2d.problem import Options
 from perfkit.kernels.conv2d_int8 import cpu_kernel as convolution
