@@ -83,7 +83,7 @@ struct Stack {
         for (i64 i = 0; i < p.layers * p.directions; ++i) directions.emplace_back(p, i, H_);
         for (i64 i = 0; i < 2 && i < p.layers - 1; ++i)
             if (bounded)
-                q_between[i].allocate_zeros(rows * q_stride);
+                q_between[i].allocate(rows * q_stride);
             else
                 between[i].allocate(rows * width);
     }

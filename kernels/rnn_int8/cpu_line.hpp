@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "cpu_directions.hpp"
+#include "cpu_inputs.hpp"
 
 namespace {
 
@@ -15,7 +15,7 @@ class Line {
 
     Line(Stack<Cell>& stack, i64 number, i64 first, i64 last)
         : number(number), layer(number / stack.p.directions), way(number % stack.p.directions), first(first),
-          last(last), stack_(stack), p_(stack.p), of_(stack.directions[number]) {}
+          last(last), stack_(stack), p_(stack.p), of_(stack.directions[number]), inputs_(stack, layer, first) {}
 
     // `below`: the lines of the same rows that it reads the outputs of; `beside`: they may run at the same time.
     void run(const Line* const* below, bool beside) {
@@ -54,9 +54,9 @@ class Line {
         // Above another layer that runs at the same time, few steps: it waits for all of them.
         chunk_ = rows_ * std::max<i64>(1, std::min(CHUNK / rows_, layer && beside ? p_.steps / 8 : p_.steps));
         if (at_once_) chunk_ = rows_;
-        x_stride_ = round_up(of_.K, PANEL), h_stride_ = stack_.H_;
-        x_.allocate_zeros(chunk_ * x_stride_);
-        x_scales_.allocate(chunk_), h_scales_.allocate(rows_);
+        h_stride_ = stack_.H_;
+        inputs_.allocate(chunk_, of_.K, at_once_);
+        h_scales_.allocate(rows_);
         several_ = VECTORS > 1 ? stack_.H / (VECTORS * PANEL) : 0;
         groups_ = several_ + (stack_.H + L - 1) / L - several_ * VECTORS;
         sums_.allocate(at_once_ ? 2 * ROWS * WIDTH : groups_ * chunk_ * WIDTH);
@@ -83,49 +83,21 @@ class Line {
             std::memcpy(own(to, u, b), from + u, std::min<i64>(L, stack_.H - u) * sizeof(float));
     }
 
-    // The quantized inputs of steps [from, to): x_given_ and x_scales_, or one scale for all.
+    // The quantized inputs of steps [from, to), and their products unless each step computes its own.
     void take_inputs(i64 from, i64 to) {
-        i64 rows = 0;
-        const bool quantized_below = layer && stack_.bounded;
-        common_x_ = quantized_below || (!layer && p_.x_fixed > 0);
-        x_given_ = x_.data();
+        inputs_.begin();
         for (i64 step = from; step < to; ++step) {
-            const i64 t = time(step), count = there(step);
-            if (quantized_below) {
-                const Activation* q = &stack_.q_between[(layer - 1) % 2][(stack_.offsets[t] + first) * stack_.q_stride];
-                for (i64 b = 0; b < count; ++b)
-                    common_x_ = scaled(q + b * stack_.q_stride, of_.K, x_scales_[rows + b]) && common_x_;
-                if (at_once_)
-                    x_given_ = q;
-                else
-                    std::copy(q, q + count * stack_.q_stride, &x_[rows * x_stride_]);
-            } else {
-                const float* x = layer ? &stack_.between[(layer - 1) % 2][(stack_.offsets[t] + first) * stack_.width]
-                                       : p_.x + t * p_.x_step + (p_.starts[t] + first) * p_.x_row;
-                for (i64 b = 0; b < count; ++b) {
-                    const float* row = x + b * (layer ? stack_.width : p_.x_row);
-                    const float scale = quantize(row, of_.K, layer ? floor() : 0.0f, layer ? 0.0f : p_.x_fixed,
-                                                 &x_[(rows + b) * x_stride_]);
-                    x_scales_[rows + b] = scale, common_x_ = common_x_ && scale == scale;
-                }
-            }
-            rows += count;
+            const bool more = step + 1 < p_.steps && there(step + 1) >= there(step);
+            inputs_.take(time(step), there(step), !layer && more ? time(step + 1) : -1);
         }
         if (at_once_) return;
         each_group(false, [&](auto vectors, i64 u, i64 group) INLINE_LAMBDA {
             constexpr int N = decltype(vectors)::value;
-            in_blocks(rows, [&](auto count, i64 b) INLINE_LAMBDA {
+            in_blocks(inputs_.taken(), [&](auto count, i64 b) INLINE_LAMBDA {
                 constexpr int R = decltype(count)::value;
                 input_parts<R, N>(u, b, &sums_[(group * chunk_ + b) * WIDTH], [] {});
             });
         });
-    }
-
-    // Of a row whose numbers lie in [-1, 1]: whether its scale is that of all such rows.
-    static bool scaled(const Activation* q, i64 count, float& scale, float all_rows = 1.0f / 127.0f) {
-        const bool spoilt = any_is_not_a_number(q, count);
-        scale = spoilt ? std::numeric_limits<float>::quiet_NaN() : all_rows;
-        return !spoilt;
     }
 
     // Calls body(N, u, group), N a constant, for each group of units: L of all gates, or of one gate N times PANEL.
@@ -187,12 +159,11 @@ class Line {
     };
     template <int R, int N, class Meanwhile>
     INLINE void input_parts(i64 u, i64 b, float* to, Meanwhile meanwhile) {
-        const i64 stride = x_given_ == x_.data() ? x_stride_ : stack_.q_stride;
         const auto begin = [&](auto n, float* row) INLINE_LAMBDA {
             return Begun{row + (Cell::GRU && n == 2 ? 3 : int(n)) * L, load<Floats>(&of_.bias[channel(n, u)])};
         };
-        parts<R, N>(x_given_, stride, of_.w_ih, of_.K4_x, of_.start_x, of_.scale_x, of_.common_x, x_scales_.data(),
-                    common_x_, u, b, to, begin, meanwhile);
+        parts<R, N>(inputs_.rows, inputs_.stride, of_.w_ih, of_.K4_x, of_.start_x, of_.scale_x, of_.common_x,
+                    inputs_.scales.data(), inputs_.common, u, b, to, begin, meanwhile);
     }
     template <int R, int N, class Meanwhile>
     INLINE void hidden_parts(i64 u, i64 b, float* to, Meanwhile meanwhile) {
@@ -294,12 +265,13 @@ class Line {
     const PerfkitRnnInt8& p_;
     const Direction<Cell>& of_;
     const float h_inverse_ = p_.h_fixed > 0 ? 1.0f / p_.h_fixed : 0.0f;
-    i64 rows_, chunk_, x_stride_, h_stride_, several_, groups_, row_;
+    Inputs<Cell> inputs_;
+    i64 rows_, chunk_, h_stride_, several_, groups_, row_;
     bool at_once_;                   // a step's input parts are computed with its hidden parts, else those of a chunk
-    Array<Activation> x_, h_[2];     // (chunk, x_stride), (rows, h_stride) before and after a step, by turns
-    Array<float> x_scales_, h_scales_, sums_, scratch_, c_, state_;
-    bool common_x_, common_h_;       // all rows have the scale that Direction's common scales have in them
-    const Activation *x_given_, *before_;
+    Array<Activation> h_[2];         // (rows, h_stride) before and after a step, by turns
+    Array<float> h_scales_, sums_, scratch_, c_, state_;
+    bool common_h_;                  // all rows have the scale that Direction's common scales have in them
+    const Activation* before_;
     Activation* after_;
     float* out_;
     i64 out_row_;
