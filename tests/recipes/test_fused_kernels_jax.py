@@ -83,7 +83,8 @@ def test_chains(chain, name, count, dtype):
     assert len(effect.touched) == count
     with trace() as choices:
         text = str(jax.make_jaxpr(lambda: outputs(result))())
-    assert [choice.implementation for choice in choices] == ["cpu"] * count
+    of_this_step = [choice.implementation for choice in choices if choice.op != "linear_on_grid"]  # quantization's
+    assert of_this_step == ["cpu"] * count
     assert not dtype or "bf16" in text
     new, old = outputs(result), outputs(work)
     assert new.dtype == old.dtype
