@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from perfkit._errors import InvalidInputError
 from perfkit.backends.torch_bind import device_of
-from perfkit.backends.torch_surgery import copied, is_composed
+from perfkit.backends.torch_copies import copied
+from perfkit.backends.torch_surgery import is_composed
 
 PACKED = "PackedSequence"
 
