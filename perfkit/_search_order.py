@@ -20,11 +20,12 @@ class Agenda:
 
     A compiler takes seconds where other chains take a fraction of one, and often is what pays: chains with it and those
     without take turns by the time that each kind has used. Of a kind, single recipes come first, kernels before what
-    comes earlier in a chain: the sooner a fast one is found, the less time goes to those far behind it. Then comes the
-    chain that what was measured promises most of: the ratio of the largest part of it that was tried, times those of
-    the rest by themselves; the lower one where there are two such parts. One recipe more has to be worth it, and what a
-    chain is more than one recipe ahead of promises too much: gains overlap. A chain with a part that came to nothing
-    comes last.
+    comes earlier in a chain: the sooner a fast one is found, the less time goes to those far behind it. Then come the
+    pairs of the best of them with each other one: what two give together may be far from what each gives, as with
+    integers and the kernels for them, and chains of three would keep such a pair waiting. Then comes the chain that
+    what was measured promises most of: the ratio of the largest part of it that was tried, times those of the rest by
+    themselves; the lower one where there are two such parts. One recipe more has to be worth it, and what a chain is
+    more than one recipe ahead of promises too much: gains overlap. A chain with a part that came to nothing comes last.
     """
 
     def __init__(self, chains: Iterable[Chain]):
@@ -56,10 +57,13 @@ class Agenda:
     def _rank(self, chain: Chain) -> tuple:
         parts = _parts(chain)
         promise = self.expected(parts) * SIMPLER_WITHIN ** len(chain)
+        beside_best = len(parts) == 2 and bool(parts & self._best_single())
         leaps = len(parts) - max(map(len, self._known(parts)), default=0) > 1
         return (
             len(chain) > 1,
-            leaps or not promise,
+            not promise,
+            not beside_best,
+            leaps,
             -promise,
             len(chain),
             -max(recipe.stage for recipe in chain),
@@ -73,6 +77,10 @@ class Agenda:
             return UNKNOWN
         most = max(map(len, known))
         return min(self._ratios[tried] * self._alone(parts - tried) for tried in known if len(tried) == most)
+
+    def _best_single(self) -> frozenset[str]:
+        singles = {tried: ratio for tried, ratio in self._ratios.items() if len(tried) == 1}
+        return max(singles, key=singles.__getitem__, default=frozenset())
 
     def _known(self, parts: frozenset[str]) -> list[frozenset[str]]:
         """What was tried of them."""

@@ -92,11 +92,23 @@ def test_kernels_come_before_other_single_recipes_and_one_recipe_more_has_to_be_
 
 
 def test_a_longer_chain_has_to_promise_more_by_what_a_recipe_is_worth():
-    agenda = Agenda(map(chain_of, ["channels_last+bf16+fused_kernels", "int8+fused_kernels"]))
-    ratios = {"fused_kernels": 8.0, "bf16": 1.5, "channels_last": 1.01, "int8": 1.51, "bf16+fused_kernels": 12.0}
-    for spec, ratio in ratios.items():
+    agenda = Agenda(map(chain_of, ["channels_last+bf16+int8+fused_kernels", "half+int8+fused_kernels"]))
+    ratios = {"fused_kernels": 8.0, "int8+fused_kernels": 8.0, "half": 1.51, "channels_last": 1.01}
+    for spec, ratio in (ratios | {"bf16+int8+fused_kernels": 12.0}).items():
         agenda.tried(chain_of(spec), Candidate(spec, "lost"), ratio)
-    assert str(agenda.next()) == "int8+fused_kernels", "12.08 by two recipes, 12.12 by three"
+    assert str(agenda.next()) == "half+int8+fused_kernels", "12.08 by three recipes, 12.12 by four"
+
+
+def test_the_best_one_is_tried_with_each_other_before_chains_of_three():
+    singles = {"fused_kernels": 14.0, "bf16": 1.5, "half": 1.4, "int8": 1.3}
+    pairs = [f"{name}+fused_kernels" for name in ("bf16", "half", "int8")]
+    specs = [*singles, "bf16+int8", *pairs, "bf16+int8+fused_kernels", "half+int8+fused_kernels"]
+    ratios = dict.fromkeys(specs, 1.0) | singles | dict.fromkeys(pairs, 21.0) | {"int8+fused_kernels": 32.0}
+    assert order(specs, ratios)[4:7] == pairs
+    agenda = Agenda(map(chain_of, ["int8+fused_kernels", "channels_last+bf16+fused_kernels"]))
+    for spec, ratio in {"fused_kernels": 14.0, "bf16": 1.5, "int8": None}.items():
+        agenda.tried(chain_of(spec), Candidate(spec, "failed"), ratio)
+    assert str(agenda.next()) == "channels_last+bf16+fused_kernels", "int8 failed"
 
 
 def test_of_what_overlaps_each_recipe_more_is_tried_by_itself_first():
