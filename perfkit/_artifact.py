@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 import perfkit
-from perfkit import _saved_trees as trees
+from perfkit import _artifact_trees as trees
 from perfkit import backends
 from perfkit._chain import chain_of
 from perfkit._environment import Environment
@@ -198,7 +198,7 @@ def _backend(framework: str, model: Any, example_inputs: Any) -> Backend:
 
 
 def _side(framework: str) -> ModuleType:
-    return import_module(f"perfkit.backends.{framework}_saved")
+    return import_module(f"perfkit.backends.{framework}_artifact")
 
 
 def _forms(side: ModuleType, held: dict[str, Any]) -> dict[str, str]:
