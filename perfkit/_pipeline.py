@@ -20,7 +20,7 @@ from perfkit._variant import Applied, Variant, apply, idle, observed, ready
 from perfkit._workload import Workload
 from perfkit.backends.adapter import Finished
 
-UNASKED = "perfkit.apply measures nothing"
+UNASKED = "perfkit.apply and perfkit.load measure nothing"
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ from perfkit.kernels._torch import Known
 from perfkit.kernels.conv2d.problem import options
 from perfkit.kernels.conv2d_int8 import cpu_shape, reference, torch_op
 from perfkit.kernels.conv2d_int8.cases import CASES
-from perfkit.kernels.linear_int8 import grid_shape, on_grid
+from perfkit.kernels.linear_int8_static import cpu_shape as linear_shape
+from perfkit.kernels.linear_int8_static.cases import CASES as LINEAR
+from perfkit.kernels.linear_int8_static.reference import linear_int8_static as linear_reference
+from perfkit.kernels.linear_int8_static.reference import rounded
+from perfkit.kernels.linear_int8_static.torch_op import linear_int8_static
 from perfkit.quantization import torch_layers, torch_native
 
-LINEAR = [(1, 1, 1), (1, 5408, 130), (2, 33, 9), (5, 130, 17), (13, 64, 300), (70, 257, 131), (300, 64, 8), (0, 8, 4)]
-"""Rows, inputs, outputs: around the edges of tiles and of what threads take, one that reads a part of the weights."""
 OUTS = ({}, {"out_grid": Grid(0.5, 30, 100)}, {"out_dtype": torch.bfloat16})
 
 
@@ -35,9 +37,9 @@ def assert_linear_is_the_reference(rows, inputs, outputs, top=255, outs=OUTS):
     for activation, bias in ((None, True), ("relu", False)):
         w, scale, bias = weights(outputs, inputs, bias=bias)
         for out in outs:
-            for each in (x, on_grid.rounded(x, given)):
+            for each in (x, rounded(x, given)):
                 call = (each, w, scale, bias), {"grid": given, "activation": activation, **out}
-                assert torch.equal(on_grid.linear(*call[0], **call[1]), on_grid.reference(*call[0], **call[1]))
+                assert torch.equal(linear_int8_static(*call[0], **call[1]), linear_reference(*call[0], **call[1]))
 
 
 def assert_convolution_is_the_reference(case, top=255, outs=OUTS, layouts=(False, True)):
@@ -47,7 +49,7 @@ def assert_convolution_is_the_reference(case, top=255, outs=OUTS, layouts=(False
         x = x.contiguous(memory_format=torch.channels_last) if last else x
         for y_last in layouts:
             for out in outs:
-                for each in (x, on_grid.rounded(x, grid(top))):
+                for each in (x, rounded(x, grid(top))):
                     assert_call_is_the_reference(case, each, (w, scale, bias), grid(top), out, y_last)
 
 
@@ -84,7 +86,7 @@ def kernels_pay():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_int8, "slower", lambda: None)
         patch.setattr(torch_native, "has", lambda _: False)
-        for kernel, known in ((grid_shape, "_linears"), (cpu_shape, "_convs")):
+        for kernel, known in ((linear_shape, "_linears"), (cpu_shape, "_convs")):
             patch.setattr(kernel, "has", lambda _: False)
             patch.setattr(torch_native, known, Known(kernel.OP))
         _op._choose.cache_clear()

@@ -3,7 +3,7 @@
     q = clamp(round(x / scale) + zero, 0, top)
     y = the largest in each window of act(float(Σ (q - zero) w) scale w_scale + bias)
 
-Numbers are those of `perfkit.kernels.linear_int8.on_grid`: exact int32 sums, then float32 operations rounded once each,
+Numbers are those of `perfkit.kernels.linear_int8_static`: exact int32 sums, then float32 operations rounded once each,
 so results are equal to `reference` bit for bit on every processor. What scales, adds, cuts and rounds keeps the order
 of numbers, so the largest is taken of the sums.
 

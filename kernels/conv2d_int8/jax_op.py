@@ -3,7 +3,7 @@
     q = clip(round(x / s_x), -127, 127)
     y = the largest in each window of act(float(sum of q w) (s_w s_x) + bias)
 
-Numbers are those of `perfkit.kernels.linear_int8.grid_jax`.
+Numbers are those of `perfkit.kernels.linear_int8_static.jax_op`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perfkit.kernels.conv2d_int8.problem import Problem
-from perfkit.kernels.linear_int8.on_grid import finished, rounded
+from perfkit.kernels.linear_int8_static.reference import finished, rounded
 
 
 def conv2d_int8(problem: Problem, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

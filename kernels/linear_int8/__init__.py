@@ -4,13 +4,12 @@
 
 q_w, the weight, is int8 with one scale for each output. q_x is int8 with one scale, or one for each row; or is made
 here of a float x, row by row, in float32: s_x = max|x| / 127, q_x = x · (127 / max|x|) rounded to nearest, then even.
-A row that holds an infinite or NaN number gives NaN everywhere, and a row below 1e-30 gives act(bias).
+A row that holds an infinite or NaN number gives NaN everywhere, and a row below 1e-30 gives act(bias). Of an x whose
+grid is known before the call: `linear_int8_static`.
 
 - `problem.py`: one call without its numbers, checked once.
 - `reference.py`: exact integers in plain operations.
 - `cpu_kernel.py`: what computes such sums fast and without saturation on this CPU.
-- `on_grid.py`, `cpu_kernel.cpp`: the layer with an unsigned x on a grid that is known before the call, on CPU;
-  `grid_shape.py`: who takes it, what it is told; `grid_jax.py`, `cpu_ffi.cpp`: the same in JAX.
 - `triton_kernel.py`, `triton_product.py`: for GPU.
 - `torch_op.py`: `torch.ops.perfkit.linear_int8`. `jax_op.py`: JAX.
 - `cases.py`: the sizes of all tests and benchmarks.

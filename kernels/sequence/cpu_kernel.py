@@ -21,7 +21,9 @@ from perfkit.kernels.conv2d_int8 import cpu_shape as integer_shape
 from perfkit.kernels.conv2d_int8.problem import Problem as IntegerConvolution
 from perfkit.kernels.linear import cpu_kernel as linear
 from perfkit.kernels.linear.problem import Problem as Linear
-from perfkit.kernels.linear_int8 import grid_shape, on_grid
+from perfkit.kernels.linear_int8_static import cpu_kernel as integer_linear
+from perfkit.kernels.linear_int8_static import cpu_shape as integer_linear_shape
+from perfkit.kernels.linear_int8_static.problem import Problem as IntegerLinear
 from perfkit.kernels.rnn import cpu_kernel as recurrent
 from perfkit.kernels.rnn.problem import Problem as Recurrent
 
@@ -35,7 +37,7 @@ class LastStep(NamedTuple):
     batch_first: bool
 
 
-Integer = grid_shape.Problem | IntegerConvolution
+Integer = IntegerLinear | IntegerConvolution
 Problem = Convolution | Linear | LastStep | Integer
 Layer = tuple[Problem, Sequence["Tensor | None"]]
 """A layer's problem, and its weight and bias, or all weights of recurrent ones, in torch's order, or int8 weight, its
@@ -146,12 +148,9 @@ def _told(problem: Problem, tensors: Sequence[Tensor | None], rows: int) -> tupl
 
 def _told_integer(problem: Integer, weight: Tensor, scale: Tensor, bias: Tensor | None, rows: int):
     """The same of a layer on integers. Its weight is packed once: who keeps the call asks whether it was written to."""
-    if isinstance(problem, grid_shape.Problem):
-        run, packed, numbers = (
-            on_grid.library().perfkit_linear_int8,
-            on_grid.packed(weight, scale),
-            grid_shape.told(problem),
-        )
+    if isinstance(problem, IntegerLinear):
+        run, numbers = integer_linear.library().perfkit_linear_int8_static, integer_linear_shape.told(problem)
+        packed = integer_linear.packed(weight, scale)
     else:
         run, numbers = integer_convolution.library().perfkit_conv2d_int8, integer_shape.told(problem)
         packed = integer_convolution.packed(problem, weight, scale)

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from perfkit.kernels._torch import autocasts
 from perfkit.kernels.conv2d.torch_problem import hinted
 from perfkit.kernels.conv2d_int8 import cpu_shape
-from perfkit.kernels.linear_int8 import grid_shape
+from perfkit.kernels.linear_int8_static import cpu_shape as linear_shape
 from perfkit.kernels.sequence.torch_op import Layer, problems, written
 
 MOST_ROWS, MOST_CHAINED_ROWS = 128, 1024
@@ -80,7 +80,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, chained
         (problem,) = problems([layer], x, shape, [weight])
     except ValueError:  # nothing is left of such an image: torch says so
         return False
-    return (cpu_shape if layer.conv else grid_shape).OP.choose(problem).implementation == "cpu"
+    return (cpu_shape if layer.conv else linear_shape).OP.choose(problem).implementation == "cpu"
 
 
 _LIBRARY = torch.library.Library("perfkit", "FRAGMENT")

@@ -25,7 +25,9 @@ from perfkit.kernels.conv2d.problem import Options
 from perfkit.kernels.conv2d_int8 import cpu_kernel as convolution
 from perfkit.kernels.conv2d_int8 import reference as convolution_reference
 from perfkit.kernels.conv2d_int8.torch_op import problem as convolution_problem
-from perfkit.kernels.linear_int8 import grid_shape, on_grid
+from perfkit.kernels.linear_int8_static import cpu_kernel as linear_kernel
+from perfkit.kernels.linear_int8_static import reference as linear_reference
+from perfkit.kernels.linear_int8_static.problem import Problem as IntegerLinear
 from perfkit.kernels.sequence.cpu_kernel import Integer, caller, joined
 
 TENSORS = 3
@@ -103,7 +105,7 @@ def problems(layers: Sequence[Layer], x: Tensor, shape: Sequence[int], weights: 
                     f"x is {list(shape)} and weight {list(weight.shape)}: expected (..., K), (N, K)"
                 )
             sizes = prod(leading), weight.size(1), weight.size(0)
-            made = grid_shape.Problem(*sizes, grid, layer.activation, str(kind).removeprefix("torch."), **out)
+            made = IntegerLinear(*sizes, grid, layer.activation, str(kind).removeprefix("torch."), **out)
             shape = *leading, weight.size(0)
         found.append(made)
         kind = torch.float32
@@ -155,8 +157,8 @@ def _made(x: Tensor, tensors: Sequence[Tensor | None], text: str) -> tuple[Calla
 
 
 def _packed(problem: Integer, weight: Tensor, scale: Tensor) -> Tensor | None:
-    if isinstance(problem, grid_shape.Problem):
-        return on_grid.packed(weight, scale)
+    if isinstance(problem, IntegerLinear):
+        return linear_kernel.packed(weight, scale)
     return convolution.packed(problem, weight, scale)
 
 
@@ -168,7 +170,7 @@ def _by_reference(x: Tensor, tensors: Sequence[Any], text: str) -> Tensor:
         if layer.conv:
             x = convolution_reference.conv2d_int8(problem, x, weight, scale, bias)
             continue
-        x = on_grid.reference(
+        x = linear_reference.linear_int8_static(
             x.flatten(1) if layer.rows else x, weight, scale, bias,
             grid=problem.grid, activation=layer.activation, out_grid=problem.y_grid, out_dtype=layer.dtype,
         )  # fmt: skip

@@ -22,13 +22,14 @@ from perfkit.kernels.conv2d_int8 import cpu_kernel as convolution
 from perfkit.kernels.conv2d_int8 import cpu_shape
 from perfkit.kernels.conv2d_int8.problem import Problem as Convolution
 from perfkit.kernels.conv2d_int8.torch_op import problem as convolution_problem
-from perfkit.kernels.linear_int8 import grid_shape
-from perfkit.kernels.linear_int8 import on_grid as linear
+from perfkit.kernels.linear_int8_static import cpu_kernel as linear
+from perfkit.kernels.linear_int8_static import cpu_shape as linear_shape
+from perfkit.kernels.linear_int8_static.problem import Problem as Linear
 
 FUSES = "_perfkit_fuses_int8"
 """Marks the classes of the layers whose groups run together on integers."""
 
-Problem = Convolution | grid_shape.Problem
+Problem = Convolution | Linear
 
 
 class Group(NamedTuple):
@@ -40,7 +41,7 @@ class Group(NamedTuple):
 
     def __str__(self) -> str:
         made = self.problem
-        sizes = made if isinstance(made, grid_shape.Problem) else made.sizes
+        sizes = made if isinstance(made, Linear) else made.sizes
         parts = ["Linear" if made is sizes else "conv", *(["ReLU"] if sizes.activation else [])]
         pool = 1 if made is sizes else sizes.pool
         return " + ".join([*parts, *([f"{pool}×{pool} max-pool"] if pool > 1 else [])]) + " on integers"
@@ -70,8 +71,8 @@ def reading(links: tuple, x: Any) -> Group | None:
             return None
         relu = len(links) > 1 and convolutions.step_of(links[-2])[0] == "relu"
         sizes = prod(x.shape[:-1]), layer.in_features, layer.out_features
-        made = grid_shape.Problem(*sizes, grid, "relu" if relu else None)
-        return None if grid_shape.refusal(made) else Group(made, None, len(links) - 1 - relu)
+        made = Linear(*sizes, grid, "relu" if relu else None)
+        return None if linear_shape.refusal(made) else Group(made, None, len(links) - 1 - relu)
     read = convolutions.following(links)
     if layer.padding_mode != "zeros" or layer.groups > 1 or x.dim() != 4 or read.norm is not None:
         return None
@@ -109,13 +110,13 @@ def written(layer: nn.Module) -> tuple:
 
 def pays(problem: Problem, *, recorded: bool = False) -> bool:
     """Whether the kernel is no slower than oneDNN on such a layer by itself."""
-    op = grid_shape.OP if isinstance(problem, grid_shape.Problem) else cpu_shape.OP
+    op = linear_shape.OP if isinstance(problem, Linear) else cpu_shape.OP
     return op.choose(problem, recorded=recorded).implementation == "cpu"
 
 
 def packed(layer: nn.Module, problem: Problem) -> Tensor | None:
     """Its weight as the kernel reads it; None where its scales do not keep the order of numbers."""
-    if isinstance(problem, grid_shape.Problem):
+    if isinstance(problem, Linear):
         return linear.packed(layer.weight_int8, layer.weight_scale)
     return convolution.packed(problem, layer.weight_int8, layer.weight_scale)
 
@@ -125,7 +126,7 @@ def together(layer: nn.Module, read: Group, x: Tensor) -> Tensor | None:
     made, bias = read.problem, layer.bias
     if (weight := packed(layer, made)) is None:
         return None
-    if isinstance(made, grid_shape.Problem):
+    if isinstance(made, Linear):
         run, layout = linear.caller(made, tuple(x.shape[:-1])), torch.contiguous_format
     else:
         run = convolution.caller(made)

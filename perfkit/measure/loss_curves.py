@@ -70,8 +70,9 @@ def compare_losses(
 def compare_ends(before: Sequence[float], after: Sequence[float], *, tolerance: float) -> Fidelity:
     """Whether a model that starts from another loss, because a recipe took something away, learns it again.
 
-    `error = max(0, end of after - max(before)) / range of both`, the end being the mean of the last `END` losses: it
-    passes where training leads back to where the original's curve lies.
+    `error = max(0, end of after - middle) / range of both`, the end being the mean of the last `END` losses, and the
+    middle that of the original's highest loss and its end: it passes where training leads back into the lower half of
+    what the original's curve goes through. A model that stays where the original began learns nothing.
 
     Args:
         before, after: (steps,), losses of the original and of the result on the same data.
@@ -88,14 +89,14 @@ def compare_ends(before: Sequence[float], after: Sequence[float], *, tolerance: 
         if not np.isfinite(first).all():
             reason += "; nor are the original's: lower the learning rate"
     elif np.isfinite(first).any():
-        highest = float(first[np.isfinite(first)].max())
-        both = np.concatenate([first[np.isfinite(first)], second])
-        distance = max(0.0, float(second[-END:].mean()) - highest)
-        error = distance / (float(np.ptp(both)) or 1.0)
+        known = first[np.isfinite(first)]
+        middle = (float(known.max()) + float(known[-END:].mean())) / 2
+        distance = max(0.0, float(second[-END:].mean()) - middle)
+        error = distance / (float(np.ptp(np.concatenate([known, second]))) or 1.0)
         if error > tolerance:
             reason = (
-                f"after {len(second)} steps the loss is still {error:.3g} of the curves' range above the original's "
-                f"highest, which is more than {tolerance:g}: train longer, or take less away"
+                f"after {len(second)} steps the loss is still {error:.3g} of the curves' range above the middle of "
+                f"the original's ({middle:.4g}), which is more than {tolerance:g}: train longer, or take less away"
             )
     return _of_losses(error, distance, tolerance, reason)
 

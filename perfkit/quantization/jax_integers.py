@@ -20,7 +20,7 @@ from perfkit.kernels import _int8_jax as shared
 from perfkit.kernels._op import Choice
 from perfkit.kernels.conv2d.problem import options
 from perfkit.kernels.conv2d_int8 import jax_op as convolution
-from perfkit.kernels.linear_int8 import grid_jax as linear
+from perfkit.kernels.linear_int8_static import jax_op as linear
 
 NAME = "perfkit_int8_product_"
 """How the names of the functions begin, whose arguments are x, the weight's integers, its scales and that of x."""

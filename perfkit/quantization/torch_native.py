@@ -16,12 +16,13 @@ from perfkit.kernels.conv2d.problem import options
 from perfkit.kernels.conv2d_int8 import cpu_kernel as convolution
 from perfkit.kernels.conv2d_int8 import cpu_shape
 from perfkit.kernels.conv2d_int8.torch_op import problem as convolution_problem
-from perfkit.kernels.linear_int8 import grid_shape
-from perfkit.kernels.linear_int8 import on_grid as linear
+from perfkit.kernels.linear_int8_static import cpu_kernel as linear
+from perfkit.kernels.linear_int8_static import cpu_shape as linear_shape
+from perfkit.kernels.linear_int8_static.problem import Problem as Linear
 from perfkit.measure.environment import has
 from perfkit.quantization.torch_ranges import Affine
 
-_linears, _convs = Known(grid_shape.OP), Known(cpu_shape.OP)
+_linears, _convs = Known(linear_shape.OP), Known(cpu_shape.OP)
 
 
 def product(module: Any, bias: Tensor | None, x: Tensor, grid: Affine | int, out: torch.dtype) -> Tensor | None:
@@ -40,9 +41,9 @@ def product(module: Any, bias: Tensor | None, x: Tensor, grid: Affine | int, out
 def _linear(module: Any, bias: Tensor | None, x: Tensor, grid: Grid, out: torch.dtype) -> Tensor | None:
     weight = module.weight_int8
 
-    def problem() -> grid_shape.Problem:
+    def problem() -> Linear:
         sizes = prod(x.shape[:-1]), weight.size(1), weight.size(0)
-        return grid_shape.Problem(*sizes, grid, y=str(out).removeprefix("torch."))
+        return Linear(*sizes, grid, y=str(out).removeprefix("torch."))
 
     if x.size(-1) != weight.size(1):
         return None

@@ -9,19 +9,20 @@ pytest.importorskip("torch")
 
 from byte_instructions import VARIANTS
 from instruction_paths import QUICKLY_BUILT
-from int8_calls import LINEAR, assert_convolution_is_the_reference, assert_linear_is_the_reference
+from int8_calls import assert_convolution_is_the_reference, assert_linear_is_the_reference
 
 from perfkit.kernels import _int8, _int8_torch, _native
-from perfkit.kernels.conv2d_int8 import cpu_kernel
+from perfkit.kernels.conv2d_int8 import cpu_kernel as convolution
 from perfkit.kernels.conv2d_int8.cases import CASES
-from perfkit.kernels.linear_int8 import on_grid
+from perfkit.kernels.linear_int8_static import cpu_kernel as linear
+from perfkit.kernels.linear_int8_static.cases import CASES as LINEAR
 from perfkit.measure._hardware import cpu
 
 if _native.find_compiler() is None:
     pytest.skip("no C++ compiler is installed", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("seeded")
-KERNELS = {"linear": (on_grid, "perfkit_linear_int8"), "conv2d": (cpu_kernel, "perfkit_conv2d_int8")}
+KERNELS = {"linear": (linear, "perfkit_linear_int8_static"), "conv2d": (convolution, "perfkit_conv2d_int8")}
 
 
 @pytest.mark.skipif("avx2" not in cpu()[1], reason="a CPU without AVX2")

@@ -13,7 +13,7 @@ from perfkit.kernels import _int8, _native, trace
 from perfkit.kernels._op import _choose
 from perfkit.kernels.conv2d_int8.cases import CASES
 from perfkit.kernels.conv2d_int8.jax_op import conv2d_int8
-from perfkit.kernels.linear_int8.grid_jax import linear
+from perfkit.kernels.linear_int8_static.jax_op import linear
 from perfkit.measure.environment import has
 
 if _native.find_compiler() is None:

@@ -11,8 +11,10 @@ from int8_calls import grid, weights
 
 from perfkit import InvalidInputError
 from perfkit.kernels import _native
+from perfkit.kernels._int8 import Grid
 from perfkit.kernels.conv2d_int8.torch_op import conv2d_int8
-from perfkit.kernels.linear_int8 import on_grid
+from perfkit.kernels.linear_int8_static.reference import rounded
+from perfkit.kernels.linear_int8_static.torch_op import linear_int8_static
 from perfkit.kernels.sequence import torch_op
 from perfkit.kernels.sequence.torch_op import Layer, written
 
@@ -20,7 +22,7 @@ if _native.find_compiler() is None:
     pytest.skip("no C++ compiler is installed", allow_module_level=True)
 
 TOP = 127  # without VNNI, too
-GRID, OTHER = grid(TOP), on_grid.Grid(0.05, 3, TOP)
+GRID, OTHER = grid(TOP), Grid(0.05, 3, TOP)
 CONV = (1, 1), (1, 0, 1, 0), (1, 1)
 run = torch.ops.perfkit.int8_layers
 
@@ -40,7 +42,7 @@ def both(last=False):
 
 def one_by_one(x, tensors, layers):
     for at, layer in enumerate(layers):
-        own, asked = tensors[3 * at : 3 * at + 3], {"grid": on_grid.Grid(*layer.grid), "activation": layer.activation}
+        own, asked = tensors[3 * at : 3 * at + 3], {"grid": Grid(*layer.grid), "activation": layer.activation}
         if layer.conv:
             (stride, (top, bottom, left, right), dilation) = layer.conv
             padding = (top, bottom), (left, right)
@@ -48,7 +50,7 @@ def one_by_one(x, tensors, layers):
                 x, *own, stride=stride, padding=padding, dilation=dilation, pool=layer.pool, **asked
             ).contiguous()
         else:
-            x = on_grid.linear(x.flatten(1) if layer.rows else x, *own, **asked)
+            x = linear_int8_static(x.flatten(1) if layer.rows else x, *own, **asked)
     return x
 
 
@@ -58,14 +60,14 @@ def test_layers_in_a_row_are_the_layers_one_by_one(count, last):
     x, tensors, layers = both(last)
     tensors, layers = tensors[: 3 * count], layers[:count]
     expected = one_by_one(x, tensors, layers)
-    for each in (x, on_grid.rounded(x, GRID)):
+    for each in (x, rounded(x, GRID)):
         y = run(each, tensors, written(layers))
         assert torch.equal(y, expected)
         assert y.stride() == torch_op._int8_layers_fake(each, tensors, written(layers)).stride()
     for lies in (False, True) if layers[-1].conv else (None,):
         end = layers[-1]._replace(out=tuple(OTHER), last=lies)
         y = run(x, tensors, written([*layers[:-1], end]))
-        assert torch.equal(y, on_grid.rounded(expected, OTHER))
+        assert torch.equal(y, rounded(expected, OTHER))
         assert lies is None or torch_op.channels_last(y) is lies
     assert run(x[:0], tensors, written(layers)).shape == (0, *expected.shape[1:])
     assert run(x, tensors, written([*layers[:-1], layers[-1]._replace(out="bfloat16")])).dtype == torch.bfloat16
@@ -93,7 +95,7 @@ def test_scales_that_do_not_keep_the_order_are_computed_in_plain_operations():
     x, tensors, layers = both()
     tensors[1][0], tensors[7][2] = -tensors[1][0], 0.0
     y = run(x, tensors[:3], written([layers[0]._replace(activation=None, pool=1)]))
-    whole = torch.nn.functional.pad(on_grid.rounded(x, GRID).double() - GRID.zero, (1, 0, 1, 0))
+    whole = torch.nn.functional.pad(rounded(x, GRID).double() - GRID.zero, (1, 0, 1, 0))
     wanted = torch.nn.functional.conv2d(whole, tensors[0].double()) * GRID.scale * tensors[1].double()[:, None, None]
     torch.testing.assert_close(y.double(), wanted + tensors[2].double()[:, None, None], rtol=1e-5, atol=1e-5)
     assert run(x, tensors, written(layers)).isfinite().all()

@@ -66,15 +66,22 @@ def test_an_original_that_diverges_with_another_seed_proves_nothing():
     assert "diverges with another seed" in found.reason
 
 
-def test_what_was_taken_away_is_learned_again_where_the_end_lies_within_the_originals_curve():
-    before, after = (2.3, 1.9, 1.6, 1.4, 1.3, 1.3, 1.3, 1.3), (9.3, 5.0, 3.0, 2.7, 2.7, 2.7, 2.7, 2.7)
+def test_what_was_taken_away_is_learned_again_where_the_end_lies_in_the_lower_half_of_the_originals_curve():
+    before, after = (2.3, 1.9, 1.6, 1.3, 1.3, 1.3, 1.3, 1.3), (9.3, 5.0, 3.0, 2.2, 2.2, 2.2, 2.2, 2.2)
     found = compare_ends(before, after, tolerance=0.06)
-    assert found.relative_error == pytest.approx((2.7 - 2.3) / (9.3 - 1.3))
-    assert found.max_abs_error == pytest.approx(2.7 - 2.3)
+    assert found.relative_error == pytest.approx((2.2 - 1.8) / (9.3 - 1.3))
+    assert found.max_abs_error == pytest.approx(2.2 - 1.8)
     assert found.ok
     worse = compare_ends(before, after, tolerance=0.04)
-    assert worse.reason.startswith("after 8 steps the loss is still 0.05 of the curves' range above the original's")
-    assert compare_ends(before, (*after[:3], *[2.2] * 5), tolerance=0.0).ok, "below the highest it is back"
+    assert worse.reason.startswith("after 8 steps the loss is still 0.05 of the curves' range above the middle of")
+    assert compare_ends(before, (*after[:3], *[1.7] * 5), tolerance=0.0).ok, "below the middle it is back"
+
+
+def test_a_model_that_stays_where_the_original_began_learns_nothing():
+    before = tuple(2.3 * 0.9**step for step in range(50))
+    found = compare_ends(before, (2.3,) * 50, tolerance=0.05)
+    assert not found.ok
+    assert "above the middle of the original's" in found.reason
 
 
 def test_an_end_that_is_not_finite_was_not_learned():

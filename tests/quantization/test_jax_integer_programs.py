@@ -199,8 +199,8 @@ def test_loops_and_branches_and_what_they_keep_is_packed_before(model):
         for loop in equations(jaxpr, "scan", "while")
         for eqn in equations(loop.params.get("jaxpr") or loop.params["body_jaxpr"], "ffi_call")
     ]
-    assert all("perfkit_linear_int8_xla" in call for call in calls)
-    assert any("perfkit_linear_int8_xla_pack" in call for call in calls) == (model is scanned_over)
+    assert all("perfkit_linear_int8_static_xla" in call for call in calls)
+    assert any("perfkit_linear_int8_static_xla_pack" in call for call in calls) == (model is scanned_over)
 
 
 @pytest.mark.parametrize(("name", "mode"), [("lstm", "LSTM"), ("gru", "GRU"), ("simple", "RNN_TANH")])

@@ -83,7 +83,7 @@ def test_chains(chain, name, count, dtype):
     assert len(effect.touched) == count
     with trace() as choices:
         text = str(jax.make_jaxpr(lambda: outputs(result))())
-    of_this_step = [choice.implementation for choice in choices if choice.op != "linear_on_grid"]  # quantization's
+    of_this_step = [choice.implementation for choice in choices if choice.op != "linear_int8_static"]  # quantization's
     assert of_this_step == ["cpu"] * count
     assert not dtype or "bf16" in text
     new, old = outputs(result), outputs(work)

@@ -11,8 +11,8 @@ namespace ffi = xla::ffi;
 using In = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
 
-decltype(&perfkit_linear_int8) run;
-decltype(&perfkit_linear_int8_pack) run_pack;
+decltype(&perfkit_linear_int8_static) run;
+decltype(&perfkit_linear_int8_static_pack) run_pack;
 
 ffi::Error pack(In weight, In scales, Out packed) {
     const auto sizes = weight.dimensions();
@@ -23,9 +23,9 @@ ffi::Error pack(In weight, In scales, Out packed) {
 
 // scales: of x, and of y where it is of bytes.
 ffi::Error linear(ffi::Span<const std::int64_t> shape, std::int64_t threads, In x, In packed, In bias, In scales, Out y) {
-    PerfkitLinearInt8 p;
+    PerfkitLinearInt8Static p;
     if (shape.size() * sizeof(std::int64_t) != sizeof p)
-        return ffi::Error::InvalidArgument("shape has not as many numbers as PerfkitLinearInt8");
+        return ffi::Error::InvalidArgument("shape has not as many numbers as PerfkitLinearInt8Static");
     std::memcpy(&p, shape.begin(), sizeof p);
     const float* const of = static_cast<const float*>(scales.untyped_data());
     p.scale = of[0], p.y_scale = of[1];
@@ -42,9 +42,9 @@ extern "C" void perfkit_use(void* kernel, void* packing) {
     run_pack = reinterpret_cast<decltype(run_pack)>(packing);
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(perfkit_linear_int8_xla_pack, pack,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(perfkit_linear_int8_static_xla_pack, pack,
                               ffi::Ffi::Bind().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(perfkit_linear_int8_xla, linear,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(perfkit_linear_int8_static_xla, linear,
                               ffi::Ffi::Bind()
                                   .Attr<ffi::Span<const std::int64_t>>("shape")
                                   .Attr<std::int64_t>("threads")

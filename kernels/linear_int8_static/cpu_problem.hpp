@@ -5,7 +5,7 @@
 
 #include "_thread_pool.hpp"
 
-extern "C" struct PerfkitLinearInt8 {
+extern "C" struct PerfkitLinearInt8Static {
     std::int64_t rows, outputs, inputs, relu;
     std::int64_t x_kind, y_kind;  // FLOAT32, UINT8, BFLOAT16; x is one of the first two
     std::int64_t in_jax;  // NaN becomes the zero, and the outputs' scales are multiplied with x's already
@@ -15,8 +15,8 @@ extern "C" struct PerfkitLinearInt8 {
     double y_scale;
 };
 
-extern "C" std::int64_t perfkit_linear_int8_packed_bytes(std::int64_t outputs, std::int64_t inputs);
-extern "C" int perfkit_linear_int8_pack(std::int64_t outputs, std::int64_t inputs, const std::int8_t* weight,
+extern "C" std::int64_t perfkit_linear_int8_static_packed_bytes(std::int64_t outputs, std::int64_t inputs);
+extern "C" int perfkit_linear_int8_static_pack(std::int64_t outputs, std::int64_t inputs, const std::int8_t* weight,
                                         const float* scale, void* to);
-extern "C" int perfkit_linear_int8(const PerfkitLinearInt8* told, const void* x, void* weight, const float* bias, void* y,
+extern "C" int perfkit_linear_int8_static(const PerfkitLinearInt8Static* told, const void* x, void* weight, const float* bias, void* y,
                                    perfkit::Threads threads);

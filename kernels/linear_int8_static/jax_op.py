@@ -22,11 +22,12 @@ from perfkit._errors import InvalidInputError
 from perfkit.kernels import _int8_jax as shared
 from perfkit.kernels._int8 import IN_JAX
 from perfkit.kernels._jax import device_of
-from perfkit.kernels.linear_int8.grid_shape import OP, SOURCE, Problem, told
+from perfkit.kernels.linear_int8_static.cpu_shape import OP, SOURCE, told
+from perfkit.kernels.linear_int8_static.problem import Problem
 
 BINDING = Path(__file__).with_name("cpu_ffi.cpp")
-HANDLER, PACK = HANDLERS = ("perfkit_linear_int8_xla", "perfkit_linear_int8_xla_pack")
-FUNCTIONS = ("perfkit_linear_int8", "perfkit_linear_int8_pack")
+HANDLER, PACK = HANDLERS = ("perfkit_linear_int8_static_xla", "perfkit_linear_int8_static_xla_pack")
+FUNCTIONS = ("perfkit_linear_int8_static", "perfkit_linear_int8_static_pack")
 
 
 def linear(
@@ -110,7 +111,7 @@ def by_library(made: Problem, x, weight, weight_scale, x_scale, bias, y_scale) -
 
 def _by_kernel(made: Problem, x, weight, weight_scale, x_scale, bias, y_scale) -> Array:
     kernel = library()
-    size = kernel.perfkit_linear_int8_packed_bytes(made.outputs, made.inputs)
+    size = kernel.perfkit_linear_int8_static_packed_bytes(made.outputs, made.inputs)
     kept = shared.packed(PACK, size, weight.T, weight_scale * x_scale)
     bias, scales = shared.numbers(bias, x_scale, y_scale)
     (y,) = _call(replace(made, rows=0))(x.reshape(made.rows, made.inputs), kept, bias, scales)
@@ -132,6 +133,6 @@ def library() -> ctypes.CDLL:
         UnsupportedError: there is no C++ compiler, or it fails.
     """
     found = shared.library(SOURCE, BINDING, HANDLERS, FUNCTIONS)
-    found.perfkit_linear_int8_packed_bytes.argtypes = (ctypes.c_int64, ctypes.c_int64)
-    found.perfkit_linear_int8_packed_bytes.restype = ctypes.c_int64
+    found.perfkit_linear_int8_static_packed_bytes.argtypes = (ctypes.c_int64, ctypes.c_int64)
+    found.perfkit_linear_int8_static_packed_bytes.restype = ctypes.c_int64
     return found

@@ -1,56 +1,17 @@
-"""A call of the linear layer on a grid without its numbers, who takes it, what C++ is told; imports no framework."""
+"""Which calls the CPU kernel takes, where it pays, and what it is told; imports no framework."""
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from pathlib import Path
 
 from perfkit.kernels import _int8
-from perfkit.kernels._int8 import Grid, OfBytes
 from perfkit.kernels._op import Implementation, Op
+from perfkit.kernels.linear_int8_static.problem import Problem
 from perfkit.measure.environment import has
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 MOST_ROWS_BESIDE_TILES = 16
-
-
-@dataclass(frozen=True)
-class Problem(OfBytes):
-    """One call, without its numbers.
-
-    Args:
-        rows, inputs, outputs: M, K and N.
-        grid: of x; with a scale of 0, of which `top` alone is read, each call reads it from x, as torch's
-            `choose_qparams` does.
-        activation: None or "relu".
-        x: "float32", or "uint8" where it is on the grid already.
-        y: "float32", "bfloat16", or "uint8" on `y_grid`.
-        framework: "torch", or "jax": there grids are `_int8.IN_JAX`.
-        device: "cpu", or another, which the kernel does not run on.
-    """
-
-    rows: int
-    inputs: int
-    outputs: int
-    grid: Grid
-    activation: str | None = None
-    x: str = "float32"
-    y: str = "float32"
-    y_grid: Grid | None = None
-    framework: str = "torch"
-    device: str = "cpu"
-
-    @property
-    def work(self) -> int:
-        """Multiply-adds."""
-        return self.rows * self.inputs * self.outputs
-
-    @property
-    def bucket(self) -> str:
-        """The rows rounded up to a power of two, and the rest as it is."""
-        rows = 1 << max(0, self.rows - 1).bit_length()
-        return f"M{rows}-K{self.inputs}-N{self.outputs}-{self.activation or 'linear'}-{self.x}-{self.y}"
 
 
 def refusal(problem: Problem) -> str | None:
@@ -70,7 +31,7 @@ def slower(problem: Problem) -> str | None:
 
 
 OP = Op(
-    "linear_on_grid",
+    "linear_int8_static",
     (
         Implementation("cpu", "torch", refusal, ("cpu",), slower),
         Implementation("library", "torch", lambda _problem: None),
@@ -82,7 +43,7 @@ OP = Op(
 
 
 def told(problem: Problem) -> ctypes.Array:
-    """`PerfkitLinearInt8`."""
+    """`PerfkitLinearInt8Static`."""
     return _int8.numbers(
         *(problem.rows, problem.outputs, problem.inputs, problem.activation == "relu"),
         *(_int8.KINDS[problem.x], _int8.KINDS[problem.y], problem.framework == "jax"),

@@ -12,7 +12,7 @@ constexpr i64 ALL = 64;         // rows that each thread may read all of
 constexpr i64 MOST = 96;        // rows that are taken through all outputs at a time
 
 struct Pass {
-    const PerfkitLinearInt8& p;
+    const PerfkitLinearInt8Static& p;
     const i64 K4;
     const i8* weights;
     const Finish& shared;
@@ -55,7 +55,7 @@ struct Pass {
 
 // The grid from the least number of x, or 0, to its largest, or 0, as torch's `choose_qparams` has it, into `p`. False
 // where x holds what is no number, or none that is finite.
-bool read_grid(PerfkitLinearInt8& p, const float* x, Threads threads) {
+bool read_grid(PerfkitLinearInt8Static& p, const float* x, Threads threads) {
     constexpr i64 EACH = 1 << 16;
     const i64 count = p.rows * p.inputs, pieces = (count + EACH - 1) / EACH;
     const std::unique_ptr<float[]> found(new float[3 * pieces]);
@@ -89,12 +89,12 @@ Packed packed(i64 outputs, i64 inputs, void* at) {
 
 }  // namespace
 
-extern "C" std::int64_t perfkit_linear_int8_packed_bytes(std::int64_t outputs, std::int64_t inputs) {
+extern "C" std::int64_t perfkit_linear_int8_static_packed_bytes(std::int64_t outputs, std::int64_t inputs) {
     return Packed::size(outputs, packed(outputs, inputs, nullptr).bytes);
 }
 
 // weight: (N, K), scale: (N,), dense. Returns whether all scales are positive and finite.
-extern "C" int perfkit_linear_int8_pack(std::int64_t outputs, std::int64_t inputs, const std::int8_t* weight,
+extern "C" int perfkit_linear_int8_static_pack(std::int64_t outputs, std::int64_t inputs, const std::int8_t* weight,
                                         const float* scale, void* to) {
     const Packed found = packed(outputs, inputs, to);
     std::memset(found.weights(), 0, found.bytes);
@@ -107,10 +107,10 @@ extern "C" int perfkit_linear_int8_pack(std::int64_t outputs, std::int64_t input
 }
 
 // bias may be null. Returns 1 where memory is short, 2 where x has no range to read, else 0.
-extern "C" int perfkit_linear_int8(const PerfkitLinearInt8* told, const void* x, void* weight, const float* bias, void* y,
+extern "C" int perfkit_linear_int8_static(const PerfkitLinearInt8Static* told, const void* x, void* weight, const float* bias, void* y,
                                    perfkit::Threads threads) try {
-    PerfkitLinearInt8 own_problem = *told;
-    const PerfkitLinearInt8* const p = &own_problem;
+    PerfkitLinearInt8Static own_problem = *told;
+    const PerfkitLinearInt8Static* const p = &own_problem;
     if (p->scale == 0 && !p->in_jax && !read_grid(own_problem, static_cast<const float*>(x), threads)) return 2;
     const Packed given = packed(p->outputs, p->inputs, weight);
     const PerOutput numbers(given, p->outputs, bias, p->zero);
@@ -158,4 +158,4 @@ extern "C" int perfkit_linear_int8(const PerfkitLinearInt8* told, const void* x,
     return 1;
 }
 
-extern "C" const char* perfkit_linear_int8_instructions() { return instructions(); }
+extern "C" const char* perfkit_linear_int8_static_instructions() { return instructions(); }

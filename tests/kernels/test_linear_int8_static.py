@@ -5,12 +5,15 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from int8_calls import LINEAR, assert_linear_is_the_reference, grid, weights
+from int8_calls import assert_linear_is_the_reference, grid, weights
 
 from perfkit import InvalidInputError, UnsupportedError
 from perfkit.kernels import _int8, _native
 from perfkit.kernels._int8 import Grid
-from perfkit.kernels.linear_int8 import on_grid
+from perfkit.kernels.linear_int8_static.cases import CASES
+from perfkit.kernels.linear_int8_static.reference import linear_int8_static as reference
+from perfkit.kernels.linear_int8_static.reference import rounded
+from perfkit.kernels.linear_int8_static.torch_op import linear_int8_static
 from perfkit.quantization.torch_onednn import top
 from perfkit.quantization.torch_ranges import Affine
 
@@ -21,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("sizes", LINEAR, ids=str)
+@pytest.mark.parametrize("sizes", CASES, ids=str)
 def test_bits_are_those_of_the_reference(sizes, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -34,9 +37,9 @@ def test_bits_are_those_of_the_reference(sizes, threads):
 def test_rounding_is_torchs():
     given = Affine(0.37, 5, 120)
     x = torch.cat([torch.randn(500) * 20, torch.arange(-9, 60) * 0.37 / 2, torch.tensor([torch.inf, -torch.inf])])
-    assert torch.equal(on_grid.rounded(x, given), given.integers(x))
+    assert torch.equal(rounded(x, given), given.integers(x))
     eye, one = torch.eye(x.numel(), dtype=torch.int8), torch.ones(x.numel())
-    found = on_grid.linear(x, eye, one, grid=given, out_grid=Grid(given.scale, given.zero, given.top))
+    found = linear_int8_static(x, eye, one, grid=given, out_grid=Grid(given.scale, given.zero, given.top))
     assert torch.equal(found, given.integers(x))
 
 
@@ -45,14 +48,14 @@ def test_what_is_no_number_is_the_least_of_the_grid():
     w, scale, _ = weights(3, 2)
     given = grid(100)
     low = torch.full_like(x, -torch.inf)
-    expected = on_grid.linear(torch.where(x.isnan(), low, x), w, scale, grid=given)
-    assert torch.equal(on_grid.linear(x, w, scale, grid=given), expected)
+    expected = linear_int8_static(torch.where(x.isnan(), low, x), w, scale, grid=given)
+    assert torch.equal(linear_int8_static(x, w, scale, grid=given), expected)
 
 
 def test_a_bias_that_is_no_number_shows():
     w, scale, bias = weights(20, 8)
     bias[3] = torch.nan
-    y = on_grid.linear(torch.randn(4, 8), w, scale, bias, grid=grid(100), activation="relu")
+    y = linear_int8_static(torch.randn(4, 8), w, scale, bias, grid=grid(100), activation="relu")
     assert y[:, 3].isnan().all()
     assert not y[:, [0, 1, 2, *range(4, 20)]].isnan().any()
 
@@ -63,7 +66,7 @@ def test_the_largest_sums_are_exact(sign):
     for zero in (0, top()):
         q = torch.full((1, inputs), top() - zero, dtype=torch.uint8)
         w = torch.full((2, inputs), 127 * sign, dtype=torch.int8)
-        y = on_grid.linear(q, w, torch.ones(2), grid=Grid(1.0, zero, top()))
+        y = linear_int8_static(q, w, torch.ones(2), grid=Grid(1.0, zero, top()))
         assert (y == torch.tensor(float(sign * 127 * inputs * (top() - 2 * zero)))).all()
 
 
@@ -76,21 +79,21 @@ def test_inputs_of_any_strides_and_no_rows():
         torch.randn(16),
     ):
         given = (w, scale, bias)
-        assert torch.equal(on_grid.linear(x, *given, grid=grid(90)), on_grid.reference(x, *given, grid=grid(90)))
+        assert torch.equal(linear_int8_static(x, *given, grid=grid(90)), reference(x, *given, grid=grid(90)))
 
 
 def test_weights_are_packed_anew_where_they_were_written_to():
     w, scale, _ = weights(5, 8)
     x = torch.randn(2, 8)
     for change in (lambda: w.neg_(), lambda: scale.mul_(2), lambda: w.copy_(w.flip(0))):
-        on_grid.linear(x, w, scale, grid=grid(90))
+        linear_int8_static(x, w, scale, grid=grid(90))
         change()
-        assert torch.equal(on_grid.linear(x, w, scale, grid=grid(90)), on_grid.reference(x, w, scale, grid=grid(90)))
+        assert torch.equal(linear_int8_static(x, w, scale, grid=grid(90)), reference(x, w, scale, grid=grid(90)))
     with torch.inference_mode():
         w = w.clone()
-        on_grid.linear(x, w, scale, grid=grid(90))
+        linear_int8_static(x, w, scale, grid=grid(90))
         w.neg_()
-        assert torch.equal(on_grid.linear(x, w, scale, grid=grid(90)), on_grid.reference(x, w, scale, grid=grid(90)))
+        assert torch.equal(linear_int8_static(x, w, scale, grid=grid(90)), reference(x, w, scale, grid=grid(90)))
 
 
 @pytest.mark.parametrize(
@@ -113,14 +116,14 @@ def test_bad_input_is_told(change, message):
     w, scale, bias = weights(5, 8)
     given = {"x": torch.randn(2, 8), "weight": w, "weight_scale": scale, "bias": bias, "grid": grid(90)} | change
     with pytest.raises(InvalidInputError, match=message):
-        on_grid.linear(**given)
+        linear_int8_static(**given)
 
 
 def test_sums_that_could_overflow_are_refused(monkeypatch):
     inputs = _int8.MOST_INPUTS + 1
     w, scale, _ = weights(1, inputs)
     with pytest.raises(UnsupportedError, match="could overflow int32"):
-        on_grid.linear(torch.zeros(1, inputs), w, scale, grid=grid(90))
+        linear_int8_static(torch.zeros(1, inputs), w, scale, grid=grid(90))
     monkeypatch.setattr(_int8, "has", lambda name: name == "avx2")
     with pytest.raises(UnsupportedError, match="no VNNI"):
-        on_grid.linear(torch.zeros(1, 4), *weights(1, 4)[:2], grid=grid(255))
+        linear_int8_static(torch.zeros(1, 4), *weights(1, 4)[:2], grid=grid(255))
