@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -65,12 +66,12 @@ def assert_call_is_the_reference(case, x, layer, given, out, y_last=False):
 
 
 def all_calls():
-    """Each once, for sanitizers."""
-    for sizes in LINEAR:
-        assert_linear_is_the_reference(*sizes)
+    """Each once, for sanitizers, with one kind of output."""
+    for sizes, out in zip(LINEAR, cycle(OUTS), strict=False):
+        assert_linear_is_the_reference(*sizes, outs=(out,))
         yield
-    for case in CASES:
-        assert_convolution_is_the_reference(case)
+    for case, out in zip(CASES, cycle(OUTS), strict=False):
+        assert_convolution_is_the_reference(case, outs=(out,))
         yield
     for rows, inputs, outputs in LINEAR[:6]:
         layer, x = torch.nn.Linear(inputs, outputs), torch.randn(rows, inputs)
