@@ -1,4 +1,4 @@
-"""`python -m bench.record`: recipe="auto" on the reference models, kept in results/<device>.json and results/README.md.
+"""`python -m bench.record`: recipe="auto" on the reference models, in results/<device>.json and on the pages of it.
 
 The same command on any machine adds that machine's file; nothing is ever written that was not measured on it.
 """
@@ -7,53 +7,62 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import perfkit
-from bench.pages import RESULTS, device_slug, machine
+from bench.pages import RESULTS, device_slug, machine, put
 from perfkit import PerfkitWarning, reference
 from perfkit.reporting import _format
 
-CASES = [("cnn", 1), ("cnn", 64), ("cnn", 512), ("cnn2", 64), ("lstm", 64), ("text_lstm", 64)]
+CASES = [
+    ("cnn", 1),
+    ("cnn", 64),
+    ("cnn", 512),
+    ("cnn2", 64),
+    ("lstm", 1),
+    ("lstm", 64),
+    ("text_lstm", 1),
+    ("text_lstm", 64),
+]
+TRAINED = ["cnn", "lstm", "text_lstm"]
 BUDGET_S = 40.0
-TRAINING = [("cnn", "bf16"), ("cnn", "compile"), ("lstm", "bf16"), ("lstm", "compile")]
+FRONT = Path(__file__).parents[1] / "README.md"
+MARKS = "<!-- measured: written by python -m bench.record -->", "<!-- end -->"
 
 
 def main() -> None:
-    frameworks = [name for name in ("torch", "jax") if find_spec(name)]
-    rows = [_inference(framework, *case) for framework in frameworks for case in CASES]
-    rows += [_training(framework, *case) for framework in frameworks for case in TRAINING]
+    rows: list[dict[str, Any]] = []
     path = RESULTS / f"{device_slug()}.json"
-    recorded = {
-        "environment": rows[0]["report"]["environment"],
-        "date": rows[0]["report"]["created"][:10],
-        "rows": rows,
-    }
-    path.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+    for row in _measured():
+        rows.append(row)
+        about = row["report"]
+        recorded = {"environment": about["environment"], "date": about["created"][:10], "rows": rows}
+        path.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
     (RESULTS / "README.md").write_text(page())
-    print(f"wrote {path} and {RESULTS / 'README.md'}")
+    put(FRONT, MARKS, summary())
+    print(f"wrote {path}, {RESULTS / 'README.md'} and {FRONT}")
 
 
-def _inference(framework: str, model: str, batch_size: int) -> dict[str, Any]:
-    module, example_inputs = reference.load(model, framework=framework, batch_size=batch_size)
+def _measured() -> Iterator[dict[str, Any]]:
+    for framework in filter(find_spec, ("torch", "jax")):
+        for model, batch_size in CASES:
+            module, example_inputs = reference.load(model, framework=framework, batch_size=batch_size)
+            yield _row(f"{model}, batch {batch_size}", framework, model=module, example_inputs=example_inputs)
+        for model in TRAINED:
+            task = reference.task(model, framework=framework)
+            arguments = {
+                name: getattr(task, name) for name in ("model", "example_inputs", "targets", "loss", "optimizer")
+            }
+            yield _row(f"{model}, training step, batch 64", framework, **arguments, mode="training")
+
+
+def _row(label: str, framework: str, **arguments: Any) -> dict[str, Any]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PerfkitWarning)  # slower is a result here
-        report = perfkit.optimize(module, "auto", example_inputs=example_inputs, budget_s=BUDGET_S).report
-    return _row(f"{model}, batch {batch_size}", framework, report)
-
-
-def _training(framework: str, model: str, recipe: str) -> dict[str, Any]:
-    task = reference.task(model, framework=framework)
-    arguments = {name: getattr(task, name) for name in ("model", "example_inputs", "targets", "loss", "optimizer")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PerfkitWarning)
-        report = perfkit.optimize(**arguments, recipe=recipe, mode="training").report
-    return _row(f"{model}, training step, batch 64", framework, report)
-
-
-def _row(label: str, framework: str, report: perfkit.Report) -> dict[str, Any]:
+        warnings.simplefilter("ignore", PerfkitWarning)  # that none is faster is a result here
+        report = perfkit.optimize(**arguments, recipe="auto", budget_s=BUDGET_S).report
     print(f"{framework}: {label}: {report.recipe}: {report.speedup}", flush=True)
     data = report.to_dict()
     for side in ("before", "after"):
@@ -61,20 +70,51 @@ def _row(label: str, framework: str, report: perfkit.Report) -> dict[str, Any]:
     return {"label": label, "framework": framework, "report": data}
 
 
+def _recorded() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every machine's file."""
+    for path in sorted(RESULTS.glob("*.json")):
+        recorded = json.loads(path.read_text())
+        if "report" in recorded.get("rows", [{}])[0]:
+            yield path, recorded
+
+
+def summary() -> list[str]:
+    """Ratios on every recorded device, short: PyTorch's against eager, JAX's against jax.jit."""
+    lines = [""]
+    for _, recorded in _recorded():
+        labels = dict.fromkeys(row["label"] for row in recorded["rows"])
+        found = {(row["label"], row["framework"]): row["report"] for row in recorded["rows"]}
+        lines += [f"{machine(recorded)}, {recorded['date']}:", ""]
+        lines += ["| model | PyTorch, against eager | JAX, against `jax.jit` |", "|---|---|---|"]
+        for label in labels:
+            torch, jax = (found.get((label, framework)) for framework in ("torch", "jax"))
+            lines.append(f"| {label} | {_gain(torch, 'speedup')} | {_gain(jax, 'against_compiled')} |")
+        lines.append("")
+    return lines
+
+
+def _gain(report: dict[str, Any] | None, against: str) -> str:
+    if report is None:
+        return "–"
+    if report["outcome"] == "original returned":
+        return "none is faster"
+    ratio = report[against]
+    return f"{ratio['ratio']:.2f}× [{ratio['low']:.2f}, {ratio['high']:.2f}] by `{report['recipe']}`"
+
+
 def page() -> str:
     """The results of every recorded device, as Markdown."""
     lines = [
         "# What was measured",
         "",
-        'Written by `python -m bench.record`: `recipe="auto"` for inference, single recipes for training, on the',
-        "reference models. The ratio is the original's time over the result's, interleaved in one run, with its 99 %",
-        "interval; the original is the model as its user would call it: eager PyTorch, eager flax. For JAX the ratio",
-        "against `jax.jit` of the original stands beside it. A ratio below 1 is a slow-down.",
+        'Written by `python -m bench.record`: `recipe="auto"` on the reference models, for inference unless a training',
+        f"step is named, {BUDGET_S:g} s each. The ratio is the original's time over the result's, interleaved in one",
+        "run, with its 99 % interval; the original is the model as its user would call it: eager PyTorch, eager flax.",
+        "For JAX the ratio against `jax.jit` of the original stands beside it. What single recipes and kernels give,",
+        "slow-downs included, is on their pages in [docs](../../docs), from the other files here.",
     ]
-    for path in sorted(RESULTS.glob("*.json")):
-        recorded = json.loads(path.read_text())
-        if "report" in recorded.get("rows", [{}])[0]:
-            lines += ["", *_device(path, recorded)]
+    for path, recorded in _recorded():
+        lines += ["", *_device(path, recorded)]
     return "\n".join(lines) + "\n"
 
 
