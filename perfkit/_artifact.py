@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +26,7 @@ from perfkit import _artifact_trees as trees
 from perfkit import backends
 from perfkit._chain import chain_of
 from perfkit._environment import Environment
-from perfkit._errors import FidelityError, InvalidInputError
+from perfkit._errors import FidelityError, InvalidInputError, UnknownRecipeError
 from perfkit._optimize import apply
 from perfkit._workload import CALIBRATION_BATCHES
 from perfkit.backends.adapter import Backend
@@ -57,10 +59,16 @@ def save(
     if example_inputs is None:
         raise InvalidInputError("example_inputs=None: what is saved is checked on them wherever it is loaded")
     path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
+    if os.path.isdir(path) or not os.path.isdir(path.parent):  # pathlib's raise where a name is too long
         raise InvalidInputError(f"{path} cannot be written: expected a file's name in a folder that is there")
     backend = _backend(report.framework, model, example_inputs)
     batches = None if calibration is None else list(itertools.islice(calibration, CALIBRATION_BATCHES))
+    count = 0 if batches is None else len(batches)
+    if count != result.calibrated and any(recipe.calibrates for recipe in chain_of(result.recipe)):
+        raise InvalidInputError(
+            f"{result.recipe} was made with {result.calibrated} batch(es) of calibration data, and here are {count}: "
+            "pass as calibration= what it was made with (a used-up iterator?)"
+        )
     side = _side(backend.name)
     writing = _Writing(side)
     about = {
@@ -77,25 +85,52 @@ def save(
     about["outputs"] = writing.named(OUTPUT, {str(i): side.tensor(array) for i, array in enumerate(outputs)})
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        try:
+        with _as_bad_input(path):
+            partial.touch()
+            mode = partial.stat().st_mode
             side.write(partial, writing.tensors, {HEADER: json.dumps(about)})
             partial.chmod(mode)  # safetensors' is its owner's alone
-        except (SafetensorError, KeyError, AttributeError) as error:  # what safetensors raises of a dtype it has not
-            raise InvalidInputError(f"{path} cannot be written: {type(error).__name__}: {error}") from error
-        try:
-            load(partial, model, params=params)
-        except FidelityError as error:
-            raise InvalidInputError(
-                f"nothing was written: what {result.recipe} makes of this model now is not what result.model computes "
-                f"({error.report.fidelity.reason}). Pass the model, inputs and calibration data that were optimized, "
-                "as they were then"
-            ) from error
-        partial.replace(path)
+        _check_written(partial, result, model, params)
+        with _as_bad_input(path):
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def _as_bad_input(path: Path) -> Iterator[None]:
+    """Within it a file is written.
+
+    Raises:
+        InvalidInputError: it cannot be.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, AttributeError) as error:  # the latter of a dtype that is not known
+        raise InvalidInputError(f"{path} cannot be written: {type(error).__name__}: {error}") from error
+
+
+def _check_written(path: Path, result: Result, model: Any, params: Any) -> None:
+    """Make of a file what will be made of it elsewhere.
+
+    Raises:
+        InvalidInputError: it is not what it should be.
+    """
+    try:
+        load(path, model, params=params)
+    except FidelityError as error:
+        raise InvalidInputError(
+            f"nothing was written: what {result.recipe} makes of this model now is not what result.model computes "
+            f"({error.report.fidelity.reason}). Pass the model, inputs and calibration data that were optimized, "
+            "as they were then"
+        ) from error
+    except UnknownRecipeError as error:
+        raise InvalidInputError(
+            f"nothing was written: {result.recipe} cannot be read where the file is loaded, since {error}. Make a "
+            "recipe of your own a file in a folder that the environment variable PERFKIT_RECIPES names"
+        ) from error
 
 
 def load(path: str | Path, model: Any, *, params: Any = None, progress: Callable[[str], Any] | None = None) -> Result:
@@ -220,7 +255,7 @@ def _header(path: Path) -> dict[str, Any]:
     Raises:
         InvalidInputError: it is no file of `Result.save`, or of a later perfkit.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InvalidInputError(f"there is no file {path}: expected one that result.save wrote")
     try:
         with safe_open(path, framework="np") as file:
@@ -229,8 +264,14 @@ def _header(path: Path) -> dict[str, Any]:
         raise InvalidInputError(f"{path} is no file that result.save wrote, or not whole ({error})") from error
     if header is None:
         raise InvalidInputError(f"{path} is a safetensors file, but none that result.save wrote")
-    about = json.loads(header)
-    if about["schema_version"] > SCHEMA_VERSION:
+    try:
+        about = json.loads(header)
+        newer = about["schema_version"] > SCHEMA_VERSION
+    except (ValueError, LookupError, TypeError) as error:
+        raise InvalidInputError(
+            f"{path} is no file that result.save wrote: its header is another's ({error})"
+        ) from error
+    if newer:
         raise InvalidInputError(
             f"{path} was written by perfkit {about['report']['perfkit_version']}, in a form that this one "
             f"({perfkit.__version__}) does not know: upgrade it"

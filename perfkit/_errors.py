@@ -94,6 +94,10 @@ def missing(package: str, needed_for: str, extra: str | None = None) -> MissingD
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; what it says again and again ("Error dispatching computation: " in XLA) once."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, in one line; what it says again and again ("Error dispatching computation: " in XLA) once.
+
+    With the next line where the first one only announces it, as of torch's compilers.
+    """
+    first, *more = list(filter(str.strip, str(error).splitlines())) or [type(error).__name__]
+    line = " ".join([first.strip(), *(each.strip() for each in more[:1] if first.rstrip().endswith(":"))])
     return re.sub(r"(\S[^:]*: )\1+", r"\1", line)[:300]

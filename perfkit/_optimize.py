@@ -105,6 +105,7 @@ def optimize(
             work = gathered(work, chain)
             check(chain, work)
             result = _pipeline.run(chain, work, settings)
+    result = replace(result, calibrated=len(work.calibration))
     if result.report.outcome == "original returned" and mode == "inference":
         return replace(result, model=model)
     return result
@@ -158,7 +159,8 @@ def apply(
         )
         work = gathered(calibrated(work, calibration), chain)
         check(chain, work)
-        return _pipeline.run(chain, work, replace(settings, measure=False))
+        result = _pipeline.run(chain, work, replace(settings, measure=False))
+        return replace(result, calibrated=len(work.calibration))
 
 
 @dataclass(frozen=True)

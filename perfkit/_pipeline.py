@@ -32,11 +32,13 @@ class Result:
         report: what was measured and decided.
         train_step: in training, `train_step((inputs, targets)) -> loss`; else None.
         recipe: what `perfkit.apply` makes the same of the same model with: a chain, or "nothing" for the original.
+        calibrated: how many batches of calibration data it was made with.
     """
 
     model: Any
     report: Report
     finished: Finished
+    calibrated: int = 0
 
     @property
     def recipe(self) -> str:

@@ -65,6 +65,7 @@ class Recipe:
         retrains: its training starts from another loss than the original's, and is judged by where it ends.
         aim: what it is for, "speed" or "memory". Where it is memory, more time is its price and no failure.
         keeps_memory: calls find memory as the last one left it, which is its gain and no other recipe's.
+        calibrates: what it makes of a model depends on the calibration data.
     """
 
     stage: ClassVar[Stage]
@@ -74,6 +75,7 @@ class Recipe:
     retrains: ClassVar[bool] = False
     aim: ClassVar[str] = "speed"
     keeps_memory: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -24,6 +24,7 @@ class Int8(Quantizer):
     """
 
     tolerance = 5e-2  # half a step is 0.4 % of a weight's range and of an activation's, over a few layers
+    calibrates = True
 
     weight_bits: int = 8
 

@@ -75,6 +75,7 @@ class Prune(LayerRecipe):
                 f"prune(schedule={self.schedule}, structure={self.structure!r}): the pattern holds from the first step "
                 "or not at all; use schedule=0, or structure='unstructured'"
             )
+        object.__setattr__(self, "calibrates", self.criterion == "activation")
 
     @property
     def pattern(self) -> tuple[int, int] | None:

@@ -187,6 +187,7 @@ WRONG = {
     "text": (lambda path, to: to.write_text("hello"), "is no file that result.save wrote"),
     "cut short": (lambda path, to: to.write_bytes(path.read_bytes()[:-100]), "or not whole"),
     "only weights": (rewritten(lambda about: None), "but none that result.save wrote"),
+    "another's header": (rewritten(lambda about: {"perfkit": "[]"}), "its header is another's"),
     "newer": (
         rewritten(lambda about: {"perfkit": json.dumps(about | {"schema_version": 99})}),
         r"in a form that this one \(.*\) does not know: upgrade",
@@ -208,6 +209,8 @@ def test_models_of_another_form(saved):
         perfkit.load(saved[2], torch.nn.Linear(2, 2))
     with pytest.raises(InvalidInputError, match=r"float32\[8, 1, 3, 3\] in the file and float64"):
         perfkit.load(saved[2], fresh("torch", "cnn")[0].double())
+    with pytest.raises(InvalidInputError, match=r"has no shape yet \(a lazy module\): call the model once"):
+        perfkit.load(saved[2], torch.nn.LazyLinear(2))
 
 
 def test_the_other_framework_and_missing_parameters(saved, tmp_path):
@@ -225,6 +228,9 @@ def test_the_other_framework_and_missing_parameters(saved, tmp_path):
 def test_what_no_file_can_hold(saved, tmp_path):
     torch = pytest.importorskip("torch")
     result, found, _ = saved
+    for name in ("a" * 250, "a" * 300):  # as where the folder is not to be written to
+        with pytest.raises(InvalidInputError, match="cannot be written: "):
+            result.save(tmp_path / name, found["model"], example_inputs=found["example_inputs"])
     with pytest.raises(InvalidInputError, match="expected a file's name in a folder that is there"):
         result.save(tmp_path / "missing" / "model", found["model"], example_inputs=found["example_inputs"])
     with pytest.raises(InvalidInputError, match="example_inputs=None"):
@@ -245,14 +251,80 @@ def test_what_no_file_can_hold(saved, tmp_path):
             return super().forward(x)
 
     x = torch.ones(3, 2)
+    sparse = Takes(2, 2)
+    sparse.register_buffer("graph", torch.eye(2).to_sparse())
     for model, inputs, message in (
         (Extra(2, 2), (x,), "_extra_state of Extra's state_dict"),
+        (sparse, (x,), r"graph of Takes's state_dict\(\) is a Tensor \(torch.sparse_coo"),
+        (Takes(2, 2), (x, torch.eye(2).to_sparse()), r"the inputs hold a Tensor \(torch.sparse_coo, torch.float32\)"),
         (Takes(2, 2), (x, Odd()), r"the inputs hold a .*Odd, which a file cannot"),
     ):
         made = perfkit.apply(model, "half", example_inputs=inputs)
         with pytest.raises(InvalidInputError, match=message):
             made.save(tmp_path / "model", model, example_inputs=inputs)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_that_is_no_file(tmp_path):
+    torch = pytest.importorskip("torch")
+
+    class Mine(perfkit.Recipe):
+        stage = perfkit.Stage.STRUCTURE
+
+        def torch(self, work):
+            return work, perfkit.Effect(touched=("all",))
+
+    result = perfkit.apply(torch.nn.Linear(2, 2), Mine(), example_inputs=(torch.ones(3, 2),))
+    with pytest.raises(InvalidInputError, match=r"'mine'.* a file in a folder that the environment variable PERFKIT"):
+        result.save(tmp_path / "model", torch.nn.Linear(2, 2), example_inputs=(torch.ones(3, 2),))
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_data_that_it_was_not_made_with(tmp_path):
+    torch = pytest.importorskip("torch")
+    model, x = torch.nn.Linear(2, 2), torch.ones(16, 2)
+    calibrated = perfkit.apply(model, "int8", example_inputs=(x,), calibration=[(9 * x,), (x,)])
+    for calibration in (None, [(x,)]):
+        with pytest.raises(InvalidInputError, match="was made with 2 batch"):
+            calibrated.save(tmp_path / "model", model, example_inputs=(x,), calibration=calibration)
+    needless = perfkit.apply(model, "half", example_inputs=(x,), calibration=[(x,)])
+    assert needless.save(tmp_path / "model", model, example_inputs=(x,)).exists()
+
+
+def test_numbers_that_are_read_as_their_conjugates(tmp_path):
+    torch = pytest.importorskip("torch")
+
+    class Parts(torch.nn.Linear):
+        def forward(self, z, conjugate, negative):
+            return super().forward(z.real + conjugate.imag - negative)
+
+    z = torch.randn(3, 2, dtype=torch.complex64)
+    inputs = (z, z.conj(), z.conj().imag)
+    model = Parts(2, 2)
+    path = perfkit.apply(model, "bf16", example_inputs=inputs).save(tmp_path / "it", model, example_inputs=inputs)
+    assert perfkit.load(path, model).report.fidelity.relative_error == 0
+
+
+def test_what_stands_among_parameters_in_jax(tmp_path):
+    jax = pytest.importorskip("jax")
+
+    def function(params, x):
+        here, there = jax.random.split(params["key"])
+        noise = jax.random.normal(here, (2,))
+        return (x @ params["a.b"] + x @ params["a"]["b"]) * jax.numpy.float32(params["scale"]) + noise, there
+
+    x, first, second = jax.random.normal(jax.random.key(0), (3, 2, 2))
+    params = {"a.b": first, "a": {"b": second}, "scale": 2.0, "key": jax.random.key(3, impl="rbg")}
+    result = perfkit.apply(function, "half", params=params, example_inputs=(x,))
+    path = result.save(tmp_path / "model", function, params=params, example_inputs=(x,))
+    loaded = perfkit.load(path, function, params=jax.eval_shape(lambda: params))
+    (y, key), (same, other) = (each.model(each.params, x) for each in (result, loaded))
+    np.testing.assert_array_equal(y, same)
+    assert (jax.random.key_data(key) == jax.random.key_data(other)).all()
+    params["scale"] = jax.numpy.ones((), jax.numpy.float8_e5m2)
+    result = perfkit.apply(function, "half", params=params, example_inputs=(x,))
+    with pytest.raises(InvalidInputError, match=r"weight.scale is float8_e5m2, which safetensors does not read"):
+        result.save(path, function, params=params, example_inputs=(x,))
 
 
 def test_a_training_is_told_the_way(tmp_path):

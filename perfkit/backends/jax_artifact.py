@@ -13,39 +13,49 @@ from flax import nnx
 from safetensors.flax import load_file, save_file
 
 from perfkit._errors import InvalidInputError
+from perfkit.backends.jax_inputs import NUMBERS
 from perfkit.backends.jax_keys import is_key
+from perfkit.backends.jax_trees import distinct
 
 KEY = "key "
 
 
 def weights(model: Any, params: Any) -> dict[str, Any]:
-    """The arrays of a model's state, or of its parameters, by their paths; of random keys their numbers.
+    """The arrays and numbers of a model's state, or of its parameters, by their paths; of random keys their numbers.
 
     Raises:
-        InvalidInputError: something in it is no array.
+        InvalidInputError: something in it is neither.
     """
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(_state(model, params)):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if not hasattr(leaf, "dtype"):
-            raise InvalidInputError(f"params hold a {type(leaf).__name__} at {name}: only arrays can be saved")
-        found[name] = jax.random.key_data(leaf) if is_key(leaf) and isinstance(leaf, jax.Array) else leaf
-    return found
+    pairs = jax.tree_util.tree_leaves_with_path(_state(model, params))
+    names = distinct(jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in pairs)
+    return {name: _array(name, leaf) for name, (_, leaf) in zip(names, pairs, strict=True)}
+
+
+def _array(name: str, leaf: Any) -> Any:
+    if is_key(leaf):
+        return jax.random.key_data(leaf) if isinstance(leaf, jax.Array) else jax.eval_shape(jax.random.key_data, leaf)
+    if not (hasattr(leaf, "dtype") or isinstance(leaf, NUMBERS)):
+        raise InvalidInputError(f"params hold a {type(leaf).__name__} at {name}: only arrays and numbers can be saved")
+    return jnp.asarray(leaf) if isinstance(leaf, NUMBERS) else leaf
 
 
 def with_weights(model: Any, params: Any, held: Mapping[str, jax.Array]) -> tuple[Any, Any]:
     """The model and its parameters with these arrays; an nnx module is copied."""
     leaves, structure = jax.tree.flatten(_state(model, params))
-    filled = [
-        jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if is_key(leaf) else array
-        for leaf, array in zip(leaves, held.values(), strict=True)
-    ]
-    state = jax.tree.unflatten(structure, filled)
+    state = jax.tree.unflatten(structure, list(map(_as, leaves, held.values())))
     if not isinstance(model, nnx.Module):
         return model, state
     model = nnx.clone(model)
     nnx.update(model, state)
     return model, params
+
+
+def _as(leaf: Any, array: jax.Array) -> Any:
+    """An array in the place of a leaf: Python numbers stay such, since they leave the dtype to what they meet."""
+    if is_key(leaf):
+        return jax.random.wrap_key_data(array, impl=leaf.dtype._impl)  # a shape without numbers tells it nowhere else
+    weak = isinstance(leaf, NUMBERS) or (leaf.ndim == 0 and getattr(leaf, "weak_type", False))
+    return array.item() if weak else array
 
 
 def _state(model: Any, params: Any) -> Any:
@@ -87,7 +97,13 @@ def array(tensor: jax.Array) -> np.ndarray:
 
 
 def write(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str]) -> None:
-    save_file({name: np.asarray(array) for name, array in tensors.items()}, path, metadata)
+    arrays = {name: np.asarray(array) for name, array in tensors.items()}
+    for name, array in arrays.items():
+        if array.dtype.isbuiltin != 1 and array.dtype != jnp.bfloat16:
+            raise InvalidInputError(
+                f"{path} cannot be written: {name} is {array.dtype}, which safetensors does not read"
+            )
+    save_file(arrays, path, metadata)
 
 
 def read(path: Path) -> dict[str, jax.Array]:

@@ -33,7 +33,7 @@ from perfkit.backends.jax_inputs import (
     checked_rest,
     tracing,
 )
-from perfkit.backends.jax_keys import drawing_others
+from perfkit.backends.jax_keys import drawing_others, is_key
 from perfkit.backends.jax_model import LinenModel, NnxModel
 from perfkit.backends.jax_placement import device_bytes
 from perfkit.backends.jax_precision import in_float64
@@ -130,6 +130,7 @@ class JaxBackend(Backend):
             return [self.numpy(leaf) for leaf in leaves]
 
     def numpy(self, leaf: Any) -> np.ndarray:
+        leaf = jax.random.key_data(leaf) if is_key(leaf) else leaf
         return np.asarray(leaf, np.float32) if leaf.dtype in (jnp.bfloat16, jnp.float16) else np.asarray(leaf)
 
     def size(self, work: Workload) -> tuple[int, int]:

@@ -215,11 +215,11 @@ def _is_zero(atom: Any, made_by: Mapping) -> bool:
 
 
 def pool_size(eqn: Any) -> int | None:
-    """The side of the square windows, side by side, of which an equation takes the largest; None where it does not."""
+    """The side of an image's square windows, side by side, of which an equation takes the largest; else None."""
     params = eqn.params
     plain = set(params["base_dilation"]) == set(params["window_dilation"]) == {1}
     window, strides = params["window_dimensions"], params["window_strides"]
-    if not plain or tuple(window) != tuple(strides) or any(map(any, params["padding"])):
+    if not plain or tuple(window) != tuple(strides) or any(map(any, params["padding"])) or len(window) != 4:
         return None
     batch, height, width, channels = window
     return height if (batch, channels) == (1, 1) and height == width > 1 else None

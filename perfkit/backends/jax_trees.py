@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,7 +18,18 @@ LAST = ("kernel", "embedding", "bias", "scale")
 def leaves_with_names(params: Any) -> tuple[list[tuple[str, Any]], Any]:
     """The parameters with their names ("conv1.kernel"), and the tree to put them back into."""
     pairs, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
-    return [(_name(path), leaf) for path, leaf in pairs], structure
+    names = distinct(_name(path) for path, _ in pairs)
+    return list(zip(names, (leaf for _, leaf in pairs), strict=True)), structure
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names, of which none stands for two: {"a.b": …} and {"a": {"b": …}} are written alike."""
+    seen: collections.Counter = collections.Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return found
 
 
 def layer_of(name: str) -> str:

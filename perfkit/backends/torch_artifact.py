@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from perfkit._errors import InvalidInputError
 from perfkit.backends.torch_bind import device_of
+from perfkit.backends.torch_checks import check_initialized
 from perfkit.backends.torch_copies import copied
 from perfkit.backends.torch_surgery import is_composed
 
@@ -24,16 +25,32 @@ def weights(model: nn.Module, _params: None) -> dict[str, Tensor]:
     """Parameters and buffers by name.
 
     Raises:
-        InvalidInputError: some of the state is no plain tensor.
+        InvalidInputError: some of the state is no plain tensor, or has no shape yet.
     """
+    check_initialized(model)
     state = model.state_dict()
     for name, held in state.items():
-        if not isinstance(held, Tensor) or is_composed(held):
+        if not _is_plain(held):
             raise InvalidInputError(
-                f"{name} of {type(model).__name__}'s state_dict() is a {type(held).__name__}, which a file of plain "
+                f"{name} of {type(model).__name__}'s state_dict() is a {_kind(held)}, which a file of plain "
                 "tensors cannot hold: save it in your own way, and use perfkit.apply(model, result.recipe, …)"
             )
     return state
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and not is_composed(value)
+        and value.layout == torch.strided
+        and not value.is_quantized
+    )
+
+
+def _kind(value: Any) -> str:
+    return (
+        f"{type(value).__name__} ({value.layout}, {value.dtype})" if isinstance(value, Tensor) else type(value).__name__
+    )
 
 
 def with_weights(model: nn.Module, params: None, held: Mapping[str, Tensor]) -> tuple[nn.Module, None]:
@@ -44,8 +61,9 @@ def with_weights(model: nn.Module, params: None, held: Mapping[str, Tensor]) -> 
 
 
 def identity(tensor: Tensor) -> Any:
-    """Equal for tensors that are the same memory, as tied weights are."""
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    """Equal for tensors that are the same memory read in the same way, as tied weights are."""
+    read = tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+    return tensor.device, tensor.data_ptr(), read
 
 
 def form(tensor: Tensor) -> str:
@@ -53,8 +71,17 @@ def form(tensor: Tensor) -> str:
 
 
 def one(leaf: Any) -> Tensor | None:
-    """A leaf of the inputs as a tensor of a file; None for what is none."""
-    return leaf if isinstance(leaf, Tensor) and not is_composed(leaf) and leaf.layout == torch.strided else None
+    """A leaf of the inputs as a tensor of a file; None for what is none.
+
+    Raises:
+        InvalidInputError: it is a tensor of another kind.
+    """
+    if isinstance(leaf, Tensor) and not _is_plain(leaf):
+        raise InvalidInputError(
+            f"the inputs hold a {_kind(leaf)}, which a file of plain tensors cannot hold: let the model take those, or "
+            "save result.recipe and use perfkit.apply where it is loaded"
+        )
+    return leaf if isinstance(leaf, Tensor) else None
 
 
 def parts(value: Any) -> tuple[str, Iterable] | None:
@@ -79,8 +106,8 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(plain, path, metadata)
+    there = {name: tensor.detach().cpu().resolve_conj().resolve_neg() for name, tensor in tensors.items()}
+    save_file({name: tensor.contiguous().clone() for name, tensor in there.items()}, path, metadata)
 
 
 def read(path: Path) -> dict[str, Tensor]:

@@ -46,13 +46,7 @@ def check_module(model: nn.Module) -> None:
             raise InvalidInputError(
                 f"{name or type(model).__name__} is compiled already: pass the module as it was before torch.compile"
             )
-    held = [*model.named_parameters(), *model.named_buffers()]
-    lazy = [name for name, tensor in held if isinstance(tensor, UninitializedTensorMixin)]
-    if lazy:
-        raise InvalidInputError(
-            f"{', '.join(map(repr, lazy))} of {type(model).__name__} has no shape yet (a lazy module): "
-            "call the model once on its inputs, then pass it"
-        )
+    check_initialized(model)
     for name, parameter in model.named_parameters():
         held = [part for part in parts(parameter.detach()) if part.is_floating_point()]
         bad = sum(int((~torch.isfinite(part)).sum()) for part in held)
@@ -60,6 +54,21 @@ def check_module(model: nn.Module) -> None:
             raise InvalidInputError(
                 f"parameter {name!r} holds {bad} NaN or infinite of {parameter.numel()} values: repair them first"
             )
+
+
+def check_initialized(model: nn.Module) -> None:
+    """Refuse a lazy module that was never called.
+
+    Raises:
+        InvalidInputError: a parameter or buffer has no shape yet.
+    """
+    held = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, tensor in held if isinstance(tensor, UninitializedTensorMixin)]
+    if lazy:
+        raise InvalidInputError(
+            f"{', '.join(map(repr, lazy))} of {type(model).__name__} has no shape yet (a lazy module): "
+            "call the model once on its inputs, then pass it"
+        )
 
 
 def warn_of_hidden_modules(model: nn.Module) -> None:

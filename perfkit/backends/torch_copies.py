@@ -11,6 +11,8 @@ from torch import nn
 
 from perfkit._errors import InvalidInputError
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 def copied(*things: Any) -> Any:
     """Deep copies that share what the originals share: a module, or a module and its optimizer.
@@ -41,8 +43,12 @@ def _copy_hooks(optimizer: torch.optim.Optimizer, copied_to: torch.optim.Optimiz
 
 
 def non_leaf_copies(tensors: Iterable[torch.Tensor]) -> dict[int, Any]:
-    """deepcopy refuses tensors that have a history, such as cached or reparametrized weights: copy those beforehand."""
-    return {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+    """deepcopy refuses tensors that have a history, such as cached or reparametrized weights: copy those beforehand.
+
+    So it does sparse ones whose indices are compressed.
+    """
+    refused = (tensor for tensor in tensors if not tensor.is_leaf or tensor.layout in _COMPRESSED)
+    return {id(tensor): tensor.detach().clone() for tensor in refused}
 
 
 def _held(value: Any, depth: int = 5) -> Iterator[torch.Tensor]:

@@ -221,9 +221,22 @@ def is_composed(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "__tensor_flatten__")
 
 
+_BY_ROWS, _BY_COLUMNS = ("crow_indices", "col_indices", "values"), ("ccol_indices", "row_indices", "values")
+_SPARSE = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _BY_ROWS,
+    torch.sparse_bsr: _BY_ROWS,
+    torch.sparse_csc: _BY_COLUMNS,
+    torch.sparse_bsc: _BY_COLUMNS,
+}
+"""By layout, the methods that tell what sparse tensors are made of."""
+
+
 def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that a tensor is made of: itself, or those within a subclass such as a quantized one."""
+    """The plain tensors that a tensor is made of: itself, or those within a subclass or a sparse one."""
     tensor = local(tensor)
+    if tensor.layout in _SPARSE:
+        return [getattr(tensor, name)() for name in _SPARSE[tensor.layout]]
     if not is_composed(tensor):
         return [tensor]
     return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]

@@ -37,6 +37,14 @@ class Given(linen.Module):
         return linen.Dropout(0.5, deterministic=False)(linen.Dense(3)(x))
 
 
+def test_a_key_that_a_model_returns_is_compared_by_its_numbers():
+    def step(params, key, x):
+        return x @ params, jax.random.split(key, 3)
+
+    result = perfkit.optimize(step, "bf16", params=jnp.ones((6, 3)), example_inputs=(jax.random.key(0), X))
+    assert result.report.fidelity.ok
+
+
 def task(kind):
     about = {"mode": "training", "loss": lambda out, y: jnp.mean((out - y) ** 2), "targets": Y}
     about["optimizer"] = optax.sgd(0.1)

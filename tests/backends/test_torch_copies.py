@@ -39,3 +39,15 @@ def test_scripted_parts_are_trained_and_the_original_is_not():
     assert trained == before.keys() - {"1.0.bias"}
     assert all(each.grad is None for each in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
+def test_sparse_buffers_are_copied_whatever_their_layout():
+    model = nn.Linear(2, 2)
+    model.register_buffer("rows", torch.eye(2).to_sparse_csr())
+    model.register_buffer("places", torch.eye(2).to_sparse())
+    twin = copied(model)
+    for name in ("rows", "places"):
+        assert twin.get_buffer(name).layout == model.get_buffer(name).layout
+        twin.get_buffer(name).values().zero_() if name == "rows" else twin.get_buffer(name)._values().zero_()
+        assert model.get_buffer(name).to_dense().equal(torch.eye(2))

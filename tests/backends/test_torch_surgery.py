@@ -9,7 +9,7 @@ pytest.importorskip("torch")
 import torch
 
 from perfkit.backends.torch_copies import copied
-from perfkit.backends.torch_surgery import around_forward, compile_in_place
+from perfkit.backends.torch_surgery import around_forward, compile_in_place, parts
 
 
 def doubled(forward):
@@ -31,3 +31,13 @@ def test_copies_keep_the_class_that_was_made_for_them(copy_of):
         with torch.no_grad():
             twin.get_parameter("0.weight").zero_()
         assert not torch.equal(twin(x), model(x)), "it has weights of its own"
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
+@pytest.mark.parametrize(
+    ("layout", "block"),
+    [("sparse_coo", None), ("sparse_csr", None), ("sparse_csc", None), ("sparse_bsr", (1, 1)), ("sparse_bsc", (1, 1))],
+)
+def test_the_parts_of_sparse_tensors_have_memory(layout, block):
+    sparse = torch.eye(3).to_sparse(layout=getattr(torch, layout), blocksize=block)
+    assert sum(part.untyped_storage().nbytes() for part in parts(sparse)) >= 3 * (4 + 8)  # a number, and where it is

@@ -143,6 +143,13 @@ def in_groups(params, x):
     )
 
 
+def series(params, x):
+    y = lax.conv_general_dilated(
+        x[:, 0], params["conv1"]["kernel"][0], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    return lax.reduce_window(jax.nn.relu(y), -jnp.inf, lax.max, (1, 2, 1), (1, 2, 1), "VALID")
+
+
 @pytest.mark.parametrize(
     ("model", "layers"),
     [
@@ -153,6 +160,7 @@ def in_groups(params, x):
         (read_by_two, {"conv1": "conv + ReLU on integers on 'cpu'", "conv2": "conv on integers on 'cpu'"}),
         (moved_between, {"fc1": "linear + bias + ReLU on integers on 'cpu'"}),
         (in_groups, {"conv1": "XLA's integer products (it takes one group, and this has 6)"}),
+        (series, {"conv1": "XLA's integer products (it is over 1 dimension(s), and the kernel over 2)"}),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
 )

@@ -108,6 +108,17 @@ def test_an_optimized_module_holds_small_parameters_and_works_op_by_op():
     assert relative_error(again, original("cnn")[1]) == pytest.approx(result.report.fidelity.relative_error, rel=0.1)
 
 
+def test_weights_whose_names_are_written_alike_stay_apart():
+    x, first, second = jax.random.normal(jax.random.key(0), (3, 5, 8))
+    params = {"a.b": first, "a": {"b": 3 * second}}
+    low, effect = jax_quantize.weight_only(
+        bound(lambda params, x: x @ params["a.b"].T - x @ params["a"]["b"].T, (x,), params), Quantize(), 8
+    )
+    assert len(set(effect.touched)) == 2
+    for weight, kept in zip(jax.tree.leaves(params), leaves(low.model.params), strict=True):
+        assert relative_error(kept.dequantized(), weight) < ROUNDING["int8"]
+
+
 def test_include_and_exclude():
     _, low, effect, _ = quantized("cnn", include="conv*", exclude="conv2")
     assert effect.touched == ("conv1",)
