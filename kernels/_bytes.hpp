@@ -22,11 +22,15 @@
 #elif defined(__AVX2__)
 #define PERFKIT_BYTES 2
 #define PERFKIT_LANES 8
+#elif defined(__ARM_NEON)
+#define PERFKIT_BYTES 0
+#define PERFKIT_LANES 4
 #else
 #define PERFKIT_BYTES 0
 #define PERFKIT_LANES 8
 #endif
 
+#include "_dots.hpp"
 #include "_thread_pool.hpp"
 #include "_transpose.hpp"
 
@@ -57,6 +61,8 @@ INLINE Ints add_products(Ints sum, Ints a, Ints w) {
 #elif PERFKIT_BYTES == 2
     const __m256i pairs = _mm256_maddubs_epi16(__m256i(a), __m256i(w));
     return sum + Ints(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif PERFKIT_DOTS
+    return add_unsigned(sum, a, w);
 #else
     for (int j = 0; j < 4; ++j) sum += ((a >> 8 * j) & 255) * ((w << (24 - 8 * j)) >> 24);
     return sum;
@@ -224,12 +230,12 @@ void parallel(i64 tasks, Threads threads, i64 useful, Task task) {
 
 // ---- Lanes are outputs, rows are of bytes that lie one after the other -----------------------------------------------
 
-constexpr int ROWS = WIDE ? 6 : 4;     // whose sums
-constexpr int VECTORS = WIDE ? 4 : 2;  // with so many vectors of outputs are in registers,
-constexpr int MANY = WIDE ? 8 : 4;     // or with so many, of a single row
+constexpr int ROWS = WIDE ? 6 : 4;       // whose sums
+constexpr int VECTORS = L == 8 ? 2 : 4;  // with so many vectors of outputs are in registers, whole panels of them,
+constexpr int MANY = WIDE ? 8 : 4;       // or with so many, of a single row
 
 // Where vector g of the outputs from a panel's first one begins; a panel is K4 blocks.
-INLINE i64 vector_at(i64 g, i64 K4) { return WIDE ? g * K4 * BLOCK : g / 2 * K4 * BLOCK + g % 2 * 4 * L; }
+INLINE i64 vector_at(i64 g, i64 K4) { return g * L / PANEL * K4 * BLOCK + g * L % PANEL * 4; }
 
 // What the sums of G vectors of outputs begin with.
 template <int R, int G>
@@ -260,7 +266,11 @@ INLINE void add_dots(const u8* const (&x)[R], const i8* w, i64 K4, i64 all_K4, I
 
 // The instructions that the products were built for.
 inline const char* instructions() {
-    return PERFKIT_BYTES == 512 ? "AVX512-VNNI" : PERFKIT_BYTES == 256 ? "AVX-VNNI" : PERFKIT_BYTES ? "AVX2" : "plain C++";
+#if PERFKIT_BYTES
+    return PERFKIT_BYTES == 512 ? "AVX512-VNNI" : PERFKIT_BYTES == 256 ? "AVX-VNNI" : "AVX2";
+#else
+    return PERFKIT_DOTS == 2 ? "NEON-I8MM" : PERFKIT_DOTS ? "NEON-DOTPROD" : "plain C++";
+#endif
 }
 
 }  // namespace

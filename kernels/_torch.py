@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,12 +61,22 @@ def lowered(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 @functools.cache
+def of_openmp(name: str) -> int:
+    """The address of a function of torch's OpenMP runtime, GNU's or LLVM's; 0 where none is in sight.
+
+    Wheels for x86 put the runtime where all libraries see it; those for ARM, where what torch computes with does.
+    """
+    for library in (None, *map(str, Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))):
+        try:
+            return ctypes.cast(getattr(ctypes.CDLL(library), name), ctypes.c_void_p).value
+        except (AttributeError, OSError, TypeError):  # TypeError: Windows has no namespace of all libraries
+            continue
+    return 0
+
+
 def parallel() -> int:
-    """The address of `GOMP_parallel` of torch's OpenMP runtime, GNU's or LLVM's; 0 where it has none in sight."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
-    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no namespace of all libraries
-        return 0
+    """The address of `GOMP_parallel`; 0 where it is not in sight."""
+    return of_openmp("GOMP_parallel")
 
 
 class Threads(ctypes.Structure):

@@ -19,9 +19,12 @@ INLINE V shuffled(V a, V b, Ints from) {
 #if PERFKIT_LANES == 16
 constexpr Ints EVEN = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
 constexpr Ints LOW = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-#else
+#elif PERFKIT_LANES == 8
 constexpr Ints EVEN = {0, 2, 4, 6, 8, 10, 12, 14};
 constexpr Ints LOW = {0, 8, 1, 9, 2, 10, 3, 11};
+#else
+constexpr Ints EVEN = {0, 2, 4, 6};
+constexpr Ints LOW = {0, 4, 1, 5};
 #endif
 
 // Each of log2(L) passes interleaves the first half of the rows with the second.

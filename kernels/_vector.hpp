@@ -10,9 +10,15 @@
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #include <immintrin.h>
 #endif
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
+// On ARM a register holds four numbers, and GCC keeps a vector of more in memory, all sums of products included.
 #if !defined(PERFKIT_LANES) && defined(__AVX512F__)
 #define PERFKIT_LANES 16
+#elif !defined(PERFKIT_LANES) && defined(__ARM_NEON)
+#define PERFKIT_LANES 4
 #elif !defined(PERFKIT_LANES)
 #define PERFKIT_LANES 8
 #endif
@@ -90,6 +96,8 @@ INLINE Floats fused(Floats a, Floats b, Floats c) {
     return Floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
 #elif PERFKIT_LANES == 8 && defined(__AVX2__) && defined(__FMA__)
     return Floats(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif PERFKIT_LANES == 4 && defined(__ARM_FEATURE_FMA)
+    return Floats(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
 #else
     Floats result;
     for (int lane = 0; lane < L; ++lane) {

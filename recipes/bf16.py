@@ -10,7 +10,8 @@ class Bf16(Recipe):
     """Run matrix products and convolutions in bfloat16; keep weights, sums and sensitive operations in float32.
 
     bfloat16 has the range of float32 with 8 bits of precision, so nothing overflows and training needs no loss scaling.
-    Fast where the hardware multiplies bfloat16: AMX or AVX512-BF16 CPUs, GPUs since Ampere, TPUs. Slower elsewhere.
+    Fast where the hardware multiplies bfloat16: CPUs with AMX, AVX512-BF16 or ARM's BF16, GPUs since Ampere, TPUs.
+    Slower elsewhere.
 
     Source: https://docs.pytorch.org/docs/stable/amp.html; https://arxiv.org/abs/1905.12322
     """
@@ -23,7 +24,7 @@ class Bf16(Recipe):
         from perfkit.measure.environment import has
 
         if device == "cpu" and not any(map(has, ("amx_bf16", "avx512_bf16", "bf16"))):
-            return "this CPU has no bfloat16 instructions (AMX, AVX512-BF16): it emulates them"
+            return "this CPU has no bfloat16 instructions (AMX, AVX512-BF16, ARM's BF16): it emulates them"
         return None
 
     def torch(self, work):

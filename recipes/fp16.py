@@ -24,7 +24,7 @@ class Fp16(Recipe):
         from perfkit.measure.environment import has
 
         if device == "cpu" and not any(map(has, ("amx_fp16", "avx512_fp16", "fphp"))):
-            return "this CPU has no float16 arithmetic (AMX-FP16, AVX512-FP16): it emulates it"
+            return "this CPU has no float16 arithmetic (AMX-FP16, AVX512-FP16, ARM's FP16): it emulates it"
         return None
 
     def torch(self, work):

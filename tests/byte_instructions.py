@@ -1,4 +1,7 @@
-"""What comes before kernels that multiply bytes, for each instruction path: VNNI's one instruction is emulated."""
+"""What comes before kernels that multiply bytes, for each instruction path: VNNI's one instruction is emulated, and
+ARM's are."""
+
+from pathlib import Path
 
 DPBUSD = """
 #include <cstdint>
@@ -16,9 +19,15 @@ template <class V> V emulated(V sums, V bytes, V signed_bytes) {
 #define _mm512_dpbusd_epi32 emulated
 #define _mm256_dpbusd_avx_epi32 emulated
 """
+PLAIN = "#undef __AVX2__\n#undef __AVX512VNNI__\n#undef __FMA__\n#undef __FP_FAST_FMAF\n"
+DOTPROD = PLAIN + "#define __ARM_NEON 1\n#define __ARM_FEATURE_DOTPROD 1\n"
 VARIANTS = {
     "AVX512-VNNI": "#include <immintrin.h>\n#undef __AVX512VNNI__\n#define __AVX512VNNI__ 1\n" + DPBUSD,
     "AVX-VNNI": "#include <immintrin.h>\n#undef __AVX512VNNI__\n#undef __AVXVNNI__\n#define __AVXVNNI__ 1\n" + DPBUSD,
     "AVX2": "#undef __AVX512VNNI__\n#undef __AVXVNNI__\n",
-    "plain C++": "#undef __AVX2__\n#undef __AVX512VNNI__\n#undef __FMA__\n#undef __FP_FAST_FMAF\n",
+    "NEON-DOTPROD": DOTPROD,
+    "NEON-I8MM": DOTPROD + "#define __ARM_FEATURE_MATMUL_INT8 1\n",
+    "plain C++": PLAIN,
 }
+HEADERS = f"-I{Path(__file__).with_name('emulated_neon')}"
+"""Where those for ARM find what they include."""

@@ -44,6 +44,8 @@ def slower(problem: Problem) -> str | None:
         return _too_many(problem, most) if problem.taps > most else None
     if problem.pool == 1:
         return "without a pool it saves no pass through memory, and the library's convolution is faster"
+    if problem.framework == "torch" and problem.dtype == "bfloat16" and has("bf16"):
+        return "this CPU has ARM's bfloat16 instructions, which the library multiplies with and the kernel does not"
     most = MOST_TAPS[problem.framework, problem.channels_last, problem.dtype][problem.needs_grad]
     return _too_many(problem, most) if problem.taps > most else None
 

@@ -8,7 +8,7 @@
 #include "_memory.hpp"
 #include "cpu_numbers.hpp"
 
-#if defined(__AVX512F__)
+#if PERFKIT_LANES != 8  // AVX-512 and ARM
 #define REGISTERS 32
 #else
 #define REGISTERS 16

@@ -20,7 +20,7 @@ row's sequence NaN.
 - `reference.py`: the same in plain torch operations, bit for bit.
 - `cpu_kernel.cpp`: a whole stack of layers; `cpu_line.hpp`: the steps of one direction of one layer; `cpu_inputs.hpp`:
   what they are given; `cpu_directions.hpp`: what is the same for all rows and steps; `cpu_cells.hpp`: the cells;
-  `cpu_products.hpp`: integer products and rounding, with AVX512-VNNI, AVX-VNNI, AVX2, or plain C++.
+  `cpu_products.hpp`: integer products and rounding, with AVX512-VNNI, AVX-VNNI, AVX2, ARM's DotProd, or plain C++.
 - `torch_op.py`: `torch.ops.perfkit.rnn_int8`, all layers and directions.
 - `problem.py`, `jax_op.py`, `cpu_ffi.cpp`: one direction of one layer in JAX.
 

@@ -64,7 +64,9 @@ extern "C" int perfkit_rnn_int8(const PerfkitRnnInt8* call) {
 
 // The instructions that the integer products were built for.
 extern "C" const char* perfkit_rnn_int8_instructions() {
-#if BIASED && defined(__AVX512VNNI__)
+#if PERFKIT_DOTS
+    return "NEON-DOTPROD";
+#elif BIASED && defined(__AVX512VNNI__)
     return "AVX512-VNNI";
 #elif BIASED
     return "AVX-VNNI";

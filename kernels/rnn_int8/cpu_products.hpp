@@ -5,25 +5,39 @@
 #include <cstring>
 #include <limits>
 
+// FOURS: an instruction adds four products of bytes. BIASED: one of them unsigned.
 #if defined(__AVX2__) && defined(__AVX512VNNI__)
+#define FOURS 1
 #define BIASED 1
 #define PERFKIT_LANES 16
 #define ROWS 4
 #elif defined(__AVX2__) && defined(__AVXVNNI__)
+#define FOURS 1
 #define BIASED 1
 #define PERFKIT_LANES 8
 #define ROWS 2
 #elif defined(__AVX2__)
+#define FOURS 0
 #define BIASED 0
 #define PERFKIT_LANES 8
 #define ROWS 4
-#else
+#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#define FOURS 1
 #define BIASED 0
+#define PERFKIT_LANES 4
+#define ROWS 4
+#else
+#define FOURS 0
+#define BIASED 0
+#if defined(__ARM_NEON)
+#define PERFKIT_LANES 4
+#else
 #define PERFKIT_LANES 8
+#endif
 #define ROWS 1
 #endif
 
-#include "_vector.hpp"
+#include "_dots.hpp"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -72,10 +86,12 @@ INLINE Activations narrowed(Ints numbers) {
 #endif
 }
 
-#if BIASED
-// sums + the products of four unsigned bytes with four signed ones, in each lane. As an instruction, not as what
+#if FOURS
+// sums + the products of four bytes with four signed ones, in each lane. On x86 as an instruction, not as what
 // compilers know by name: that they compute into a copy of the sums, which leaves them too few registers.
-#if defined(PERFKIT_DPBUSD)
+#if PERFKIT_DOTS
+INLINE void multiply(Ints& sums, Ints bytes, Ints weights) { sums = add_signed(sums, bytes, weights); }
+#elif defined(PERFKIT_DPBUSD)
 INLINE void multiply(Ints& sums, Ints bytes, Ints weights) { sums = PERFKIT_DPBUSD(sums, bytes, weights); }
 #elif PERFKIT_LANES == 16
 INLINE void multiply(Ints& sums, Ints bytes, Ints weights) {
@@ -98,7 +114,7 @@ template <int R, int G, class Meanwhile>
 INLINE void dot(const Activation* x, i64 stride, const std::int8_t* w, i64 width, i64 K4, Ints (&sums)[R][G],
                 Meanwhile meanwhile) {
     const i64 group = 4 * width, gate = K4 * group;
-#if !defined(__AVX2__)
+#if !FOURS && !defined(__AVX2__)
     for (int r = 0; r < R; ++r)
         for (int g = 0; g < G; ++g) {
             Ints sum = sums[r][g];
@@ -109,7 +125,7 @@ INLINE void dot(const Activation* x, i64 stride, const std::int8_t* w, i64 width
             sums[r][g] = sum;
         }
     meanwhile(), meanwhile();
-#elif BIASED
+#elif FOURS
     // In two sums each where there are so few that every instruction would wait for the last one's result.
     constexpr int CHAINS = R * G < 8 ? 2 : 1;
     Ints found[CHAINS][R][G] = {};

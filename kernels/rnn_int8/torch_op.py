@@ -71,7 +71,7 @@ def library() -> ctypes.CDLL:
 
 
 def instructions() -> str:
-    """What the integer products run on here: "AVX512-VNNI", "AVX-VNNI", "AVX2" or "plain C++"."""
+    """What the integer products run on here: "AVX512-VNNI", "AVX-VNNI", "AVX2", "NEON-DOTPROD" or "plain C++"."""
     return library().perfkit_rnn_int8_instructions().decode()
 
 

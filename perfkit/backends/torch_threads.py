@@ -22,6 +22,7 @@ from perfkit._quantity import Comparison, Verdict
 from perfkit._report import Effect
 from perfkit._workload import Workload
 from perfkit.backends.torch_training import anew, within
+from perfkit.kernels._torch import of_openmp
 from perfkit.measure import timing
 
 LONGEST_S = 30.0
@@ -123,12 +124,9 @@ def _compared(work: Workload, tried: Workload, names: tuple[str, str], budget_s:
 
 def _openmp() -> Callable[[int], None] | None:
     """`omp_set_num_threads` as torch sees it; None where it is not in sight."""
-    try:
-        found = ctypes.PyDLL(None).omp_set_num_threads  # PyDLL: it takes nanoseconds, for which no lock is given away
-    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no namespace of all libraries
-        return None
-    found.restype = None
-    return found
+    address = of_openmp("omp_set_num_threads")
+    # It takes nanoseconds, for which Python's lock is not given away.
+    return ctypes.PYFUNCTYPE(None, ctypes.c_int)(address) if address else None
 
 
 def _mkl() -> Callable[[int], int] | None:

@@ -41,10 +41,17 @@ _APPLE = {
 }
 # ARM's processors have no name in /proc/cpuinfo: (implementer, part).
 _ARM_PARTS = {
+    ("0x41", "0xd08"): "Cortex-A72",
+    ("0x41", "0xd0b"): "Cortex-A76",
     ("0x41", "0xd0c"): "Neoverse-N1",
     ("0x41", "0xd40"): "Neoverse-V1",
     ("0x41", "0xd49"): "Neoverse-N2",
     ("0x41", "0xd4f"): "Neoverse-V2",
+    ("0x41", "0xd84"): "Neoverse-V3",
+    ("0x61", "0x022"): "Apple M1",
+    ("0x61", "0x023"): "Apple M1",
+    ("0x61", "0x032"): "Apple M2",
+    ("0x61", "0x033"): "Apple M2",
 }
 
 

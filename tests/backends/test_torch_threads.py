@@ -1,6 +1,7 @@
 """The number of threads that a torch model computes with: set around its calls and put back, and what is refused."""
 
 import copy
+import ctypes
 import threading
 
 import pytest
@@ -17,6 +18,7 @@ from perfkit import UnsupportedError
 from perfkit.backends import torch_threads
 from perfkit.backends.torch_backend import BACKEND
 from perfkit.backends.torch_threads import Computing
+from perfkit.kernels._torch import of_openmp
 from perfkit.measure import environment
 from perfkit.recipes.threads import Threads
 
@@ -25,7 +27,6 @@ pytestmark = pytest.mark.usefixtures("hasty", "set_to_three")
 
 def mkl_threads():
     """How many MKL would take in this thread; those that OpenMP takes where torch has no MKL."""
-    import ctypes
     from pathlib import Path
 
     if not torch.backends.mkl.is_available():
@@ -183,6 +184,21 @@ def refused(recipe, match, **given):
     given = {"example_inputs": (torch.ones(1, 4),)} | given
     with pytest.raises(UnsupportedError, match=match):
         perfkit.optimize(nn.Linear(4, 2), recipe, **given)
+
+
+def test_an_openmp_that_only_torch_sees_is_found(monkeypatch):
+    """So it lies in wheels for ARM, beside what torch computes with."""
+    loaded = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object() if name is None else loaded(name))
+    of_openmp.cache_clear()
+    try:
+        tell = torch_threads._openmp()
+        before = torch.get_num_threads()
+        tell(before + 1)
+        assert torch.get_num_threads() == before + 1
+        tell(before)
+    finally:
+        of_openmp.cache_clear()
 
 
 def test_what_cannot_be_is_refused_with_what_to_do(monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from instruction_paths import EMULATED, in_place, need
 
 from perfkit.kernels import _native
-from perfkit.kernels.conv2d import cases, cpu_kernel, problem, reference, torch_problem
+from perfkit.kernels.conv2d import cases, cpu_kernel, cpu_shape, problem, reference, torch_problem
 
 if _native.find_compiler() is None:
     pytest.skip("no C++ compiler is installed", allow_module_level=True)
@@ -223,9 +223,22 @@ def test_what_is_no_number():
     assert_equal([unsaved], [wanted[0]])
 
 
-def test_without_avx512(tmp_path):
-    need("avx512f")  # where there is none, every test here runs that code
-    with in_place(cpu_kernel, tmp_path, "#undef __AVX512F__"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_is_the_librarys_where_arm_has_instructions_for_it(dtype, monkeypatch):
+    x, weight = torch.randn(1, 1, 8, 8, dtype=dtype), torch.randn(2, 1, 3, 3, dtype=dtype)
+    made = torch_problem.problem_of(x, weight, None, problem.options(1, 0, 1, 1, "relu", 2), False)
+    reasons = []
+    for has in (False, True):
+        monkeypatch.setattr(cpu_shape, "has", lambda name, has=has: has and name == "bf16")
+        reasons.append(cpu_shape.slower(made))
+    assert reasons[0] is None
+    assert (reasons[1] is None) == (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("lanes", [8, 4], ids=["AVX2", "ARM"])
+def test_in_other_vectors(lanes, tmp_path):
+    need("avx512f")  # where there is none, every test here runs the code for AVX2
+    with in_place(cpu_kernel, tmp_path, "#undef __AVX512F__", (f"-DPERFKIT_LANES={lanes}",)):
         for case in (*cases.CASES[:6], CHUNKED[0]):
             for layout in LAYOUTS.values():
                 tensors = whole(case, layout)

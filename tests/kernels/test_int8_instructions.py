@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from byte_instructions import VARIANTS
+from byte_instructions import HEADERS, VARIANTS
 from instruction_paths import QUICKLY_BUILT
 from int8_calls import assert_convolution_is_the_reference, assert_linear_is_the_reference
 
@@ -36,8 +36,8 @@ def test_every_instruction_set_gives_the_same_bits(name, kernel, tmp_path, monke
     source.parent.mkdir()
     source.write_text(f'{VARIANTS[name]}\n#include "{module.SOURCE}"\n')
     load = _native.load
-    headers = f"-I{module.SOURCE.parent}"
-    monkeypatch.setattr(_native, "load", lambda *_: load(source, (*QUICKLY_BUILT, headers)))
+    flags = *QUICKLY_BUILT, f"-I{module.SOURCE.parent}", HEADERS
+    monkeypatch.setattr(_native, "load", lambda *_: load(source, flags))
     for cached in (module.library, module.caller):
         cached.cache_clear()
     monkeypatch.setattr(_int8_torch, "_packed", type(_int8_torch._packed)())

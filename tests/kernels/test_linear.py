@@ -56,7 +56,14 @@ def test_the_kernel(sizes, dtype):
             assert_right(run(x, weight, given, activation), x, weight, given, activation)
 
 
-@pytest.mark.parametrize("before", ["#undef __AVX512F__", EMULATED], ids=["without AVX-512", "with AMX"])
+NO_AVX512 = "#undef __AVX512F__\n"
+
+
+@pytest.mark.parametrize(
+    "before",
+    [NO_AVX512, NO_AVX512 + "#define PERFKIT_LANES 4", EMULATED],
+    ids=["without AVX-512", "in ARM's vectors", "with AMX"],
+)
 def test_other_instructions(before, tmp_path):
     need("avx512f")
     with in_place(cpu_kernel, tmp_path, before):

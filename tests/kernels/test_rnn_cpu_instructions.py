@@ -25,7 +25,7 @@ TILED = "AMX-BF16, AVX512-BF16, AVX-512"
 VARIANTS = {
     TILED: (EMULATED, (), "avx512f"),
     "AVX2": ("", ("-mno-avx512f",), "avx2"),
-    "plain C++": ("", ("-march=x86-64",), ""),
+    "plain C++": ("", ("-march=x86-64", "-DPERFKIT_LANES=4"), ""),  # in vectors as ARM's registers have them
 }
 """What is written before the kernel, the compiler's flags, and what the processor must have all the same."""
 PRODUCT = """

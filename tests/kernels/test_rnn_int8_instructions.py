@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from byte_instructions import VARIANTS
+from byte_instructions import HEADERS, VARIANTS
 from instruction_paths import QUICKLY_BUILT
 from rnn_int8_calls import MODES, assert_is_the_reference
 
@@ -31,9 +31,11 @@ def test_every_instruction_set_gives_the_same_bits(name, tmp_path, monkeypatch):
     source = tmp_path / "variant" / "cpu_kernel.cpp"
     source.parent.mkdir()
     source.write_text(f'{VARIANTS[name]}\n#include "{torch_op.SOURCE}"\n')
-    library = _native.load(source, QUICKLY_BUILT)
+    library = _native.load(source, (*QUICKLY_BUILT, HEADERS))
     library.perfkit_rnn_int8_instructions.restype = ctypes.c_char_p
-    assert library.perfkit_rnn_int8_instructions().decode() == name
+    # Activations are signed: there is nothing that I8MM would add.
+    built_for = library.perfkit_rnn_int8_instructions().decode()
+    assert built_for == (name if name != "NEON-I8MM" else "NEON-DOTPROD")
     monkeypatch.setattr(torch_op, "library", lambda: library)
     for mode in MODES:
         for sizes in [(10, 50, 3, 5), (33, 130, 7, 3), (1, 1, 1, 1), (20, 70, 11, 3)]:
@@ -53,5 +55,5 @@ def test_the_vnni_paths_compile_to_their_instruction(flags, tmp_path):
 
 
 def test_the_kernel_says_what_it_runs_on():
-    assert torch_op.instructions() in ("AVX512-VNNI", "AVX-VNNI", "AVX2", "plain C++")
+    assert torch_op.instructions() in VARIANTS
     assert Path(torch_op.SOURCE).exists()

@@ -64,6 +64,15 @@ def test_an_arm_processor(tmp_path):
     assert instructions == ("neon", "fphp", "asimdhp", "asimddp", "bf16", "i8mm", "sve")
 
 
+def test_an_apple_processor_under_linux(tmp_path):
+    """Its cores are of two kinds, of which the slower ones come first."""
+    text = GRAVITON.replace("0x41", "0x61").replace(" sve bf16 i8mm", "")
+    cores = (text.replace("0xd40", part) for part in ("0x022", "0x023"))
+    name, instructions = _hardware.cpu(write(tmp_path / "cpuinfo", "\n\n".join(cores)))
+    assert name == "Apple M1"
+    assert instructions == ("neon", "fphp", "asimdhp", "asimddp")
+
+
 def test_processors_of_one_name_are_told_apart(tmp_path):
     hidden = re.sub("model name.*", "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC", SAPPHIRE_RAPIDS)
     name, _ = _hardware.cpu(write(tmp_path / "cpuinfo", hidden))
