@@ -231,12 +231,11 @@ class JaxBackend(Backend):
         model, inputs = work.model, work.inputs
         with self.preserved():
             try:
-                outputs, added = model.called_once(*inputs.args, **inputs.kwargs)
+                outputs, told = model.called_once(*inputs.args, **inputs.kwargs)
             except Exception as error:
                 raise does_not_run(model.name, self.describe(inputs), error, model.advice(error)) from error
-            if added:
-                told = f"{model.name} adds state when it is called, which the result does not keep: {', '.join(added)}"
-                warnings.warn(told, PerfkitWarning, stacklevel=5)
+            for each in told:
+                warnings.warn(f"{model.name} {each}", PerfkitWarning, stacklevel=5)
             check_outputs(model.name, list(self.leaves(outputs)), outputs)
             if work.training is not None:
                 check_loss(work.training, outputs, lambda loss: getattr(loss, "shape", None))

@@ -44,13 +44,9 @@ def model_of(model: Any, params: Any, mode: str) -> JaxModel:
                 f"{type(model).__name__} is a flax linen module, which does not hold its variables: "
                 "pass them as params=module.init(key, *inputs)"
             )
-        rest = dict(params)
-        if "params" not in rest:
-            raise InvalidInputError(
-                f"params has the collections {sorted(rest)}, and linen's variables have 'params': "
-                "pass all that module.init(key, *inputs) returned, or params={'params': ...}"
-            )
-        return LinenModel(original=model, params=rest.pop("params"), rest=rest, trains=mode == "training")
+        rest, bare = dict(params), "params" not in params
+        held = rest.pop("params", {})
+        return LinenModel(original=model, params=held, rest=rest, trains=mode == "training", bare=bare)
     bound = FunctionModel(original=model, params=params)
     inside = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)] if params is None else []
     apart = "pass lambda model, *inputs: model(*inputs) with params=model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from flax import nnx
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit.backends.adapter import Finished
 from perfkit.backends.jax_compile import Program
-from perfkit.backends.jax_inputs import with_settings
+from perfkit.backends.jax_inputs import called_with_settings
 from perfkit.backends.jax_model import Function, JaxModel, LinenModel, NnxModel, nnx_function
 from perfkit.backends.jax_placement import ONE_DEVICE
 from perfkit.backends.jax_prepared import Prepared
@@ -107,9 +108,7 @@ class DressedFunction:
             if name not in kwargs:
                 raise InvalidInputError(f"{self.model.name} takes its parameters first: pass result.params")
             args = (kwargs.pop(name),)
-        leading, inputs = args[:1], args[1:]
-        inputs, kwargs = self.model.placement.batch(with_settings((inputs, kwargs), self.model.reads_numbers))
-        return self.program(*leading, inputs, kwargs)
+        return called_with_settings(self.model, functools.partial(self.program, *args[:1]), args[1:], kwargs)
 
     def __deepcopy__(self, memo: dict) -> DressedFunction:
         return self  # parameters are passed to it: it holds nothing that changes
@@ -123,7 +122,9 @@ class DressedFunction:
 
 def _packed(model: JaxModel) -> Any:
     """Parameters and other state as the caller passes them: linen's variables, or a function's params."""
-    return {"params": model.params, **model.rest} if isinstance(model, LinenModel) else model.params
+    if not isinstance(model, LinenModel):
+        return model.params
+    return model.rest if model.bare else {"params": model.params, **model.rest}
 
 
 def _unpacked(model: JaxModel, packed: Any) -> tuple[Any, Any]:
@@ -236,10 +237,10 @@ class _Ahead:
         if gathered is None or gathered.module is not module or not gathered.holds():
             gathered = self._gather(module)
         variables = gathered.variables
-        args, kwargs = self.model.placement.batch(with_settings((args, kwargs), self.model.reads_numbers))
         values = [variable.get_raw_value() for variable in variables]
         held, moving = ([values[at] for at in places] for places in self.places)
-        outputs, changed = self.program(held, moving, args, kwargs)
+        run = functools.partial(self.program, held, moving)
+        outputs, changed = called_with_settings(self.model, run, args, kwargs)
         for index, value in changed.items():
             variables[index].set_raw_value(value)
         return outputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -130,6 +130,23 @@ def tracing() -> Iterator[None]:
             f"({type(error).__name__}: {told}): write jax.lax.cond or jnp.where in place of `if`, jax.lax.scan or "
             "while_loop in place of a loop, and bind what never changes with functools.partial"
         ) from error
+
+
+def called_with_settings(model: JaxModel, run: Callable[[tuple, dict], Any], args: tuple, kwargs: dict) -> Any:
+    """`run(args, kwargs)` with what code reads as settings: numbers too, where that shows at a call unlike the first.
+
+    Raises:
+        UnsupportedError: it reads the value of an array.
+    """
+    try:
+        return run(*model.placement.batch(with_settings((args, kwargs), model.reads_numbers)))
+    except (*READS_VALUES, UnsupportedError) as error:
+        reads = isinstance(error.__cause__ or error, READS_VALUES)
+        numbers = any(isinstance(leaf, NUMBERS) for leaf in jax.tree.leaves((args, kwargs)))
+        with tracing():
+            if not (reads and numbers) or model.reads_numbers:
+                raise
+            return run(*model.placement.batch(with_settings((args, kwargs), True)))
 
 
 def checked(inputs: Inputs) -> Inputs:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import jax
+import jax.numpy as jnp
 from flax import errors, linen, nnx
 
 from perfkit.backends.jax_inputs import as_written
@@ -76,7 +78,7 @@ class JaxModel(ABC):
         """What the caller calls it."""
 
     def called_once(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[str, ...]]:
-        """The outputs of the original, and the names of the state that this call has added."""
+        """The outputs of the original, and what it does with its state that the result will not, in words."""
         return self.base()(self.params, self.rest, *args, **kwargs)[0], ()
 
     def advice(self, error: Exception) -> str:
@@ -110,8 +112,15 @@ class NnxModel(JaxModel):
     def called_once(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[str, ...]]:
         module, (args, kwargs) = self.module(), as_written((args, kwargs))
         outputs = self.original.__call__(module, *args, **kwargs)
-        after, before = ({path for path, _ in nnx.to_flat_state(nnx.state(m))} for m in (module, self.module()))
-        return outputs, tuple(".".join(map(str, path)) for path in sorted(after - before, key=str))
+        after, before = (dict(nnx.to_flat_state(nnx.state(each))) for each in (module, self.module()))
+        added = _named(after.keys() - before)
+        trained = (path for path, _ in nnx.to_flat_state(self.params))
+        written = _named(path for path in trained if not _holds_same(after[path], before[path]))
+        told = (
+            f"adds state when it is called, which the result does not keep: {added}" if added else "",
+            f"writes to parameters when it is called, and the result leaves them: {written}" if written else "",
+        )
+        return outputs, tuple(filter(None, told))
 
     @property
     def name(self) -> str:
@@ -124,9 +133,14 @@ class NnxModel(JaxModel):
 
 @dataclass(frozen=True, kw_only=True)
 class LinenModel(JaxModel):
-    """A flax linen module: `params` is the collection of that name, `rest` the other collections."""
+    """A flax linen module: `params` is the collection of that name, `rest` the other collections.
+
+    Args:
+        bare: it has no such collection, as where all its layers are pools and fixed norms.
+    """
 
     trains: bool = False
+    bare: bool = False
 
     more_keywords = ("rngs", "method")
 
@@ -147,6 +161,11 @@ class LinenModel(JaxModel):
                 "It writes to a collection of its variables, as batch norm does in training: for inference leave "
                 "train=True out, else pass a function, lambda variables, *inputs: module.apply(variables, *inputs, "
                 f"mutable=[{written[1] if written else 'cache'!r}]), with params=variables"
+            )
+        if self.bare and isinstance(error, _NOT_FOUND):
+            return (
+                f"params has the collections {sorted(self.rest)}, and no 'params', which linen keeps parameters in: "
+                "pass all that module.init(key, *inputs) returned, or params={'params': ...}"
             )
         if isinstance(error, errors.InvalidRngError):
             asked = re.search(r'PRNG for "(\w+)"', str(error))
@@ -187,6 +206,14 @@ class FunctionModel(JaxModel):
         return self.original, int(self.params is not None)
 
 
+_NOT_FOUND = (
+    errors.ScopeParamNotFoundError,
+    errors.ScopeCollectionNotFound,
+    errors.ApplyScopeInvalidVariablesTypeError,
+)
+"""What linen raises where parameters are not in their collection."""
+
+
 def nnx_function(kind: type[nnx.Module], graphdef: Any) -> Function:
     """A call of an nnx module as a pure function; `kind` is the class whose `__call__` it is."""
 
@@ -197,6 +224,15 @@ def nnx_function(kind: type[nnx.Module], graphdef: Any) -> Function:
         return outputs, _known(nnx.split(module, nnx.Param, ...)[2], rest)
 
     return function
+
+
+def _named(paths: Iterable[tuple]) -> str:
+    return ", ".join(".".join(map(str, path)) for path in sorted(paths, key=str))
+
+
+def _holds_same(one: Any, other: Any) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(a is b or jnp.array_equal(a, b, equal_nan=True) for a, b in pairs)
 
 
 def _known(new: nnx.State, rest: nnx.State) -> nnx.State:

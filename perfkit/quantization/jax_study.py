@@ -51,11 +51,12 @@ class Uses:
 
 
 def candidates(params: Any) -> dict[str, Any]:
-    """The parameters that may be a layer's weights: floating point, two dimensions or more."""
-    named = leaves_with_names(params)[0]
-    return {
-        name: leaf for name, leaf in named if getattr(leaf, "ndim", 0) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
+    """The parameters that may be a layer's weights: floating point, two dimensions or more, with numbers in them."""
+
+    def may(leaf: Any) -> bool:
+        return getattr(leaf, "ndim", 0) >= 2 and bool(leaf.size) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+    return {name: leaf for name, leaf in leaves_with_names(params)[0] if may(leaf)}
 
 
 def uses(model: JaxModel, inputs: Inputs) -> dict[str, Uses]:

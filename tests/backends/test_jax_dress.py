@@ -10,7 +10,7 @@ pytest.importorskip("jax")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 import perfkit
 from perfkit import UnsupportedError
@@ -94,6 +94,20 @@ def test_state_that_a_call_adds_is_told():
         perfkit.optimize(Sowing(nnx.Rngs(0)), "half", example_inputs=(X,))
 
 
+def test_parameters_that_a_call_writes_are_told():
+    class Writing(nnx.Module):
+        def __init__(self):
+            self.read, self.written = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Param(jnp.ones(4))
+
+        def __call__(self, x):
+            self.written.set_value(self.written[...] * 0.5)
+            self.read.kernel.set_value(self.read.kernel[...] * 1)
+            return self.read(x) + self.written
+
+    with pytest.warns(perfkit.PerfkitWarning, match=r"writes to parameters when it is called.*them: written$"):
+        perfkit.apply(Writing(), "compile", example_inputs=(X,))
+
+
 def test_new_values_in_arrays_that_are_no_variables():
     model = perfkit.optimize(Raw(nnx.Rngs(0)), "compile", example_inputs=(X,)).model
     plain = Raw(nnx.Rngs(0))
@@ -161,6 +175,18 @@ def test_parameters_by_name_and_parameters_of_another_kind():
         result.model(w, X)
     with pytest.raises(perfkit.InvalidInputError, match=r"takes its parameters first"):
         result.model(x=X)
+
+
+@pytest.mark.parametrize("variables", [{}, {"params": {}}, {"scales": {"fixed": jnp.full((4,), 3.0)}}], ids=sorted)
+def test_linen_variables_keep_their_form_also_without_parameters(variables):
+    class Fixed(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return x * self.get_variable("scales", "fixed", 2.0)
+
+    result = perfkit.apply(Fixed(), "compile", params=variables, example_inputs=(X,))
+    assert jax.tree.structure(result.params) == jax.tree.structure(variables)
+    np.testing.assert_array_equal(result.model(result.params, X), (3 if "scales" in variables else 2) * X)
 
 
 class _Named:

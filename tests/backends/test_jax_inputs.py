@@ -78,6 +78,23 @@ def test_numbers_are_traced_unless_the_code_reads_them():
     np.testing.assert_allclose(result(X, 5), X @ W * 5, rtol=1e-5)
 
 
+def test_a_number_that_the_code_reads_at_a_later_call_alone():
+    class Repeated(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(W)
+
+        def __call__(self, x, times=1):
+            return sum(x @ self.w for _ in range(times))
+
+    for kind in (Repeated(), lambda params, x, times=1: sum(x @ params["w"] for _ in range(times))):
+        result = perfkit.apply(
+            kind, "compile", example_inputs=(X,), params=None if isinstance(kind, nnx.Module) else {"w": W}
+        )
+        np.testing.assert_allclose(result(X, 5), X @ W * 5, rtol=1e-5)
+        with pytest.raises(UnsupportedError, match=r"reads the value of an array.*jax\.lax\.cond"):
+            result(X, jnp.int32(5))
+
+
 def test_a_flag_in_training_reaches_batch_norm_and_dropout():
     variables = Network().init(jax.random.key(0), X)
     inputs = {"x": X, "train": True, "rngs": {"dropout": jax.random.key(1)}}

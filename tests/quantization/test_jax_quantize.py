@@ -247,6 +247,14 @@ def test_models_without_weights_are_left_as_they_are_and_told_why():
     assert "no parameters" in effect.notes[0]
 
 
+def test_weights_without_numbers_are_passed_by():
+    x, params = jnp.ones((2, 4)), {"some": jnp.eye(4), "none": jnp.zeros((4, 0))}
+    work = bound(lambda params, x: jnp.concatenate([x @ params["some"], x @ params["none"]], -1), (x,), params)
+    low, effect = jax_quantize.int8(work, Quantize())
+    assert effect.touched == ("some",)
+    assert program(low)[1].shape == x.shape
+
+
 def test_weights_that_reach_no_product_are_skipped_with_the_reason():
     weights = {"used": jnp.eye(4), "elementwise": jnp.eye(4), "idle": jnp.eye(4), "exact": jnp.eye(4)}
 
