@@ -119,8 +119,9 @@ def weight_only(module: nn.Module, bits: int = 8) -> None:
     _with_integer_weight(module, bits)
 
     def linear(self, input: torch.Tensor) -> torch.Tensor:
-        # torch's AVX-512 kernel for bfloat16 reads 16 columns at a time, past the end of others: wrong, or a crash.
-        beyond = input.dtype == torch.bfloat16 and input.shape[-1] % 16
+        # torch's AVX-512 kernel for bfloat16 reads 16 columns at a time, past the end of others: wrong, or a crash. So
+        # does the one for ARM (torch 2.13) for any dtype, 8 at a time.
+        beyond = input.shape[-1] % 16 and (input.dtype == torch.bfloat16 or not torch_onednn.X86)
         if input.device.type != "cpu" or beyond:
             return _float_form(self, input)
         rows = input.reshape(-1, self.in_features).contiguous()

@@ -26,6 +26,7 @@ from perfkit.quantization.torch_ranges import Affine
 
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
 FULL, REDUCED = 255, 127
+X86 = platform.machine() in ("x86_64", "AMD64")
 
 _packed = WeakTensorKeyDictionary()
 """By integer weight: what it was packed from (versions, and of a convolution what of the call matters), and that."""
@@ -39,7 +40,7 @@ def top() -> int:
 @functools.cache
 def missing() -> str:
     """Why there are no such kernels here; empty where there are. They are tried once on the largest sums."""
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if not X86:
         return f"oneDNN's integer kernels are for x86 CPUs, and this is {platform.machine()}"
     if not torch.backends.mkldnn.is_available():
         return "this torch was built without oneDNN"

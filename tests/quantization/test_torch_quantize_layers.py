@@ -83,6 +83,19 @@ def test_a_weight_only_layer_in_bfloat16_of_any_width(columns):
     assert (y - expected).norm() < 2**-6 * expected.norm()  # four roundings of 2^-9 each, and as much again
 
 
+@pytest.mark.parametrize("columns", [48, 20])
+def test_a_weight_only_layer_of_any_width_on_arm(columns, monkeypatch):
+    """torch's own kernel for ARM reads past the end of such rows in all dtypes."""
+    layer, x = nn.Linear(columns, 3).eval(), torch.randn(2, columns)
+    torch_layers.weight_only(layer)
+    expected = layer(x)
+    called, product = [], torch._weight_int8pack_mm
+    monkeypatch.setattr(torch_onednn, "X86", False)
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *given: called.append(given) or product(*given))
+    torch.testing.assert_close(layer(x), expected)
+    assert bool(called) == (columns % 16 == 0)
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(64, 5), nn.Linear(64, 16, bias=False), nn.Conv2d(4, 6, 3)])
 def test_a_weight_only_layer_multiplies_rounded_weights(layer):
     x = torch.randn(3, 64) if isinstance(layer, nn.Linear) else torch.randn(2, 4, 9, 9)
