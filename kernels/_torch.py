@@ -116,3 +116,27 @@ class Known:
         elif recorded and _op.tracing():
             self.op.choose(found[0], implementation)
         return found
+
+
+def folded(calls: int, tensor: Tensor | None, dim: int | None, at: int) -> Tensor | None:
+    """vmap's calls and the batch, number `at` of a single call's dimensions, as one."""
+    if tensor is None:
+        return None
+    tensor = tensor.unsqueeze(0).expand(calls, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.movedim(0, at).flatten(at, at + 1)
+
+
+def one_by_one(run: Callable[..., Any], info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+    """vmap's calls after each other, the results stacked."""
+
+    def pick(given, dim, call):
+        if isinstance(given, (list, tuple)):
+            return [pick(each, of_it, call) for each, of_it in zip(given, dim, strict=True)]
+        return given if dim is None else given.select(dim, call)
+
+    calls = [run(*map(functools.partial(pick, call=call), arguments, in_dims)) for call in range(info.batch_size)]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    found = [torch.stack(each) for each in zip(*calls, strict=True)]
+    kind = type(calls[0])  # a list of tensors, or a tuple of outputs
+    return kind(found), kind([0] * len(found))

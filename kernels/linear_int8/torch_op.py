@@ -14,6 +14,7 @@ from torch import Tensor
 
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit.kernels import linear_int8 as op
+from perfkit.kernels._torch import one_by_one
 from perfkit.kernels.linear_int8 import cpu_kernel, reference
 from perfkit.kernels.linear_int8.problem import Problem, problem
 
@@ -67,9 +68,7 @@ def _(x, weight, weight_scale, bias, x_scale, activation, out_dtype, _implementa
 def _(info, in_dims, x, weight, weight_scale, bias, x_scale, *options):
     x_dim, *weight_dims, scale_dim = in_dims[:5]
     if x_dim is None or any(dim is not None for dim in weight_dims):
-        given = list(zip((x, weight, weight_scale, bias, x_scale), in_dims[:5], strict=True))
-        each = ([t if dim is None else t.select(dim, i) for t, dim in given] for i in range(info.batch_size))
-        return torch.stack([linear_int8(*tensors, *options) for tensors in each]), 0
+        return one_by_one(linear_int8, info, in_dims, x, weight, weight_scale, bias, x_scale, *options)
     x = x.movedim(x_dim, 0)
     if x_scale is not None and scale_dim is not None:
         x_scale = x_scale.movedim(scale_dim, 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perfkit._errors import InvalidInputError
 from perfkit.kernels import _native
-from perfkit.kernels._torch import Threads
+from perfkit.kernels._torch import Threads, folded
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 
@@ -57,6 +57,13 @@ def max_pool_uint8(x: Tensor, size: int, flat: bool) -> Tensor:
 @max_pool_uint8.register_fake
 def _(x: Tensor, size: int, flat: bool) -> Tensor:
     return _empty(x, size, flat)
+
+
+@max_pool_uint8.register_vmap
+def _(info, in_dims, x: Tensor, size: int, flat: bool) -> tuple[Tensor, int]:
+    """torch would call it row by row, and warns of that from 2.14 on."""
+    y = max_pool_uint8(folded(info.batch_size, x, in_dims[0], 0), size, flat)
+    return y.unflatten(0, (info.batch_size, -1)), 0
 
 
 def _empty(x: Tensor, size: int, flat: bool) -> Tensor:

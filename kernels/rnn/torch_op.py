@@ -24,7 +24,7 @@ from torch import Tensor
 
 from perfkit._errors import UnsupportedError
 from perfkit.kernels import rnn as op
-from perfkit.kernels._torch import cast
+from perfkit.kernels._torch import cast, folded, one_by_one
 from perfkit.kernels.rnn import torch_stack
 from perfkit.kernels.rnn.torch_problem import check_rows, problem_of
 from perfkit.kernels.rnn.torch_stack import Saved, grouped
@@ -168,7 +168,7 @@ class RnnBackward(torch.autograd.Function):
         def ordered(values):
             return *values[5:9], values[16:], *values[9:16], *values[:5]
 
-        return _one_by_one(_backward_step, info, ordered(in_dims), *ordered(inputs))
+        return one_by_one(_backward_step, info, ordered(in_dims), *ordered(inputs))
 
 
 def _autograd(*arguments):
@@ -221,17 +221,10 @@ def _rnn_vmap(run, info, in_dims, x, rows, h0, c0, weights, *options):
     x_dim, rows_dim, h_dim, c_dim, weight_dims = in_dims[:5]
     packed = rows is not None and x.dim() - (x_dim is not None) == 2
     if packed or any(dim is not None for dim in weight_dims):
-        return _one_by_one(run, info, in_dims, x, rows, h0, c0, weights, *options)
+        return one_by_one(run, info, in_dims, x, rows, h0, c0, weights, *options)
     calls, at = info.batch_size, 0 if batch_first else 1
-
-    def folded(tensor, dim, at):
-        """The calls and the batch, number `at` of a single call's dimensions, as one."""
-        if tensor is None:
-            return None
-        tensor = tensor.unsqueeze(0).expand(calls, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        return tensor.movedim(0, at).flatten(at, at + 1)
-
-    x, rows, h0, c0 = folded(x, x_dim, at), folded(rows, rows_dim, 0), folded(h0, h_dim, 1), folded(c0, c_dim, 1)
+    x, rows = folded(calls, x, x_dim, at), folded(calls, rows, rows_dim, 0)
+    h0, c0 = folded(calls, h0, h_dim, 1), folded(calls, c0, c_dim, 1)
     y, hn, cn, *saved = run(x, rows, h0, c0, weights, *options)
     steps, split = x.size(1 - at), (calls, -1)
     found = [(y.unflatten(at, split), at), (hn.unflatten(1, split), 1)]
@@ -240,20 +233,6 @@ def _rnn_vmap(run, info, in_dims, x, rows, h0, c0, weights, *options):
         there = save and kept.dim() > 1
         found.append((kept.unflatten(1, (steps, calls, -1)).movedim(2, 0).flatten(2, 3), 0) if there else (kept, None))
     return tuple(zip(*found, strict=True))
-
-
-def _one_by_one(run, info, in_dims, *arguments):
-    """Call after call, the results stacked."""
-
-    def pick(given, dim, call):
-        if isinstance(given, (list, tuple)):
-            return [pick(each, of_it, call) for each, of_it in zip(given, dim, strict=True)]
-        return given if dim is None else given.select(dim, call)
-
-    calls = [run(*map(functools.partial(pick, call=call), arguments, in_dims)) for call in range(info.batch_size)]
-    found = [torch.stack(each) for each in zip(*calls, strict=True)]
-    kind = type(calls[0])  # a list of tensors, or a tuple of outputs
-    return kind(found), kind([0] * len(found))
 
 
 def _rnn_step(x, rows, h0, c0, weights, *options):
@@ -267,5 +246,5 @@ def _backward_step(x, rows, h0, c0, weights, *rest):
 
 torch.library.register_vmap("perfkit::rnn", functools.partial(_rnn_vmap, torch.ops.perfkit.rnn), lib=_LIBRARY)
 torch.library.register_vmap(
-    "perfkit::rnn_backward", functools.partial(_one_by_one, torch.ops.perfkit.rnn_backward), lib=_LIBRARY
+    "perfkit::rnn_backward", functools.partial(one_by_one, torch.ops.perfkit.rnn_backward), lib=_LIBRARY
 )

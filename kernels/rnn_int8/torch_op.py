@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perfkit._errors import InvalidInputError
 from perfkit.kernels import _native
-from perfkit.kernels._torch import Threads
+from perfkit.kernels._torch import Threads, folded, one_by_one
 from perfkit.kernels.rnn_int8.problem import GATES, MODES, MOST_COLUMNS, SOURCE, packed_size
 
 
@@ -157,6 +157,20 @@ def rnn_int8(
 @rnn_int8.register_fake
 def _(x, batch_sizes, h0, _c0, weights, mode, hidden, bidirectional, batch_first, _input_scale):
     return _empty(x, batch_sizes, h0, weights, mode, hidden, bidirectional, batch_first)
+
+
+@rnn_int8.register_vmap
+def _(info, in_dims, x, batch_sizes, h0, c0, weights, mode, hidden, bidirectional, batch_first, input_scale):
+    """Rows of all calls become one batch, where the weights are the same for all and nothing is packed."""
+    x_dim, _, h_dim, c_dim, weight_dims, *_, scale_dim = in_dims
+    options = mode, hidden, bidirectional, batch_first, input_scale
+    if batch_sizes is not None or any(dim is not None for dim in (*weight_dims, scale_dim)):
+        return one_by_one(rnn_int8, info, in_dims, x, batch_sizes, h0, c0, weights, *options)
+    calls, at = info.batch_size, 0 if batch_first else 1
+    states = folded(calls, h0, h_dim, 1), folded(calls, c0, c_dim, 1)
+    y, hn, cn = rnn_int8(folded(calls, x, x_dim, at), None, *states, weights, *options)
+    y, hn = y.unflatten(at, (calls, -1)), hn.unflatten(1, (calls, -1))
+    return (y, hn, cn.unflatten(1, (calls, -1)) if mode == "LSTM" else cn), (at, 1, 1 if mode == "LSTM" else None)
 
 
 def _empty(x, batch_sizes, h0, weights, mode, hidden, bidirectional, batch_first) -> tuple[Tensor, Tensor, Tensor]:

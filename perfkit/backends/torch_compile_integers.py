@@ -8,6 +8,7 @@ in which kernels for convolutions read it. The numbers are those of each layer b
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.fx_utils import FakeTensorUpdater
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from perfkit.kernels.conv2d_int8.cpu_shape import FEW_CHANNELS
@@ -61,6 +63,7 @@ class JoinedIntegers(CustomGraphPass):
     """Inductor's pass over the operations that are left to lower: makes one call of several."""
 
     def __call__(self, graph: fx.Graph) -> None:
+        told = _what_is_told(graph)
         graph.eliminate_dead_code()  # such as the indices of max-pools
         for node in list(graph.nodes):
             if node.op != "call_function":
@@ -82,9 +85,20 @@ class JoinedIntegers(CustomGraphPass):
                 counters["inductor"][CALLS] += 1
                 _lay(graph, node)
         graph.eliminate_dead_code()
+        told.incremental_update()
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__, torch_op.__file__))
+
+
+def _what_is_told(graph: fx.Graph) -> FakeTensorUpdater:
+    """What nodes tell of their results; it is brought up to date where results lie in another way than before.
+
+    Inductor does so itself, but after it has lowered the layers that are oneDNN's: torch 2.14 then raises, and earlier
+    versions leave those as they were.
+    """
+    graphs = "graph" in signature(FakeTensorUpdater).parameters  # in torch 2.11; the graph's module later
+    return FakeTensorUpdater(graph if graphs else graph.owning_module)
 
 
 def _takes_more(node: Any) -> bool:

@@ -40,7 +40,8 @@ def static(module: nn.Module, grid: Affine, bits: int = 8) -> None:
     module.input_grid = grid
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() and getattr(self, WHOLE) and not torch.compiler.is_exporting():
+        # what torch.compiler.is_exporting() reads: to Dynamo in torch 2.11 that is true whatever traces
+        if torch.compiler.is_compiling() and getattr(self, WHOLE) and not torch.compiler._is_exporting_flag:
             return torch_native.called(self, input, self.input_grid)
         y = torch_onednn.at_once(self, input)
         y = torch_onednn.product(self, input, self.input_grid) if y is None else y

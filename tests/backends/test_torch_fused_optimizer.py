@@ -13,6 +13,7 @@ from perfkit import UnsupportedError, backends
 from perfkit._chain import chain_of, check
 from perfkit._recipe import refusal
 from perfkit._variant import apply
+from perfkit.backends.torch_profiler import profiled
 
 KINDS = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
@@ -76,7 +77,7 @@ def test_steps_that_were_counted_are_counted_on(kind, wide):
 
 def test_parameters_are_updated_by_the_fused_kernel():
     work = apply(chain_of("fused_optimizer"), bound()).works[-1]
-    with torch.profiler.profile() as profile:
+    with profiled() as profile:
         losses(work)
     assert "aten::_fused_adam_" in {event.key for event in profile.key_averages()}
 

@@ -9,6 +9,7 @@ from max_pool_calls import CASES, images
 
 from perfkit._errors import InvalidInputError
 from perfkit.kernels import _native
+from perfkit.kernels.max_pool_uint8 import torch_op
 from perfkit.kernels.max_pool_uint8.reference import max_pool_uint8 as reference
 from perfkit.kernels.max_pool_uint8.torch_op import max_pool_uint8
 
@@ -31,6 +32,17 @@ def test_the_operator_keeps_its_promises():
     for x in images((2, 20, 6, 6)):
         for flat in (False, True):
             torch.library.opcheck(max_pool_uint8, (x, 2, flat))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_vmap_is_more_rows(dim, monkeypatch):
+    built, calls = torch_op.library, []
+    monkeypatch.setattr(torch_op, "library", lambda: calls.append(1) or built())
+    x = torch.randint(0, 256, (3, 2, 20, 7, 6), dtype=torch.uint8)
+    y = torch.func.vmap(lambda x: max_pool_uint8(x, 2, False), dim)(x.movedim(0, dim))
+    assert calls == [1]
+    assert torch.equal(y, torch.stack([reference(each, 2) for each in x]))
 
 
 @needs_compiler

@@ -96,6 +96,23 @@ def test_both_directions_and_a_second_layer(mode, packed):
     assert torch.equal(out.view_as(x), x)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_vmap_is_more_rows_where_the_weights_are_the_same(mode, monkeypatch):
+    built, calls = torch_op.library, []
+    monkeypatch.setattr(torch_op, "library", lambda: calls.append(1) or built())
+    layer, x, h, c = make(mode, 6, 20), torch.randn(5, 3, 4, 6), torch.randn(3, 4, 20), torch.randn(4, 20)
+    found = torch.func.vmap(lambda x, h: run(layer, x, None, h, c), (1, 0))(x, h)
+    assert calls == [1]
+    packed = torch.func.vmap(lambda x, h: run(layer, x, torch.tensor([4] * 5), h, c))(
+        x.transpose(0, 1).reshape(3, 20, 6), h
+    )
+    expected = [torch.stack(each) for each in zip(*(run(layer, x[:, i], None, h[i], c) for i in range(3)), strict=True)]
+    for one, two, other in zip(found, packed, expected, strict=True):
+        if mode == "LSTM" or other.numel():
+            assert torch.equal(one, other)
+            assert torch.equal(two.view_as(other), other)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_not_finite_shows_in_its_row_alone(mode, bad):

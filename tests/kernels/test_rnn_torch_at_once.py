@@ -13,6 +13,7 @@ from rnn_torch_calls import FUNCTIONS, inputs
 
 from perfkit import InvalidInputError
 from perfkit.backends.torch_fused_rnn import fuse
+from perfkit.backends.torch_profiler import profiled
 from perfkit.kernels import _native, trace
 from perfkit.kernels.rnn import lstm, torch_call
 from perfkit.kernels.rnn.cases import Case, tolerance
@@ -313,7 +314,7 @@ def test_modes_and_transformations_see_an_operation(module, x):
     with torch.no_grad():
         expected = torch.stack([module(each)[0] for each in (x, 2 * x)])
         assert_close([torch.vmap(lambda each: module(each)[0])(torch.stack([x, 2 * x]))], [expected])
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with profiled(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             module(x)
         assert "perfkit::rnn" in {event.key for event in profile.key_averages()}
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:

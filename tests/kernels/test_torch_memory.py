@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 import torch
 
 from perfkit import UnsupportedError
+from perfkit.backends.torch_profiler import profiled
 from perfkit.kernels import _native
 from perfkit.kernels.torch_memory import allocator
 from perfkit.kernels.torch_memory.allocator import Keeping, User
@@ -131,7 +132,7 @@ def test_it_goes_back_with_the_last_user():
 def test_a_profiler_sees_every_tensor(user):
     with Keeping(user):
         taken(40)
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with profiled(profile_memory=True) as profile:
             torch.zeros(40 * MIB, dtype=torch.uint8)
     assert max(event.cpu_memory_usage for event in profile.events()) == 40 * MIB
 

@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import pytest
+
+pytest.importorskip("jax")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax import lax
 from jaxpr_walk import equations, relative_error
 from quantize_models import Quantize, bound, cases

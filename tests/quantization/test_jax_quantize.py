@@ -3,10 +3,13 @@
 import dataclasses
 import functools
 
+import pytest
+
+pytest.importorskip("jax")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jaxpr_walk import relative_error
 from quantize_models import HOW, Quantize, bound, cases, products, program
 

@@ -1,10 +1,13 @@
 """Quantization-aware training in JAX: learns, and becomes real integers with the same outputs."""
 
+import pytest
+
+pytest.importorskip("jax")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from jaxpr_walk import equations, relative_error
 from quantize_models import FakeQuantize, Quantize, bound, cases, products, program
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import perfkit
 from perfkit.backends import torch_fused_sequence as sequences
+from perfkit.backends.torch_profiler import profiled
 from perfkit.kernels import _native
 
 if _native.find_compiler() is None:
@@ -253,7 +254,7 @@ def test_whoever_looks_on_sees_each_layer(made):
         torch.testing.assert_close(new.grad, old.grad, rtol=1e-4, atol=1e-4)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert result(x).dtype == model(x).dtype
-    with torch.no_grad(), torch.profiler.profile() as profile:
+    with torch.no_grad(), profiled() as profile:
         result(x)
     assert any("rnn" in event.key for event in profile.key_averages())
 
