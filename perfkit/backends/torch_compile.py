@@ -13,6 +13,7 @@ import torch
 import torch._inductor.config
 from torch import nn
 from torch._dynamo.callback import callback_handler
+from torch.nn.modules.conv import _ConvNd
 
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
@@ -37,9 +38,9 @@ def compiled(work: Workload, mode: str, freezing: bool, **settings: Any) -> tupl
     """Compile on the first call; for inference without gradients and with the weights frozen into the program."""
     options = dict(torch._inductor.list_mode_options(mode))
     freezing = freezing and not work.trains
-    split = freezing and work.layout is not None and work.layout.size("tensor") > 1
-    notes = ("not frozen: Inductor freezes whole weights, and tensor_parallel splits them",) if split else ()
-    freezing = freezing and not split
+    whole = _not_frozen(work) if freezing else ""
+    notes = (f"not frozen: {whole}",) if whole else ()
+    freezing = freezing and not whole
     if freezing:
         options["freezing"] = True
     if not work.trains and work.inputs is not None and draws_random(work):
@@ -60,6 +61,18 @@ def compiled(work: Workload, mode: str, freezing: bool, **settings: Any) -> tupl
     if freezing:
         _compile_anew_with_new_weights(work.model)  # outermost: its reset takes away what _FrozenInference registers
     return work, Effect((work.backend.model_name(work),), tuple(_left_eager(work.model)), notes)
+
+
+def _not_frozen(work: Workload) -> str:
+    """Why weights are not frozen into the program; empty where they can be."""
+    if work.layout is not None and work.layout.size("tensor") > 1:
+        return "Inductor freezes whole weights, and tensor_parallel splits them"
+    convolutions = (layer for layer in work.model.modules() if isinstance(layer, _ConvNd))
+    weights = (parameter for layer in convolutions for parameter in layer.parameters(recurse=False))
+    if work.device == "cpu" and any(weight.dtype == torch.float64 for weight in weights):
+        # torch 2.13 raises then: "itensor_view_from_dense expects float"
+        return "Inductor packs a convolution's frozen weight for oneDNN, which has no float64"
+    return ""
 
 
 def uncompiled(model: nn.Module) -> dict[str, Any] | None:

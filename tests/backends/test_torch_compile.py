@@ -137,3 +137,11 @@ def test_packed_sequences_come_out_whole():
     assert y.data.dtype == torch.float32
     torch.testing.assert_close(y.data, expected.data, rtol=0, atol=2**-6)
     assert torch.equal(y.batch_sizes, expected.batch_sizes)
+
+
+def test_convolutions_in_float64_are_compiled_too():
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    original = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).double().eval()
+    result = perfkit.apply(original, "compile", example_inputs=(x,))
+    torch.testing.assert_close(result.model(x), original(x))
+    assert any("oneDNN, which has no float64" in note for note in result.report.steps[0].effect.notes)
