@@ -327,6 +327,27 @@ def test_what_stands_among_parameters_in_jax(tmp_path):
         result.save(path, function, params=params, example_inputs=(x,))
 
 
+def test_numbers_in_the_state_of_an_nnx_module(tmp_path):
+    jax = pytest.importorskip("jax")
+    from flax import nnx
+
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.calls, self.factor = nnx.Variable(jax.numpy.array(0)), nnx.data(2.5)
+
+        def __call__(self, x):
+            self.calls[...] += 1
+            return x * self.factor * self.calls
+
+    x = jax.numpy.ones((3, 2))
+    path = perfkit.apply(Counting(), "compile", example_inputs=(x,)).save(
+        tmp_path / "it", Counting(), example_inputs=(x,)
+    )
+    loaded = perfkit.load(path, Counting()).model
+    assert (loaded(x) == 2.5).all()
+    assert (loaded(x) == 5).all()
+
+
 def test_a_training_is_told_the_way(tmp_path):
     pytest.importorskip("torch")
     found = training("torch")

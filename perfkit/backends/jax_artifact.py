@@ -51,11 +51,12 @@ def with_weights(model: Any, params: Any, held: Mapping[str, jax.Array]) -> tupl
 
 
 def _as(leaf: Any, array: jax.Array) -> Any:
-    """An array in the place of a leaf: Python numbers stay such, since they leave the dtype to what they meet."""
+    """An array in the place of a leaf: Python numbers, and arrays of one, leave the dtype to what they meet."""
     if is_key(leaf):
         return jax.random.wrap_key_data(array, impl=leaf.dtype._impl)  # a shape without numbers tells it nowhere else
-    weak = isinstance(leaf, NUMBERS) or (leaf.ndim == 0 and getattr(leaf, "weak_type", False))
-    return array.item() if weak else array
+    if isinstance(leaf, NUMBERS):
+        return array.item()
+    return jnp.asarray(array.item()) if leaf.ndim == 0 and getattr(leaf, "weak_type", False) else array
 
 
 def _state(model: Any, params: Any) -> Any:

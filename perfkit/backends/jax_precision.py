@@ -124,4 +124,9 @@ def _restored(outputs: Any, written: list[Any] | None, dtype: str) -> Any:
 
 def _like(new: Any, old: Any) -> Any:
     """`new` in the dtypes of `old`: state must not change its type from call to call."""
-    return jax.tree.map(lambda n, o: n.astype(o.dtype) if getattr(n, "dtype", None) != o.dtype else n, new, old)
+
+    def one(n: Any, o: Any) -> Any:
+        known = hasattr(n, "dtype") and hasattr(o, "dtype")  # numbers have none
+        return n.astype(o.dtype) if known and n.dtype != o.dtype else n
+
+    return jax.tree.map(one, new, old)

@@ -15,10 +15,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from perfkit.backends.jax_inputs import NUMBERS
+
 
 @dataclass(frozen=True)
 class _Attribute:
-    """A module's array that is no variable: `holder.name`, or `holder[name]`."""
+    """A module's array, or number, that is no variable: `holder.name`, or `holder[name]`."""
 
     holder: Any
     name: Any
@@ -86,9 +88,10 @@ class Gathered:
         else:
             self.structure.append(node if isinstance(node, (bool, int, float, str, type(None))) else id(node))
             return
+        data = getattr(node, "_pytree__nodes", {})  # what nnx holds to be state: numbers too, where they are nnx.data
         for name, value in items:
             self.structure.append(name)
-            if isinstance(value, (jax.Array, np.ndarray)):
+            if isinstance(value, (jax.Array, np.ndarray)) or (isinstance(value, NUMBERS) and data.get(name, False)):
                 self.variables.append(_Attribute(node, name))
                 self.structure.append(jax.Array)
             else:

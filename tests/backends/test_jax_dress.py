@@ -22,20 +22,20 @@ X = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)), jnp.float32)
 
 
 class Raw(nnx.Module):
-    """Arrays that are no variables: positions, a counter, some within containers, one named as a method of dict."""
+    """State that is no variable: positions, a counter, a number, some in containers, one named as a method of dict."""
 
     def __init__(self, rngs):
         self.fc = nnx.Linear(4, 4, rngs=rngs)
         self.positions, self.table = jnp.arange(4.0), np.ones(4, np.float32)
         self.more = nnx.data({"items": jnp.ones(4), "list": [jnp.full(4, 2.0)]})
         self.layers = nnx.List([jnp.full(4, 3.0)])
-        self.calls = jnp.zeros(())
+        self.calls, self.factor = jnp.zeros(()), nnx.data(0.5)
 
     def __call__(self, x):
         self.calls = self.calls + 1
         self.more["list"][0] = self.more["list"][0] * 2
         y = self.fc(x) + self.positions + self.table + self.more["items"] * self.more["list"][0] + self.layers[0]
-        return y * self.calls
+        return y * self.calls * self.factor
 
 
 class Carrying(nnx.Module):
