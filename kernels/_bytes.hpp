@@ -121,6 +121,17 @@ struct Grid {
 #endif
     }
 
+    // The same of a grid whose numbers are all that a byte can be, where AVX-512's conversions do the rest.
+    bool is_whole() const { return zero == 0 && top == 255; }
+    INLINE Bytes whole_bytes(Floats x) const {
+#if PERFKIT_BYTES == 512
+        const __m512 positive = _mm512_max_ps(__m512(x * inverse), _mm512_setzero_ps());  // zero where there is a NaN
+        return Bytes(_mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(positive)));
+#else
+        return bytes(x);
+#endif
+    }
+
     // `count` numbers, and as many more as fill the last vector.
     void row(const float* from, i64 count, u8* to) const {
         const Grid grid = *this;  // of its own: what is written might be it, for all compilers know

@@ -25,6 +25,15 @@ void wait(const std::atomic<bool>& failed, Ready ready) {
     }
 }
 
+// Of so many, those whose input parts a layer computes at a time while the layer above it waits for their outputs: the
+// more there are, the longer it waits for the first ones, and the fewer, the more often the weights are read. Both cost
+// about as much for the root.
+inline i64 few_steps(i64 steps) {
+    i64 few = 4;
+    while (few * few < steps) few += 4;
+    return few;
+}
+
 // Calls task(i) for i in [0, tasks) on the pool's threads; they are begun in order, so one may wait for an earlier one.
 // Throws std::bad_alloc.
 template <class Task>

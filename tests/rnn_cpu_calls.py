@@ -6,6 +6,7 @@ which covers how errors grow through steps and layers, and a few roundings of th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -170,3 +171,21 @@ def assert_is_torch(mode: str, case: Case, dtype: torch.dtype = torch.float32):
         assert (result.double() - expected).abs().max() <= allowed, f"result {number}"
     if layer.problem.ragged == "lengths":
         assert not found[0].masked_select(padding(layer)).any()
+
+
+def assert_rounds(mode: str) -> None:
+    """float32 weights, and x, that the kernel rounds as it reads them: the bits that rounding them before gives."""
+    case = Case(6, 5, 37, 34, 2, 2)
+    layer = make(mode, case, torch.float32)
+    weights = [weight.detach() for weight in layer.module.parameters()]
+    low = [weight.bfloat16() for weight in weights]
+    problem = replace(layer.problem, dtype="bfloat16", needs_grad=False)
+    c0 = layer.c0 if mode == "LSTM" else None
+
+    def call(rounded, x, weights, *states):
+        return cpu_kernel.caller(problem, case.batch_first, case.bias, rounded)(x, *states, weights)
+
+    rounded_before = [None if state is None else state.bfloat16() for state in (layer.h0, c0)]
+    expected = call(0, layer.x.bfloat16(), low, *rounded_before)
+    for found in (call(1, layer.x.bfloat16(), weights, layer.h0, c0), call(2, layer.x, weights, layer.h0, c0)):
+        assert all(one is other is None or torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -180,6 +180,7 @@ class PlanesPass {
         constexpr int C = CHANNELS;
         const Finish finish = call.finish;  // of its own: what is written might be it, for all compilers know
         const bool bounded = finish.low == 0 && finish.grid.zero > 0;  // by ReLU: else the grid has nothing below it
+        const bool whole = finish.grid.is_whole();
         const i64 T = TERMS ? TERMS : s.T, area = call.area(), end = p.outputs / C * C, *const from = offsets.get();
         const i8* weights = call.weights;
         u8* to = static_cast<u8*>(finish.y) + at;
@@ -206,7 +207,8 @@ class PlanesPass {
             each<C>([&](auto c) INLINE_LAMBDA {
                 const Ints most = largest(largest(sums[c][0], sums[c][1]), largest(sums[c][2], sums[c][3]));
                 const Floats value = finish.scaled(most, o + c);
-                store(to, finish.grid.bytes(bounded ? at_least(Floats{}, value) : value)), to += area;
+                const Floats least = bounded ? at_least(Floats{}, value) : value;
+                store(to, whole ? finish.grid.whole_bytes(value) : finish.grid.bytes(least)), to += area;
             });
         }
         return end;

@@ -14,14 +14,15 @@
 
 namespace perfkit {
 
+// `dtypes`: how many of those that `PerfkitRnn` names a pass knows.
 template <template <class, class, class> class Run, class Call>
-int run_call(const Call& call) {
+int run_call(const Call& call, i64 dtypes) {
     const auto of_cell = [&](auto cell) {
         using Cell = decltype(cell);
         if (call.stack.dtype == 0) return Run<Cell, float, float>::run(call);
         return Run<Cell, Bf16, Low>::run(call);
     };
-    if (call.stack.dtype < 0 || call.stack.dtype > 1) return 2;
+    if (call.stack.dtype < 0 || call.stack.dtype >= dtypes) return 2;
     try {
         switch (call.stack.cell) {
             case 0: return of_cell(Lstm{});
@@ -52,7 +53,7 @@ struct RunBackward {
 };
 
 // 0; 1 if memory ran out, and 2 for a cell or dtype that is not known.
-inline int run_forward(const PerfkitRnnForward& call) { return run_call<RunForward>(call); }
-inline int run_backward(const PerfkitRnnBackward& call) { return run_call<RunBackward>(call); }
+inline int run_forward(const PerfkitRnnForward& call) { return run_call<RunForward>(call, 4); }
+inline int run_backward(const PerfkitRnnBackward& call) { return run_call<RunBackward>(call, 2); }
 
 }  // namespace perfkit

@@ -117,25 +117,27 @@ class Forward : ForwardSteps<Cell, Data, Operand> {
         return {between_.data(), order_.step * width, width};
     }
     i64 chunk_of(const Line& line) const {
-        // Above another layer that runs at the same time, few steps: it waits for all of them.
         const i64 rows = line.last - line.first;
-        if (!line.layer || !plan_.beside) return std::min(CHUNK, rows * p_.steps);
-        return std::max(rows, std::min(CHUNK, rows * std::max<i64>(1, p_.steps / 8)));
+        const bool waits = plan_.beside && p_.layers > 1;
+        return std::max(rows, std::min(CHUNK, rows * (waits ? few_steps(p_.steps) : p_.steps)));
     }
     void pack_panel(i64 i) {
         const i64 W = i / (2 * panels_), block = i % panels_ * V, last = std::min(block + V, blocks_);
+        if constexpr (sizeof(Data) < sizeof(float))
+            if (p_.dtype > 1) return pack_panel<Rounded>(W, block, last, i / panels_ % 2);
+        pack_panel<Data>(W, block, last, i / panels_ % 2);
+    }
+    template <class Weight>
+    void pack_panel(i64 W, i64 block, i64 last, bool hidden) {
         auto& way = ways_[W];
         const void* const* w = p_.weights + 4 * W;
-        if (i / panels_ % 2) {
-            pack(way.hh, block, static_cast<const Data*>(w[1]), H_);
-            return;
-        }
-        pack(way.ih, block, static_cast<const Data*>(w[0]), way.inputs);
+        if (hidden) return pack(way.hh, block, static_cast<const Weight*>(w[1]), H_);
+        pack(way.ih, block, static_cast<const Weight*>(w[0]), way.inputs);
         if (!w[2]) return;
         for (i64 at = block; at < last; ++at)
             for (int g = 0; g < G; ++g) {
                 const auto bias = [&](int which) {
-                    return get(static_cast<const Data*>(w[which]) + g * H_ + at * L, H_ - at * L);
+                    return get(static_cast<const Weight*>(w[which]) + g * H_ + at * L, H_ - at * L);
                 };
                 float* to = &way.bias[at * KEPT * L + kept_at(g, units_of(H_, at))];
                 if (Cell::GRU && g == 2)
@@ -147,7 +149,7 @@ class Forward : ForwardSteps<Cell, Data, Operand> {
 
     // A line through all steps; `mine` is this thread's part of it.
     void sequence(Shared& line, Space& space, i64 mine) {
-        const i64 T = p_.steps, W = line.layer * p_.directions + line.way;
+        const i64 T = p_.steps, W = line.layer * p_.directions + line.way, chunk = chunk_of(line);
         if (mine == 0 && p_.ragged == 1 && ways_[W].out.data) clear(line, ways_[W].out);
         i64 phase = 0;
         const auto time = [&](i64 step) { return line.way ? T - 1 - step : step; };
@@ -156,7 +158,7 @@ class Forward : ForwardSteps<Cell, Data, Operand> {
             for (; end < T; ++end) {
                 const i64 there = order_.there(time(end), line.first, line.last);
                 if (rows + there > space.chunk) break;
-                if (line.layer && plan_.beside && rows >= chunk_of(line)) break;
+                if (plan_.beside && rows >= chunk) break;
                 rows += there;
             }
             if (line.layer) wait_below(line, std::min(time(step), time(end - 1)), std::max(time(step), time(end - 1)));

@@ -31,12 +31,18 @@ class ForwardSteps : protected ForwardGates<Cell, Data, Operand> {
         const auto& way = ways_[line.layer * p_.directions + line.way];
         const Array<Operand>& x = space.x[part];
         i64 rows = 0;
-        for (i64 step = first; step < last; ++step) {
-            const i64 t = line.way ? p_.steps - 1 - step : step, there = order_.there(t, line.first, line.last);
-            for (i64 b = 0; b < there; ++b, ++rows)
-                copy_row(&x[rows * space.x_stride], way.x.at(t, order_.place(t, line.first + b)), way.inputs,
-                         space.x_stride);
-        }
+        const auto take = [&](auto from) {
+            for (i64 step = first; step < last; ++step) {
+                const i64 t = line.way ? p_.steps - 1 - step : step, there = order_.there(t, line.first, line.last);
+                for (i64 b = 0; b < there; ++b, ++rows)
+                    copy_row(&x[rows * space.x_stride], from.at(t, order_.place(t, line.first + b)), way.inputs,
+                             space.x_stride);
+            }
+        };
+        if (!line.layer && p_.dtype == 3)
+            take(Rows<const Rounded>{static_cast<const Rounded*>(p_.x), p_.x_step, p_.x_row});
+        else
+            take(way.x);
         const auto [from, to] = blocks_of_part(part);
         if (space.in_tiles || space.at_once) return;
         each_panel<G, V>(H_, from, to, [&](auto vectors, i64 block) INLINE_LAMBDA {

@@ -102,10 +102,14 @@ def forward(problem: Problem, x, rows, h0, c0, weights, batch_first, gates, cell
     return y, hn, cn
 
 
-def caller(problem: Problem, batch_first: bool, bias: bool) -> Call | None:
+def caller(problem: Problem, batch_first: bool, bias: bool, rounded: int = 0) -> Call | None:
     """`forward` of one problem without rows, nothing kept: what does not depend on numbers and addresses is worked out.
 
     Addresses are asked for at each call: a parameter may be replaced, written to or moved at any time.
+
+    Args:
+        rounded: for a problem in bfloat16, what is given in float32 and rounded by the kernel, as it reads it: 1 the
+            weights, 2 the weights and x; the states may be in either. 0 for nothing.
 
     Returns:
         `call(x, h0, c0, weights) -> y, hn, cn` for contiguous tensors, of which no copy is made. States may be
@@ -119,15 +123,19 @@ def caller(problem: Problem, batch_first: bool, bias: bool) -> Call | None:
     of_y, of_states = (*sizes, problem.hidden * problem.directions), (count, problem.batch, problem.hidden)
     of_x = _dense_strides(problem, batch_first, problem.inputs)
     past_y = (*_dense_strides(problem, batch_first, of_y[2]), 0, 0, 0)
-    fill, about = struct.Struct(f"{_FORWARD.size // 8 + 4 * count}q").pack, (*_about(problem), 0)
+    fill = struct.Struct(f"{_FORWARD.size // 8 + 4 * count}q").pack
+    cell, known, *sizes = _about(problem)
+    about, dtype = (cell, known + rounded, *sizes, 0), DTYPES[problem.dtype]
     threads, lent = torch.get_num_threads, parallel()
 
     def call(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]):
-        y, hn = x.new_empty(of_y), x.new_empty(of_states)
+        y, hn = x.new_empty(of_y, dtype=dtype), x.new_empty(of_states, dtype=dtype)
         cn = torch.empty_like(hn) if lstm else None
         places = [*map(address, weights)]
         if not bias:
             places = [place for at in range(0, len(places), 2) for place in (*places[at : at + 2], 0, 0)]
+        if rounded:
+            h0, c0 = (None if state is None else state.to(dtype) for state in (h0, c0))
         given = threads(), lent, 0, _pointer(h0), _pointer(c0), address(x), *of_x, address(y), *past_y
         _call(run, fill(*about, *given, address(hn), _pointer(cn), *places))
         return y, hn, cn

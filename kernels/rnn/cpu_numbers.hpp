@@ -21,6 +21,10 @@ namespace perfkit {
 struct Bf16 {
     std::uint16_t bits;
 };
+// float32 in memory, read as the bfloat16 nearest to it.
+struct Rounded {
+    float value;
+};
 
 using Unsigned = std::uint32_t __attribute__((vector_size(4 * L)));
 using Halves = std::uint16_t __attribute__((vector_size(2 * L)));
@@ -38,9 +42,21 @@ INLINE Halves narrowed(Floats x) {
 #endif
 }
 
+// Two vectors as the words of one.
+INLINE Floats narrowed(Floats first, Floats second) {
+#if defined(__AVX512BF16__)
+    const __m512i low = _mm512_castsi256_si512(bits<__m256i>(narrowed(first)));
+    return bits<Floats>(_mm512_inserti64x4(low, bits<__m256i>(narrowed(second)), 1));
+#else
+    const Halves both[] = {narrowed(first), narrowed(second)};
+    return load<Floats>(both);
+#endif
+}
+
 // L numbers as float32.
 INLINE Floats get(const float* from) { return load<Floats>(from); }
 INLINE Floats get(const Bf16* from) { return widened(load<Halves>(from)); }
+INLINE Floats get(const Rounded* from) { return widened(narrowed(load<Floats>(from))); }
 INLINE void put(float* to, Floats value) { store(to, value); }
 INLINE void put(Bf16* to, Floats value) { store(to, narrowed(value)); }
 
@@ -65,6 +81,7 @@ INLINE Floats get(const Bf16* from, i64 count) {
     return widened(value);
 #endif
 }
+INLINE Floats get(const Rounded* from, i64 count) { return widened(narrowed(get(&from->value, count))); }
 INLINE void put(float* to, Floats value, i64 count) {
     if (count >= L) return put(to, value);
 #if MASKED

@@ -100,6 +100,11 @@ template <class Operand, class Data>
 INLINE Floats words(const Data* from, i64 count) {
     if constexpr (PAIR<Operand> == 1) {
         return count > 0 ? get(from, count) : Floats{};
+    } else if constexpr (std::is_same<Data, Rounded>::value) {
+        const auto half = [&](i64 at) INLINE_LAMBDA {
+            return count > at ? get(&from[at].value, count - at) : Floats{};
+        };
+        return narrowed(half(0), half(L));
     } else {
         if (count >= 2 * L) return load<Floats>(from);
         if (count <= 0) return Floats{};

@@ -18,10 +18,11 @@ using perfkit::i64;
 
 // One call: T steps of B rows, a stack of layers, each in one or two directions; W = layers * directions, the
 // directions of layer 0 first. R rows are stored of what has no strides: T * B of them time-major, or the P of packed
-// data. `Data`, the type of all that is not said to be another, is float or bfloat16, which `dtype` tells.
+// data. `Data`, the type of all that is not said to be another, is float or bfloat16, which `dtype` tells. Forward, the
+// weights and x may be float32 that is rounded to bfloat16 as it is read, as autocast does before a call.
 extern "C" struct PerfkitRnn {
     i64 cell;   // 0 LSTM, 1 GRU, 2 RNN tanh, 3 RNN relu; G = 4, 3, 1, 1 gates, S = 4, 4, 1, 1 of them saved
-    i64 dtype;  // 0 float32, 1 bfloat16
+    i64 dtype;  // 0 float32, 1 bfloat16, 2 bfloat16 but for weights, 3 but for weights and x
     i64 steps, batch, inputs, hidden, layers, directions;
     i64 ragged;       // 0: every row has T steps; 1: rows have their own lengths; 2: they are packed, sorted by length
     const i64* rows;  // ragged 1: (B,), lengths in 1..T; 2: (T,), batch sizes, never rising, the first B; 0: not used

@@ -19,7 +19,7 @@ from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit.kernels import _autotune, _op
 from perfkit.kernels import rnn as op
 from perfkit.kernels._op import Choice
-from perfkit.kernels._torch import Known, autocasts, cast, observer
+from perfkit.kernels._torch import Known, autocasts, cast, lowered, observer
 from perfkit.kernels.rnn import torch_op, torch_stack
 from perfkit.kernels.rnn.problem import Problem
 from perfkit.kernels.rnn.torch_problem import check_rows, problem_of
@@ -52,7 +52,8 @@ def run(
         flat = [weight for direction in weights for weight in direction]
         tensors = [x, *(state for state in (h0, c0) if state is not None), *flat]
         if _nothing_on(tensors) and x.is_cpu:
-            of_call = mode, tuple(map(len, weights)), h0 is None, batch_first, bidirectional, dropout, training
+            low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            of_call = mode, tuple(map(len, weights)), h0 is None, batch_first, bidirectional, dropout, training, low
             kind = tuple(map(_form, tensors)), of_call, implementation, _autotune.state()
             at_once = _direct.get(kind)
             if at_once is not None and all(map(Tensor.is_contiguous, tensors)):
@@ -61,12 +62,24 @@ def run(
                      implementation)  # fmt: skip
     if kind is not None and kind not in _direct:
         form = mode, len(weights[0]) == 4, bidirectional, batch_first, False
-        problem, choice = _picked(x, None, h0, c0, flat, form, implementation)
+        given, *weights_given = lowered("cpu", x, *flat)
+        problem, choice = _picked(given, None, *lowered("cpu", h0, c0), weights_given, form, implementation)
+        rounded = _rounded(tensors, flat, low)
         whole = choice.implementation == "cpu" and not (dropout and training and problem.layers > 1)
         if len(_direct) >= _MOST_KNOWN:
             _direct.clear()
-        _direct[kind] = torch_stack.module("cpu").caller(problem, batch_first, form[1]) if whole else None
+        at_once = whole and rounded is not None
+        _direct[kind] = torch_stack.module("cpu").caller(problem, batch_first, form[1], rounded) if at_once else None
     return found
+
+
+def _rounded(tensors: Sequence[Tensor], weights: Sequence[Tensor], low: torch.dtype | None) -> int | None:
+    """What the kernel itself is to round, as its `caller` counts it; None where autocast does more than that."""
+    if low is None or all(tensor.dtype == low for tensor in tensors):
+        return 0
+    if low != torch.bfloat16 or any(weight.dtype != torch.float32 for weight in weights):
+        return None
+    return 1 if tensors[0].dtype == low else 2
 
 
 def picked_at_once(
@@ -81,8 +94,8 @@ def picked_at_once(
 
 
 def _nothing_on(tensors: list[Tensor]) -> bool:
-    """Numbers are wanted of plain tensors, and no more: no gradient, autocast, trace, mode or transformation."""
-    if observer(tensors) or torch._C._is_any_autocast_enabled() or _op.tracing():
+    """Numbers are wanted of plain tensors, and no more: no gradient, trace, mode or transformation."""
+    if observer(tensors) or _op.tracing():
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 

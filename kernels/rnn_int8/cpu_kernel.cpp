@@ -62,6 +62,13 @@ extern "C" int perfkit_rnn_int8(const PerfkitRnnInt8* call) {
     }
 }
 
+// The same, with the addresses of the weights right behind the struct, in place of `weights`.
+extern "C" int perfkit_rnn_int8_in_line(const PerfkitRnnInt8* call) {
+    PerfkitRnnInt8 with = *call;
+    with.weights = reinterpret_cast<const void* const*>(call + 1);
+    return perfkit_rnn_int8(&with);
+}
+
 // The instructions that the integer products were built for.
 extern "C" const char* perfkit_rnn_int8_instructions() {
 #if PERFKIT_DOTS

@@ -41,6 +41,8 @@ class Line {
   private:
     static constexpr int G = Cell::G;
     static constexpr i64 VECTORS = G > 1 || L < PANEL ? 1 : 4;  // of units at a time: as many products as four gates have
+    // Of a single row: there is more to compute at the same time, and the gates of two are no longer than those of one.
+    static constexpr i64 OF_ONE_ROW = G > 1 && L == PANEL ? 2 : VECTORS;
     static constexpr i64 KEPT = Cell::GRU ? 4 : G * VECTORS, WIDTH = KEPT * L;
     // So many rows of input parts at a time: enough to reuse each weight, few enough to stay in the second-level cache.
     static constexpr i64 CHUNK = 64;
@@ -51,15 +53,15 @@ class Line {
 
     void allocate(bool beside) {
         rows_ = last - first, at_once_ = L == PANEL && rows_ >= FEW;
-        // Above another layer that runs at the same time, few steps: it waits for all of them.
-        chunk_ = rows_ * std::max<i64>(1, std::min(CHUNK / rows_, layer && beside ? p_.steps / 8 : p_.steps));
+        const bool waits = beside && p_.layers > 1;
+        chunk_ = rows_ * std::max<i64>(1, std::min(CHUNK / rows_, waits ? few_steps(p_.steps) : p_.steps));
         if (at_once_) chunk_ = rows_;
         h_stride_ = stack_.H_;
         inputs_.allocate(chunk_, of_.K, at_once_);
         h_scales_.allocate(rows_);
-        several_ = VECTORS > 1 ? stack_.H / (VECTORS * PANEL) : 0;
-        groups_ = several_ + (stack_.H + L - 1) / L - several_ * VECTORS;
-        sums_.allocate(at_once_ ? 2 * ROWS * WIDTH : groups_ * chunk_ * WIDTH);
+        const i64 several = VECTORS > 1 ? stack_.H / (VECTORS * PANEL) : 0, groups = several + vectors() - several * VECTORS;
+        apart_ = G > 1 ? chunk_ * WIDTH : L;
+        sums_.allocate(at_once_ ? 2 * ROWS * WIDTH : groups * chunk_ * WIDTH);
         for (auto& h : h_) h.allocate_zeros(rows_ * h_stride_);
         scratch_.allocate_zeros(rows_ * stack_.H_);
         if (Cell::CELLS) c_.allocate_zeros(stack_.H_ * rows_);
@@ -91,7 +93,7 @@ class Line {
             inputs_.take(time(step), there(step), !layer && more ? time(step + 1) : -1);
         }
         if (at_once_) return;
-        each_group(false, [&](auto vectors, i64 u, i64 group) INLINE_LAMBDA {
+        each_group<VECTORS>(false, [&](auto vectors, i64 u, i64 group) INLINE_LAMBDA {
             constexpr int N = decltype(vectors)::value;
             in_blocks(inputs_.taken(), [&](auto count, i64 b) INLINE_LAMBDA {
                 constexpr int R = decltype(count)::value;
@@ -100,15 +102,22 @@ class Line {
         });
     }
 
-    // Calls body(N, u, group), N a constant, for each group of units: L of all gates, or of one gate N times PANEL.
-    template <class Body>
+    i64 vectors() const { return (stack_.H + L - 1) / L; }  // of units
+
+    // Calls body(N, u, group), N a constant, for each group of units of all gates: MOST times PANEL, or L where these are
+    // not left. `group`: where its sums are.
+    template <int MOST, class Body>
     INLINE void each_group(bool backwards, Body body) {
-        for (i64 i = 0; i < groups_; ++i) {
-            const i64 group = backwards ? groups_ - 1 - i : i;
-            if (VECTORS > 1 && group < several_)
-                body(std::integral_constant<int, VECTORS>{}, group * VECTORS * PANEL, group);
-            else
-                body(std::integral_constant<int, G>{}, several_ * VECTORS * PANEL + (group - several_) * L, group);
+        const i64 several = MOST > 1 ? stack_.H / (MOST * PANEL) : 0, groups = several + vectors() - several * MOST;
+        for (i64 i = 0; i < groups; ++i) {
+            const i64 number = backwards ? groups - 1 - i : i;
+            if (MOST > 1 && number < several) {
+                const i64 u = number * MOST * PANEL;
+                body(std::integral_constant<int, G * MOST>{}, u, G > 1 ? u / L : number);
+            } else {
+                const i64 u = several * MOST * PANEL + (number - several) * L;
+                body(std::integral_constant<int, G>{}, u, G > 1 ? u / L : number);
+            }
         }
     }
     template <class Body>
@@ -126,7 +135,7 @@ class Line {
         return w + u / PANEL * PANEL * G * 4 * K4 + u % PANEL * 4;
     }
     // Where the numbers of the n-th vector of a group begin.
-    i64 channel(int n, i64 u) const { return VECTORS > 1 ? u + n * PANEL : n * stack_.H_ + u; }
+    i64 channel(int n, i64 u) const { return u + n / G * PANEL + n % G * stack_.H_; }
 
     // Sums times their scales, plus what `begin` has for them, to `to`: of R rows from b on.
     template <int R, int N, class Begin, class Meanwhile>
@@ -168,8 +177,8 @@ class Line {
     template <int R, int N, class Meanwhile>
     INLINE void hidden_parts(i64 u, i64 b, float* to, Meanwhile meanwhile) {
         const auto begin = [&](auto n, float* row) INLINE_LAMBDA {
-            float* place = row + n * L;
-            return Begun{place, load<Floats>(Cell::GRU && n == 2 ? &of_.bias_hn[u] : place)};
+            float* place = row + n / G * apart_ + n % G * L;
+            return Begun{place, load<Floats>(Cell::GRU && n % G == 2 ? &of_.bias_hn[u + n / G * PANEL] : place)};
         };
         parts<R, N>(before_, h_stride_, of_.w_hh, of_.K4_h, of_.start_h, of_.scale_h, of_.common_h, h_scales_.data(),
                     common_h_, u, b, to, begin, meanwhile);
@@ -178,14 +187,14 @@ class Line {
     // Sums whose gates are still to be computed: meanwhile other products are, for which there are other instructions.
     struct Ready {
         const float* sums;  // of the next row
-        i64 u, b, vectors;  // units, row, vectors of each row
+        i64 u, b, vectors;  // units, row, vectors of units of each row
         i64 left, at_a_time, v = 0;
     };
     INLINE void finish(i64 count) {
         for (; count > 0 && ready_.left > 0; --count, --ready_.left) {
             const i64 b = ready_.b, u = ready_.u + ready_.v * PANEL;
-            const float* from = ready_.sums + ready_.v * L;
-            if (VECTORS == 1 || ++ready_.v == ready_.vectors) ready_.v = 0, ++ready_.b, ready_.sums += WIDTH;
+            const float* from = ready_.sums + ready_.v * apart_;
+            if (++ready_.v == ready_.vectors) ready_.v = 0, ++ready_.b, ready_.sums += WIDTH;
             Floats a[Cell::GRU ? 4 : G], c{}, h{};
             for (int g = 0; g < (Cell::GRU ? 4 : G); ++g) a[g] = load<Floats>(from + g * L);
             if constexpr (Cell::CELLS) c = load<Floats>(own(c_, u, b));
@@ -208,8 +217,8 @@ class Line {
         if (at_once_) input_parts<R, N>(u, b, sums, meanwhile);
         hidden_parts<R, N>(u, b, sums, meanwhile);
         if constexpr (SIDE_BY_SIDE) finish(ready_.left);
-        constexpr i64 vectors = VECTORS > 1 ? R * N : R;
-        ready_ = {sums, u, b, N, vectors, (vectors + (at_once_ ? 3 : 1)) / (at_once_ ? 4 : 2)};
+        constexpr i64 vectors = R * N / G;
+        ready_ = {sums, u, b, N / G, vectors, (vectors + (at_once_ ? 3 : 1)) / (at_once_ ? 4 : 2)};
         if constexpr (!SIDE_BY_SIDE) finish(vectors);
     }
 
@@ -231,13 +240,20 @@ class Line {
         i64 turn = 0;
         ready_ = {};
         // Weights that the first-level cache does not hold are read to and fro: what a step ended with is still in it.
-        each_group(!at_once_ && step % 2, [&](auto vectors, i64 u, i64 group) INLINE_LAMBDA {
-            constexpr int N = decltype(vectors)::value;
-            in_blocks(rows, [&](auto count, i64 b) INLINE_LAMBDA {
-                constexpr int R = decltype(count)::value;
-                block<R, N>(u, b, &sums_[at_once_ ? turn++ % 2 * ROWS * WIDTH : (group * chunk_ + row_ + b) * WIDTH]);
+        const auto sums_of = [&](i64 group, i64 b) {
+            return &sums_[at_once_ ? turn++ % 2 * ROWS * WIDTH : (group * chunk_ + row_ + b) * WIDTH];
+        };
+        const bool backwards = !at_once_ && step % 2;
+        if (OF_ONE_ROW > VECTORS && rows == 1 && !at_once_)
+            each_group<OF_ONE_ROW>(backwards, [&](auto vectors, i64 u, i64 group) INLINE_LAMBDA {
+                block<1, decltype(vectors)::value>(u, 0, sums_of(group, 0));
             });
-        });
+        else
+            each_group<VECTORS>(backwards, [&](auto vectors, i64 u, i64 group) INLINE_LAMBDA {
+                in_blocks(rows, [&](auto count, i64 b) INLINE_LAMBDA {
+                    block<decltype(count)::value, decltype(vectors)::value>(u, b, sums_of(group, b));
+                });
+            });
         finish(ready_.left);
         keep(t, rows, staying);
     }
@@ -266,7 +282,8 @@ class Line {
     const Direction<Cell>& of_;
     const float h_inverse_ = p_.h_fixed > 0 ? 1.0f / p_.h_fixed : 0.0f;
     Inputs<Cell> inputs_;
-    i64 rows_, chunk_, h_stride_, several_, groups_, row_;
+    i64 rows_, chunk_, h_stride_, row_;
+    i64 apart_;                      // sums of two vectors of units of a group
     bool at_once_;                   // a step's input parts are computed with its hidden parts, else those of a chunk
     Array<Activation> h_[2];         // (rows, h_stride) before and after a step, by turns
     Array<float> h_scales_, sums_, scratch_, c_, state_;

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from perfkit._errors import InvalidInputError
 from perfkit.kernels import _native
-from perfkit.kernels._torch import Threads, folded, one_by_one
+from perfkit.kernels._torch import folded, observer, one_by_one, parallel
 from perfkit.kernels.rnn_int8.problem import GATES, MODES, MOST_COLUMNS, SOURCE, packed_size
 
 
@@ -42,20 +44,13 @@ def fields(mode: str) -> tuple[str, ...]:
     return Direction._fields if mode == "GRU" else Direction._fields[:-1]
 
 
-class _Call(ctypes.Structure):
-    """`PerfkitRnnInt8` of cpu_directions.hpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("cell", "steps", "batch", "inputs", "hidden", "layers", "directions")),
-        *((name, ctypes.c_void_p) for name in ("batch_sizes", "starts")),
-        ("x", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("x_step", "x_row")),
-        ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("out_step", "out_row")),
-        *((name, ctypes.c_float) for name in ("x_fixed", "h_fixed")),
-        *((name, ctypes.c_void_p) for name in ("weights", "h", "c")),
-        ("threads", Threads),
-    )
+_CALL = "15q2f5q"
+"""`PerfkitRnnInt8` of cpu_problem.hpp."""
+Call = Callable[[Tensor, "Tensor | None", "Tensor | None", Sequence[Tensor], Tensor], "tuple[Tensor, Tensor, Tensor]"]
+_form = attrgetter("shape", "dtype", "device", "layout")
+_MOST_KNOWN = 4096
+_direct: dict[Any, Call] = {}
+"""By kind of call, of padded input: the kernel's call that is made at once."""
 
 
 @functools.cache
@@ -66,6 +61,7 @@ def library() -> ctypes.CDLL:
         UnsupportedError: there is no C++ compiler, or it fails.
     """
     found = _native.load(SOURCE)
+    found.perfkit_rnn_int8_in_line.argtypes = (ctypes.c_char_p,)
     found.perfkit_rnn_int8_instructions.restype = ctypes.c_char_p
     return found
 
@@ -73,6 +69,39 @@ def library() -> ctypes.CDLL:
 def instructions() -> str:
     """What the integer products run on here: "AVX512-VNNI", "AVX-VNNI", "AVX2", "NEON-DOTPROD" or "plain C++"."""
     return library().perfkit_rnn_int8_instructions().decode()
+
+
+def run(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    mode: str,
+    hidden: int,
+    bidirectional: bool,
+    batch_first: bool,
+    input_scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.ops.perfkit.rnn_int8`; without the operator, which takes longer than a short sequence, where nobody looks
+    on at a call whose like was checked before.
+    """
+    kind = None
+    if batch_sizes is None:
+        tensors = [x, *(state for state in (h0, c0) if state is not None), *weights]
+        if observer(tensors) is None and not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors)):
+            of_call = x.stride(), h0 is None, mode, hidden, bidirectional, batch_first
+            kind = tuple(map(_form, tensors)), of_call
+            at_once = _direct.get(kind)
+            if at_once is not None and all(map(Tensor.is_contiguous, weights)):
+                return at_once(x, h0, c0, weights, input_scale)
+    options = mode, hidden, bidirectional, batch_first
+    found = torch.ops.perfkit.rnn_int8(x, batch_sizes, h0, c0, weights, *options, input_scale)
+    if kind is not None and kind not in _direct and x.stride(-1) == 1 and x.numel():
+        if len(_direct) >= _MOST_KNOWN:
+            _direct.clear()
+        _direct[kind] = _caller(x, None, found[1].size(1), weights, *options)
+    return found
 
 
 @torch.library.custom_op("perfkit::rnn_int8", mutates_args=(), device_types="cpu")
@@ -117,41 +146,42 @@ def rnn_int8(
         )
     layers = [Direction(*weights[i : i + count]) for i in range(0, len(weights), count)]
     _check(x, batch_sizes, h0, c0, layers, mode, hidden, directions, batch_first)
-    out, h, c = _empty(x, batch_sizes, h0, weights, mode, hidden, bidirectional, batch_first)
-    for state, initial in ((h, h0), (c, c0 if mode == "LSTM" else None)):
-        state.zero_() if initial is None else state.copy_(initial)
-    if not h.size(1):
-        return out, h, c
+    if not x.numel():
+        out, h, c = _empty(x, batch_sizes, h0, weights, mode, hidden, bidirectional, batch_first)
+        return out, h.zero_() if h0 is None else h.copy_(h0), c
     x = x if x.stride(-1) == 1 else x.contiguous()
+    batch = h0.size(1) if batch_sizes is not None else x.size(0 if batch_first else 1)
+    call = _caller(x, batch_sizes, batch, weights, mode, hidden, bidirectional, batch_first)
+    return call(x, h0, c0, weights, input_scale)
+
+
+def _caller(x, batch_sizes, batch, weights, mode, hidden, bidirectional, batch_first) -> Call:
+    """The call for such an x, features one after the other, and such weights, both checked: all but the addresses."""
     sizes, starts = _steps(x, batch_sizes, batch_first)
-    (x_step, x_row), (out_step, out_row) = _strides(x, batch_first), _strides(out, batch_first)
-    call = _Call(
-        cell=MODES.index(mode),
-        steps=len(sizes),
-        batch=h.size(1),
-        inputs=x.size(-1),
-        hidden=hidden,
-        layers=len(layers) // directions,
-        directions=directions,
-        batch_sizes=ctypes.addressof(sizes),
-        starts=ctypes.addressof(starts),
-        x=x.data_ptr(),
-        x_step=x_step,
-        x_row=x_row,
-        out=out.data_ptr(),
-        out_step=out_step,
-        out_row=out_row,
-        x_fixed=input_scale.item(),
-        h=h.data_ptr(),
-        c=c.data_ptr(),
-        threads=Threads.of_torch(),
-    )
-    pointers = [tensor.data_ptr() if tensor is not None else None for direction in layers for tensor in direction]
-    addresses = (ctypes.c_void_p * len(pointers))(*pointers)
-    call.weights = ctypes.addressof(addresses)
-    if library().perfkit_rnn_int8(ctypes.byref(call)):
-        raise MemoryError(f"the int8 {mode} kernel found no memory for its working space")
-    return out, h, c
+    directions, each = 2 if bidirectional else 1, len(fields(mode))
+    number, of_out = len(weights) // each, (*x.shape[:-1], hidden * directions)
+    of_h = number, batch, hidden
+    of_c = of_h if mode == "LSTM" else (0,)
+    about = MODES.index(mode), len(sizes), batch, x.size(-1), hidden, number // directions, directions
+    about = *about, ctypes.addressof(sizes), ctypes.addressof(starts)
+    of_x, past_out = _strides(x, batch_first), _strides(torch.empty(of_out, device="meta"), batch_first)
+    kernel, address = library().perfkit_rnn_int8_in_line, Tensor.data_ptr
+    fill, threads, lent = struct.Struct(f"{_CALL}{6 * number}q").pack, torch.get_num_threads, parallel()
+
+    def call(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], input_scale: Tensor):
+        out = x.new_empty(of_out)
+        h = x.new_zeros(of_h) if h0 is None else x.new_empty(of_h).copy_(h0)
+        c = x.new_zeros(of_c) if c0 is None or mode != "LSTM" else x.new_empty(of_c).copy_(c0)
+        places = [*map(address, weights)]
+        if each == 5:  # the sixth is of the GRU alone
+            places = [place for at in range(0, len(places), 5) for place in (*places[at : at + 5], 0)]
+        given = address(x), *of_x, address(out), *past_out, input_scale.item(), 0.0
+        if kernel(fill(*about, *given, 0, address(h), address(c), threads(), lent, *places)):
+            raise MemoryError(f"the int8 {mode} kernel found no memory for its working space")
+        return out, h, c
+
+    call.steps = sizes, starts
+    return call
 
 
 @rnn_int8.register_fake

@@ -156,6 +156,8 @@ def _restored(base: type[nn.RNNBase]) -> nn.RNNBase:
 
 def _forward(self: nn.RNNBase, given: Any, hx: Any) -> tuple[Any, Any]:
     """What nn.RNNBase's forwards do around their kernels: checks, unbatched input, packed sequences, states."""
+    from perfkit.kernels.rnn_int8 import torch_op
+
     name = self._get_name()
     if self.training:
         raise UnsupportedError(f"this {name} has int8 weights, which cannot be trained: call .eval()")
@@ -177,7 +179,7 @@ def _forward(self: nn.RNNBase, given: Any, hx: Any) -> tuple[Any, Any]:
     else:
         states = hx if self.mode == "LSTM" else (hx,)
         initial = [_initial(state, shape, unbatched, order) for state in states]
-    out, *final = torch.ops.perfkit.rnn_int8(
+    out, *final = torch_op.run(
         x.to(torch.float32),
         batch_sizes,
         initial[0],

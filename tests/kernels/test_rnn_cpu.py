@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from rnn_cpu_calls import CASES, MODES, SHARED, Case, assert_is_torch, by_kernel, by_torch, make
+from rnn_cpu_calls import CASES, MODES, SHARED, Case, assert_is_torch, assert_rounds, by_kernel, by_torch, make
 
 from perfkit.kernels import _native
 from perfkit.kernels.rnn import cpu_kernel, cpu_source
@@ -24,6 +24,11 @@ pytestmark = pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_is_torchs_layer(mode, case, dtype):
     assert_is_torch(mode, case, dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_it_rounds_itself_is_as_if_rounded_before(mode):
+    assert_rounds(mode)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 import torch
 from instruction_paths import EMULATED, X86, built, need
-from rnn_cpu_calls import MODES, Case, assert_is_torch
+from rnn_cpu_calls import MODES, Case, assert_is_torch, assert_rounds
 
 from perfkit.kernels import _native
 from perfkit.kernels.rnn import cpu_kernel
@@ -57,6 +57,7 @@ def test_every_instruction_path(name, tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_kernel, "library", lambda: library)
     assert cpu_kernel.instructions() == name
     for mode in MODES:
+        assert_rounds(mode)
         for case in ON_PATHS:
             for dtype in (torch.float32, torch.bfloat16):
                 assert_is_torch(mode, case, dtype)

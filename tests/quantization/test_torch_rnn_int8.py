@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 from perfkit import InvalidInputError, UnsupportedError
 from perfkit.backends.torch_surgery import around_forward
 from perfkit.kernels import _native
+from perfkit.kernels.rnn_int8 import torch_op
 from perfkit.quantization.torch_rnn_int8 import is_quantized, quantize_rnn, refusal
 
 if _native.find_compiler() is None:
@@ -152,6 +153,55 @@ def test_initial_states_outside_of_the_unit_interval_are_not_clipped():
         x, hx = torch.randn(4, 3, 10), states(model, 3)
         hx = (hx[0] * 5, hx[1]) if cell == "lstm" else hx * 5
         assert_close(model(x, hx), small(x, hx))
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """The calls that were looked at as if there had been none before."""
+    calls, own = [], torch_op._check
+    monkeypatch.setattr(torch_op, "_check", lambda *given: calls.append(given) or own(*given))
+    monkeypatch.setattr(torch_op, "_direct", {})
+    return calls
+
+
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_second_call_is_made_at_once(checked, cell, options, states):
+    _, small = pair(cell, inputs=5, hidden=18, **options)
+    x = torch.randn(3, 3, 5)
+    directions = small.num_layers * (2 if small.bidirectional else 1)
+    given = torch.randn(2, directions, 3, 18).unbind() if states else None
+    hx = given if cell == "lstm" or given is None else given[0]
+    with torch.no_grad():
+        first, second, third = (small(each, hx) for each in (x, x, x.transpose(0, 1).contiguous().transpose(0, 1)))
+    assert len(checked) == 2, "x lies in two ways"
+    for other in (second, third):
+        assert all(map(torch.equal, leaves(first), leaves(other)))
+
+
+def test_what_changed_since_the_last_call_is_seen(checked):
+    (_, small), (_, other), x = pair(), pair(), torch.randn(6, 2, 10)
+    with torch.no_grad():
+        before = small(x)
+        other.scale_hh_l0.mul_(2)
+        small.load_state_dict(other.state_dict())
+        assert not torch.equal(small(x)[0], before[0])
+        assert all(map(torch.equal, leaves(small(x)), leaves(other(x))))
+        small.input_scale.fill_(1e-3)
+        assert not torch.equal(small(x)[0], other(x)[0])
+        assert len(checked) == 1
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="no autograd formula"):
+        small(x.clone().requires_grad_())[0].sum().backward()
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        small(x)
+    assert "perfkit::rnn_int8" in {event.key for event in profile.key_averages()}
+    with torch.no_grad():
+        kept = small.packed_hh_l0
+        for wrong in (kept[:-1], kept.view(torch.uint8), kept.repeat_interleave(2)[::2]):
+            small.packed_hh_l0 = wrong
+            with pytest.raises(InvalidInputError, match="packed_hh of direction 0"):
+                small(x)
 
 
 def test_a_static_input_scale_clips():
