@@ -6,6 +6,8 @@ from perfkit import LayerRecipe, Stage
 
 EAGER = "simulated: these layers round to 8 bits and multiply in float32; '+compile' makes integer kernels of them"
 
+COMPILED = "simulated: these layers round to 8 bits and multiply in float32: the compiler made integer kernels of none"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantizer(LayerRecipe):
@@ -31,4 +33,6 @@ class Quantizer(LayerRecipe):
             )
         if made:
             return replace(effect, notes=(*effect.notes, *made), simulated=False)
-        return replace(effect, notes=(*effect.notes, EAGER)) if effect.simulated else effect
+        if not effect.simulated:
+            return effect
+        return replace(effect, notes=(*effect.notes, COMPILED if log.graphs else EAGER))

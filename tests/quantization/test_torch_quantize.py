@@ -13,6 +13,8 @@ from torch import nn
 
 import perfkit
 from perfkit import InvalidInputError
+from perfkit._report import Effect
+from perfkit.backends.adapter import CompileLog
 from perfkit.quantization import torch_onednn, torch_quantize
 from perfkit.quantization.torch_fold import fold_norms
 from perfkit.recipes.int8 import Int8
@@ -109,6 +111,13 @@ def test_integer_kernels_come_with_compile_and_without_it_from_onednn_or_it_is_s
     made = {"the compiler made 2 integer kernels", "compiled, 2 layers are 2 call(s) of perfkit's integer kernels"}
     assert made & set(steps(compiled).notes), "the first with AMX's tiles"
     assert compiled.fidelity.ok
+
+
+def test_a_compiler_that_makes_no_integer_kernels_is_told_of():
+    told = Int8().observed(Effect(("conv",), simulated=True), CompileLog(graphs=1))
+    assert told.simulated
+    assert any("the compiler made integer kernels of none" in note for note in told.notes)
+    assert not any("+compile" in note for note in told.notes)
 
 
 class Force(nn.Module):
