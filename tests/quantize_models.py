@@ -170,7 +170,7 @@ def products(program: str, dtype: str) -> list[str]:
     """The dots and convolutions of a compiled program whose sums are of a dtype ("s32", "f32"), kernels' included."""
     found = re.findall(rf"= {dtype}\[[^ ]* (dot|convolution)\(", program)
     if dtype == "s32":
-        kernels = re.findall(r'custom_call_target="perfkit_(linear|conv2d|rnn)_int8_xla"', program)
+        kernels = re.findall(r'custom_call_target="perfkit_(linear|conv2d|rnn)_int8(?:_static)?_xla"', program)
         of_kernel = {"linear": ["dot"], "conv2d": ["convolution"], "rnn": ["dot", "dot"]}  # of the input, of the state
         found += [product for kernel in kernels for product in of_kernel[kernel]]
     return found
