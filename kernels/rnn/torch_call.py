@@ -79,7 +79,7 @@ def _rounded(tensors: Sequence[Tensor], weights: Sequence[Tensor], low: torch.dt
         return 0
     if low != torch.bfloat16 or any(weight.dtype != torch.float32 for weight in weights):
         return None
-    return 1 if tensors[0].dtype == low else 2
+    return {torch.bfloat16: 1, torch.float32: 2}.get(tensors[0].dtype)
 
 
 def picked_at_once(

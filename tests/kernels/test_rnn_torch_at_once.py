@@ -333,6 +333,13 @@ def test_under_autocast_the_second_call_gives_the_same_bits(checked, low):
         assert len(checked) == 2
 
 
+def test_under_autocast_an_x_that_the_kernel_does_not_round_is_cast_at_each_call(module, x):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        first, second = (lstm(x.half(), module.all_weights)[0] for _ in range(2))
+    assert first.isfinite().all()
+    assert torch.equal(first, second)
+
+
 def test_under_autocast_weights_are_those_of_the_call(module, x):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = module(x)[0]
