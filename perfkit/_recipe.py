@@ -45,12 +45,13 @@ class Stage(enum.IntEnum):
     PRECISION = 2
     QUANTIZATION = 3
     KERNELS = 4
-    MEMORY = 5
-    COMPILE = 6
-    RUNTIME = 7
-    PIPELINE = 8
-    TENSOR = 9
-    DATA = 10
+    CALLS = 5
+    MEMORY = 6
+    COMPILE = 7
+    RUNTIME = 8
+    PIPELINE = 9
+    TENSOR = 10
+    DATA = 11
 
 
 @dataclass(frozen=True, kw_only=True)
