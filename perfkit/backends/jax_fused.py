@@ -33,6 +33,8 @@ from perfkit.backends.jax_fused_steps import Unlike
 from perfkit.backends.jax_quantized import is_quantized
 from perfkit.backends.jax_rewriting import context_of
 from perfkit.backends.jax_trees import array_names, leaves
+from perfkit.backends.jax_unread import Unread
+from perfkit.kernels._jax import default_device
 from perfkit.kernels._op import trace as kernels_called
 from perfkit.kernels.rounding.jax_op import rounded, takes
 
@@ -107,7 +109,7 @@ class _Fuser:
     """Evaluates jaxprs with kernels in place of what they compute. One per function; final."""
 
     def __init__(self, chosen: Callable[[str], bool], seen: dict[str, Layer], trains: bool):
-        self.chosen, self.seen, self.trains = chosen, seen, trains
+        self.chosen, self.seen, self.trains, self.device = chosen, seen, trains, default_device()
         # JAX compiles a jit once per jaxpr object, so a function that is called twice must meet the same object twice
         self._rewritten: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -116,7 +118,7 @@ class _Fuser:
         consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
         named = dict(zip(jaxpr.invars, names, strict=True))
-        live = live_in(jaxpr)
+        live, unread = live_in(jaxpr), Unread(jaxpr) if self.device == "cpu" else None
         uses, made_by = reading(jaxpr)
         found, reasons = groups(jaxpr.eqns, uses, made_by, self.trains)
         if not self.trains:
@@ -137,6 +139,9 @@ class _Fuser:
         def name(atom: Any) -> str:
             return "" if isinstance(atom, Literal) else named.get(atom, "")
 
+        def ends(eqn: Any) -> Any:
+            return unread and unread.ends(eqn, values)
+
         for at, eqn in enumerate(jaxpr.eqns):
             operands = [name(atom) for atom in eqn.invars]
             if at in reasons:
@@ -145,7 +150,7 @@ class _Fuser:
                 self._group(found[at], jaxpr.eqns, values, read, entering, name)
             elif at not in inside:
                 with context_of(eqn):
-                    results = self._apply(eqn, [read(atom) for atom in eqn.invars], operands, live, entering)
+                    results = self._apply(eqn, [read(atom) for atom in eqn.invars], operands, live, entering, ends)
                 values.update(zip(eqn.outvars, results, strict=True))
             if eqn.primitive.name in _MOVES and operands[0]:
                 named[eqn.outvars[0]] = operands[0]
@@ -178,22 +183,27 @@ class _Fuser:
             with context_of(eqns[at]):
                 values.update(zip(eqns[at].outvars, bind(eqns[at], map(read, eqns[at].invars)), strict=True))
 
-    def _apply(self, eqn: Any, operands: list[Any], names: list[str], live: set, entering: Callable) -> Sequence[Any]:
+    def _apply(
+        self, eqn: Any, operands: list[Any], names: list[str], live: set, entering: Callable, ends: Callable
+    ) -> Sequence[Any]:
         holds = eqn.primitive.name in _INNER and _holds_candidates(eqn, not self.trains)
         if eqn.primitive.name == "scan" and not holds:
-            return self._scan(eqn, operands, self._layer(names, eqn), live, entering)
+            return self._scan(eqn, operands, self._layer(names, eqn), live, entering, ends)
         return self._inner(eqn, operands, names) if holds else bind(eqn, operands)
 
-    def _scan(self, eqn: Any, operands: list[Any], layer: Layer, live: set, entering: Callable) -> Sequence[Any]:
+    def _scan(
+        self, eqn: Any, operands: list[Any], layer: Layer, live: set, entering: Callable, ends: Callable
+    ) -> Sequence[Any]:
         try:
             found = recurrence(eqn, operands, [var in live for var in eqn.outvars])
         except Unlike as reason:
             layer.misses[f"its loop is no recurrent layer that the kernels know: {reason}"] = None
             return bind(eqn, operands)
         if not layer.refused:
+            lengths = ends(eqn)
             with kernels_called() as choices:
-                results = found(eqn, list(map(entering, eqn.invars)), self.trains)
-            if layer.saw(found.mode, choices):
+                results = found(eqn, list(map(entering, eqn.invars)), self.trains, lengths)
+            if layer.saw(found.mode if lengths is None else f"{found.mode}, of each row what is read,", choices):
                 return results
         return bind(eqn, operands)
 

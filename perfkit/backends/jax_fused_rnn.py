@@ -37,18 +37,19 @@ class Recurrence:
     def mode(self) -> str:
         return self.cell.mode
 
-    def __call__(self, eqn: Any, operands: Sequence[Any], trains: bool) -> list[Any]:
-        """The outputs of the scan `eqn` on these operands."""
+    def __call__(self, eqn: Any, operands: Sequence[Any], trains: bool, lengths: Any = None) -> list[Any]:
+        """The outputs of the scan `eqn` on these operands; (B,) `lengths` of them in each row, where not all are read."""
         x, carry = entering(eqn, operands, self.cell.x)
         dtype, cell = self.weights[0].dtype, self.cell
         x, h0 = x.astype(dtype), carry[cell.h].astype(dtype)[None]
+        options = {"training": trains, "lengths": lengths}
         if cell.mode == "LSTM":
-            y, hn, cn = lstm(x, [self.weights], h0, carry[cell.c].astype(dtype)[None], training=trains)
+            y, hn, cn = lstm(x, [self.weights], h0, carry[cell.c].astype(dtype)[None], **options)
             return cell.results(eqn, carry, y, hn[0], cn[0])
         if cell.mode == "GRU":
-            y, hn = gru(x, [self.weights], h0, training=trains)
+            y, hn = gru(x, [self.weights], h0, **options)
         else:
-            y, hn = rnn(x, [self.weights], h0, nonlinearity=cell.mode[4:].lower(), training=trains)
+            y, hn = rnn(x, [self.weights], h0, nonlinearity=cell.mode[4:].lower(), **options)
         return cell.results(eqn, carry, y, hn[0], None)
 
 
