@@ -36,6 +36,7 @@ def layer(
     bias_hn: Array | None,
     x_scale: Array,
     h_scale: Array,
+    lengths: Array | None = None,
 ) -> tuple[Array, Array, Array | None]:
     """What the package's head says, with known scales of x and of the hidden states; there is no derivative.
 
@@ -46,9 +47,10 @@ def layer(
         bias: (N,), float32, of both sides, for the GRU's n gate that of the input; bias_hn: (H,), that of its hidden
             part, None for other cells.
         x_scale, h_scale: (), float32, positive.
+        lengths: (B,), int32, from 1 to T: the steps that each row has; None for all.
 
     Returns:
-        y: (T, B, H); the final h and c: (B, H). float32.
+        y: (T, B, H), zero past a row's length; the final h and c: (B, H). float32.
 
     Raises:
         InvalidInputError: sizes or dtypes that do not go together.
@@ -57,6 +59,8 @@ def layer(
     (_, _, inputs), (_, hidden), channels = x.shape, h0.shape, GATES[mode] * h0.shape[1]
     expected = {"q_ih": (channels, inputs), "q_hh": (channels, hidden), "scale_ih": (channels,)}
     expected |= {"scale_hh": (channels,), "bias": (channels,), "h0": (x.shape[1], hidden)}
+    if lengths is not None and (lengths.shape != x.shape[1:2] or lengths.dtype != jnp.int32):
+        raise InvalidInputError(f"lengths is {lengths.dtype} {list(lengths.shape)}: expected int32 [{x.shape[1]}]")
     for (name, size), array in zip(expected.items(), (q_ih, q_hh, scale_ih, scale_hh, bias, h0), strict=True):
         dtype = "int8" if name.startswith("q") else "float32"
         if array.shape != size or array.dtype != dtype:
@@ -64,7 +68,7 @@ def layer(
     scales = jnp.stack([x_scale, h_scale]).astype(jnp.float32)
     given = pack(q_ih, GATES[mode]), scale_ih, pack(q_hh, GATES[mode]), scale_hh, bias
     hidden_bias = jnp.zeros(0, jnp.float32) if bias_hn is None else bias_hn
-    y, h, c = _call(mode)(x, h0, h0[:, :1] if c0 is None else c0, (*given, hidden_bias, scales))
+    y, h, c = _call(mode)(x, h0, h0[:, :1] if c0 is None else c0, lengths, (*given, hidden_bias, scales))
     return y, h, None if c0 is None else c
 
 
@@ -81,15 +85,16 @@ def pack(q_NK: Array, gates: int) -> Array:
 
 @functools.cache
 def _call(mode: str):
-    """(y, hn, cn) of (x, h0, c0, weights and scales), however many rows x has; c0 and cn are not used but for LSTM."""
+    """(y, hn, cn) of (x, h0, c0, lengths, weights and scales), of any number of rows; c0 and cn are for LSTM alone."""
 
-    def run(x, h0, c0, weights):
+    def run(x, h0, c0, lengths, weights):
         _ffi.register(BINDING, (HANDLER,), _native.load(SOURCE), ("perfkit_rnn_int8",))
         results = [
             jax.ShapeDtypeStruct(size, jnp.float32) for size in ((*x.shape[:2], h0.shape[1]), h0.shape, c0.shape)
         ]
         call = jax.ffi.ffi_call(HANDLER, results)
         numbers = {"cell": np.int64(MODES.index(mode)), "threads": np.int64(processors())}
-        return tuple(alike((x, *call(x, h0, c0, *weights, **numbers)))[1:])
+        lengths = jnp.zeros(0, jnp.int32) if lengths is None else lengths
+        return tuple(alike((x, *call(x, h0, c0, lengths, *weights, **numbers)))[1:])
 
-    return inference_only(by_rows(run, (1, 0, 0, None), (1, 0, 0)))
+    return inference_only(by_rows(run, (1, 0, 0, 0, None), (1, 0, 0)))

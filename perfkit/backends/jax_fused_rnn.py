@@ -38,7 +38,7 @@ class Recurrence:
         return self.cell.mode
 
     def __call__(self, eqn: Any, operands: Sequence[Any], trains: bool, lengths: Any = None) -> list[Any]:
-        """The outputs of the scan `eqn` on these operands; (B,) `lengths` of them in each row, where not all are read."""
+        """The outputs of the scan `eqn` on these operands; of each row `lengths` of them, where not all are read."""
         x, carry = entering(eqn, operands, self.cell.x)
         dtype, cell = self.weights[0].dtype, self.cell
         x, h0 = x.astype(dtype), carry[cell.h].astype(dtype)[None]

@@ -74,11 +74,11 @@ class _Scope:
         if (around := self.entering(atom)) is not None:
             assert self.outer is not None
             return self.outer.value(around, given, made)
-        if atom not in made:
+        if (self, atom) not in made:  # calls that are alike share their variables
             eqn = self.made_by[atom]
             operands = [self.value(each, given, made) for each in eqn.invars]
-            made.update(zip(eqn.outvars, bind(eqn, operands), strict=True))
-        return made[atom]
+            made.update(zip([(self, var) for var in eqn.outvars], bind(eqn, operands), strict=True))
+        return made[self, atom]
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +183,6 @@ def _is_of_steps(eqn: Any, time: int, batch: int, scope: _Scope) -> bool:
     (features,) = {0, 1, 2} - {time, batch}
     if sizes[time] != 1 or sizes[batch] != 1 or sizes[features] != shape[features]:
         return False
-    by_index = set(numbers.start_index_map)
-    rows = numbers.operand_batching_dims == (batch,) and by_index == {time}
-    return (rows or by_index == {time, batch}) and scope.is_cheap(eqn.invars[1])
+    by_index = set(numbers.start_index_map) - {features}  # of which all are read, from the first on
+    in_turn = numbers.operand_batching_dims == (batch,) and by_index == {time}
+    return (in_turn or by_index == {time, batch}) and scope.is_cheap(eqn.invars[1])

@@ -23,6 +23,7 @@ from perfkit.backends.jax_fused_steps import Unlike
 from perfkit.backends.jax_model import Function
 from perfkit.backends.jax_prepared import evaluated, parted
 from perfkit.backends.jax_rewriting import context_of
+from perfkit.backends.jax_unread import Unread
 from perfkit.kernels._jax import default_device
 from perfkit.quantization.jax_integer_layers import KINDS, Layer, layers
 from perfkit.quantization.jax_integer_rnn import Recurrence, recurrence
@@ -56,7 +57,7 @@ class _Program:
         """The outputs of a jaxpr, open or closed."""
         consts, jaxpr = getattr(jaxpr, "consts", ()), getattr(jaxpr, "jaxpr", jaxpr)
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-        found, live = layers(jaxpr, *reading(jaxpr), self.device), live_in(jaxpr)
+        found, live, unread = layers(jaxpr, *reading(jaxpr), self.device), live_in(jaxpr), Unread(jaxpr)
         inside = {at for layer in found.values() for at in layer.equations}
 
         def read(atom: Any) -> Any:
@@ -72,17 +73,17 @@ class _Program:
                 if layer is not None and layer.ours:
                     results = [layer.run(jaxpr.eqns, read)]
                 else:
-                    results = self._apply(eqn, list(map(read, eqn.invars)), live)
+                    results = self._apply(eqn, list(map(read, eqn.invars)), live, unread.ends(eqn, values))
             values.update(zip(eqn.outvars, results, strict=True))
         return list(map(read, jaxpr.outvars))
 
-    def _apply(self, eqn: Any, operands: list[Any], live: set) -> Sequence[Any]:
+    def _apply(self, eqn: Any, operands: list[Any], live: set, lengths: Any) -> Sequence[Any]:
         control = _CONTROL.get(eqn.primitive.name)
         if control is None or not _holds(eqn):
             return bind(eqn, operands)
         if eqn.primitive.name == "scan":
             with contextlib.suppress(Unlike):  # then its products run in kernels step by step
-                found = recurrence(eqn, operands, [var in live for var in eqn.outvars], self.device)
+                found = recurrence(eqn, operands, [var in live for var in eqn.outvars], self.device, lengths)
                 if found.ours:
                     self.told(found)
                     return found.run(eqn, operands)

@@ -40,10 +40,12 @@ class Recurrence:
     Args:
         cell: what it is.
         choice: who computes it.
+        lengths: (B,), int32, how many of each row's steps are read; None for all.
     """
 
     cell: Cell
     choice: Choice
+    lengths: Any = None
 
     @property
     def weights(self) -> str:
@@ -51,7 +53,7 @@ class Recurrence:
         return ",".join(side[0].whole.names for side in self.cell.sides)
 
     def __str__(self) -> str:
-        return f"{self.cell.mode} on integers"
+        return f"{self.cell.mode} on integers{'' if self.lengths is None else ', of each row what is read,'}"
 
     @property
     def ours(self) -> bool:
@@ -70,17 +72,21 @@ class Recurrence:
         wide = [part.astype(jnp.float32) for part in (x, carry[cell.h])]
         c0 = None if cell.c is None else carry[cell.c].astype(jnp.float32)
         bias_hn = _bias(of_n, size) if cell.mode == "GRU" else None
-        y, hn, cn = layer(cell.mode, *wide, c0, q_ih, scale_ih, q_hh, scale_hh, bias, bias_hn, x_scale, h_scale)
+        sides = q_ih, scale_ih, q_hh, scale_hh, bias, bias_hn, x_scale, h_scale
+        y, hn, cn = layer(cell.mode, *wide, c0, *sides, self.lengths)
         return cell.results(eqn, carry, y, hn, cn)
 
 
-def recurrence(eqn: Any, operands: Sequence[Any], wanted: Sequence[bool], device: str) -> Recurrence:
+def recurrence(
+    eqn: Any, operands: Sequence[Any], wanted: Sequence[bool], device: str, lengths: Any = None
+) -> Recurrence:
     """The recurrent layer that a scan is.
 
     Args:
         eqn: the scan.
         operands: its operands.
         wanted: of each output, whether anything reads it.
+        lengths: of each row, as `Recurrence` has them.
 
     Raises:
         Unlike: it is none that the kernel knows.
@@ -91,7 +97,7 @@ def recurrence(eqn: Any, operands: Sequence[Any], wanted: Sequence[bool], device
             raise Unlike("its gates have weights, and grids, of their own")
     x, carry = entering(eqn, operands, cell.x)
     problem = Problem(device, cell.mode, *x.shape, carry[cell.h].shape[-1])
-    return Recurrence(cell, OP.choose(problem))
+    return Recurrence(cell, OP.choose(problem), lengths)
 
 
 def _product(eqn: Any, operands: list[Any]) -> Sum | None:

@@ -29,10 +29,11 @@ def arrays(layer):
     return [None if each is None else jnp.asarray(each.numpy()) for each in given]
 
 
-def call(layer, x, h, c):
+def call(layer, x, h, c, lengths=None):
     states = jnp.asarray(h.numpy()), jnp.asarray(c.numpy()) if layer.mode == "LSTM" else None
     scales = jnp.float32(X_SCALE), jnp.float32(H_SCALE)
-    return jax.jit(jax_op.layer, static_argnums=0)(layer.mode, jnp.asarray(x.numpy()), *states, *arrays(layer), *scales)
+    given = jnp.asarray(x.numpy()), *states, *arrays(layer), *scales, lengths
+    return jax.jit(jax_op.layer, static_argnums=0)(layer.mode, *given)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -50,6 +51,27 @@ def test_bits_are_those_of_the_reference(mode, sizes):
         np.testing.assert_array_equal(cn, expected[2].numpy())
     else:
         assert cn is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_row_has_its_own_length(mode):
+    layer, lengths = make(mode, 5, 18), [3, 6, 1, 6, 2]
+    x, h, c = torch.randn(6, 5, 5), torch.randn(5, 18), torch.randn(5, 18)
+    y, *states = call(layer, x, h, c, jnp.array(lengths, jnp.int32))
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        alone, *of_row = call(layer, x[:length, one], h[one], c[one])
+        np.testing.assert_array_equal(y[:length, one], alone)
+        assert not y[length:, row].any()
+        for state, of_one in zip(states, of_row, strict=True):
+            assert state is of_one is None or bool((state[one] == of_one).all())
+
+
+@pytest.mark.parametrize("lengths", [[1, 7, 2], [0, 1, 2]])
+def test_lengths_that_are_not_there_fail(lengths):
+    x, h = torch.randn(6, 3, 5), torch.zeros(3, 18)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="lengths of recurrent rows: expected 1 to T"):
+        jax.block_until_ready(call(make("LSTM", 5, 18), x, h, h, jnp.array(lengths, jnp.int32)))
 
 
 @pytest.mark.parametrize(("mode", "hidden", "inputs"), [("LSTM", 18, 5), ("GRU", 32, 4), ("RNN_TANH", 1, 1)])
@@ -95,6 +117,8 @@ def test_what_is_refused():
         jax.grad(lambda x: jax_op.layer("GRU", x, h, None, *given, scale, scale)[0].sum())(x)
     with pytest.raises(InvalidInputError, match=r"q_ih is int8 \[24, 5\]: expected int8 \[24, 6\]"):
         jax_op.layer("GRU", jnp.ones((2, 3, 6)), h, None, *given, scale, scale)
+    with pytest.raises(InvalidInputError, match=r"lengths is int32 \[2\]: expected int32 \[3\]"):
+        jax_op.layer("GRU", x, h, None, *given, scale, scale, jnp.ones(2, jnp.int32))
     made = Problem("cpu", "LSTM", 2, 0, 5, 8)
     assert dict(OP.choose(made).refused)["cpu"] == "something is empty"
     many = Problem("cpu", "LSTM", 2, 1, 10**6, 8)

@@ -9,6 +9,7 @@ pytest.importorskip("jax")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jaxpr_walk import equations, relative_error
 from quantize_models import Quantize, bound, cases
@@ -224,6 +225,20 @@ def test_recurrent_layers_run_in_the_kernel_for_them(name, mode):
     # The kernel's powers of 2 are off by up to 1.1e-4 of them; a number that is rounded the other way in one of seven
     # steps is off by 1/127 of the grid, which is what quantization costs.
     assert relative_error(ours, theirs) < relative_error(theirs, exact)
+
+
+def test_steps_of_recurrent_layers_that_nothing_reads_are_left_out():
+    class Reader(nnx.Module):
+        def __init__(self):
+            self.rnn = nnx.RNN(nnx.GRUCell(6, 8, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+
+        def __call__(self, x, ends):
+            return self.rnn(x)[jnp.arange(len(ends)), ends - 1]
+
+    ends = jnp.array([2, 7, 1, 7])
+    low, plain, effect = quantized(Reader(), jax.random.normal(KEYS[0], (4, 7, 6)), ends, params=None)
+    assert told(effect)["rnn.cell.dense_h"] == "GRU on integers, of each row what is read, on 'cpu'"
+    np.testing.assert_allclose(run(low), run(plain), atol=2 / 127)
 
 
 def test_gates_with_weights_of_their_own_run_step_by_step():
