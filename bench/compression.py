@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import perfkit
-from bench import keep_memory, memory, threads
+from bench import keep_memory, kernels, memory, threads
 from bench.pages import DOCS, NOTHING, RESULTS, device_slug, machine, put, recorded
 from perfkit import PerfkitError, PerfkitWarning, backends, reference
 from perfkit._chain import chain_of
@@ -198,7 +198,7 @@ def write(page: Path) -> None:
 
 
 def measured(recipe: str) -> list[str]:
-    own = {"threads": threads.measured, "keep_memory": keep_memory.measured}
+    own = {"threads": threads.measured, "keep_memory": keep_memory.measured, "skip_padding": kernels.measured}
     lines = memory.measured(recipe) + own.get(recipe, list)()
     for path, found in recorded("compression"):
         rows = [row for row in found["rows"] if recipe in names_in(row["recipe"])]

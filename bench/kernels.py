@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import perfkit
-from bench.pages import RESULTS, device_slug
+from bench.pages import RESULTS, device_slug, machine, recorded
 from perfkit import PerfkitError, PerfkitWarning, reference
 from perfkit.measure.environment import environment
 
@@ -27,6 +27,8 @@ RECURRENT = ("fused_kernels", "bf16+fused_kernels", "half+fused_kernels")
 CONVOLUTION = ("compile", "fused_kernels", "fused_kernels+compile", "half+fused_kernels", "bf16+fused_kernels+compile")
 BYTES = "int8+fused_kernels"
 """In PyTorch too, calibrated on the example inputs alone: for its speed."""
+SHORT = ("bf16+fused_kernels+skip_padding", "half+fused_kernels+skip_padding", "int8+skip_padding")
+"""In PyTorch too, for models that read padded texts; in JAX the kernels do so themselves."""
 INFERENCE = {
     ("lstm", 64): RECURRENT,
     ("lstm", 1): RECURRENT,
@@ -38,7 +40,12 @@ INFERENCE = {
     ("cnn", 1): CONVOLUTION,
 }
 UPDATES = "half+fused_kernels+fused_optimizer"
-TRAINING = {"text_lstm": (*RECURRENT, UPDATES), "lstm": (*RECURRENT, UPDATES), "cnn": (*CONVOLUTION, UPDATES)}
+SHORT_UPDATES = "half+fused_kernels+skip_padding+fused_optimizer"
+TRAINING = {
+    "text_lstm": (*RECURRENT, UPDATES, SHORT_UPDATES),
+    "lstm": (*RECURRENT, UPDATES),
+    "cnn": (*CONVOLUTION, UPDATES),
+}
 """Recipes by model, and batch size; training steps are of the reference task's own. In JAX all are compiled, and so are
 the optimizer's updates.
 """
@@ -61,14 +68,17 @@ def main(arguments: list[str] | None = None) -> None:
     for framework in options.frameworks:
         for (model, batch_size), recipes in INFERENCE.items():
             if asked(framework, model):
-                bytewise = (BYTES,) if framework == "torch" else ()
-                rows += inference(framework, model, batch_size, (*recipes, *bytewise))
+                more = (BYTES, *(SHORT if model.startswith("text") else ())) if framework == "torch" else ()
+                rows += inference(framework, model, batch_size, (*recipes, *more))
         for model, recipes in TRAINING.items():
             if asked(framework, model):
                 rows += training(framework, model, recipes)
     recorded = {"environment": dataclasses.asdict(environment()), "date": dt.date.today().isoformat(), "rows": rows}
     path.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
     print(f"wrote {path}")
+    from bench import compression
+
+    compression.write(compression.PAGES / "skip_padding.md")
 
 
 def inference(
@@ -132,6 +142,39 @@ def speed(comparison: perfkit.Comparison) -> dict[str, Any]:
 def told(row: dict[str, Any]) -> dict[str, Any]:
     print(row, flush=True)
     return row
+
+
+def measured() -> list[str]:
+    """What was recorded of padded texts for the page on `skip_padding`, each chain beside the one without it."""
+    lines = []
+    for path, found in recorded("kernels"):
+        rows = {
+            (row["model"], row["batch_size"], row["mode"], row.get("recipe", "")): row
+            for row in found["rows"]
+            if "ratio" in row and row["framework"] == "torch"
+        }
+        pairs = [(key, rows.get((*key[:3], _without(key[3])))) for key in rows if "skip_padding" in key[3]]
+        if pairs:
+            lines += [
+                "",
+                f"{machine(found)}, PyTorch, against eager; source: `bench/results/{path.name}`.",
+                "",
+                "| model, batch | recipe | with it | without it |",
+                "|---|---|---|---|",
+                *(f"| {model}, {size}, {mode} | `{recipe}` | {_told(rows[model, size, mode, recipe])} | {_told(plain)} |"
+                  for (model, size, mode, recipe), plain in pairs),
+                "",
+            ]  # fmt: skip
+    return lines
+
+
+def _without(recipe: str) -> str:
+    """The chain beside one with `skip_padding`; integers in recurrent layers are the same with `fused_kernels`."""
+    return BYTES if recipe == SHORT[-1] else recipe.replace("+skip_padding", "")
+
+
+def _told(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else f"{row['ratio']:.2f}× [{row['low']:.2f}, {row['high']:.2f}] {row['verdict']}"
 
 
 def _parser() -> argparse.ArgumentParser:

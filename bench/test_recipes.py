@@ -14,7 +14,7 @@ ELSEWHERE = {
     "bench/compression.py": (
         "int8", "int8_dynamic", "int8_weight_only", "int4_weight_only", "fp8", "qat", "prune", "low_rank",
     ),
-    "bench/kernels.py": ("fused_kernels", "fused_optimizer"),
+    "bench/kernels.py": ("fused_kernels", "fused_optimizer", "skip_padding"),
     "bench/memory.py": ("accumulate", "checkpoint", "donate", "low_bit_optimizer", "offload"),
     "bench/plan.py": ("data_parallel", "pipeline_parallel", "tensor_parallel"),
     "bench/local_sgd.py": ("local_sgd",),
