@@ -161,8 +161,8 @@ def measured() -> list[str]:
                 "",
                 "| model, batch | recipe | with it | without it |",
                 "|---|---|---|---|",
-                *(f"| {model}, {size}, {mode} | `{recipe}` | {_told(rows[model, size, mode, recipe])} | {_told(plain)} |"
-                  for (model, size, mode, recipe), plain in pairs),
+                *(f"| {model}, {size}, {mode} | `{recipe}` | {_told(rows[model, size, mode, recipe])} | "
+                  f"{_told(plain)} |" for (model, size, mode, recipe), plain in pairs),
                 "",
             ]  # fmt: skip
     return lines
