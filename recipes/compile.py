@@ -26,6 +26,7 @@ class Compile(Recipe):
     """
 
     stage = Stage.COMPILE
+    provides = "order in which layers run"
     tolerance = 1e-5  # fusing adds in another order
 
     mode: str = "default"

@@ -16,7 +16,7 @@ class SkipPadding(LayerRecipe):
     steps, the last state), the layer computes everything, as before. Layers that feed each other stop at the same step.
 
     It hurts where the layer is slower on packed sequences, as torch's own is: take it with `fused_kernels` or `int8`.
-    What it gives depends on the lengths in a batch. A compiled model computes all steps.
+    What it gives depends on the lengths in a batch. `compile` excludes it: in a compiled program nothing can wait.
 
     Args:
         include: names or shell patterns of the layers to work on; all where empty.
@@ -26,6 +26,7 @@ class SkipPadding(LayerRecipe):
     """
 
     stage = Stage.CALLS
+    provides = "order in which layers run"
     tolerance = 1e-5  # the same sums, by rows in another order
 
     def unavailable(self, framework, device):

@@ -50,8 +50,8 @@ class Reads:
             self.whole[why] = None
 
     @property
-    def unread(self) -> str:
-        """Why there is nothing to skip, whatever computes it; empty where there is."""
+    def why_not(self) -> str:
+        """Why there is nothing to skip; empty where there is."""
         if self.refused:
             return self.refused
         if self.whole:
@@ -62,15 +62,14 @@ class Reads:
             return f"the example inputs have hardly any padding: {self.read:,} of {self.everything:,} steps are read"
         return ""
 
-    @property
-    def why_not(self) -> str:
-        """Why it stays as it is; empty where steps are skipped."""
-        if not self.unread and self.taken > MOST * self.everything:
-            return (
-                f"{self.read:,} of {self.everything:,} steps are read, but the library's layer runs all rows up to the "
-                "longest: put fused_kernels or int8 beside this"
-            )
-        return self.unread
+    def __str__(self) -> str:
+        told = f"{self.taken:,} of {self.everything:,} steps are computed for the example inputs"
+        if self.taken == self.read:
+            return f"{told}; nothing reads the rest (unless compiled)"
+        return (
+            f"{told}, and {self.read:,} are read: the library's layer runs all rows up to the longest one, those of "
+            "fused_kernels and int8 do not"
+        )
 
 
 def skipping(work: Workload, recipe: SkipPadding) -> tuple[Workload, Effect]:
@@ -92,11 +91,7 @@ def skipping(work: Workload, recipe: SkipPadding) -> tuple[Workload, Effect]:
         tables = _watched(work, reads)
         touched = tuple(name for name, read in reads.items() if not read.why_not)
         skipped = tuple(Skipped(name, read.why_not) for name, read in reads.items() if read.why_not)
-        notes = tuple(
-            f"{name}: {reads[name].taken:,} of {reads[name].everything:,} steps are computed for the example inputs; "
-            "nothing reads the rest (unless compiled)"
-            for name in touched
-        )
+        notes = tuple(f"{name}: {reads[name]}" for name in touched)
         for name, batch_first in tables.items() if touched else ():
             _look_up_later(work.model.get_submodule(name), batch_first)
     for name in touched:
@@ -114,7 +109,7 @@ def unsought(work: Workload) -> str | None:
     if work.inputs is None:
         return None
     _watched(work, reads)
-    whys = {name: read.unread for name, read in reads.items()}
+    whys = {name: read.why_not for name, read in reads.items()}
     return "; ".join(f"{name}: {why}" for name, why in whys.items()) if all(whys.values()) else None
 
 
@@ -153,7 +148,7 @@ def _watched(work: Workload, reads: dict[str, Reads]) -> dict[str, bool]:
     with torch.random.fork_rng(), torch.set_grad_enabled(work.trains):
         torch.manual_seed(work.seed)
         settling(twin, *work.inputs.args, **work.inputs.kwargs)
-    return {name: batch_first for name, read in found.items() for batch_first in layouts if not read.unread}
+    return {name: batch_first for name, read in found.items() for batch_first in layouts if not read.why_not}
 
 
 def _may_be_late(module: nn.Module) -> bool:
