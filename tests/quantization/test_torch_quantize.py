@@ -98,6 +98,43 @@ def test_norms_are_folded_only_where_nothing_else_takes_the_convolution():
     torch.testing.assert_close(work.model.conv.weight, model.conv.weight)
 
 
+class NormAndAct(nn.BatchNorm2d):
+    """A batch norm with an activation in it, as timm has it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+def test_of_a_norm_with_an_activation_the_activation_stays():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), NormAndAct(8), nn.Conv2d(8, 4, 1)), torch.randn(2, 3, 9, 9)
+    model(x)
+    result = perfkit.apply(model.eval(), "int8", example_inputs=(x,))
+    assert "1 is folded into 0" in steps(result.report).notes
+    assert type(result.model[1]) is nn.SiLU
+    with torch.no_grad():
+        exact, y = model(x), result.model(x)
+    assert float((y - exact).norm() / exact.norm()) < Int8.tolerance
+
+
+def test_depthwise_convolutions_stay_in_floats_unless_they_are_asked_for():
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)),
+        torch.randn(2, 3, 9, 9),
+    )
+    effect = steps(perfkit.apply(model, "int8", example_inputs=(x,)).report)
+    assert effect.touched == ("0",)
+    assert ["floats are faster" in item.reason for item in effect.skipped if item.name == "1"] == [True]
+    assert "2 is folded into 1" in effect.notes
+    asked = steps(perfkit.apply(model, "int8(include='*')", example_inputs=(x,)).report)
+    assert asked.touched == ("0", "1")
+
+
 def test_integer_kernels_come_with_compile_and_without_it_from_onednn_or_it_is_said_to_be_simulated(monkeypatch):
     given = arguments("torch", "cnn")
     assert not steps(perfkit.apply(**given, recipe="int8").report).simulated
