@@ -126,11 +126,18 @@ def missing() -> str | None:
 
 def find_compiler() -> tuple[str, ...] | None:
     """The command of the C++ compiler: `$CXX` where it is set, else g++ or clang++; None where there is none."""
-    for command in (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "clang++"):
+    named, path = os.environ.get("CXX"), os.environ.get("PATH")
+    if (known := _compilers.get((named, path))) is not None:
+        return known
+    for command in (named,) if named else ("g++", "clang++"):
         words = shlex.split(command)
         if words and shutil.which(words[0]):
-            return tuple(words)
+            return _compilers.setdefault((named, path), tuple(words))
     return None
+
+
+_compilers: dict[tuple[str | None, str | None], tuple[str, ...]] = {}
+"""What was found where: calls of layers ask for it, and looking through folders takes longer than a small layer."""
 
 
 def _target(compiler: tuple[str, ...]) -> tuple[str, str]:

@@ -13,7 +13,8 @@ class Int8(Quantizer):
     A quarter of the memory, and several times the speed where the hardware multiplies 8-bit integers: VNNI or AMX CPUs,
     GPUs since Turing, TPUs. Pass `calibration=` with data as the model will see it, some hundreds of samples. In
     PyTorch on CPUs other than x86, linear layers and convolutions need `+compile` to run on integers; in JAX they are
-    faster than in floats on x86 CPUs with VNNI.
+    faster than in floats on x86 CPUs with VNNI. In PyTorch on CPU depthwise convolutions stay in floats, which are
+    faster, unless `include` names layers.
 
     Args:
         weight_bits: bits that weights are rounded to, 2 to 8; they are stored in 8.

@@ -297,7 +297,8 @@ def writes_to_inputs(name: str, more: str) -> InvalidInputError:
     """The error for a model whose every call finds other inputs than the one before."""
     return InvalidInputError(
         f"{name} writes to its inputs {more}: it is run many times on the same ones here, and each call would find "
-        "others. Let forward work on copies: x.clone() before an in-place operation, copy.deepcopy of a cache"
+        "others. Let forward work on copies: x.clone() before an in-place operation, copy.deepcopy of a cache; or "
+        "leave the cache out of the example inputs: the result takes one all the same"
     )
 
 

@@ -144,7 +144,8 @@ def _looks_at_outputs(hooks: dict[int, Callable]) -> bool:
 
 
 def step_of(link: Any) -> tuple[str, Any]:
-    """What a link is: "relu", "pool" and its size, "norm", "rows" (an image becomes one row), or "no" and why."""
+    """What a link is: "relu", "pool" and its size, "norm", "rows" (an image becomes one row), "nothing" where it gives
+    what it is given, or "no" and why."""
     if (read := _MODULES.get(_kind(link))) is not None:
         return ("no", f"the {type(link).__name__} behind it has hooks") if hooked(link) else read(link)
     function, arguments, options = link if isinstance(link, tuple) else (link, (), {})
@@ -196,6 +197,10 @@ def _norm(module: nn.BatchNorm2d) -> tuple[str, Any]:
     return "norm", None
 
 
+def _dropout(module: nn.Module) -> tuple[str, Any]:
+    return ("no", "the dropout behind it drops in training") if module.training else ("nothing", None)
+
+
 _MODULES: dict[type, Callable[[Any], tuple[str, Any]]] = {
     nn.ReLU: lambda _: ("relu", None),
     nn.MaxPool2d: lambda each: _pool(
@@ -205,6 +210,9 @@ _MODULES: dict[type, Callable[[Any], tuple[str, Any]]] = {
     nn.Flatten: lambda each: (
         ("rows", None) if (each.start_dim, each.end_dim) == (1, -1) else ("no", "it flattens others")
     ),
+    nn.Identity: lambda _: ("nothing", None),  # such as a batch norm that was folded
+    nn.Dropout: _dropout,
+    nn.Dropout2d: _dropout,
 }
 _KNOWN = (*_RELU, *_POOL, *_ROWS, torch.flatten)
 

@@ -33,15 +33,28 @@ LEAST_WORK = 1 << 18
 
 def group(links: tuple, x: Any) -> Any:
     """Run the links, outermost first, on `x`: together what can be, of the layers that are marked for it."""
-    if not torch.compiler.is_compiling() and (y := run(links, x, layers)) is not None:
-        return y
+    compiles = torch.compiler.is_compiling()
+    if not compiles:
+        x = _own(x)
+        if (y := run(links, x, layers)) is not None:
+            return y
     for part in parts(links):
-        x = _part(part, x)
+        alone = not compiles and len(part) < len(links) and integers.is_integer(part[-1])
+        y = run(part, x, layers) if alone else None
+        x = _part(part, x) if y is None else y
     return x
 
 
+def _own(x: Any) -> Any:
+    """Images that are a part of others, as `chunk` gives them, as a tensor of their own: calls of such are known."""
+    if type(x) is not Tensor or x.dim() != 4 or x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
+
+
 def parts(links: tuple) -> Iterator[tuple]:
-    """The links in runs that begin with a layer each, in the order in which they run."""
+    """The links in runs that begin with a layer each, in the order in which they run; without those that do nothing."""
+    links = (*(link for link in links[:-1] if convolutions.step_of(link)[0] != "nothing"), links[-1])
     end = len(links)
     for at in range(len(links) - 2, -1, -1):
         if isinstance(links[at], (nn.Conv2d, nn.Linear)):

@@ -33,6 +33,7 @@ _READ = {
     nn.Conv2d: operator.attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.MaxPool2d: operator.attrgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
     nn.Flatten: operator.attrgetter("start_dim", "end_dim"),
+    nn.modules.dropout._DropoutNd: operator.attrgetter("training"),
     nn.RNNBase: operator.attrgetter("mode", "batch_first", "bidirectional", "dropout", "training"),
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -71,8 +72,10 @@ def _other(kept: _Kept, links: tuple, x: Tensor, layers: Callable[[tuple, Tensor
     if known is not _unknown and known.holds(links, x):
         kept.last = known
         return known.call(x)
+    if not (x.is_cpu and x.is_contiguous()):
+        return None
     new = _Sequence(links, x, low)
-    if not (x.is_cpu and x.is_contiguous() and new.quiet()) or observer([x, *new.tensors]):
+    if not new.quiet() or observer([x, *new.tensors]):
         return None
     if low is None and torch._C._is_any_autocast_enabled():
         return None

@@ -56,8 +56,13 @@ def checkpointed(work: Workload, budget: float) -> tuple[Workload, Effect]:
 
 def _fixed(found: dict[str, Record]) -> dict[str, str]:
     """Modules that must not be run again, and why."""
-    why = "its forward changes its buffers or attributes, and would change them twice"
-    return {name: why for name, record in found.items() if name and record.changes}
+    told = {}
+    for name, record in found.items():
+        if name and record.changes:
+            told[name] = "its forward changes its buffers or attributes, and would change them twice"
+        elif name and record.writes_input and any(key.startswith(f"{name}.") for key in found):
+            told[name] = "it writes to what it is given, such as a cache, and would write to it twice"
+    return told
 
 
 def _segments(name: str, module: nn.Module, found: dict[str, Record], most: float) -> Iterator[Segment]:
@@ -66,7 +71,7 @@ def _segments(name: str, module: nn.Module, found: dict[str, Record], most: floa
     if not record.calls or not record.saved_bytes:
         return
     whole = _segment(name, found)
-    if name and record.saved_bytes <= most and not _hooked(name, found):
+    if name and record.saved_bytes <= most and not whole.fixed and not _hooked(name, found):
         yield whole
     elif record.sequence > 1 and not whole.fixed:
         chunks = min(math.ceil(record.saved_bytes / most), record.sequence, MOST_CHUNKS)
@@ -74,14 +79,22 @@ def _segments(name: str, module: nn.Module, found: dict[str, Record], most: floa
     elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and record.calls == 1:
         yield from _runs(name, module, found, most)
     else:
-        inner = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
-        called = sorted((child for child in inner if found[child].calls), key=lambda child: found[child].order)
+        called = sorted(_called_in(name, module, found), key=lambda child: found[child[0]].order)
         if not called and name:
             yield whole
-        for child in called:
-            yield from _segments(
-                child, module.get_submodule(child.removeprefix(f"{name}.") if name else child), found, most
-            )
+        for child, part in called:
+            yield from _segments(child, part, found, most)
+
+
+def _called_in(name: str, module: nn.Module, found: dict[str, Record]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in it that are called, by name; of those that only hold others, such as `nn.ModuleList`, what they
+    hold."""
+    for key, child in module.named_children():
+        inner = f"{name}.{key}" if name else key
+        if found[inner].calls:
+            yield inner, child
+        else:
+            yield from _called_in(inner, child, found)
 
 
 def _runs(name: str, module: nn.Sequential, found: dict[str, Record], most: float) -> Iterator[Segment]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from perfkit._workload import Workload
+from perfkit._workload import Inputs, Workload
+from perfkit.backends.torch_checks import content
 from perfkit.backends.torch_copies import copied
 from perfkit.backends.torch_hooks import call_hooks
 from perfkit.backends.torch_state import remembered, unchanged
@@ -106,7 +107,7 @@ def _hooked(model: nn.Module, before: Any, after: Any) -> Iterator[None]:
 def _counting(model: nn.Module, found: dict[str, Record]) -> Iterator[None]:
     own = [part for tensor in (*model.parameters(), *model.buffers()) for part in parts(tensor)]
     held = {tensor.untyped_storage().data_ptr() for tensor in own}
-    stack: list[tuple[str, Any, Any]] = []
+    stack: list[tuple[str, list[tuple], Any]] = []
     seen: list[torch.UntypedStorage] = []  # kept, so that no address is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,12 +124,12 @@ def _counting(model: nn.Module, found: dict[str, Record]) -> Iterator[None]:
         record.calls += 1
         record.input_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.requires_grad)
         record.sequence = _sequence(module, given)
-        stack.append((name, [(tensor, tensor._version) for tensor in tensors], remembered(module)))
+        stack.append((name, content(Inputs(*given)), remembered(module)))
 
-    def after(name: str, module: nn.Module, _given: Any) -> None:
-        _, versions, held = stack.pop()
+    def after(name: str, module: nn.Module, given: Any) -> None:
+        _, before_it, held = stack.pop()
         record = found[name]
-        record.writes_input |= any(tensor._version != version for tensor, version in versions)
+        record.writes_input |= content(Inputs(*given)) != before_it  # to a tensor of it, or to a cache
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             record.changes |= not unchanged(held, remembered(module))
 

@@ -29,13 +29,45 @@ def choose(
     dtypes: tuple[torch.dtype, ...] = (torch.float32,),
     trains: bool = False,
 ) -> tuple[dict[str, nn.Module], list[Skipped]]:
-    """The layers to quantize by name, embeddings included, and those that are not, with the reason."""
+    """The layers to quantize by name, embeddings included, and those that are not, with the reason.
+
+    Those that are chosen of transformers' Conv1D, GPT-2's linear layers, become linear layers in place.
+    """
     held = {name or type(model).__name__: module for name, module in model.named_modules() if _has_weights(module)}
     reasons = {name: _reason(module, kinds, recurrent, dtypes, trains) for name, module in held.items()}
+    if _lies_transposed(model):
+        reasons[type(model).__name__] = "it is the whole model, which stays what it is"
     possible = [name for name, reason in reasons.items() if not reason]
     chosen = recipe.selected(possible)
     skipped = [Skipped(name, reasons[name] or "excluded") for name in held if name not in chosen]
-    return {name: held[name] for name in possible if name in chosen}, skipped
+    turned = [name for name in chosen if _lies_transposed(held[name])]
+    return {name: held[name] for name in possible if name in chosen} | _as_linear(model, turned), skipped
+
+
+def _lies_transposed(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D: a linear layer, of which the weight is (inputs, outputs)."""
+    kind = type(module)
+    if (kind.__module__, kind.__name__) != ("transformers.pytorch_utils", "Conv1D") or "forward" in vars(module):
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def _as_linear(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """Put linear layers in the place of such modules, and tell them by name."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False) if names else ():
+        places.setdefault(module, []).append(name)
+    made = {}
+    for name in names:
+        module = model.get_submodule(name)
+        weight = module.weight
+        made[name] = nn.Linear(*weight.shape, device="meta")
+        made[name].weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
+        made[name].bias = module.bias
+        made[name].train(module.training)
+        for place in places[module]:
+            model.set_submodule(place, made[name])
+    return made
 
 
 def _has_weights(module: nn.Module) -> bool:
@@ -49,12 +81,12 @@ def _reason(module: nn.Module, kinds: tuple, recurrent: bool, dtypes: tuple[torc
         if not recurrent:
             return "recurrent layers are quantized by 'int8' and 'int8_dynamic'"
         return "" if trains else torch_rnn_int8.refusal(module) or ""
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
-            return "an embedding with max_norm, sparse or scale_grad_by_freq changes its rows while it runs"
-    elif not isinstance(module, kinds):
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
+        return "an embedding with max_norm, sparse or scale_grad_by_freq changes its rows while it runs"
+    turned = not trains and nn.Linear in kinds and _lies_transposed(module)
+    if not (turned or isinstance(module, (nn.Embedding, *kinds))):
         return f"{kind}: this recipe leaves it in its precision"
-    plain = next(each for each in (nn.Embedding, *kinds) if isinstance(module, each))
+    plain = next((each for each in (nn.Embedding, *kinds) if isinstance(module, each)), type(module))
     if unwrapped(module)[0].forward is not plain.forward and not torch_qat.is_trained(module):
         return f"this {kind} has a forward of its own, which would be lost"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):

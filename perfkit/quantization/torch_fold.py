@@ -40,13 +40,19 @@ def fold_norms(work: Workload, convs: Mapping[str, nn.Module]) -> dict[str, str]
         weight, bias = conv.weight, conv.bias
         fused = fuse_conv_bn_eval(conv, norm)
         conv.weight, conv.bias = fused.weight, fused.bias
-        model.set_submodule(name, nn.Identity())
+        model.set_submodule(name, _rest(norm))
         if _distance(_outputs(work), before) <= ROUNDING:
             folded[name] = conv_name
         else:  # something else takes the convolution's output too
             conv.weight, conv.bias = weight, bias
             model.set_submodule(name, norm)
     return folded
+
+
+def _rest(norm: nn.Module) -> nn.Module:
+    """What a norm does beside: such as timm's, which have an activation in them."""
+    held = [module for module in norm.children() if type(module) is not nn.Identity]
+    return nn.Identity() if not held else held[0] if len(held) == 1 else nn.Sequential(*held)
 
 
 def _outputs(work: Workload) -> list[torch.Tensor]:

@@ -120,6 +120,14 @@ def test_without_a_compiler_it_says_what_to_install(source, monkeypatch, environ
 
 
 @needs_compiler
+def test_a_compiler_that_was_found_is_not_looked_for_again(monkeypatch):
+    """Calls of layers ask whether there is one."""
+    found = _native.find_compiler()
+    monkeypatch.setattr(_native.shutil, "which", lambda _: pytest.fail("it looks through the folders again"))
+    assert _native.find_compiler() == found
+
+
+@needs_compiler
 def test_what_the_compiler_says_is_told(source, tmp_path):
     source.write_text("int answer( { }\n")
     with pytest.raises(UnsupportedError, match=r"cannot build cpu_kernel\.cpp: (.|\n)*error"):

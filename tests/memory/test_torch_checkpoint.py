@@ -81,6 +81,32 @@ class Echo(nn.Module):
         return y if before is None else y + before
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+
+    def forward(self, x, cache=None):
+        if cache is not None:
+            cache.append(x)
+        return x + self.inner(x)
+
+
+class Listed(nn.Module):
+    """Blocks in a list, as language models have them; with a cache that each of them may write to."""
+
+    def __init__(self, caches=False):
+        super().__init__()
+        self.blocks, self.head, self.caches = nn.ModuleList(Block() for _ in range(4)), nn.Linear(8, 2), caches
+
+    def forward(self, x):
+        cache = [] if self.caches else None
+        for block in self.blocks:
+            x = block(x, cache=cache)
+        assert cache is None or len(cache) == len(self.blocks)
+        return self.head(x)
+
+
 def among_others(layer):
     return nn.Sequential(nn.Linear(8, 8), layer, nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 2))
 
@@ -106,6 +132,8 @@ MODELS = {
     "own": (Own, lambda: torch.randn(4, 8)),
     "shared": (Shared, lambda: torch.randn(4, 8)),
     "spectral norm": (lambda: among_others(nn.utils.spectral_norm(nn.Linear(8, 8))), lambda: torch.randn(4, 8)),
+    "listed": (Listed, lambda: torch.randn(4, 8)),
+    "caching": (lambda: Listed(caches=True), lambda: torch.randn(4, 8)),
     "echo": (lambda: among_others(Echo()), lambda: torch.randn(4, 8)),
 }
 
@@ -162,6 +190,15 @@ def test_it_stays_the_same_module_and_infers_as_before(name):
     assert list(result.state_dict()) == list(original.state_dict())
     with torch.no_grad():
         assert torch.equal(result(*before.inputs.args), original(*before.inputs.args))
+
+
+@pytest.mark.parametrize(("name", "found"), [("listed", "blocks.{}"), ("caching", "blocks.{}.inner")])
+def test_what_is_in_a_list_is_run_again_and_what_writes_to_a_cache_is_not(name, found):
+    *_, effect = sides(name, "checkpoint(0.01)")
+    assert {found.format(index) for index in range(3)} <= set(effect.touched)
+    assert not any(each in effect.touched for each in ("blocks.0", "blocks.0.inner") if each != found.format(0))
+    told = {item.name for item in effect.skipped if "such as a cache" in item.reason}
+    assert told == ({f"blocks.{index}" for index in range(4)} if name == "caching" else set())
 
 
 def test_what_changes_its_buffers_is_run_once(monkeypatch):

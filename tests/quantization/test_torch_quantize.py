@@ -17,6 +17,7 @@ from perfkit._report import Effect
 from perfkit.backends.adapter import CompileLog
 from perfkit.quantization import torch_onednn, torch_quantize
 from perfkit.quantization.torch_fold import fold_norms
+from perfkit.recipes.int4_weight_only import Int4WeightOnly
 from perfkit.recipes.int8 import Int8
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -96,6 +97,74 @@ def test_norms_are_folded_only_where_nothing_else_takes_the_convolution():
     assert folded == {"last": "after"}
     torch.testing.assert_close(work.model(x), model(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(work.model.conv.weight, model.conv.weight)
+
+
+class Conv1D(nn.Module):
+    """As transformers has it, for GPT-2: a linear layer with its weight the other way round."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.nf, self.bias = outputs, nn.Parameter(torch.ones(outputs))
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+@pytest.mark.parametrize("recipe", [*QUANTIZERS, "int8(exclude='2')"])
+def test_linear_layers_of_gpt2(recipe):
+    torch.manual_seed(0)
+    shared = Conv1D(32, 64)
+    model, x = nn.Sequential(shared, nn.ReLU(), Conv1D(64, 32), shared), torch.randn(2, 3, 64)
+    saved = copy.deepcopy(model.state_dict())
+    result = perfkit.apply(model, recipe, example_inputs=(x,))
+    assert steps(result.report).touched == (("0",) if "exclude" in recipe else ("0", "2"))
+    assert result.model[0] is result.model[3]
+    with torch.no_grad():
+        exact, y = model(x), result.model(x)
+    assert float((y - exact).norm() / exact.norm()) < (Int4WeightOnly if "int4" in recipe else Int8).tolerance
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.warns(perfkit.PerfkitWarning, match="it is the whole model"):
+        perfkit.apply(Conv1D(4, 4), "int8", example_inputs=(torch.randn(2, 4),))
+
+
+class NormAndAct(nn.BatchNorm2d):
+    """A batch norm with an activation in it, as timm has it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+def test_of_a_norm_with_an_activation_the_activation_stays():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), NormAndAct(8), nn.Conv2d(8, 4, 1)), torch.randn(2, 3, 9, 9)
+    model(x)
+    result = perfkit.apply(model.eval(), "int8", example_inputs=(x,))
+    assert "1 is folded into 0" in steps(result.report).notes
+    assert type(result.model[1]) is nn.SiLU
+    with torch.no_grad():
+        exact, y = model(x), result.model(x)
+    assert float((y - exact).norm() / exact.norm()) < Int8.tolerance
+
+
+def test_depthwise_convolutions_stay_in_floats_unless_they_are_asked_for():
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)),
+        torch.randn(2, 3, 9, 9),
+    )
+    effect = steps(perfkit.apply(model, "int8", example_inputs=(x,)).report)
+    assert effect.touched == ("0",)
+    assert ["floats are faster" in item.reason for item in effect.skipped if item.name == "1"] == [True]
+    assert "2 is folded into 1" in effect.notes
+    asked = steps(perfkit.apply(model, "int8(include='*')", example_inputs=(x,)).report)
+    assert asked.touched == ("0", "1")
 
 
 def test_integer_kernels_come_with_compile_and_without_it_from_onednn_or_it_is_said_to_be_simulated(monkeypatch):

@@ -39,6 +39,27 @@ class Deep(nn.Module):
         return self.last(x.flatten(1))
 
 
+class Normed(nn.Module):
+    """As most models have it: a norm behind a convolution, dropout, a depthwise convolution, half of the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.second, self.drop = nn.Conv2d(8, 8, 3), nn.Dropout(0.5)
+        self.relu = nn.ReLU()
+        self.apart = nn.Sequential(
+            nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1), nn.Identity(), nn.ReLU()
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        x = self.norm(x)
+        x = self.relu(x)
+        x = self.drop(x)
+        x = self.relu(self.second(x))
+        return self.apart(x.chunk(2, dim=1)[1])
+
+
 @pytest.fixture(autouse=True)
 def paying():
     with kernels_pay():
@@ -71,6 +92,27 @@ def test_all_layers_are_one_call_with_their_own_numbers(pair, made):
         assert_same(other, one, batch(rows))
         assert [each for each in made if each > 1] == [len([m for m in one.modules() if hasattr(m, "input_grid")])]
         made.clear()
+
+
+def test_what_does_nothing_and_what_no_kernel_takes_leave_the_rest_together(made, monkeypatch):
+    """A folded norm, dropout in eval mode, a depthwise convolution; what is known of them is not asked again."""
+    torch.manual_seed(0)
+    model, x = Normed().eval(), batch()
+    one, other = made_of(model, "int8", x), made_of(model, "int8+fused_kernels", x)
+    assert_same(one, one, x := batch(3))
+    made.clear()
+    assert_same(other, one, x)
+    assert made == [2, 1, 1]
+    monkeypatch.setattr(sequences, "_Sequence", None)
+    monkeypatch.setattr("perfkit.backends.torch_fused_int8.together", None)
+    assert_same(other, one, x)
+    monkeypatch.undo()
+    for each in (one, other):
+        each.train()
+    with torch.no_grad(), torch.random.fork_rng():
+        outputs = [torch.manual_seed(1) and each(x) for each in (one, other)]
+    assert torch.equal(*outputs), "dropout in training"
+    assert not torch.equal(outputs[0], one.eval()(x))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
