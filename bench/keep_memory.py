@@ -114,10 +114,10 @@ def switching_us() -> float:
     """What each call costs on top: going into the cache and out of it, in µs."""
     from perfkit.kernels.torch_memory.allocator import Keeping, User
 
-    user = User()
+    _user = User()
 
     def once() -> None:
-        with Keeping(user):
+        with Keeping():
             pass
 
     return min(timeit.repeat(once, number=1000, repeat=9)) / 1000 * 1e6

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,30 @@ def observer(tensors: Iterable[Tensor]) -> str | None:
         return "dual"
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return "traced"
-    if torch.autograd._profiler_enabled():
+    if torch.autograd._profiler_enabled() and not counts_allocations():
         return "traced"
     return "negated" if any(map(Tensor.is_neg, tensors)) else None
+
+
+class _Counting(threading.local):
+    on = False
+
+
+_counting = _Counting()
+
+
+@contextmanager
+def counting_allocations() -> Iterator[None]:
+    """Within it this thread's profiler is there for what tensors take alone: calls are made as they are without it."""
+    before, _counting.on = _counting.on, True
+    try:
+        yield
+    finally:
+        _counting.on = before
+
+
+def counts_allocations() -> bool:
+    return _counting.on
 
 
 def autocasts(device: str) -> bool:

@@ -10,8 +10,8 @@ import inspect
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -19,13 +19,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-import perfkit
+from perfkit import _artifact_file as files
 from perfkit import _artifact_trees as trees
 from perfkit import backends
 from perfkit._chain import chain_of
-from perfkit._environment import Environment
 from perfkit._errors import FidelityError, InvalidInputError, UnknownRecipeError
 from perfkit._optimize import apply
 from perfkit._workload import CALIBRATION_BATCHES
@@ -35,10 +33,7 @@ from perfkit.measure.fidelity import compare_outputs
 if TYPE_CHECKING:
     from perfkit._pipeline import Result
 
-SCHEMA_VERSION = 1
-HEADER = "perfkit"
 WEIGHT, INPUT, OUTPUT = "weight.", "input.", "output."
-SHOWN = 3
 ROUNDING = 1e-4
 """Relative error between two machines that is no more than another order of float32 additions."""
 
@@ -72,7 +67,7 @@ def save(
     side = _side(backend.name)
     writing = _Writing(side)
     about = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": files.SCHEMA_VERSION,
         "framework": backend.name,
         "recipe": result.recipe,
         "seed": seed,
@@ -85,31 +80,18 @@ def save(
     about["outputs"] = writing.named(OUTPUT, {str(i): side.tensor(array) for i, array in enumerate(outputs)})
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with _as_bad_input(path):
+        with files.as_bad_input(path):
             partial.touch()
             mode = partial.stat().st_mode
-            side.write(partial, writing.tensors, {HEADER: json.dumps(about)})
+            side.write(partial, writing.tensors, {files.HEADER: json.dumps(about)})
             partial.chmod(mode)  # safetensors' is its owner's alone
         _check_written(partial, result, model, params)
-        with _as_bad_input(path):
+        with files.as_bad_input(path):
             partial.replace(path)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
     return path
-
-
-@contextmanager
-def _as_bad_input(path: Path) -> Iterator[None]:
-    """Within it a file is written.
-
-    Raises:
-        InvalidInputError: it cannot be.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, KeyError, AttributeError) as error:  # the latter of a dtype that is not known
-        raise InvalidInputError(f"{path} cannot be written: {type(error).__name__}: {error}") from error
 
 
 def _check_written(path: Path, result: Result, model: Any, params: Any) -> None:
@@ -158,7 +140,7 @@ def load(path: str | Path, model: Any, *, params: Any = None, progress: Callable
         >>> fast = perfkit.load("model.perfkit", make_model()).model
     """
     path = Path(path)
-    about = _header(path)
+    about = files.header(path)
     backend = _backend(about["framework"], model, None)
     side = _side(backend.name)
     tensors = side.read(path)
@@ -167,7 +149,7 @@ def load(path: str | Path, model: Any, *, params: Any = None, progress: Callable
         return side.beside(model, tensors[leaf])
 
     held = {name: tensors[stands] for name, stands in about["weights"].items()}
-    _check_form(path, type(model).__name__, *(_forms(side, each) for each in (held, side.weights(model, params))))
+    files.check_form(path, type(model).__name__, *(_forms(side, each) for each in (held, side.weights(model, params))))
     model, params = side.with_weights(model, params, held)
     example_inputs, calibration = (
         trees.unpacked(about[name], given, side.made) for name in ("example_inputs", "calibration")
@@ -190,7 +172,7 @@ def load(path: str | Path, model: Any, *, params: Any = None, progress: Callable
         tolerance=max(chain_of(about["recipe"]).tolerance, ROUNDING),
         reference_name="the outputs where it was saved",
     )
-    notes = (*result.report.notes, _told(about["report"], result.report.environment))
+    notes = (*result.report.notes, files.proven(about["report"], result.report.environment))
     report = replace(result.report, fidelity=close, notes=notes)
     if not close.ok:
         told = f"{report.recipe} on {report.model} computes something else than where it was saved"
@@ -247,65 +229,3 @@ def _outputs(
     with backend.preserved():
         settled = {"mode": "inference", "loss": None, "targets": None, "optimizer": None, "seed": seed}
         return backend.outputs(backend.bind(model, params, example_inputs, **settled), result.finished)
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """What a file says of itself.
-
-    Raises:
-        InvalidInputError: it is no file of `Result.save`, or of a later perfkit.
-    """
-    if not os.path.isfile(path):
-        raise InvalidInputError(f"there is no file {path}: expected one that result.save wrote")
-    try:
-        with safe_open(path, framework="np") as file:
-            header = (file.metadata() or {}).get(HEADER)
-    except SafetensorError as error:
-        raise InvalidInputError(f"{path} is no file that result.save wrote, or not whole ({error})") from error
-    if header is None:
-        raise InvalidInputError(f"{path} is a safetensors file, but none that result.save wrote")
-    try:
-        about = json.loads(header)
-        newer = about["schema_version"] > SCHEMA_VERSION
-    except (ValueError, LookupError, TypeError) as error:
-        raise InvalidInputError(
-            f"{path} is no file that result.save wrote: its header is another's ({error})"
-        ) from error
-    if newer:
-        raise InvalidInputError(
-            f"{path} was written by perfkit {about['report']['perfkit_version']}, in a form that this one "
-            f"({perfkit.__version__}) does not know: upgrade it"
-        )
-    return about
-
-
-def _check_form(path: Path, name: str, saved: dict[str, str], here: dict[str, str]) -> None:
-    """Refuse a model whose weights are not those of the file by name, shape and dtype, in their order."""
-    if list(saved.items()) == list(here.items()):
-        return
-    wrong = [
-        f"{key} is {saved.get(key, 'not there')} in the file and {here.get(key, 'not there')} in the model"
-        for key in dict.fromkeys((*saved, *here))
-        if saved.get(key) != here.get(key)
-    ] or ["they come in another order"]
-    if not here:
-        wrong = ["that has none without params="]
-    more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-    raise InvalidInputError(
-        f"{path} holds the weights of another model than this {name}: {'; '.join(wrong[:SHOWN])}{more}. "
-        "Pass the original as it was made before it was optimized"
-    )
-
-
-def _told(report: dict[str, Any], here: Environment) -> str:
-    """What was proven of it, and where."""
-    there, speedup = report["environment"], report["speedup"]
-    proof = report["explanation"] if speedup else "it was not timed"
-    told = f"saved by perfkit {report['perfkit_version']} on {there['cpu']}, measured {report['created']}: {proof}"
-    others = [
-        f"{name} {there['libraries'].get(name, 'not there')} then, {here.libraries.get(name, 'not there')} here"
-        for name in sorted(there["libraries"].keys() | here.libraries.keys())
-        if there["libraries"].get(name) != here.libraries.get(name)
-    ]
-    machine = [] if there["cpu"] == here.cpu else [f"here it is {here.cpu}"]
-    return "; ".join([told, *machine, *others])

@@ -167,3 +167,25 @@ def check_writable(*paths: Path | None) -> None:
         folder = path.absolute().parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise InvalidInputError(f"cannot write {path}: there is no writable folder {folder}")
+
+
+def trained_line(model: str, framework: str, trained: Any) -> str:
+    """One line on a trained reference model."""
+    return (
+        f"{model} ({framework}): held-out {trained.metric} {trained.value:.4g} "
+        f"(baseline {trained.baseline:.4g}) after {trained.train_seconds:.1f} s of training"
+    )
+
+
+@contextmanager
+def training_progress(label: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A progress bar as `reference.train` feeds it: step, total, loss."""
+    from rich.progress import Progress
+
+    with Progress(console=err, transient=True) as bar:
+        task = bar.add_task(f"training {label}", total=None)
+
+        def progress(step: int, total: int, loss: float) -> None:
+            bar.update(task, completed=step, total=total, description=f"training {label}, loss {loss:.4f}")
+
+        yield progress

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import perfkit
-from perfkit import _cli_common, backends, cli, reference
+from perfkit import _cli_common, backends, reference
 from perfkit._errors import PerfkitWarning, missing
 from perfkit._report import Report
 from perfkit.reference import Framework
@@ -57,9 +57,9 @@ def run(page: Path, budget_s: float) -> None:
 def _trained(name: str, frameworks: list[Framework]) -> tuple[str, dict[Framework, Any]]:
     """The metric, and the model trained once, in each framework: its weights are converted."""
     first = frameworks[0]
-    with cli.training_progress(f"{name} ({first})") as progress:
+    with _cli_common.training_progress(f"{name} ({first})") as progress:
         trained = reference.train(name, framework=first, progress=progress)
-    _cli_common.out.print(cli.trained_line(name, first, trained), highlight=False, soft_wrap=True)
+    _cli_common.out.print(_cli_common.trained_line(name, first, trained), highlight=False, soft_wrap=True)
     models: dict[Framework, Any] = {first: trained.model}
     if "jax" in frameworks[1:]:
         models["jax"] = reference.to_jax(name, trained.model)

@@ -14,6 +14,7 @@ from perfkit._quantity import Comparison, Verdict, rounded
 from perfkit._report import Metric, Report, Step
 from perfkit._settings import Settings
 from perfkit._variant import Applied, Variant, compared, ready
+from perfkit.backends.adapter import CompileLog
 from perfkit.measure.environment import environment
 from perfkit.measure.timing import CONTENDED
 
@@ -35,7 +36,7 @@ def prove(original: Variant, result: Variant, applied: Applied, settings: Settin
     share = 0.5 if len(chain) > 1 else 0.75
     with work.backend.watching_compiles() as log:
         *latencies, speedup = compared(original, result, ("original", str(chain)), settings.budget_s * share)
-        notes = _recompiled(log().graphs)
+        notes = _recompiled(log())
     against_compiled, more = _against_compiled(original, result, str(chain), settings)
     return _assembled(
         original,
@@ -114,10 +115,9 @@ def _against_compiled(
     return compared(compiled, result, ("compiled original", name), settings.budget_s / 4)[2], ()
 
 
-def _recompiled(programs: int) -> tuple[str, ...]:
-    if programs == 0:
-        return ()
-    return (f"{programs} program(s) were compiled while the clock ran, though the inputs' shapes never changed",)
+def _recompiled(log: CompileLog) -> tuple[str, ...]:
+    again = f"{log.graphs} program(s) were compiled while the clock ran, though the inputs' shapes never changed"
+    return tuple(filter(None, (again if log.graphs else "", log.gave_up)))
 
 
 def _assembled(

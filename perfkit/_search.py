@@ -185,14 +185,15 @@ def _made(chain: Chain, work: Workload) -> tuple[Applied, Variant]:
 
 def _tried(original: Variant, chain: Chain, settings: Settings, best: _Tried | None) -> _Tried:
     """What became of a chain, beside the best so far if there is one."""
-    began = time.perf_counter()
+    began, gave_up = time.perf_counter(), ""
 
     def lost(reason: str, speedup: Comparison | None = None, close=None, outcome="lost", **known) -> _Tried:
-        seconds = time.perf_counter() - began
+        reason, seconds = "; ".join(filter(None, (reason, gave_up))), time.perf_counter() - began
         return _Tried(chain, Candidate(str(chain), outcome, reason, speedup, close, seconds), **known)
 
     try:
         made = applied, variant = _made(chain, original.work)
+        gave_up = variant.log.gave_up
         idle = [step for step in applied.steps if step.effect.status == "NO_EFFECT"]
         if idle:
             names = " and ".join(step.recipe for step in idle)

@@ -6,8 +6,6 @@ Exit codes: 0 done, 1 refused or failed, 2 bad input, 3 the result is slower, 4 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +177,15 @@ def train(
         raise InvalidInputError("--resume and --checkpoint-every are about checkpoints: add --checkpoint FOLDER")
     if nproc or keep_memory:  # what keeps memory must be there before a process starts
         _cli_parallel.start_training(model, options | {"budget": budget}, nproc, timeout, keep_memory)
-    with _cli_parallel.first_alone(training_progress(f"{model} ({framework})")) as progress, common.warnings_as_notes():
+    with (
+        _cli_parallel.first_alone(common.training_progress(f"{model} ({framework})")) as progress,
+        common.warnings_as_notes(),
+    ):
         trained = reference.train(model, **options, budget_s=budget, progress=progress)
     if _cli_parallel.leads():
         if trained.report:
             common.out.print(trained.report)
-        common.out.print(trained_line(model, framework, trained), highlight=False, soft_wrap=True)
+        common.out.print(common.trained_line(model, framework, trained), highlight=False, soft_wrap=True)
 
 
 main.add_command(_cli_parallel.launch)
@@ -283,28 +284,6 @@ def write(report: Report, html: Path | None, save_report: Path | None) -> None:
     if save_report:
         report.to_json(save_report)
         common.err.print(f"wrote {save_report}")
-
-
-def trained_line(model: str, framework: str, trained: Any) -> str:
-    """One line on a trained reference model."""
-    return (
-        f"{model} ({framework}): held-out {trained.metric} {trained.value:.4g} "
-        f"(baseline {trained.baseline:.4g}) after {trained.train_seconds:.1f} s of training"
-    )
-
-
-@contextmanager
-def training_progress(label: str) -> Iterator[Callable[[int, int, float], None]]:
-    """A progress bar as `reference.train` feeds it: step, total, loss."""
-    from rich.progress import Progress
-
-    with Progress(console=common.err, transient=True) as bar:
-        task = bar.add_task(f"training {label}", total=None)
-
-        def progress(step: int, total: int, loss: float) -> None:
-            bar.update(task, completed=step, total=total, description=f"training {label}, loss {loss:.4f}")
-
-        yield progress
 
 
 if __name__ == "__main__":

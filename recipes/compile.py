@@ -66,12 +66,19 @@ class Compile(Recipe):
         return work.replace(model=work.model.compiled_ahead()), Effect((work.backend.model_name(work),))
 
     def observed(self, effect, log):
+        gave_up = (log.gave_up,) if log.gave_up else ()
         if log.graphs == 0:
             nothing = "the compiler compiled nothing: everything runs as before"
-            return Effect(skipped=effect.skipped, notes=(nothing, *log.breaks))
+            return Effect(skipped=effect.skipped, notes=(nothing, *gave_up, *log.breaks))
         breaks = tuple(f"graph break: {reason}" for reason in log.breaks)
         warm = (f"{log.cached} of it from a warm cache",) if log.cached else ()
-        notes = (*effect.notes, f"{log.graphs} graph(s) compiled, {len(breaks)} graph break(s)", *breaks, *warm)
+        notes = (
+            *effect.notes,
+            f"{log.graphs} graph(s) compiled, {len(breaks)} graph break(s)",
+            *gave_up,
+            *breaks,
+            *warm,
+        )
         return Effect(effect.touched, effect.skipped, notes)
 
 

@@ -9,7 +9,7 @@ import pytest
 from sample_models import arguments, training
 
 import perfkit
-from perfkit import FidelityError, InvalidInputError, _artifact, backends
+from perfkit import FidelityError, InvalidInputError, _artifact_file, backends
 
 CASES = [
     ("torch", "cnn", "int8", True),
@@ -97,7 +97,7 @@ def test_the_proof_travels_along(hasty, tmp_path):
 
 
 def test_another_machine_and_other_libraries_are_told(saved, monkeypatch):
-    header = _artifact._header
+    header = _artifact_file.header
 
     def elsewhere(path):
         about = header(path)
@@ -105,7 +105,7 @@ def test_another_machine_and_other_libraries_are_told(saved, monkeypatch):
         there["cpu"], there["libraries"]["torch"] = "an old one", "1.0"
         return about
 
-    monkeypatch.setattr(_artifact, "_header", elsewhere)
+    monkeypatch.setattr(_artifact_file, "header", elsewhere)
     told = perfkit.load(saved[2], fresh("torch", "cnn")[0]).report.notes[-1]
     assert "on an old one" in told
     assert "torch 1.0 then" in told
@@ -175,7 +175,7 @@ def rewritten(change):
 
     def write(path, to):
         safetensors = pytest.importorskip("safetensors.torch")
-        about = _artifact._header(path)
+        about = _artifact_file.header(path)
         header = change(about)
         safetensors.save_file(safetensors.load_file(path), to, header)
 

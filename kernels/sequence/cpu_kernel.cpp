@@ -45,6 +45,18 @@ struct Release {
 using Lines = std::unique_ptr<char[], Release>;
 Lines lines(std::int64_t bytes) { return Lines(static_cast<char*>(::operator new(bytes, std::align_val_t{64}))); }
 
+// In how many parts the rows are computed, and by how many threads at once.
+struct Slices {
+    std::int64_t count = 1, useful = 1;
+    bool whole = true;  // layer by layer, each by all threads
+
+    Slices(const PerfkitSequence& all, std::int64_t threads) {
+        const std::int64_t most = std::max<std::int64_t>(1, std::min(threads, all.work / WORTH));
+        if (all.rows < FEWEST * most || all.count == 0) return;
+        count = most * ((all.rows + MOST * most - 1) / (MOST * most)), useful = most, whole = false;
+    }
+};
+
 // So many of the rows. Returns 1 where memory is short, else 0.
 int run_rows(const PerfkitSequence& all, std::int64_t rows, const void* x, void* y, Threads threads) try {
     Lines last;
@@ -74,9 +86,8 @@ int run_rows(const PerfkitSequence& all, std::int64_t rows, const void* x, void*
 
 // Returns 1 where memory is short, else 0.
 extern "C" int perfkit_sequence(const PerfkitSequence* all, const void* x, void* y, Threads threads) {
-    const std::int64_t useful = std::max<std::int64_t>(1, std::min(threads.count, all->work / WORTH));
-    if (all->rows < FEWEST * useful || all->count == 0) return run_rows(*all, all->rows, x, y, threads);
-    const std::int64_t slices = useful * ((all->rows + MOST * useful - 1) / (MOST * useful));
+    const Slices slices(*all, threads.count);
+    if (slices.whole) return run_rows(*all, all->rows, x, y, threads);
     struct Work {
         const PerfkitSequence& all;
         const char* x;
@@ -89,9 +100,18 @@ extern "C" int perfkit_sequence(const PerfkitSequence* all, const void* x, void*
             const std::int64_t y_bytes = all.layers[all.count - 1].bytes;
             if (const int found = run_rows(all, to - from, x + from * all.x_bytes, y + from * y_bytes, {1})) failed = found;
         }
-    } work{*all, static_cast<const char*>(x), static_cast<char*>(y), slices};
+    } work{*all, static_cast<const char*>(x), static_cast<char*>(y), slices.count};
     perfkit::ThreadPool::run(
-        slices, {useful, threads.parallel},
+        slices.count, {slices.useful, threads.parallel},
         [](void* context, long slice) { static_cast<Work*>(context)->run(slice); }, &work);
     return work.failed;
+}
+
+// The bytes of what layers hand on, at most at once: of each part that is computed, a layer's input and its output.
+extern "C" std::int64_t perfkit_sequence_between(const PerfkitSequence* all, Threads threads) {
+    const Slices slices(*all, threads.count);
+    std::int64_t most = 0;
+    for (std::int64_t i = 0; i + 1 < all->count; ++i)
+        most = std::max(most, all->layers[i].bytes + (i > 0 ? all->layers[i - 1].bytes : 0));
+    return slices.useful * ((all->rows + slices.count - 1) / slices.count) * most;
 }

@@ -68,13 +68,15 @@ def library() -> ctypes.CDLL:
     """
     found = _native.load(SOURCE)
     found.perfkit_sequence.argtypes = (*(ctypes.c_void_p,) * 3, Threads)
+    found.perfkit_sequence_between.argtypes = ctypes.c_void_p, Threads
+    found.perfkit_sequence_between.restype = ctypes.c_int64
     return found
 
 
 def caller(layers: Sequence[Layer], x: Tensor, size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     """y, of `size`, dense as the last problem has it, from tensors like x, dense as the first one has it.
 
-    Where weights lie is known from now on.
+    Where weights lie is known from now on. Its `between` tells the bytes of what layers hand on, at most at once.
     """
     rows = _rows(layers[0][0])
     rows = rows if all(_rows(problem) % rows == 0 for problem, _ in layers) else 1
@@ -95,7 +97,7 @@ def caller(layers: Sequence[Layer], x: Tensor, size: tuple[int, ...]) -> Callabl
             raise MemoryError("a kernel found no memory for its working space")
         return y
 
-    call.told = steps, told
+    call.told, call.between = (steps, told), lambda: library().perfkit_sequence_between(where, threads())
     return call
 
 

@@ -10,6 +10,7 @@ import functools
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,37 +23,39 @@ TORCH = Path(torch.__file__).parent
 
 
 class User:
-    """Someone who keeps memory. When the last one is gone, what is kept goes back.
+    """Someone who keeps memory, as each copy does. When the last one is gone, what is kept goes back.
 
     Raises:
         UnsupportedError: see `library`.
     """
 
-    __slots__ = ("__weakref__", "within")
+    __slots__ = ("__weakref__",)
 
     def __init__(self):
-        count, self.within = library().perfkit_memory_users, library().perfkit_memory_within
+        count = library().perfkit_memory_users
         count(1)
         weakref.finalize(self, count, -1).atexit = False
 
+    def __deepcopy__(self, memo: Any) -> User:
+        return User()
+
 
 class Keeping:
-    """Within it this thread's tensors on the CPU are put where earlier ones were; calls may be nested.
+    """Within it this thread's tensors on the CPU are put where earlier ones were, for as long as there is a user.
 
-    Args:
-        user: for as long as there is one, memory is kept.
+    Calls may be nested.
     """
 
-    __slots__ = ("user",)
+    __slots__ = ("within",)
 
-    def __init__(self, user: User):
-        self.user = user
+    def __init__(self):
+        self.within = library().perfkit_memory_within
 
     def __enter__(self):
-        self.user.within(1)
+        self.within(1)
 
     def __exit__(self, *_):
-        self.user.within(-1)
+        self.within(-1)
 
 
 @functools.cache

@@ -26,6 +26,7 @@ class CompileLog:
     Args:
         graphs: number of graphs (torch) or programs (JAX) compiled.
         breaks: why the compiler gave up on a part, one line each.
+        gave_up: that the compiler stopped compiling for having compiled too often, so that parts run eagerly (torch).
         seconds: time spent compiling; None where the framework does not tell.
         cached: compilations answered from a persistent cache.
         integer_kernels: matrix products and convolutions that became integer kernels of the compiler's (torch).
@@ -39,6 +40,7 @@ class CompileLog:
     integer_kernels: int = 0
     integer_layers: int = 0
     integer_calls: int = 0
+    gave_up: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from flax import nnx
 from perfkit._errors import InvalidInputError, UnsupportedError
 from perfkit.backends.adapter import Finished
 from perfkit.backends.jax_compile import Program
-from perfkit.backends.jax_inputs import called_with_settings
+from perfkit.backends.jax_inputs import by_operation, called_with_settings
 from perfkit.backends.jax_model import Function, JaxModel, LinenModel, NnxModel, nnx_function
 from perfkit.backends.jax_placement import ONE_DEVICE
 from perfkit.backends.jax_prepared import Prepared
@@ -93,7 +93,7 @@ class DressedFunction:
                 )
             return function(params, rest, *args, **kwargs)[0]
 
-        self.program = program_of(model, run) if model.ahead else run
+        self.program = program_of(model, run) if model.ahead else functools.partial(by_operation, run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.model.params is None:
@@ -212,7 +212,8 @@ class _Eager:
     def __call__(self, module: nnx.Module, args: tuple, kwargs: dict) -> Any:
         graphdef, params, rest = nnx.split(module, nnx.Param, ...)
         function = self.model.transformed(nnx_function(self.model.original, graphdef))
-        outputs, new_rest = function(params, rest, *args, **kwargs)
+        run = functools.partial(function, params, rest)
+        outputs, new_rest = by_operation(lambda args, kwargs: run(*args, **kwargs), args, kwargs)
         nnx.update(module, new_rest)
         return outputs
 

@@ -149,6 +149,19 @@ def called_with_settings(model: JaxModel, run: Callable[[tuple, dict], Any], arg
             return run(*model.placement.batch(with_settings((args, kwargs), True)))
 
 
+def by_operation(run: Callable, *given: Any) -> Any:
+    """`run(*given)` of a model that is not compiled, whose constants `jax.transfer_guard("disallow")` does not refuse.
+
+    They are part of the model, as they are of a compiled program, which the guard does not ask about. What of the
+    arguments lies on the host is refused as before.
+    """
+    if jax.config.jax_transfer_guard_host_to_device != "disallow":
+        return run(*given)
+    as_arrays(given, (np.ndarray, np.generic, *NUMBERS))
+    with jax.transfer_guard_host_to_device("allow"):
+        return run(*given)
+
+
 def checked(inputs: Inputs) -> Inputs:
     """Inputs with numpy arrays as JAX arrays.
 

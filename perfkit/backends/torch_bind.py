@@ -12,7 +12,7 @@ from torch import nn
 
 from perfkit._errors import InvalidInputError, PerfkitWarning
 from perfkit._workload import Inputs
-from perfkit.backends.torch_checks import enclosed, functions_in, named
+from perfkit.backends.torch_functions import enclosed, functions_in, named
 from perfkit.backends.torch_surgery import tensors_in
 
 

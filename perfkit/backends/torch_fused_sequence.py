@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from perfkit.backends import torch_fused_conv as convolutions
 from perfkit.backends import torch_fused_int8 as integers
 from perfkit.kernels import _autotune, _op
-from perfkit.kernels._torch import PLAIN, autocasts, observer
+from perfkit.kernels._torch import PLAIN, autocasts, counts_allocations, observer
 from perfkit.kernels.sequence.cpu_kernel import Problem, caller, joined
 
 KEPT = "_perfkit_sequences"
@@ -63,15 +63,15 @@ def run(links: tuple, x: Any, layers: Callable[[tuple, Tensor], tuple[Layers | N
 
 def _other(kept: _Kept, links: tuple, x: Tensor, layers: Callable[[tuple, Tensor], tuple[Layers | None, Tensor]]):
     """The same for links or an `x` that are not like those of the last call."""
-    low = _autocasts_to(x)
+    low, counting = _autocasts_to(x), counts_allocations()
     of_x = type(x), x.shape, x.stride(), x.dtype, x.requires_grad, x.is_inference()
     key = len(links), of_x, low, torch.is_inference_mode_enabled(), _autotune.state()
     known = kept.get(key, _unknown)
     if known is None:
         return None
-    if known is not _unknown and known.holds(links, x):
+    if known is not _unknown and known.holds(links, x, counting):
         kept.last = known
-        return known.call(x)
+        return known.counted(x) if counting else known.call(x)
     if not (x.is_cpu and x.is_contiguous()):
         return None
     new = _Sequence(links, x, low)
@@ -124,6 +124,7 @@ class _Sequence:
     """Links as one call, and what must be so for it to be what they compute. Final."""
 
     call: Callable[[Tensor], Tensor]
+    between: Callable[[], int]
 
     def __init__(self, links: tuple, x: Tensor, low: torch.dtype | None):
         modules = [link for link in links if isinstance(link, nn.Module)]
@@ -150,6 +151,7 @@ class _Sequence:
         problems = joined(problems)
         if self.low is None:
             self.call = caller(list(zip(problems, self.of_layers, strict=True)), x, size)
+            self.between = self.call.between
             return
         # As autocast has it: weights are what they are at each call, and are rounded then.
         low, tensors = self.low, self.tensors
@@ -166,10 +168,19 @@ class _Sequence:
             torch._foreach_copy_(copies, tensors)
             return run(x.to(low))
 
-        self.call = call
+        self.call, self.between = call, run.between
 
-    def holds(self, links: tuple, x: Any) -> bool:
-        """Whether they are these links and such an x, all is as it was, and numbers are wanted and no more."""
+    def counted(self, x: Tensor) -> Tensor:
+        """The call where allocations are counted: what lies between the layers is none of torch's."""
+        between = torch.empty(self.between(), dtype=torch.uint8)  # noqa: F841 - it is held meanwhile
+        return self.call(x)
+
+    def holds(self, links: tuple, x: Any, counting: bool = False) -> bool:
+        """Whether they are these links and such an x, all is as it was, and numbers are wanted and no more.
+
+        Args:
+            counting: a profiler that looks at allocations alone is none.
+        """
         return (
             links == self.links
             and list(map(type, self.modules)) == self.types
@@ -178,10 +189,10 @@ class _Sequence:
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
             and [tell(each) for each, tell in self.read] == self.told
             and self.state == _autotune.state()
-            and self.quiet()
+            and self.quiet(counting)
         )
 
-    def quiet(self) -> bool:
+    def quiet(self, counting: bool = False) -> bool:
         """Whether no hook, gradient, trace or profiler, nor another dtype of autocast, is there to be followed."""
         return not (
             any(self.hooks)
@@ -189,7 +200,7 @@ class _Sequence:
             or (self.differentiable and torch.is_grad_enabled())
             or forward_ad._current_level >= 0
             or torch._C._len_torch_dispatch_stack()
-            or torch.autograd._profiler_enabled()
+            or (torch.autograd._profiler_enabled() and not counting)
             or _op.tracing()
             or (self.low is not None and torch.get_autocast_dtype("cpu") != self.low)
         )

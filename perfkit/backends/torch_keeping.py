@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 from perfkit._report import Effect
@@ -14,6 +13,9 @@ from perfkit.measure.kept_memory import mib
 
 WARM = 3
 """Calls before one is counted: in the first ones programs are compiled, state is made, and memory is first touched."""
+
+USER = "_perfkit_memory"
+"""In modules that keep memory: the user, which is gone with them."""
 
 LEAST_BYTES = 4 << 20
 """What takes less anew in each call is left as it is."""
@@ -33,7 +35,7 @@ def keeping(work: Workload) -> tuple[Workload, Effect]:
     plain = work.backend.caller(tried, finished)
 
     def kept() -> None:
-        with Keeping(user):
+        with Keeping():
             plain()
 
     with finished.keeping_state():
@@ -48,7 +50,9 @@ def keeping(work: Workload) -> tuple[Workload, Effect]:
 
 
 def _bound(work: Workload, user: User, *notes: str) -> tuple[Workload, Effect]:
-    return within(work, functools.partial(Keeping, user)), Effect((work.backend.model_name(work),), notes=notes)
+    # With the module and not with its class: where torch 2.11 compiles on Python 3.12, that outlives it.
+    vars(work.model)[USER] = user
+    return within(work, Keeping), Effect((work.backend.model_name(work),), notes=notes)
 
 
 def _taken(call: Callable[[], object]) -> int:

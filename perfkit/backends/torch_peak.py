@@ -10,6 +10,7 @@ import torch
 
 from perfkit._quantity import Quantity
 from perfkit.backends.torch_profiler import profiled
+from perfkit.kernels._torch import counting_allocations
 
 
 def peak_during(call: Callable[[], Any], device: str) -> Quantity:
@@ -30,7 +31,7 @@ def _profiled_peak(call: Callable[[], Any], device: str) -> Quantity:
     if device != "cpu":
         return Quantity.missing("B", f"no tensor memory accounting for device {device!r}")
     cpu = [torch.profiler.ProfilerActivity.CPU]
-    with profiled(activities=cpu, profile_memory=True) as profile:
+    with profiled(activities=cpu, profile_memory=True) as profile, counting_allocations():
         kept = call()  # noqa: F841 - the outputs count until the profile ends
     try:
         events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())

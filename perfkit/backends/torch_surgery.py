@@ -7,6 +7,7 @@ traces) or `__call__` (what stands outside of it) does more than before. FSDP2 d
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import pickle
 import types
@@ -50,6 +51,13 @@ NOT_PICKLED = (
 )
 
 _numbers = itertools.count()
+
+APART = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+"""Has each model's programs counted for themselves against torch's limit (torch 2.13; 2.11 knows no such thing).
+
+Without, the parts of a model behind a graph break, and functions that it calls there, share their eight programs with
+all models that go through the same code, and what comes after the eighth runs eagerly.
+"""
 
 
 def derive(module: nn.Module, **members: Any) -> type[nn.Module]:
@@ -95,7 +103,7 @@ def _keeping_class(deepcopy: Callable) -> Callable:
         twin = deepcopy(self, memo)
         twin.__class__ = type(self)
         if options := getattr(type(self), COMPILED_WITH, None):
-            twin.compile(**options)
+            twin.compile(**options, **APART)
         return twin
 
     return __deepcopy__
@@ -144,7 +152,7 @@ def around_call(module: nn.Module, context: Callable[[], AbstractContextManager]
 
 
 def compile_in_place(module: nn.Module, **options: Any) -> None:
-    """`module.compile(**options)` on a `forward` of its own; what is copied from it is compiled again."""
+    """`module.compile(**options)` on a `forward` and a count of its own; what is copied from it is compiled again."""
     base = type(module)
 
     def forward(self, *args, **kwargs):
@@ -152,10 +160,10 @@ def compile_in_place(module: nn.Module, **options: Any) -> None:
 
     def __setstate__(self, state):
         base.__setstate__(self, state)
-        self.compile(**options)
+        self.compile(**options, **APART)
 
     derive(module, forward=forward, __setstate__=__setstate__, **{COMPILED_WITH: options})
-    module.compile(**options)
+    module.compile(**options, **APART)
 
 
 def settle_forward(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Optimized JAX models take the place of the caller's: with its state, copied, saved, and whatever it is made of."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -206,3 +207,19 @@ def test_a_callable_is_called_whatever_its_other_methods_are():
     result = perfkit.optimize(_Named(), "half", params=jnp.eye(4), example_inputs=(X,))
     np.testing.assert_allclose(result(X), X, atol=0.05)
     assert result.report.against_compiled is not None
+
+
+@pytest.mark.parametrize("kind", ["module", "function"])
+def test_a_transfer_guard_stops_what_the_caller_left_on_the_host_and_no_constants_of_the_model(kind):
+    if kind == "module":
+        model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), lambda x: jnp.maximum(x, 0.5))
+        model = perfkit.apply(model, "bf16", example_inputs=(X,)).model
+    else:
+        given = {"params": {"w": jnp.eye(4)}, "example_inputs": (X,)}
+        result = perfkit.apply(lambda params, x: jnp.maximum(x @ params["w"], 0.5), "bf16", **given)
+        model = functools.partial(result.model, result.params)
+    with jax.transfer_guard("disallow"):
+        y = model(X)
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"host-to-device transfer.*\[3,4\]"):
+            model(np.asarray(X))
+    assert np.array_equal(y, model(X))

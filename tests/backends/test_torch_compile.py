@@ -1,6 +1,7 @@
 """torch.compile as perfkit calls it: weights really frozen, and nothing of the caller's settings changed."""
 
 import copy
+import warnings
 
 import pytest
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import perfkit
+from perfkit.backends import torch_compile_log, torch_surgery
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -72,6 +74,48 @@ def test_a_copy_is_compiled_too(model):
     before = counters["stats"]["unique_graphs"]
     torch.testing.assert_close(twin(x), result(x))
     assert counters["stats"]["unique_graphs"] > before
+
+
+class Broken(nn.Module):
+    """What follows the graph break is compiled apart, by the code that all its instances share."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.fc(x)
+        torch._dynamo.graph_break()
+        return doubled(x)
+
+
+def doubled(x):
+    return 2 * x
+
+
+def compile_notes(number):
+    """Of so many models of one class, in a process that compiles each function once and no more."""
+    torch.compiler.reset()
+    counters.clear()
+    given = {"recipe": "compile(freezing=False)", "example_inputs": (torch.randn(4, 8),)}
+    with torch._dynamo.config.patch(recompile_limit=1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", perfkit.PerfkitWarning)
+        reports = [perfkit.apply(Broken(), **given).report for _ in range(number)]
+    return [" ".join(report.steps[0].effect.notes) for report in reports]
+
+
+@pytest.mark.skipif(not torch_surgery.APART, reason="this torch counts the programs of all models together")
+def test_parts_behind_a_graph_break_are_compiled_for_each_model():
+    assert all("2 graph(s) compiled" in note for note in compile_notes(2))
+
+
+def test_it_is_said_where_dynamo_stopped_compiling(monkeypatch):
+    """Without counts of their own the second model of a class reaches the limit, and the third is not even asked."""
+    monkeypatch.setattr(torch_surgery, "APART", {})
+    monkeypatch.setattr(torch_compile_log, "APART", {})
+    notes = compile_notes(3)
+    assert ["recompile_limit was reached" in note for note in notes] == [False, True, True]
+    assert ["by models before" in note for note in notes] == [False, False, True]
 
 
 def test_the_global_setting_and_other_compilations_are_left_alone(model):

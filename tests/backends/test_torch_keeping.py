@@ -1,5 +1,7 @@
 """Torch models that keep memory from call to call: what their calls take from the system, and what is refused."""
 
+import copy
+import gc
 import json
 import os
 import subprocess
@@ -13,6 +15,7 @@ pytest.importorskip("torch")
 from torch import nn
 
 import perfkit
+from perfkit.kernels.torch_memory.allocator import User
 from perfkit.measure import kept_memory
 from perfkit.recipes.keep_memory import KeepMemory
 
@@ -82,3 +85,18 @@ def test_what_cannot_be_is_refused_with_what_to_do(monkeypatch):
 def test_without_inputs_it_keeps_what_there_will_be():
     result = perfkit.apply(nn.Linear(4, 2), "keep_memory")
     assert result.report.steps[0].effect.notes == ("what a call takes is kept for the next one",)
+
+
+def test_who_keeps_memory_is_gone_with_the_model_where_its_class_stays():
+    """torch 2.11 on Python 3.12 holds on to the classes of what it compiled."""
+
+    def users():
+        gc.collect()
+        return sum(isinstance(each, User) for each in gc.get_objects())
+
+    before = users()
+    model = perfkit.apply(nn.Linear(4, 2), "keep_memory").model
+    twin, kind = copy.deepcopy(model), type(model)
+    assert users() == before + 2
+    del model, twin
+    assert (users(), kind.__name__) == (before, "Linear")

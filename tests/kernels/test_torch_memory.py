@@ -25,7 +25,7 @@ FORKING = """
 import os, torch
 from perfkit.kernels.torch_memory.allocator import Keeping, User
 user = User()
-with Keeping(user):
+with Keeping():
     place = torch.empty(1 << 24).data_ptr()
     child = os.fork()
     os.write(1, b"found " if torch.empty(1 << 24).data_ptr() == place else b"other ")
@@ -51,20 +51,20 @@ def taken(mib):
 
 
 def test_what_a_call_frees_waits_for_the_next_one(user):
-    with Keeping(user):
+    with Keeping():
         first = taken(40)
     assert kept_memory.held_bytes() == 40 * MIB
     outside = torch.empty(40 * MIB, dtype=torch.uint8)
     assert outside.data_ptr() != first
     assert kept_memory.held_bytes() == 40 * MIB
-    with Keeping(user):
+    with Keeping():
         assert taken(40) == first
         assert taken(20) == first, "it serves what needs half of it"
         assert taken(19) != first
 
 
 def test_small_tensors_are_the_c_librarys(user):
-    with Keeping(user):
+    with Keeping():
         taken(0)
         torch.empty(MIB - 1, dtype=torch.uint8)
     assert kept_memory.held_bytes() == 0
@@ -75,11 +75,11 @@ def test_calls_may_be_nested_and_in_threads(user):
 
     def in_a_thread():
         found.append(taken(8))
-        with Keeping(user):
+        with Keeping():
             found.append(taken(8))
 
-    with Keeping(user):
-        with Keeping(user):
+    with Keeping():
+        with Keeping():
             first = taken(8)
         assert taken(8) == first
         thread = threading.Thread(target=in_a_thread)
@@ -90,10 +90,10 @@ def test_calls_may_be_nested_and_in_threads(user):
 
 
 def test_outputs_stay_and_are_freed_anywhere(user):
-    with Keeping(user):
+    with Keeping():
         output = torch.arange(4.0 * MIB)
     expected = torch.arange(4.0 * MIB)
-    with Keeping(user):
+    with Keeping():
         torch.zeros(4 * MIB)
     assert torch.equal(output, expected)
     assert kept_memory.held_bytes() == 16 * MIB
@@ -103,7 +103,7 @@ def test_outputs_stay_and_are_freed_anywhere(user):
 
 
 def test_no_more_is_held_than_twice_what_was_in_use(user):
-    with Keeping(user):
+    with Keeping():
         for mib in (40, 19, 9, 4):
             taken(mib)
         assert kept_memory.held_bytes() == 72 * MIB
@@ -114,7 +114,7 @@ def test_no_more_is_held_than_twice_what_was_in_use(user):
 def test_it_goes_back_with_the_last_user():
     gc.collect()
     users = [User(), User()]
-    with Keeping(users[0]):
+    with Keeping():
         taken(40)
         output = torch.ones(MIB)
         users.pop()
@@ -130,7 +130,7 @@ def test_it_goes_back_with_the_last_user():
 
 
 def test_a_profiler_sees_every_tensor(user):
-    with Keeping(user):
+    with Keeping():
         taken(40)
         with profiled(profile_memory=True) as profile:
             torch.zeros(40 * MIB, dtype=torch.uint8)
