@@ -14,6 +14,7 @@ import pytest
 # when a framework is first imported, so it must stand here. Not in the process that starts the workers: they inherit.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # and those of tests that want several sleep while they wait
 
 # What is tested is what programs compute, and not how fast: XLA's compiler need not try hard. Read when JAX first
 # compiles; processes that tests start inherit it.

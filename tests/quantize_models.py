@@ -106,8 +106,11 @@ def stacked(params, x):
     return jax.lax.fori_loop(0, 2, lambda _, x: jax.jit(lambda w, x: x + jnp.tanh(x @ w))(params["loop"], x), x)
 
 
-def cases() -> dict[str, dict[str, Any]]:
-    """name -> keyword arguments of optimize, and the layers of the model."""
+NAMES = "cnn", "lstm", "gru", "simple", "linen", "function", "control"
+
+
+def case(name: str) -> tuple[dict[str, Any], set[str]]:
+    """Keyword arguments of optimize, and the layers of the model."""
     keys = jax.random.split(jax.random.key(0), 12)
     normal = jax.random.normal
     images, ids = normal(keys[0], (6, 8, 8, 1)), jax.random.randint(keys[1], (4, 7), 0, 50)
@@ -126,24 +129,28 @@ def cases() -> dict[str, dict[str, Any]]:
     recurrent = {"embedding", "fc", "rnn.cell.dense_h", "rnn.cell.dense_i"}
     gates = {f"OptimizedLSTMCell_0.{side}{gate}" for side in "ih" for gate in "ifgo"}
     gru = {f"rnn.cell.dense_{part}" for part in ("h", "i")}
-    return {
-        "cnn": ({"model": Cnn(nnx.Rngs(0)), "example_inputs": (images,)}, {"conv1", "conv2", "fc"}),
-        "lstm": ({"model": Recurrent(nnx.OptimizedLSTMCell, nnx.Rngs(1)), "example_inputs": (ids,)}, recurrent),
-        "gru": ({"model": Recurrent(nnx.GRUCell, nnx.Rngs(2)), "example_inputs": (ids,)}, {"embedding", "fc", *gru}),
-        "simple": ({"model": Recurrent(nnx.SimpleCell, nnx.Rngs(3)), "example_inputs": (ids,)}, recurrent),
-        "linen": (
+    made = {
+        "cnn": lambda: ({"model": Cnn(nnx.Rngs(0)), "example_inputs": (images,)}, {"conv1", "conv2", "fc"}),
+        "lstm": lambda: ({"model": Recurrent(nnx.OptimizedLSTMCell, nnx.Rngs(1)), "example_inputs": (ids,)}, recurrent),
+        "gru": lambda: (
+            {"model": Recurrent(nnx.GRUCell, nnx.Rngs(2)), "example_inputs": (ids,)},
+            {"embedding", "fc", *gru},
+        ),
+        "simple": lambda: ({"model": Recurrent(nnx.SimpleCell, nnx.Rngs(3)), "example_inputs": (ids,)}, recurrent),
+        "linen": lambda: (
             {"model": sequence, "params": sequence.init(keys[10], tokens), "example_inputs": (tokens,)},
             {"Dense_0", *gates},
         ),
-        "function": (
+        "function": lambda: (
             {"model": attention, "params": weights, "example_inputs": (tokens, 0.5)},
             {"attention.query", "attention.out", "up", "down"},
         ),
-        "control": (
+        "control": lambda: (
             {"model": stacked, "params": deep, "example_inputs": (normal(keys[11], (4, 8)),)},
             {"layers", "out", "loop"},
         ),
     }
+    return made[name]()
 
 
 def bound(model: Any, example_inputs: Any = None, params: Any = None, **training: Any) -> Workload:

@@ -257,6 +257,9 @@ def _check_optimizer(work: Workload, placement: Piped) -> None:
 
 
 def _updates(optimizer: Any, gradients: Any, params: Any) -> Any:
-    params = jax.tree.map(jnp.asarray, params)
-    updates, _ = optimizer.update(jax.tree.map(jnp.asarray, gradients), optimizer.init(params), params)
-    return jax.tree.map(np.asarray, updates)
+    """In one program, as steps of training have them: each operation by itself would be compiled by itself."""
+
+    def update(gradients: Any, params: Any) -> Any:
+        return optimizer.update(gradients, optimizer.init(params), params)[0]
+
+    return jax.tree.map(np.asarray, jax.jit(update)(gradients, params))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -202,14 +202,12 @@ class Operations:
     def costs(self, args: Sequence[Any], trains: bool) -> Costs:
         """Times of the equations, each run by itself, and what they keep."""
         took: dict[int, float] = {}
-        programs: dict[str, Callable] = {}  # equations that look alike are compiled once
         jaxpr, consts = self.closed.jaxpr, self.closed.consts
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
         for eqn in jaxpr.eqns:
             given = [atom.val if isinstance(atom, Literal) else values[atom] for atom in eqn.invars]
             alike = f"{eqn.primitive} {eqn.params} {[(jnp.shape(each), jnp.result_type(each)) for each in given]}"
-            program = programs.setdefault(alike, jax.jit(lambda *given, eqn=eqn: bind(eqn, given)))
-            took[id(eqn)], found = quickest(program, given)
+            took[id(eqn)], found = quickest(_program(Form(alike, eqn)), given)
             values.update(zip(eqn.outvars, found, strict=True))
         counted: set[int] = set()
         held = []
@@ -283,6 +281,20 @@ class Values:
         given = list(map(self, eqn.invars))
         with context_of(eqn):
             self.values.update(zip(eqn.outvars, bind(eqn, given), strict=True))
+
+
+@dataclass(frozen=True)
+class Form:
+    """An equation by what it looks like."""
+
+    alike: str
+    eqn: Any = field(compare=False)
+
+
+@lru_cache(maxsize=256)
+def _program(form: Form) -> Callable:
+    """Equations that look alike are compiled once, also for the next way of cutting a model."""
+    return jax.jit(lambda *given: bind(form.eqn, given))
 
 
 def quickest(program: Callable, given: Sequence[Any]) -> tuple[float, Any]:

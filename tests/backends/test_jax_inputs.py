@@ -18,7 +18,8 @@ import perfkit
 from perfkit import DoesNotRunError, InvalidInputError, UnsupportedError, backends
 from perfkit._chain import chain_of
 from perfkit._variant import apply
-from perfkit.backends.jax_inputs import Setting, as_written, with_settings
+from perfkit.backends.jax_compile import watching
+from perfkit.backends.jax_inputs import Setting, as_written, checked_params, with_settings
 
 pytestmark = pytest.mark.usefixtures("hasty")  # numbers and messages are looked at, no speed
 
@@ -378,3 +379,12 @@ def test_a_number_among_outputs():
 
     result = _optimized(function, "compile", (X,))
     assert int(result(X)["rows"]) == 6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_looking_for_what_is_not_finite_compiles_nothing(dtype):
+    params = {"a": jnp.ones((3, 7), dtype).at[1].set(jnp.nan), "b": np.ones(11, np.float32)}
+    with watching() as log:
+        with pytest.raises(InvalidInputError, match=r"'a' holds 7 NaN or infinite of 21 values"):
+            checked_params(params)
+        assert log().graphs == 0

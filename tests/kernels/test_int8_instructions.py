@@ -61,7 +61,7 @@ def test_every_instruction_set_gives_the_same_bits(name, kernel, tmp_path, monke
 )
 def test_the_vnni_paths_compile_to_their_instruction(flags, kernel, tmp_path):
     source, out = KERNELS[kernel][0].SOURCE, tmp_path / "kernel.s"
-    command = (*_native.find_compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-Wno-psabi", *flags)
+    command = (*_native.find_compiler(), "-std=c++17", "-O0", "-ffp-contract=off", "-Wno-psabi", *flags)
     command += (f"-I{_native.HEADERS}", "-S", str(source), "-o", str(out))
     done = subprocess.run(command, capture_output=True, text=True)
     if "unrecognized" in done.stderr or "unknown argument" in done.stderr:

@@ -285,7 +285,6 @@ def main():
     chain = f"tensor_parallel({size})"
     told = {"cases": {}, "left whole": left_whole(size), "clipped": clipped(chain), "otherwise": otherwise(chain)}
     told["handed out"] = handed_out(chain)
-    told["compiled"] = {name: compiled(chain, name) for name in ("quietly", "indexed", "beside")}
     for name, (model, inputs) in cases().items():
         found = {"inference": infer(chain, copy.deepcopy(model), inputs)}
         found["sent"] = counted(chain, copy.deepcopy(model), inputs)
@@ -297,6 +296,7 @@ def main():
     if size == 4:
         told["written"] = written(BOTH, folder / "four")
     else:
+        told["compiled"] = {name: compiled(chain, name) for name in ("quietly", "indexed", "beside")}
         told["read"] = read(chain, folder / "four")
         told["written"] = written(chain, folder / "two")
     everywhere = [None] * size

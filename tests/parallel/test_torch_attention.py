@@ -163,8 +163,9 @@ def test_the_norm_of_gradients_is_that_of_the_whole(told):
     assert max(rank["clipped"] for rank in told) <= TOLERANCE
 
 
-def test_compiled_it_computes_the_same(told):
-    assert max(max(rank["compiled"].values()) for rank in told) <= TOLERANCE
+def test_compiled_it_computes_the_same(two):
+    """In two processes, which hold two heads each: compiling in each of four takes as long again as all else."""
+    assert max(max(rank["compiled"].values()) for rank in two) <= TOLERANCE
 
 
 def test_a_whole_state_is_taken_and_not_handed_out_wrongly(told):

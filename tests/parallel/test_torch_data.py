@@ -25,7 +25,7 @@ each; Adam divides by the size of a gradient, and so carries its relative error 
 
 @pytest.fixture(scope="module")
 def found():
-    return once("torch_data_worker", lambda: together("torch_data_worker.py", 2))
+    return once("torch_data_worker", lambda: together("torch_data_worker.py", 2, torchrun=True))
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jaxpr_walk import equations, relative_error
-from quantize_models import Quantize, bound, cases
+from quantize_models import Quantize, bound, case
 
 from perfkit import UnsupportedError
 from perfkit._recipe_files import recipe_class
@@ -217,7 +217,7 @@ def test_loops_and_branches_and_what_they_keep_is_packed_before(model):
 
 @pytest.mark.parametrize(("name", "mode"), [("lstm", "LSTM"), ("gru", "GRU"), ("simple", "RNN_TANH")])
 def test_recurrent_layers_run_in_the_kernel_for_them(name, mode):
-    work = bound(**cases()[name][0])
+    work = bound(**case(name)[0])
     low, effect = jax_quantize.int8(work, Quantize())
     assert told(effect)["rnn.cell.dense_i"] == told(effect)["rnn.cell.dense_h"] == f"{mode} on integers on 'cpu'"
     plain = low.replace(model=dataclasses.replace(low.model, transforms=low.model.transforms[:-1]))

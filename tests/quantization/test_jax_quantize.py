@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxpr_walk import relative_error
-from quantize_models import HOW, Quantize, bound, cases, products, program
+from quantize_models import HOW, NAMES, Quantize, bound, case, products, program
 
 import perfkit
 from perfkit import InvalidInputError, UnsupportedError
@@ -25,7 +25,7 @@ from perfkit.quantization import jax_quantize
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
-CASES = [(name, how) for name in cases() for how in HOW if how.startswith("int8") or name not in ("gru", "simple")]
+CASES = [(name, how) for name in NAMES for how in HOW if how.startswith("int8") or name not in ("gru", "simple")]
 # Rounding to a step of d errs by d / sqrt(12) on average. Weights of deviation 1 spread over ±3 at most in these small
 # layers, so a step is 3/127 of the deviation for int8, 3/7 for int4, and 2^-3 of each number for float8 (3 bits).
 ROUNDING = {"int8": 3 / 127 / 12**0.5, "int4": 3 / 7 / 12**0.5, "fp8": 2**-3 / 12**0.5}
@@ -38,7 +38,7 @@ def limit(how, layers):
 
 
 def quantized(name, how="int8", **options):
-    given, layers = cases()[name]
+    given, layers = case(name)
     work = bound(**given)
     return work, *HOW[how](work, Quantize(how=how, **options)), layers
 
@@ -46,7 +46,7 @@ def quantized(name, how="int8", **options):
 @functools.cache
 def original(name):
     """The program of an original, and what it returns."""
-    return program(bound(**cases()[name][0]))
+    return program(bound(**case(name)[0]))
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)
@@ -89,7 +89,7 @@ def test_a_linear_model_really_shrinks(how, factor):
 
 @pytest.mark.parametrize("name", ["cnn", "lstm", "linen", "function"])
 def test_the_result_is_used_as_the_original_was(name):
-    given = cases()[name][0]
+    given = case(name)[0]
     _, low, _, _ = quantized(name, "int8_dynamic")
     finished = BACKEND.finish(low.replace(model=low.model.compiled_ahead()))
     leading = () if finished.params is None else (finished.params(),)
@@ -99,7 +99,7 @@ def test_the_result_is_used_as_the_original_was(name):
 
 
 def test_an_optimized_module_holds_small_parameters_and_works_op_by_op():
-    given, layers = cases()["cnn"]
+    given, layers = case("cnn")
     result = perfkit.optimize(**given, recipe=Quantize())
     assert set(result.report.steps[0].effect.touched) == layers
     assert result.report.before.model_bytes > 2 * result.report.after.model_bytes
@@ -147,7 +147,7 @@ class TestCalibration:
         assert any("calibrated on the example inputs alone" in note for note in effect.notes)
 
     def test_ranges_are_the_maxima_over_all_batches_and_steps_of_a_loop(self):
-        given, _ = cases()["control"]
+        given, _ = case("control")
         work = bound(**given)
         batches = [jax.random.normal(key, (4, 8)) * 2 for key in jax.random.split(jax.random.key(5), 3)]
         work = work.replace(calibration=tuple(Inputs((batch,)) for batch in batches))
@@ -200,7 +200,7 @@ class TestCalibration:
 
 class TestRefusals:
     def test_integers_are_not_trained(self):
-        work = dataclasses.replace(bound(**cases()["cnn"][0]), mode="training")
+        work = dataclasses.replace(bound(**case("cnn")[0]), mode="training")
         for how in HOW.values():
             with pytest.raises(UnsupportedError, match="qat"):
                 how(work, Quantize())
@@ -211,7 +211,7 @@ class TestRefusals:
             jax_quantize.int8_dynamic(low, Quantize())
 
     def test_float8_needs_hardware(self, monkeypatch):
-        work = bound(**cases()["function"][0])
+        work = bound(**case("function")[0])
         assert "CPU" in recipe_class("fp8")().unavailable("jax", "cpu")
         with pytest.raises(UnsupportedError, match="float8"):
             jax_quantize.fp8(work, Quantize())
@@ -230,7 +230,7 @@ class TestRefusals:
 
     def test_other_numbers_of_bits(self):
         with pytest.raises(InvalidInputError, match="bits=3"):
-            jax_quantize.weight_only(bound(**cases()["cnn"][0]), Quantize(), 3)
+            jax_quantize.weight_only(bound(**case("cnn")[0]), Quantize(), 3)
 
 
 def test_float8_operands_stand_in_the_program():
@@ -275,7 +275,7 @@ def test_weights_that_reach_no_product_are_skipped_with_the_reason():
 
 
 def test_a_model_in_bfloat16_is_quantized_below_its_casts():
-    given, layers = cases()["lstm"]
+    given, layers = case("lstm")
     work = bound(**given)
     both, effect = jax_quantize.int8(autocast(work, "bfloat16")[0], Quantize())
     assert set(effect.touched) == layers

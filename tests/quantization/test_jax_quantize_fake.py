@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxpr_walk import equations, relative_error
-from quantize_models import FakeQuantize, Quantize, bound, cases, products, program
+from quantize_models import FakeQuantize, Quantize, bound, case, products, program
 
 from perfkit import UnsupportedError
 from perfkit.backends.jax_backend import BACKEND
@@ -24,7 +24,7 @@ def squared(outputs, targets):
 
 def trained(name, steps=8, **options):
     """A model trained under qat for a few steps: how it was given, finished, the effect, and the losses."""
-    given = cases()[name][0]
+    given = case(name)[0]
     inputs = given["example_inputs"]
     targets = jnp.ones_like(program(bound(**given))[1])
     work = bound(**given, mode="training", loss=squared, targets=targets, optimizer=optax.adam(2e-2))
@@ -43,7 +43,7 @@ def inference(given, finished):
 @pytest.mark.parametrize(("name", "bits"), [("cnn", 8), ("lstm", 8), ("linen", 4), ("gru", 4), ("control", 8)])
 def test_it_learns_and_its_conversion_gives_the_same_outputs(name, bits):
     given, finished, effect, losses = trained(name, weight_bits=bits)
-    layers = cases()[name][1]
+    layers = case(name)[1]
     assert effect.simulated
     assert set(effect.touched) == layers
     assert losses[-1] < 0.8 * losses[0]
@@ -93,7 +93,7 @@ def test_gradients_pass_straight_through():
 
 
 def test_recomputation_is_kept():
-    given = cases()["control"][0]
+    given = case("control")[0]
     work = bound(**given, mode="training", loss=squared, targets=jnp.zeros((4, 8)), optimizer=optax.sgd(0.1))
     low, _ = jax_quantize.qat(work, FakeQuantize())
     jaxpr = jax.make_jaxpr(low.model.function())(low.model.params, (), *low.inputs.args)
@@ -104,4 +104,4 @@ def test_recomputation_is_kept():
 
 def test_it_needs_training():
     with pytest.raises(UnsupportedError, match="mode='training'"):
-        jax_quantize.qat(bound(**cases()["cnn"][0]), FakeQuantize())
+        jax_quantize.qat(bound(**case("cnn")[0]), FakeQuantize())
