@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from perfkit.backends.torch_deferred import Deferred, Waiting
+    from perfkit.backends.torch_deferred import Deferred
+    from perfkit.backends.torch_waiting import Waiting
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from perfkit._errors import first_line
 from perfkit._report import Effect, Skipped
 from perfkit._workload import Workload
 from perfkit.backends.fused_layers import LEFT
 from perfkit.backends.torch_conv_forwards import written_forward
 from perfkit.backends.torch_copies import copied
-from perfkit.backends.torch_deferred import Lookup, Recurrence, Seen, computed, may_look_up_later, may_wait, settling
+from perfkit.backends.torch_deferred import computed, settling
 from perfkit.backends.torch_fused_rnn import FORWARDS
 from perfkit.backends.torch_surgery import derive
+from perfkit.backends.torch_waiting import Lookup, Recurrence, Seen, may_look_up_later, may_wait
 
 if TYPE_CHECKING:
     from perfkit.recipes.skip_padding import SkipPadding
@@ -145,9 +147,16 @@ def _watched(work: Workload, reads: dict[str, Reads]) -> dict[str, bool]:
         found = {name: Reads() for name, part in twin.named_modules() if _may_be_late(part)}
         for name, read in found.items():
             _look_up_later(twin.get_submodule(name), *layouts, read)
-    with torch.random.fork_rng(), torch.set_grad_enabled(work.trains):
-        torch.manual_seed(work.seed)
-        settling(twin, *work.inputs.args, **work.inputs.kwargs)
+    try:
+        with torch.random.fork_rng(), torch.set_grad_enabled(work.trains):
+            torch.manual_seed(work.seed)
+            settling(twin, *work.inputs.args, **work.inputs.kwargs)
+    except Exception as error:  # whatever the model's own code may raise at tensors without numbers
+        for read in reads.values():
+            read.refused = (
+                read.refused or f"the model fails where layers wait: {type(error).__name__}: {first_line(error)}"
+            )
+        return {}
     return {name: batch_first for name, read in found.items() for batch_first in layouts if not read.why_not}
 
 
@@ -162,7 +171,7 @@ def _let_wait(module: nn.RNNBase, seen: Seen | None = None) -> None:
 
     def forward(self, input, hx=None):
         if torch.compiler.is_compiling() or not may_wait(self, input, hx):
-            return base.forward(self, computed(input, "another layer"), hx)
+            return base.forward(self, *computed((input, hx), "another layer"))
         return Recurrence(self, base.forward, input, hx, seen).results()
 
     derive(module, forward=forward)

@@ -146,6 +146,59 @@ def test_what_is_read_otherwise_is_computed_whole_and_told(name):
     assert_same(result(*inputs), model(*inputs))
 
 
+def scaled(hidden, ends):
+    first = expanded(hidden, ends)
+    hidden.mul_(2)
+    return first + hidden[torch.arange(len(ends)), ends - 1]
+
+
+def read_twice(hidden, ends):
+    first = expanded(hidden, ends)
+    return first.mul_(2) + expanded(hidden, ends)
+
+
+@pytest.mark.parametrize(("read", "touched"), [(scaled, ()), (read_twice, ("rnn",))])
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_what_is_written_to_in_between_reads_is_as_it_was(read, touched, rows):
+    model, inputs = Reader(read).eval(), tuple(each[:rows] for each in texts())
+    _, effect = skipping(model, inputs)
+    assert effect.touched == touched
+    result, _ = swapped(model, None, recipe="skip_padding")
+    with torch.no_grad():
+        assert_same(result(*inputs), model(*inputs))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(_ctx, gradient):
+        return gradient * 2
+
+
+def test_gradients_that_would_be_lost_are_told():
+    model, inputs = Reader(lambda hidden, ends: expanded(Doubled.apply(hidden), ends)), texts()
+    _, effect = skipping(model, inputs, trains=True)
+    assert not effect.touched
+    result, _ = swapped(model, None, trains=True, recipe="skip_padding")
+    loss = result(*inputs).sum()
+    with pytest.raises(UnsupportedError, match=r"autograd's own.*exclude="):
+        loss.backward()
+
+
+def test_a_model_that_fails_where_layers_wait_is_told_and_left():
+    def strict(hidden, ends):
+        if type(hidden) is not torch.Tensor:
+            raise TypeError("plain tensors only")
+        return expanded(hidden, ends)
+
+    result, effect = skipping(Reader(strict).eval(), texts())
+    assert reasons(effect)["rnn"] == "the model fails where layers wait: TypeError: plain tensors only"
+    result(*texts())
+
+
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_another_way_through_the_model_gives_what_it_gave(name):
     other, _ = OTHERWISE[name]

@@ -77,7 +77,16 @@ def test_quantizers_and_precisions_exclude_their_like_and_nothing_else():
         kinds.setdefault(recipe_class(name).provides, set()).add(name)
     assert kinds["precision"] == {"tf32", "bf16", "fp16", "half"}
     assert kinds["quantization"] == {"fp8", "int4_weight_only", "int8", "int8_dynamic", "int8_weight_only", "qat"}
-    others = {"factorization", "pruning", "pipeline axis", "data axis", "tensor axis", "optimizer state"}
+    assert kinds["order in which layers run"] == {"compile", "skip_padding"}
+    others = {
+        "order in which layers run",
+        "factorization",
+        "pruning",
+        "pipeline axis",
+        "data axis",
+        "tensor axis",
+        "optimizer state",
+    }
     assert set(kinds) - {None, "precision", "quantization"} == others
 
 
