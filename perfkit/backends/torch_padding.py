@@ -59,7 +59,7 @@ class Reads:
         if self.whole:
             return f"all of its output or its last state is read, by {', '.join(self.whole)}"
         if not self.everything:
-            return "nothing of it is read on the example inputs, or it is called in a way that cannot wait"
+            return "nothing of it is read on the example inputs, or its calls are too small, or of a kind, to wait"
         if self.read > MOST * self.everything:
             return f"the example inputs have hardly any padding: {self.read:,} of {self.everything:,} steps are read"
         return ""

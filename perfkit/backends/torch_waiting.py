@@ -18,6 +18,9 @@ from perfkit.backends.torch_fused_rnn import calls_kernel
 from perfkit.backends.torch_surgery import with_data
 from perfkit.kernels._torch import observer
 
+LEAST_WORK = 1 << 26
+"""Multiply-adds of a call; a smaller one is over by the time that it takes to wait, to pack and to pick."""
+
 Seen = Callable[[str, int, int, int], None]
 """Told of each time a layer is computed: by which function whole, or ""; steps that are read, computed, and all."""
 
@@ -175,7 +178,10 @@ def may_wait(module: nn.RNNBase, x: Any, hx: Any) -> bool:
         fits = observer([x]) is None
     if not fits or x.dim() != 3 or x.size(-1) != module.input_size or not x.numel():
         return False
-    states, expected = _flat(hx), _of_states(module, x.size(0 if module.batch_first else 1))
+    rows = x.size(0 if module.batch_first else 1)
+    if _work(module, x.size(0) * x.size(1)) < LEAST_WORK:
+        return False
+    states, expected = _flat(hx), _of_states(module, rows)
     return hx is None or (observer(states) is None and [tuple(state.shape) for state in states] == expected)
 
 
@@ -183,6 +189,12 @@ def may_look_up_later(ids: Any) -> bool:
     """Whether this call of an embedding may wait."""
     plain = may_anything_wait() and isinstance(ids, Tensor) and observer([ids]) is None
     return plain and ids.dim() == 2 and ids.numel() > 0
+
+
+def _work(module: nn.RNNBase, steps: int) -> int:
+    """Multiply-adds of so many steps, over all rows."""
+    channels = {"LSTM": 4, "GRU": 3}.get(module.mode, 1) * module.hidden_size
+    return steps * channels * (module.input_size + module.hidden_size * (2 * module.num_layers - 1))
 
 
 def _of_states(module: nn.RNNBase, rows: int) -> list[tuple[int, int, int]]:

@@ -12,9 +12,11 @@ from torch import nn
 
 import perfkit
 from perfkit import UnsupportedError
+from perfkit.backends import torch_waiting
 from perfkit.backends.torch_deferred import Deferred
 
 ROWS, STEPS, HIDDEN = 5, 9, 16
+LEAST_WORK = torch_waiting.LEAST_WORK
 READ = torch.tensor([4, 9, 1, 6, 2])
 """Steps of each row up to the one that is read: 22 of 45."""
 
@@ -72,6 +74,11 @@ def skipping(model, inputs, *, fused=True, trains=False):
     return swapped(model, inputs, trains=trains, recipe="skip_padding")
 
 
+@pytest.fixture(autouse=True)
+def small_calls_wait(monkeypatch):
+    monkeypatch.setattr(torch_waiting, "LEAST_WORK", 0)
+
+
 @pytest.fixture
 def looked_up(monkeypatch):
     """How many indices each lookup is of."""
@@ -123,6 +130,19 @@ def test_one_row():
     result, effect = skipping(model, inputs)
     assert effect.notes[0].startswith("rnn: 4 of 9 steps")
     assert_same(result(*inputs), model(*inputs))
+
+
+def test_calls_that_are_over_sooner_do_not_wait(monkeypatch, looked_up):
+    model, inputs = Reader(expanded, num_layers=2).eval(), texts()
+    result, _ = skipping(model, inputs)
+    work = ROWS * STEPS * 4 * HIDDEN * (8 + 3 * HIDDEN)
+    for least, expected in ((work, 22), (work + 1, 45), (LEAST_WORK, 45)):
+        monkeypatch.setattr(torch_waiting, "LEAST_WORK", least)
+        looked_up.clear()
+        result(*inputs)
+        assert looked_up == [expected]
+    _, effect = skipping(model, inputs)
+    assert "its calls are too small" in reasons(effect)["rnn"]
 
 
 OTHERWISE = {
