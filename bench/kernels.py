@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     for framework in options.frameworks:
         for (model, batch_size), recipes in INFERENCE.items():
             if asked(framework, model):
-                more = (BYTES, *(SHORT if model.startswith("text") else ())) if framework == "torch" else ()
+                padded = model.startswith("text") and batch_size > 1
+                more = (BYTES, *(SHORT if padded else ())) if framework == "torch" else ()
                 rows += inference(framework, model, batch_size, (*recipes, *more))
         for model, recipes in TRAINING.items():
             if asked(framework, model):

@@ -5,6 +5,7 @@ The same command on any machine adds that machine's file; nothing is ever writte
 
 from __future__ import annotations
 
+import argparse
 import json
 import warnings
 from collections.abc import Iterator
@@ -34,9 +35,13 @@ MARKS = "<!-- measured: written by python -m bench.record -->", "<!-- end -->"
 
 
 def main() -> None:
-    rows: list[dict[str, Any]] = []
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--continued", action="store_true", help="after an interruption: rows that are there stay")
     path = RESULTS / f"{device_slug()}.json"
-    for row in _measured():
+    there = json.loads(path.read_text())["rows"] if parser.parse_args().continued else []
+    kept = {(row["framework"], row["label"]): row for row in there}
+    rows: list[dict[str, Any]] = []
+    for row in _measured(kept):
         rows.append(row)
         about = row["report"]
         recorded = {"environment": about["environment"], "date": about["created"][:10], "rows": rows}
@@ -46,19 +51,22 @@ def main() -> None:
     print(f"wrote {path}, {RESULTS / 'README.md'} and {FRONT}")
 
 
-def _measured() -> Iterator[dict[str, Any]]:
+def _measured(kept: dict[tuple[str, str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every row, those that are kept as they are."""
     for framework in filter(find_spec, ("torch", "jax")):
         for model, batch_size in CASES:
             module, example_inputs = reference.load(model, framework=framework, batch_size=batch_size)
             calibration = reference.calibration(model, framework=framework)
             arguments = {"model": module, "example_inputs": example_inputs, "calibration": calibration}
-            yield _row(f"{model}, batch {batch_size}", framework, **arguments)
+            label = f"{model}, batch {batch_size}"
+            yield kept.get((framework, label)) or _row(label, framework, **arguments)
         for model in TRAINED:
             task = reference.task(model, framework=framework)
             arguments = {
                 name: getattr(task, name) for name in ("model", "example_inputs", "targets", "loss", "optimizer")
             }
-            yield _row(f"{model}, training step, batch 64", framework, **arguments, mode="training")
+            label = f"{model}, training step, batch 64"
+            yield kept.get((framework, label)) or _row(label, framework, **arguments, mode="training")
 
 
 def _row(label: str, framework: str, **arguments: Any) -> dict[str, Any]:
