@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--continued", action="store_true", help="after an interruption: rows that are there stay")
     path = RESULTS / f"{device_slug()}.json"
-    there = json.loads(path.read_text())["rows"] if parser.parse_args().continued else []
+    there = json.loads(path.read_text())["rows"] if parser.parse_args().continued and path.exists() else []
     kept = {(row["framework"], row["label"]): row for row in there}
     rows: list[dict[str, Any]] = []
     for row in _measured(kept):

@@ -35,6 +35,7 @@ class _Scope:
         self.jaxpr, self.call, self.outer = jaxpr, call, outer
         self.consts = dict(zip(jaxpr.constvars, consts or (), strict=False))
         self.made_by = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+        self._cheap: dict[Any, bool] = {}
         self.uses: dict[Any, list[tuple[Any, int]]] = {}
         for eqn in jaxpr.eqns:
             for at, atom in enumerate(eqn.invars):
@@ -60,8 +61,10 @@ class _Scope:
         if (around := self.entering(atom)) is not None:
             assert self.outer is not None
             return self.outer.is_cheap(around)
-        eqn = self.made_by.get(atom)
-        return eqn is None or (not eqn.effects and all(map(self.is_cheap, eqn.invars)))
+        if atom not in self._cheap:  # what is read twice, step after step, would be looked through again and again
+            eqn = self.made_by.get(atom)
+            self._cheap[atom] = eqn is None or (not eqn.effects and all(map(self.is_cheap, eqn.invars)))
+        return self._cheap[atom]
 
     def value(self, atom: Any, given: Mapping[Any, Any], made: dict[Any, Any]) -> Any:
         """Its value, from those of the outermost jaxpr's variables that are known; what is computed goes to `made`."""

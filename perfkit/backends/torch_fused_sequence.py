@@ -172,8 +172,10 @@ class _Sequence:
 
     def counted(self, x: Tensor) -> Tensor:
         """The call where allocations are counted: what lies between the layers is none of torch's."""
-        between = torch.empty(self.between(), dtype=torch.uint8)  # noqa: F841 - it is held meanwhile
-        return self.call(x)
+        between = torch.empty(self.between(), dtype=torch.uint8)
+        y = self.call(x)
+        del between
+        return y
 
     def holds(self, links: tuple, x: Any, counting: bool = False) -> bool:
         """Whether they are these links and such an x, all is as it was, and numbers are wanted and no more.

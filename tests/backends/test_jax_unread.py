@@ -85,6 +85,18 @@ def test_kernels_are_told_how_far_each_row_is_read(name, expected, monkeypatch):
     assert [list(lengths) for lengths in given] == [list(expected)] * 2
 
 
+def test_indices_made_in_many_steps_are_looked_through_once():
+    def doubled(hidden, ends):
+        for _ in range(64):  # each reads the last one twice
+            ends = ends + ends - jnp.maximum(ends, 0)
+        return along(hidden, ends)
+
+    work = workload(Reader(doubled), X, ENDS)
+    result, effect = swapped(work)
+    assert all(SHORTER in note for note in effect.notes)
+    assert_same(outputs(result), outputs(work))
+
+
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_what_is_read_otherwise_is_computed_whole(name):
     work = workload(Reader(OTHERWISE[name]), X, ENDS)

@@ -148,7 +148,10 @@ def test_calls_that_are_over_sooner_do_not_wait(monkeypatch, looked_up):
 OTHERWISE = {
     "mean": (lambda hidden, _: hidden.mean(1), "by mean"),
     "last step": (lambda hidden, _: hidden[:, -1], "by __getitem__"),
-    "a step of one row": (lambda hidden, ends: torch.stack([row[end - 1] for row, end in zip(hidden, ends)]), "by"),  # noqa: B905
+    "rows in turn": (
+        lambda hidden, ends: torch.stack([row[end - 1] for row, end in zip(hidden, ends, strict=True)]),
+        "by unbind",
+    ),
     "returned": (lambda hidden, _: hidden, "by what the model returns or keeps"),
     "kept": (lambda hidden, ends: {"last": expanded(hidden, ends), "all": [hidden]}, "by what the model returns"),
     "both": (lambda hidden, ends: expanded(hidden, ends) + hidden.sum(1), "by sum"),
